@@ -1,0 +1,129 @@
+"""Where batches come from: stacks without replacement whose order is a function of the seed."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that depends on every part and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class BatchSource(ABC):
+    """A resumable stream of batches that is told when a stage of several steps begins."""
+
+    @abstractmethod
+    def begin_stage(self, steps: int) -> None:
+        """Announce that `steps` batches will be drawn in a row."""
+
+    @abstractmethod
+    def next(self) -> Any:
+        """The next batch."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` says."""
+
+
+@final
+class BatchStack(BatchSource):
+    """Batches drawn without replacement from shuffled points (BiSSL, section 3.3 and Algorithm 1).
+
+    The stack is reshuffled at the start of a stage, and only if fewer batches remain than the stage takes. Where the
+    points cannot give that many batches at all, it is instead reshuffled whenever fewer points than one batch remain,
+    so that every stage gets all its batches. Order and random state are functions of (seed, shuffle, position) alone.
+
+    Args:
+        size: number of points.
+        batch_size: points a batch.
+        load: ``load(indices, seed) -> batch``; `indices` is int64 [batch], `seed` is for the batch's random draws.
+        seed: of the whole stream.
+        drop_last: never give the smaller batch at the end of a shuffle.
+
+    Raises:
+        ValueError: sizes below 1, or a batch larger than the data.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, load: Callable[[Tensor, int], Any], *, seed: int, drop_last: bool = False
+    ) -> None:
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"BatchStack: size and batch_size must be at least 1, got {size} and {batch_size}")
+        if batch_size > size:
+            raise ValueError(f"BatchStack: batch_size={batch_size} is larger than the data ({size} points); reduce it")
+        self.size, self.batch_size, self.load, self.seed, self.drop_last = size, batch_size, load, seed, drop_last
+        self._shuffle, self._cursor, self._scarce = 0, 0, False
+        self._order = self._permutation()
+
+    def __len__(self) -> int:
+        """Batches in one shuffle."""
+        return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
+
+    def begin_stage(self, steps: int) -> None:
+        self._scarce = len(self) < steps
+        if not self._scarce and len(self) - self._cursor < steps:
+            self._reshuffle()
+
+    def next(self) -> Any:
+        if self.size - self._cursor * self.batch_size < (self.batch_size if self.drop_last or self._scarce else 1):
+            self._reshuffle()
+        first = self._cursor * self.batch_size
+        indices = self._order[first : first + self.batch_size]
+        batch = self.load(indices, derive_seed(self.seed, "batch", self._shuffle, self._cursor))
+        self._cursor += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, "shuffle": self._shuffle, "cursor": self._cursor, "scarce": self._scarce}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if (state["size"], state["seed"]) != (self.size, self.seed):
+            raise ValueError(
+                f"BatchStack: the state is of {state['size']} points with seed {state['seed']}, this stack has "
+                f"{self.size} points with seed {self.seed}; resume with the same data and seed"
+            )
+        self._shuffle, self._cursor, self._scarce = state["shuffle"], state["cursor"], state["scarce"]
+        self._order = self._permutation()
+
+    def _reshuffle(self) -> None:
+        self._shuffle, self._cursor = self._shuffle + 1, 0
+        self._order = self._permutation()
+
+    def _permutation(self) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", self._shuffle))
+        return torch.randperm(self.size, generator=generator)
+
+
+@final
+class Cycle(BatchSource):
+    """A fixed list of batches, in order, again and again."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        if not batches:
+            raise ValueError("Cycle: no batches")
+        self.batches, self._position = tuple(batches), 0
+
+    def begin_stage(self, steps: int) -> None:
+        return None
+
+    def next(self) -> Any:
+        batch = self.batches[self._position % len(self.batches)]
+        self._position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._position = state["position"]

@@ -1,0 +1,132 @@
+"""Atomic, verified checkpoints that load without unpickling arbitrary objects."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that the file is either the old or the new one, also after a power cut."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
+    """Save `state` as checkpoint number `step` and delete all but the newest `keep`.
+
+    The state is written first, then a manifest with its size and SHA-256: a checkpoint without a manifest was never
+    finished and is not taken for one.
+
+    Args:
+        state: nested dictionaries, lists and tuples of tensors, numbers, strings and None.
+
+    Returns:
+        The checkpoint's path, ``step-NNNNNNNN.pt``.
+    """
+    if keep < 1:
+        raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    path = folder / f"step-{step:08d}.pt"
+    write_atomic(path, content)
+    manifest = {"step": step, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_atomic(path.with_suffix(".json"), json.dumps(manifest).encode())
+    for old in _manifests(folder)[keep:]:
+        old.unlink()
+        old.with_suffix(".pt").unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, as (step, state); None where there is none at all.
+
+    A damaged one is named in a warning and the one before it is used.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    folder = Path(directory)
+    problems = []
+    for manifest in _manifests(folder):
+        try:
+            step, state = _load_verified(manifest)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using step {step} instead", stacklevel=2)
+        return step, state
+    if problems:
+        raise CheckpointError("; ".join(problems) + "; no usable checkpoint is left")
+    return None
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's (CPU and CUDA), numpy's and Python's default generators."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Inverse of `random_state`; CUDA generators are set where there are as many devices as were saved."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _manifests(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("step-*.json"), reverse=True)
+
+
+def _load_verified(manifest: Path) -> tuple[int, dict[str, Any]]:
+    path = manifest.with_suffix(".pt")
+    try:
+        expected = json.loads(manifest.read_bytes())
+        step, size, digest = expected["step"], expected["size"], expected["sha256"]
+        content = path.read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path.name} or its manifest cannot be read ({error})") from error
+    if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(f"{path.name} is damaged: size or SHA-256 differ from its manifest")
+    return step, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -1,0 +1,122 @@
+"""Modules as functions of their parameters, safe in curvature passes."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.distributed import world_size
+
+_in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
+
+_NORM_LAYERS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+_CHECKPOINT_REMEDY = (
+    "saved-tensor hooks (activation checkpointing, offloading) cannot run inside a hypergradient's passes: a recomputed "
+    "forward would read the module's own parameters instead of those it was called with. Switch checkpointing off in "
+    "the objectives, and use ReverseOverReverse(keep_graph=False) or fewer, smaller batches to save memory"
+)
+
+
+@contextmanager
+def curvature_pass(seed: int | None = None) -> Iterator[None]:
+    """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
+
+    Args:
+        seed: seeds the default generators for the length of the pass and restores them afterwards; None leaves them.
+    """
+    with ExitStack() as stack:
+        if seed is not None:
+            devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+            stack.enter_context(torch.random.fork_rng(devices=devices))
+            torch.manual_seed(seed)
+        token = _in_curvature_pass.set(True)
+        stack.callback(_in_curvature_pass.reset, token)
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT_REMEDY))
+        yield
+
+
+def functional_call(
+    module: nn.Module, params: Mapping[str, Tensor], args: Any = (), kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Call `module` with `params` in place of its own parameters; as `torch.func.functional_call`.
+
+    In an ordinary pass buffers update as always. In every pass that `hypergradient` and `linearize` make, nothing is
+    written: BatchNorm and InstanceNorm in train mode use batch statistics without touching running statistics or
+    counters (eval mode stays eval), and every other buffer is replaced by a copy for the length of the call.
+
+    Args:
+        params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
+        args: positional arguments; a single non-tuple is taken as the only one.
+
+    Raises:
+        ValueError: `params` names something the module does not have.
+        TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
+            SyncBatchNorm over several ranks); the message gives the remedy.
+    """
+    curvature = _in_curvature_pass.get()
+    _refuse_wrappers(module, curvature)
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    unknown = [name for name in params if name not in known]
+    unknown = [name for name in unknown if name not in dict(module.named_buffers(remove_duplicate=False))]
+    if unknown:
+        raise ValueError(
+            f"functional_call: {type(module).__name__} has no parameter or buffer named {unknown[0]!r} "
+            f"({len(unknown)} such names); it has {sorted(known)[:5]}..."
+        )
+    keywords = dict(kwargs) if kwargs else None
+    if not curvature:
+        return torch.func.functional_call(module, dict(params), args, keywords)
+    with _without_running_statistics(module):
+        copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
+        return torch.func.functional_call(module, {**copies, **params}, args, keywords)
+
+
+@contextmanager
+def _without_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalisation layers in train mode lose their running statistics inside, and get the same objects back."""
+    saved = []
+    for layer in module.modules():
+        if isinstance(layer, _NORM_LAYERS) and layer.training and layer.track_running_stats:
+            saved.append((layer, layer.running_mean, layer.running_var, layer.num_batches_tracked))
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, mean, variance, count in saved:
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
+            layer.track_running_stats = True
+
+
+def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "functional_call: the module is wrapped in DistributedDataParallel, whose hooks do not run twice; "
+                "pass the bare module (wrapper.module): gradients and products are averaged over ranks by bilevel"
+            )
+        if not curvature:
+            continue
+        # torch.compile's wrapper has no public type; it keeps the bare module as the child `_orig_mod`.
+        if "_orig_mod" in layer._modules:
+            raise TypeError(
+                "functional_call: a compiled module does not support double backward; pass the module from before "
+                "torch.compile in the objectives that a hypergradient differentiates"
+            )
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training and world_size() > 1:
+            raise TypeError(
+                "functional_call: torch's SyncBatchNorm has no double backward; use BatchNorm (statistics local to "
+                "each rank) or put the layer in eval mode for the bilevel stage"
+            )

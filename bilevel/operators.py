@@ -1,0 +1,121 @@
+"""Linear operators on `Params`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import final
+
+from bilevel import distributed, tree
+from bilevel.tree import Params
+
+
+class LinearOperator(ABC):
+    """A symmetric linear map on trees of one structure.
+
+    Attributes:
+        exact: whether products are linear to rounding; False for finite differences, whose residuals a solver
+            then measures instead of carrying along.
+    """
+
+    exact: bool = True
+
+    @abstractmethod
+    def __call__(self, vector: Params) -> Params:
+        """The product ``A v``; the argument is not written to."""
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank that takes part in this operator's products sets `flag` (one process: the flag itself)."""
+        return flag
+
+
+@final
+class FunctionOperator(LinearOperator):
+    """A plain function as an operator."""
+
+    def __init__(self, function: Callable[[Params], Params], *, exact: bool = True) -> None:
+        self.function, self.exact = function, exact
+
+    def __call__(self, vector: Params) -> Params:
+        return self.function(vector)
+
+
+@final
+class MeanOperator(LinearOperator):
+    """``(1/K) sum_k A_k``, averaged over the ranks: the Hessian of a mean over batches."""
+
+    def __init__(self, operators: Sequence[LinearOperator]) -> None:
+        if not operators:
+            raise ValueError("MeanOperator: the mean over no operators is not defined")
+        self.operators = tuple(operators)
+        self.exact = all(op.exact for op in operators)
+
+    def __call__(self, vector: Params) -> Params:
+        total = reduce(tree.add, (op(vector) for op in self.operators))
+        return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
+
+    def agree(self, flag: bool) -> bool:
+        return distributed.agree(flag)
+
+
+class _Combined(LinearOperator):
+    """Shares `exact` and `agree` among operators that are made of others."""
+
+    def __init__(self, *operators: LinearOperator) -> None:
+        self.operators = operators
+        self.exact = all(op.exact for op in operators)
+
+    def agree(self, flag: bool) -> bool:
+        return any([op.agree(flag) for op in self.operators])
+
+
+@final
+class ProductOperator(_Combined):
+    """``A_1 A_2 ... A_m``; symmetric only if the factors commute."""
+
+    def __call__(self, vector: Params) -> Params:
+        return reduce(lambda v, op: op(v), reversed(self.operators), vector)
+
+
+@final
+class SumOperator(_Combined):
+    """``A_1 + ... + A_m``."""
+
+    def __call__(self, vector: Params) -> Params:
+        return reduce(tree.add, (op(vector) for op in self.operators))
+
+
+@final
+class ScaledOperator(_Combined):
+    """``factor * A``."""
+
+    def __init__(self, factor: float, operator: LinearOperator) -> None:
+        super().__init__(operator)
+        self.factor = factor
+
+    def __call__(self, vector: Params) -> Params:
+        return tree.scale(self.factor, self.operators[0](vector))
+
+
+@final
+class ShiftedOperator(_Combined):
+    """``A + shift I`` (Tikhonov); `shift` is one number or one per leaf, leaves left out getting 0."""
+
+    def __init__(self, operator: LinearOperator, shift: float | Mapping[str, float]) -> None:
+        super().__init__(operator)
+        self.shift = shift
+
+    def __call__(self, vector: Params) -> Params:
+        product = self.operators[0](vector)
+        if not isinstance(self.shift, Mapping):
+            return tree.axpy(self.shift, vector, product)
+        shift = self.shift
+        return {name: leaf + shift.get(name, 0.0) * vector[name] for name, leaf in product.items()}
+
+
+def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> LinearOperator:
+    """An operator from an operator or from a function of `Params`."""
+    if isinstance(operator, LinearOperator):
+        return operator
+    if callable(operator):
+        return FunctionOperator(operator)
+    raise TypeError(f"operator must be a LinearOperator or a function of Params, got {type(operator).__name__}")

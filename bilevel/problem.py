@@ -1,0 +1,97 @@
+"""The abstract bilevel problem and ready-made regularizers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.tree import Params
+
+
+class Problem(ABC):
+    r"""A bilevel problem
+
+    .. math:: \min_x F(x, y^*(x)) \quad\text{s.t.}\quad y^*(x) \in \arg\min_y G(x, y),
+              \qquad G(x, y) = L(x, y) + \lambda\, r(x, y)
+
+    with upper variables x, lower variables y, both `Params`. A subclass states F (`upper_objective`), L
+    (`lower_objective`) and, if there is one, r (`regularizer`). Objectives are pure functions of their arguments: they
+    return a 0-d tensor, bind modules through `functional_call` and write to nothing. An expectation over a batch is
+    a mean, so that the mean over several batches is the objective on their union.
+    """
+
+    regularization_weight: float = 0.0
+    """lambda >= 0, the weight of `regularizer` in the lower level."""
+
+    curvature_depends_on_upper: bool = True
+    """Whether d2L/dydy or d2r/dydy changes with x. False lets one `System` serve many upper steps."""
+
+    @abstractmethod
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        """L(x, y) on one batch, without the regularizer; 0-d."""
+
+    @abstractmethod
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        """F(x, y) on one batch; 0-d."""
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
+        """r(x, y), unweighted and 0-d; None (the default) where the problem has none."""
+        return None
+
+    def implicit(self, name: str) -> bool:
+        """Whether the lower variable `name` responds to the upper ones; the others are held fixed in the solve."""
+        return True
+
+    def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
+        """Called by the trainer after lower step number `step` (from 1), for example to move a momentum target."""
+        return None
+
+    def after_upper_step(self, upper: Params, lower: Params, batch: Any, step: int) -> None:
+        """Called by the trainer after upper step number `step` (from 1) with that step's batch."""
+        return None
+
+    def reset_lower(self, upper: Params) -> Params | None:
+        """New lower values at the start of an alternation (iMAML restarts from x), or None to go on from the old."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the variables: buffers, momentum targets."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        if state:
+            raise ValueError(
+                f"{type(self).__name__} has no load_state_dict for the keys {sorted(state)}; define both methods"
+            )
+
+
+def proximal(upper: Params, lower: Params, pairs: Mapping[str, str] | None = None) -> Tensor:
+    r"""Proximal regularizer :math:`r = \tfrac12 \sum_i \|y_{l_i} - x_{u_i}\|^2` (iMAML; BiSSL, eq. 3).
+
+    Args:
+        pairs: lower name -> upper name. By default every lower variable is paired with the upper one of its name.
+
+    Raises:
+        KeyError: a name that is not there.
+        ValueError: no pair at all, or paired tensors of different shapes.
+    """
+    pairs = {name: name for name in lower} if pairs is None else pairs
+    if not pairs:
+        raise ValueError("proximal: no pairs of (lower, upper) variables; pass pairs={'lower name': 'upper name'}")
+    terms = []
+    for lower_name, upper_name in pairs.items():
+        a, b = lower[lower_name], upper[upper_name]
+        if a.shape != b.shape:
+            raise ValueError(
+                f"proximal: lower {lower_name!r} has shape {tuple(a.shape)} but upper {upper_name!r} {tuple(b.shape)}"
+            )
+        terms.append((a - b).square().sum())
+    return 0.5 * torch.stack(terms).sum()
+
+
+def ridge(lower: Params) -> Tensor:
+    r"""Plain ridge regularizer :math:`r = \tfrac12 \|y\|^2` over all lower variables."""
+    return 0.5 * torch.stack([leaf.square().sum() for leaf in lower.values()]).sum()

@@ -1,0 +1,61 @@
+"""What a linear solve gives back."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from bilevel.tree import Params
+
+
+class Status(Enum):
+    """How a solve ended; the value says what happened and what to do."""
+
+    CONVERGED = "converged: the relative residual is at or below rtol"
+    BUDGET = "budget: the fixed number of iterations that was asked for was made (rtol=None)"
+    NOT_CONVERGED = (
+        "not converged: the residual is above rtol after max_iterations; raise max_iterations or rtol, or damp the system"
+    )
+    NEGATIVE_CURVATURE = (
+        "negative curvature: a direction with d'Ad <= 0 was met, so A is not positive definite and the best iterate "
+        "before it was kept; raise damping or shift, train the lower level further, or use MINRES"
+    )
+    DIVERGED = (
+        "diverged: the residual grew and the best iterate was kept; raise damping or shift, or give Neumann a smaller scale"
+    )
+    NON_FINITE = (
+        "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step sizes"
+    )
+    INCONSISTENT = (
+        "inconsistent: A is singular and the right-hand side is not in its range, so there is no solution; add damping "
+        "or shift, or leave the variables without curvature out of `implicit`"
+    )
+
+    @property
+    def ok(self) -> bool:
+        """Whether the solve did what was asked."""
+        return self in (Status.CONVERGED, Status.BUDGET)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An approximate solution x of A x = b and what is known about it.
+
+    Attributes:
+        value: x; finite whenever b is.
+        status: how the solve ended.
+        residual_norms: ``||b - A x|| / ||b||`` at the start and at the end: true residuals, not a recursion that may
+            have drifted from them. NaN where it was not measured (`Identity` makes no product).
+        iterations: iterations made.
+        num_hvps: products with A, each over all the batches, preparation included.
+        min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.
+        departure: ``||x - b|| / ||b||``: how far the solve moved the right-hand side.
+        cosine: cosine of the angle between x and b.
+    """
+
+    value: Params
+    status: Status
+    residual_norms: tuple[float, float]
+    iterations: int
+    num_hvps: int
+    min_curvature: float | None = None
+    departure: float = 0.0
+    cosine: float = 1.0

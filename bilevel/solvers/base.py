@@ -1,0 +1,131 @@
+"""The abstract solver: everything that all methods share."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel import tree
+from bilevel.operators import LinearOperator, as_operator
+from bilevel.solution import Solution, Status
+from bilevel.tree import Params
+
+
+class Solver(ABC):
+    """Solves A x = b for a symmetric operator A. A solver is a frozen set of options and holds no state of its own.
+
+    Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1/2 and 2.
+    """
+
+    def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
+        """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
+        return None
+
+    def solve(
+        self,
+        operator: LinearOperator | Callable[[Params], Params],
+        b: Params,
+        *,
+        x0: Params | None = None,
+        state: Any = None,
+    ) -> Solution:
+        """An approximate solution of A x = b.
+
+        Args:
+            operator: A, or a function that computes products with it.
+            b: right-hand side.
+            x0: first iterate; zero if None. `Dense` and `Identity` have no use for it.
+            state: what `prepare` returned for this operator; None makes a fresh one.
+
+        Returns:
+            A `Solution`. b = 0 gives 0 and CONVERGED; a b that is not finite is given back with NON_FINITE. After a
+            breakdown the best iterate is kept; at the first step that is b itself, never 0.
+
+        Raises:
+            TypeError: an operator that cannot be called, or a b or x0 that is not Params.
+            ValueError: x0 with other names or shapes than b.
+        """
+        operator = as_operator(operator)
+        tree.check_params("b", b)
+        if x0 is not None:
+            _check_start(x0, b)
+        b = tree.detach(b)
+        if operator.agree(not tree.all_finite(b)):
+            return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, 0, None, math.nan, math.nan)
+        scale = _power_of_two(b)
+        if scale == 0.0:
+            return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
+        unit = tree.scale(1.0 / scale, b)
+        start = None if x0 is None else tree.scale(1.0 / scale, tree.detach(x0))
+        state = self.prepare(operator) if state is None else state
+        with torch.no_grad():
+            solution = self._solve(operator, unit, start, state)
+            departure, cosine = _compare(solution.value, unit)
+        return replace(solution, value=tree.scale(scale, solution.value), departure=departure, cosine=cosine)
+
+    @abstractmethod
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
+        """The method itself."""
+
+
+def residual(operator: LinearOperator, b: Params, x: Params) -> Params:
+    """``b - A x``; one product."""
+    return tree.sub(b, operator(x))
+
+
+def rounding_unit(x: Params) -> float:
+    """The largest machine epsilon among the leaves' dtypes."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in x.values())
+
+
+def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> None:
+    """Raise ValueError unless the budget is a positive whole number and rtol a non-negative number or None."""
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ValueError(f"{solver}: max_iterations must be a whole number of at least 1, got {max_iterations!r}")
+    if rtol is not None and not 0.0 <= rtol < 1.0:
+        raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
+
+
+def classify_curvature(curvature: float, gain: float, scale: float, rounding: float) -> Status | None:
+    """What a direction d says about A, or None if ``d'Ad > eps d'd``.
+
+    Args:
+        curvature: ``d'Ad / d'd``.
+        gain: ``||A d|| / ||d||``.
+        scale: the largest gain met so far, an estimate of ``||A||`` from below.
+        rounding: the dtype's epsilon.
+    """
+    if not (math.isfinite(curvature) and math.isfinite(gain)):
+        return Status.NON_FINITE
+    if curvature > 4.0 * rounding * scale:
+        return None
+    # A semidefinite A has Ad = 0 wherever d'Ad = 0: then d is a null vector that b has a part along.
+    return Status.INCONSISTENT if gain <= math.sqrt(rounding) * scale or scale == 0.0 else Status.NEGATIVE_CURVATURE
+
+
+def _power_of_two(b: Params) -> float:
+    """The power of two nearest below ||b||, so that scaling by it is exact and squares neither over- nor underflow."""
+    largest = max((float(leaf.abs().max()) for leaf in b.values() if leaf.numel()), default=0.0)
+    if largest == 0.0:
+        return 0.0
+    coarse = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
+    length = coarse * float(tree.norm(tree.scale(1.0 / coarse, b)))
+    return 2.0 ** (math.frexp(length)[1] - 1) if length > 0.0 else coarse
+
+
+def _compare(x: Params, b: Params) -> tuple[float, float]:
+    norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
+    departure = float(tree.norm(tree.sub(x, b))) / norm_b
+    return departure, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
+
+
+def _check_start(x0: Params, b: Params) -> None:
+    tree.check_params("x0", x0)
+    if {n: t.shape for n, t in x0.items()} != {n: t.shape for n, t in b.items()}:
+        raise ValueError(
+            f"x0 must have the names and shapes of b; got {sorted(x0)} for {sorted(b)}. Pass a former Solution.value "
+            "of the same variables, or None"
+        )

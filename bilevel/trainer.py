@@ -1,0 +1,294 @@
+"""The alternating loop: lower steps, adaptation, upper steps."""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from bilevel import distributed, tree
+from bilevel.batches import BatchSource, Cycle
+from bilevel.callbacks import Callback, Record
+from bilevel.checkpoint import random_state, set_random_state
+from bilevel.hvp import HVPProvider
+from bilevel.hypergradient import Hypergradient, OnFailure, hypergradient
+from bilevel.problem import Problem
+from bilevel.schedule import AlternatingSchedule
+from bilevel.solvers import Solver
+from bilevel.system import Shift, System, check_scalar, linearize
+from bilevel.tree import Params
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed."""
+
+
+class LRSchedule(Protocol):
+    """A learning-rate schedule, stepped once after every optimizer step (any of torch.optim.lr_scheduler)."""
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Alternates between the levels of a bilevel problem (BiSSL, Algorithm 1, for any `Problem`).
+
+    In each alternation: `lower_steps` steps on ``L + lambda r``; if the schedule says so, the adaptation of the upper
+    variables; then `upper_steps` hypergradient steps, all with the system of the first `hessian_batches` lower batches
+    of this alternation. Optimizers, schedules and data streams live as long as the trainer. Variables change in
+    place.
+
+    Args:
+        upper, lower: leaf tensors; each optimizer must hold exactly the tensors of its level.
+        lower_data, upper_data: a `BatchSource`, or a sequence of batches that is cycled through.
+        solver, hvp, damping, shift: as for `linearize`.
+        hessian_batches: K, how many lower batches make the system's mean.
+        lower_scheduler, upper_scheduler: learning-rate schedules.
+        max_grad_norm: a level's whole gradient is scaled down to this Euclidean norm where it is longer.
+        adaptation_pairs: upper name -> lower name it adapts to; needed if the schedule adapts.
+        on_failure: as for `hypergradient`; "warn" warns once a run, and `failures` counts by status either way.
+        callbacks: called in order.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        upper: Params,
+        lower: Params,
+        *,
+        lower_optimizer: torch.optim.Optimizer,
+        upper_optimizer: torch.optim.Optimizer,
+        lower_data: BatchSource | Sequence[Any],
+        upper_data: BatchSource | Sequence[Any],
+        schedule: AlternatingSchedule,
+        solver: Solver | None = None,
+        hvp: HVPProvider | None = None,
+        damping: float = 0.0,
+        shift: Shift = 0.0,
+        hessian_batches: int = 1,
+        lower_scheduler: LRSchedule | None = None,
+        upper_scheduler: LRSchedule | None = None,
+        max_grad_norm: float | None = None,
+        adaptation_pairs: Mapping[str, str] | None = None,
+        on_failure: OnFailure = "warn",
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.problem, self.upper, self.lower, self.schedule = problem, upper, lower, schedule
+        self.optimizers = {"lower": lower_optimizer, "upper": upper_optimizer}
+        self.schedulers = {"lower": lower_scheduler, "upper": upper_scheduler}
+        self.data = {
+            "lower": lower_data if isinstance(lower_data, BatchSource) else Cycle(lower_data),
+            "upper": upper_data if isinstance(upper_data, BatchSource) else Cycle(upper_data),
+        }
+        self.system_options: dict[str, Any] = {"solver": solver, "hvp": hvp, "damping": damping, "shift": shift}
+        self.hessian_batches, self.max_grad_norm = hessian_batches, max_grad_norm
+        self.adaptation_pairs = dict(adaptation_pairs or {})
+        self.callbacks = tuple(callbacks)
+        self.alternation = 0
+        self.steps = {"lower": 0, "upper": 0}
+        self.failures: Counter[str] = Counter()
+        self._on_failure: OnFailure = on_failure
+        self._check()
+
+    def run(self) -> None:
+        """Make the alternations that are left."""
+        for callback in self.callbacks:
+            callback.on_run_start(self)
+        try:
+            while self.alternation < self.schedule.alternations:
+                self.alternate()
+        finally:
+            for callback in self.callbacks:
+                callback.on_run_end(self)
+
+    def alternate(self) -> None:
+        """One alternation."""
+        began = time.perf_counter()
+        number = self.alternation + 1
+        self._reset_lower()
+        stored = self._lower_stage()
+        if self.schedule.adapts(number):
+            self._adapt()
+        self._upper_stage(stored)
+        self.alternation = number
+        self._emit({"event": "alternation", "step": number, "seconds": time.perf_counter() - began})
+        for callback in self.callbacks:
+            callback.on_alternation_end(self)
+
+    def _lower_stage(self) -> list[Any]:
+        data, stored = self.data["lower"], []
+        data.begin_stage(self.schedule.lower_steps)
+        for _ in range(self.schedule.lower_steps):
+            batch = data.next()
+            if len(stored) < self.hessian_batches:
+                stored.append(batch)
+            self._lower_step(batch)
+        while len(stored) < self.hessian_batches:
+            stored.append(data.next())
+        return stored
+
+    def _lower_step(self, batch: Any) -> None:
+        x, y = tree.detach(self.upper), tree.as_variables(self.lower)
+        loss = check_scalar("lower_objective", self.problem.lower_objective(x, y, batch))
+        penalty = self.problem.regularizer(x, y)
+        total = loss if penalty is None else loss + self.problem.regularization_weight * penalty
+        gradient = distributed.mean_over_ranks(tree.gradients(total, y))
+        record = self._update("lower", gradient, float(loss.detach()))
+        self.problem.after_lower_step(self.upper, self.lower, self.steps["lower"])
+        self._emit(record)
+
+    def _upper_stage(self, stored: list[Any]) -> None:
+        data = self.data["upper"]
+        data.begin_stage(self.schedule.upper_steps)
+        system: System | None = None
+        for _ in range(self.schedule.upper_steps):
+            if system is None or self.problem.curvature_depends_on_upper:
+                system = linearize(self.problem, self.upper, self.lower, stored, **self.system_options)
+            self._upper_step(system, data.next())
+
+    def _upper_step(self, system: System, batch: Any) -> None:
+        result = hypergradient(
+            self.problem,
+            self.upper,
+            self.lower,
+            upper_batch=batch,
+            system=system,
+            on_failure=self._on_failure,
+        )
+        record = self._update("upper", result.grad, float(result.loss))
+        self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
+        self._emit({**record, **self._diagnose(result)})
+
+    def _diagnose(self, result: Hypergradient) -> Record:
+        solution = result.solution
+        assert solution is not None
+        if not solution.status.ok:
+            self.failures[solution.status.name] += 1
+            self._on_failure = "ignore" if self._on_failure == "warn" else self._on_failure
+        return {
+            "status": solution.status.name,
+            "residual": solution.residual_norms[1],
+            "departure": solution.departure,
+            "cosine": solution.cosine,
+            "min_curvature": solution.min_curvature,
+            "iterations": solution.iterations,
+            "num_hvps": solution.num_hvps,
+            "stationarity": result.stationarity,
+        }
+
+    def _update(self, level: str, gradient: Params, loss: float) -> Record:
+        """Apply one optimizer step, after checking that every number is finite; the event's record."""
+        variables = self.lower if level == "lower" else self.upper
+        optimizer, scheduler = self.optimizers[level], self.schedulers[level]
+        norm = float(tree.norm(gradient))
+        if distributed.agree(not (abs(loss) < float("inf") and norm < float("inf"))):
+            raise NonFiniteError(
+                f"{level} step {self.steps[level] + 1} (alternation {self.alternation + 1}): loss {loss}, gradient norm "
+                f"{norm}; no variable was changed. Lower the learning rate, or check the data of this batch"
+            )
+        if self.max_grad_norm is not None and norm > self.max_grad_norm:
+            gradient = tree.scale(self.max_grad_norm / norm, gradient)
+        for name, variable in variables.items():
+            variable.grad = gradient[name]
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if scheduler is not None:
+            scheduler.step()
+        self.steps[level] += 1
+        return {"event": level, "step": self.steps[level], "loss": loss, "lr": float(rate), "grad_norm": norm}
+
+    @torch.no_grad()
+    def _adapt(self) -> None:
+        for upper_name, lower_name in self.adaptation_pairs.items():
+            self.upper[upper_name].lerp_(self.lower[lower_name], self.schedule.adaptation_strength)
+        self._emit({"event": "adaptation", "step": self.steps["lower"], "strength": self.schedule.adaptation_strength})
+
+    @torch.no_grad()
+    def _reset_lower(self) -> None:
+        start = self.problem.reset_lower(self.upper)
+        if start is None:
+            return
+        for name, value in start.items():
+            self.lower[name].copy_(value)
+        self.optimizers["lower"].state.clear()
+
+    def _emit(self, record: Record) -> None:
+        record = {"alternation": max(self.alternation, 1) if record["event"] == "alternation" else self.alternation + 1, **record}
+        for callback in self.callbacks:
+            callback.on_event(self, record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs; taken between two alternations."""
+        return {
+            "alternation": self.alternation,
+            "steps": dict(self.steps),
+            "failures": dict(self.failures),
+            "upper": {name: leaf.detach().clone() for name, leaf in self.upper.items()},
+            "lower": {name: leaf.detach().clone() for name, leaf in self.lower.items()},
+            "optimizers": {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()},
+            "schedulers": {level: s.state_dict() for level, s in self.schedulers.items() if s is not None},
+            "data": {level: source.state_dict() for level, source in self.data.items()},
+            "problem": self.problem.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "random": random_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of a trainer that was made with the same arguments.
+
+        Raises:
+            ValueError: the state has other variables than this trainer.
+        """
+        for level, variables in (("upper", self.upper), ("lower", self.lower)):
+            saved = state[level]
+            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in variables.items()}:
+                raise ValueError(f"{level}: the state's variables have other names or shapes than this trainer's")
+            for name, leaf in variables.items():
+                leaf.copy_(saved[name])
+            self.optimizers[level].load_state_dict(state["optimizers"][level])
+            scheduler = self.schedulers[level]
+            if scheduler is not None:
+                scheduler.load_state_dict(state["schedulers"][level])
+            self.data[level].load_state_dict(state["data"][level])
+        self.problem.load_state_dict(state["problem"])
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(saved)
+        self.alternation, self.steps = state["alternation"], dict(state["steps"])
+        self.failures = Counter(state["failures"])
+        set_random_state(state["random"])
+
+    def _check(self) -> None:
+        for level, variables in (("upper", self.upper), ("lower", self.lower)):
+            tree.check_params(level, variables)
+            held = {id(p) for group in self.optimizers[level].param_groups for p in group["params"]}
+            missing = [name for name, leaf in variables.items() if id(leaf) not in held]
+            if missing or len(held) != len(variables):
+                raise ValueError(
+                    f"{level}_optimizer must hold exactly the {len(variables)} tensors of `{level}`; it holds {len(held)} "
+                    f"and misses {missing[:3]}. Build it from list({level}.values())"
+                )
+        if any(group.get("weight_decay", 0.0) for group in self.optimizers["lower"].param_groups):
+            warnings.warn(
+                "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
+                "and the hypergradient is that of the objective without it",
+                stacklevel=3,
+            )
+        if self.hessian_batches < 1:
+            raise ValueError(f"hessian_batches must be at least 1, got {self.hessian_batches}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
+        if self.schedule.adaptation_every is not None and not self.adaptation_pairs:
+            raise ValueError("the schedule adapts but adaptation_pairs is empty; pass {'upper name': 'lower name'}")
+        for upper_name, lower_name in self.adaptation_pairs.items():
+            if upper_name not in self.upper or lower_name not in self.lower:
+                raise ValueError(f"adaptation_pairs: no upper {upper_name!r} or no lower {lower_name!r}")
+            if self.upper[upper_name].shape != self.lower[lower_name].shape:
+                raise ValueError(f"adaptation_pairs: {upper_name!r} and {lower_name!r} differ in shape")

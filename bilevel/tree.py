@@ -1,0 +1,147 @@
+"""Arithmetic on `Params`: a dictionary of tensors treated as one vector.
+
+Functions return new dictionaries and never write to their arguments. Both arguments of a binary operation must have the
+same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
+
+Scalar = float | Tensor | Mapping[str, Tensor]
+"""One coefficient for the whole tree, or one per leaf (layer-wise methods)."""
+
+
+def zeros_like(x: Params) -> Params:
+    """Zeros with the shapes, dtypes and devices of `x`."""
+    return {name: torch.zeros_like(leaf) for name, leaf in x.items()}
+
+
+def axpy(alpha: Scalar, x: Params, y: Params) -> Params:
+    """``alpha * x + y``; `alpha` is a number, a 0-d tensor or one 0-d tensor per leaf."""
+    if not x:
+        return {}
+    scaled = scale(alpha, x)
+    return dict(zip(x, torch._foreach_add(list(scaled.values()), _values(y, x)), strict=True))
+
+
+def scale(alpha: Scalar, x: Params) -> Params:
+    """``alpha * x``; `alpha` as in `axpy`."""
+    if not x:
+        return {}
+    leaves = list(x.values())
+    if isinstance(alpha, Mapping):
+        return dict(zip(x, torch._foreach_mul(leaves, [alpha[name] for name in x]), strict=True))
+    if isinstance(alpha, Tensor):
+        return {name: leaf * alpha for name, leaf in x.items()}
+    return dict(zip(x, torch._foreach_mul(leaves, alpha), strict=True))
+
+
+def add(x: Params, y: Params) -> Params:
+    """``x + y``."""
+    return dict(zip(x, torch._foreach_add(list(x.values()), _values(y, x)), strict=True)) if x else {}
+
+
+def sub(x: Params, y: Params) -> Params:
+    """``x - y``."""
+    return dict(zip(x, torch._foreach_sub(list(x.values()), _values(y, x)), strict=True)) if x else {}
+
+
+def leaf_dots(x: Params, y: Params) -> Params:
+    """Inner product of each pair of leaves, as 0-d tensors."""
+    return {name: torch.dot(leaf.reshape(-1), y[name].reshape(-1)) for name, leaf in x.items()}
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """Inner product over all leaves, 0-d; an empty tree gives 0."""
+    if not x:
+        return torch.zeros(())
+    return torch.stack(list(leaf_dots(x, y).values())).sum()
+
+
+def norm(x: Params) -> Tensor:
+    """Euclidean norm over all leaves, 0-d."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values())))) if x else torch.zeros(())
+
+
+def all_finite(x: Params) -> bool:
+    """Whether no leaf holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in x.values())
+
+
+def size(x: Params) -> int:
+    """Number of entries over all leaves."""
+    return sum(leaf.numel() for leaf in x.values())
+
+
+def flatten(x: Params) -> Tensor:
+    """All leaves as one vector, in the order of insertion."""
+    return torch.cat([leaf.reshape(-1) for leaf in x.values()]) if x else torch.zeros(0)
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """Inverse of `flatten` for the shapes of `like`."""
+    parts = torch.split(vector, [leaf.numel() for leaf in like.values()])
+    return {name: part.reshape(leaf.shape) for (name, leaf), part in zip(like.items(), parts, strict=True)}
+
+
+def detach(x: Params) -> Params:
+    """The same storage without autograd history."""
+    return {name: leaf.detach() for name, leaf in x.items()}
+
+
+def as_variables(x: Params) -> Params:
+    """The same storage as fresh leaf tensors that require gradients."""
+    return {name: leaf.detach().requires_grad_() for name, leaf in x.items()}
+
+
+def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> Params:
+    """Gradient of a 0-d `loss`; variables that the loss does not use get zeros."""
+    if not wrt:
+        return {}
+    if not loss.requires_grad:
+        return zeros_like(wrt)
+    values = torch.autograd.grad(
+        loss,
+        list(wrt.values()),
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(wrt, values, strict=True))
+
+
+def tensors_in(batch: object) -> Iterator[Tensor]:
+    """Every tensor inside nested dictionaries, lists, tuples and dataclasses, in a fixed order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            yield from tensors_in(item)
+    elif isinstance(batch, (list, tuple)):
+        for item in batch:
+            yield from tensors_in(item)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from tensors_in(getattr(batch, field.name))
+
+
+def check_params(argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is a dictionary of named floating-point tensors."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
+    for name, leaf in value.items():
+        if not isinstance(name, str) or not isinstance(leaf, Tensor):
+            raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
+        if not leaf.is_floating_point():
+            raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
+
+
+def _values(x: Params, order: Iterable[str]) -> list[Tensor]:
+    return [x[name] for name in order]
