@@ -41,8 +41,9 @@ class BatchStack(BatchSource):
     """Batches drawn without replacement from shuffled points (BiSSL, section 3.3 and Algorithm 1).
 
     The stack is reshuffled at the start of a stage, and only if fewer batches remain than the stage takes. Where the
-    points cannot give that many batches at all, it is instead reshuffled whenever fewer points than one batch remain,
-    so that every stage gets all its batches. Order and random state are functions of (seed, shuffle, position) alone.
+    points cannot give that many full batches at all, it is instead reshuffled whenever fewer points than one batch
+    remain, so that every stage gets all its batches. Order and random state are functions of (seed, shuffle, position)
+    alone.
 
     Args:
         size: number of points.
@@ -71,7 +72,7 @@ class BatchStack(BatchSource):
         return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
 
     def begin_stage(self, steps: int) -> None:
-        self._scarce = len(self) < steps
+        self._scarce = self.size // self.batch_size < steps
         if not self._scarce and len(self) - self._cursor < steps:
             self._reshuffle()
 
@@ -85,14 +86,22 @@ class BatchStack(BatchSource):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "seed": self.seed, "shuffle": self._shuffle, "cursor": self._cursor, "scarce": self._scarce}
+        return {
+            "size": self.size,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self._shuffle,
+            "cursor": self._cursor,
+            "scarce": self._scarce,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if (state["size"], state["seed"]) != (self.size, self.seed):
-            raise ValueError(
-                f"BatchStack: the state is of {state['size']} points with seed {state['seed']}, this stack has "
-                f"{self.size} points with seed {self.seed}; resume with the same data and seed"
-            )
+        for name, own in (("size", self.size), ("batch_size", self.batch_size), ("seed", self.seed)):
+            if state[name] != own:
+                raise ValueError(
+                    f"BatchStack: the state has {name}={state[name]}, this stack {name}={own}; resume with the same "
+                    "data, batch size and seed"
+                )
         self._shuffle, self._cursor, self._scarce = state["shuffle"], state["cursor"], state["scarce"]
         self._order = self._permutation()
 

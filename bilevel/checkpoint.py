@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import tempfile
 import warnings
@@ -62,7 +63,8 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
     write_atomic(path, content)
     manifest = {"step": step, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_atomic(path.with_suffix(".json"), json.dumps(manifest).encode())
-    for old in _manifests(folder)[keep:]:
+    others = [manifest for manifest in _manifests(folder) if manifest.stem != path.stem]
+    for old in others[keep - 1 :]:
         old.unlink()
         old.with_suffix(".pt").unlink(missing_ok=True)
     return path
@@ -129,4 +131,8 @@ def _load_verified(manifest: Path) -> tuple[int, dict[str, Any]]:
         raise CheckpointError(f"{path.name} or its manifest cannot be read ({error})") from error
     if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
         raise CheckpointError(f"{path.name} is damaged: size or SHA-256 differ from its manifest")
-    return step, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        return step, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path.name} holds something else than tensors and plain values ({reason})") from error

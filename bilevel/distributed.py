@@ -46,7 +46,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        return _ReduceScatter.apply(grads[0])  # type: ignore[no-any-return]
+        return _ReduceScatter.apply(grads[0])
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        return _Gather.apply(grads[0])  # type: ignore[no-any-return]
+        return _Gather.apply(grads[0])
 
 
 def gather(x: Tensor) -> Tensor:
@@ -68,6 +68,19 @@ def gather(x: Tensor) -> Tensor:
 
     The gradient with respect to the local `x` is the sum over ranks of the slice's gradients. A loss that every rank
     computes on the gathered tensor is therefore counted world_size times in a sum over ranks, once in a mean.
-    Reverse mode only: under torch.func transforms torch refuses it, so use `ReverseOverReverse` there.
+    Every rank must bring the same shape.
+
+    Raises:
+        RuntimeError: called under a torch.func transform (`ForwardOverReverse`), which cannot see through a collective.
     """
-    return x if world_size() == 1 else _Gather.apply(x)  # type: ignore[no-any-return]
+    if world_size() == 1:
+        return x
+    try:
+        return _Gather.apply(x)
+    except RuntimeError as error:
+        if "functorch" not in str(error) and "setup_context" not in str(error):
+            raise
+        raise RuntimeError(
+            "gather cannot run under torch.func transforms, where its collective is invisible; use "
+            "hvp=ReverseOverReverse() for objectives that gather over ranks"
+        ) from error

@@ -7,7 +7,6 @@ Costs are in units of one plain gradient of L.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import final
 
 import torch
@@ -25,6 +24,7 @@ class Linearization(ABC):
 
     def __init__(self, objective: Objective, upper: Params, lower: Params) -> None:
         self.objective, self.upper, self.lower = objective, upper, lower
+        self._gradient: Params | None = None
 
     @abstractmethod
     def hessian(self, vector: Params) -> Params:
@@ -34,21 +34,24 @@ class Linearization(ABC):
     def cross(self, vector: Params, upper: Params) -> Params:
         """``(d2L/dxdy) w = d/dx <dL/dy, w>``, over the upper variables, at the upper values given."""
 
-    @cached_property
-    @torch.enable_grad()
     def gradient(self) -> Params:
-        """dL/dy at the point."""
-        return _gradient(self.objective, self.upper, self.lower)
+        """dL/dy at the point; computed once, and for nothing where a product has met it on its way."""
+        if self._gradient is None:
+            self._gradient = self.gradient_at(self.upper)
+        return self._gradient
 
-    @cached_property
-    @torch.enable_grad()
+    def gradient_at(self, upper: Params) -> Params:
+        """dL/dy at other upper values."""
+        return _gradient(self.objective, upper, self.lower)
+
     def uses_upper(self) -> bool:
         """Whether L reaches any upper variable at all (decided on the graph of one forward pass)."""
-        x = tree.as_variables(self.upper)
-        loss = self.objective(x, tree.detach(self.lower))
-        if not x or not loss.requires_grad:
-            return False
-        return any(g is not None for g in torch.autograd.grad(loss, list(x.values()), allow_unused=True))
+        with torch.enable_grad():
+            x = tree.as_variables(self.upper)
+            loss = self.objective(x, tree.detach(self.lower))
+            if not x or not loss.requires_grad:
+                return False
+            return any(g is not None for g in torch.autograd.grad(loss, list(x.values()), allow_unused=True))
 
 
 class HVPProvider(ABC):
@@ -117,7 +120,9 @@ class FiniteDifference(HVPProvider):
 
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
-            raise ValueError(f"FiniteDifference: step must be positive, got {self.step}; leave it out for an automatic one")
+            raise ValueError(
+                f"FiniteDifference: step must be positive, got {self.step}; leave it out for an automatic one"
+            )
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         return _Difference(objective, upper, lower, step=self.step, central=self.central)
@@ -135,7 +140,7 @@ class _Reverse(Linearization):
             return self._graph
         y = tree.as_variables(self.lower)
         g = tree.gradients(self.objective(tree.detach(self.upper), y), y, create_graph=True)
-        self.__dict__.setdefault("gradient", tree.detach(g))
+        self._gradient = tree.detach(g)
         if self.keep_graph:
             self._graph = y, g
         return y, g
@@ -156,19 +161,19 @@ class _Forward(Linearization):
     @torch.enable_grad()
     def hessian(self, vector: Params) -> Params:
         upper = tree.detach(self.upper)
-        gradient = torch.func.grad(lambda y: self.objective(upper, y))
-        value, product = torch.func.jvp(gradient, (tree.detach(self.lower),), (vector,))
-        self.__dict__.setdefault("gradient", value)
+        self._gradient, product = self._derivative(torch.func.grad(lambda y: self.objective(upper, y)), vector)
         return product
 
     @torch.enable_grad()
     def cross(self, vector: Params, upper: Params) -> Params:
         x = tree.detach(upper)
+        return self._derivative(lambda y: torch.func.grad(lambda z: self.objective(z, y))(x), vector)[1]
 
-        def gradient(y: Params) -> Params:
-            return torch.func.grad(lambda z: self.objective(z, y))(x)
-
-        return torch.func.jvp(gradient, (tree.detach(self.lower),), (vector,))[1]
+    def _derivative(self, gradient: Callable[[Params], Params], vector: Params) -> tuple[Params, Params]:
+        """A gradient as a function of y, and its directional derivative, at the point."""
+        y = tree.detach(self.lower)
+        value, product, *_ = torch.func.jvp(gradient, (y,), ({name: vector[name] for name in y},))
+        return value, product
 
 
 class _Difference(Linearization):
@@ -180,7 +185,7 @@ class _Difference(Linearization):
 
     @torch.enable_grad()
     def hessian(self, vector: Params) -> Params:
-        base = None if self.central else self.gradient
+        base = None if self.central else self.gradient()
         return self._difference(lambda y: _gradient(self.objective, self.upper, y), vector, base)
 
     @torch.enable_grad()
@@ -193,20 +198,24 @@ class _Difference(Linearization):
         return self._difference(upper_gradient, vector, base)
 
     def _difference(self, function: Callable[[Params], Params], vector: Params, base: Params | None) -> Params:
-        length = float(tree.norm(vector))
         y = tree.detach(self.lower)
-        if length == 0.0:
+        # Through a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
+        magnitude = tree.power_of_two(vector)
+        if magnitude == 0.0:
             return tree.zeros_like(function(y))
+        direction = tree.scale(1.0 / magnitude, vector)
+        length = float(tree.norm(direction))
         rounding = max(torch.finfo(leaf.dtype).eps for leaf in y.values())
         automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + float(tree.norm(y)))
         epsilon = (self.step or automatic) / length
-        ahead = function(tree.axpy(epsilon, vector, y))
+        ahead = function(tree.axpy(epsilon, direction, y))
         if base is not None:
-            return tree.scale(1.0 / epsilon, tree.sub(ahead, base))
-        behind = function(tree.axpy(-epsilon, vector, y))
-        return tree.scale(0.5 / epsilon, tree.sub(ahead, behind))
+            return tree.scale(magnitude / epsilon, tree.sub(ahead, base))
+        behind = function(tree.axpy(-epsilon, direction, y))
+        return tree.scale(0.5 * magnitude / epsilon, tree.sub(ahead, behind))
 
 
+@torch.enable_grad()
 def _gradient(objective: Objective, upper: Params, lower: Params) -> Params:
     y = tree.as_variables(lower)
     return tree.gradients(objective(tree.detach(upper), y), y)

@@ -124,14 +124,14 @@ def hypergradient(
     direct, v = _untagged("x", both), _untagged("y", both)
     solution = system.solve(v, x0=x0)
     _report(solution, on_failure)
-    implicit_part = tree.scale(-1.0, system.cross(solution.value))
+    implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     return Hypergradient(
         grad=tree.add(direct, implicit_part),
         direct=direct,
         implicit=implicit_part,
         loss=distributed.mean_over_ranks({"loss": loss.detach()})["loss"],
         solution=solution,
-        stationarity=system.stationarity(),
+        stationarity=system.stationarity(upper),
     )
 
 

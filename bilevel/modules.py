@@ -19,9 +19,10 @@ _NORM_LAYERS = (
 )
 
 _CHECKPOINT_REMEDY = (
-    "saved-tensor hooks (activation checkpointing, offloading) cannot run inside a hypergradient's passes: a recomputed "
-    "forward would read the module's own parameters instead of those it was called with. Switch checkpointing off in "
-    "the objectives, and use ReverseOverReverse(keep_graph=False) or fewer, smaller batches to save memory"
+    "saved-tensor hooks (activation checkpointing, offloading) cannot run inside a hypergradient's passes: a "
+    "recomputed forward would read the module's own parameters instead of those it was called with. Switch "
+    "checkpointing off in the objectives, and use ReverseOverReverse(keep_graph=False) or fewer, "
+    "smaller batches to save memory"
 )
 
 
@@ -67,20 +68,21 @@ def functional_call(
     """
     curvature = _in_curvature_pass.get()
     _refuse_wrappers(module, curvature)
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    unknown = [name for name in params if name not in known]
-    unknown = [name for name in unknown if name not in dict(module.named_buffers(remove_duplicate=False))]
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    unknown = [name for name in params if name not in parameters and name not in buffers]
     if unknown:
         raise ValueError(
             f"functional_call: {type(module).__name__} has no parameter or buffer named {unknown[0]!r} "
-            f"({len(unknown)} such names); it has {sorted(known)[:5]}..."
+            f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
         )
     keywords = dict(kwargs) if kwargs else None
     if not curvature:
         return torch.func.functional_call(module, dict(params), args, keywords)
     with _without_running_statistics(module):
         copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
-        return torch.func.functional_call(module, {**copies, **params}, args, keywords)
+        given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
+        return torch.func.functional_call(module, {**copies, **given}, args, keywords)
 
 
 @contextmanager
@@ -109,8 +111,9 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
             )
         if not curvature:
             continue
-        # torch.compile's wrapper has no public type; it keeps the bare module as the child `_orig_mod`.
-        if "_orig_mod" in layer._modules:
+        # torch.compile's wrapper has no public type: it keeps the bare module as the child `_orig_mod`, and
+        # Module.compile() its call in `_compiled_call_impl`.
+        if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:
             raise TypeError(
                 "functional_call: a compiled module does not support double backward; pass the module from before "
                 "torch.compile in the objectives that a hypergradient differentiates"

@@ -75,14 +75,18 @@ def proximal(upper: Params, lower: Params, pairs: Mapping[str, str] | None = Non
         pairs: lower name -> upper name. By default every lower variable is paired with the upper one of its name.
 
     Raises:
-        KeyError: a name that is not there.
-        ValueError: no pair at all, or paired tensors of different shapes.
+        ValueError: a name that is not there, no pair at all, or paired tensors of different shapes.
     """
     pairs = {name: name for name in lower} if pairs is None else pairs
     if not pairs:
         raise ValueError("proximal: no pairs of (lower, upper) variables; pass pairs={'lower name': 'upper name'}")
     terms = []
     for lower_name, upper_name in pairs.items():
+        if lower_name not in lower or upper_name not in upper:
+            raise ValueError(
+                f"proximal: no lower {lower_name!r} or no upper {upper_name!r}; pass pairs={{'lower name': "
+                f"'upper name'}} of the lower names {list(lower)} and the upper names {list(upper)}"
+            )
         a, b = lower[lower_name], upper[upper_name]
         if a.shape != b.shape:
             raise ValueError(

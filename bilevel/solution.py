@@ -12,17 +12,20 @@ class Status(Enum):
     CONVERGED = "converged: the relative residual is at or below rtol"
     BUDGET = "budget: the fixed number of iterations that was asked for was made (rtol=None)"
     NOT_CONVERGED = (
-        "not converged: the residual is above rtol after max_iterations; raise max_iterations or rtol, or damp the system"
+        "not converged: the residual is above rtol after max_iterations or at the rounding level; raise max_iterations "
+        "or rtol, or damp the system"
     )
     NEGATIVE_CURVATURE = (
         "negative curvature: a direction with d'Ad <= 0 was met, so A is not positive definite and the best iterate "
         "before it was kept; raise damping or shift, train the lower level further, or use MINRES"
     )
     DIVERGED = (
-        "diverged: the residual grew and the best iterate was kept; raise damping or shift, or give Neumann a smaller scale"
+        "diverged: the residual grew and the best iterate was kept; raise damping or shift, or give Neumann a smaller "
+        "scale"
     )
     NON_FINITE = (
-        "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step sizes"
+        "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step "
+        "sizes"
     )
     INCONSISTENT = (
         "inconsistent: A is singular and the right-hand side is not in its range, so there is no solution; add damping "

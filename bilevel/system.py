@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
-from bilevel.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
+from bilevel.hvp import HVPProvider, Objective, ReverseOverReverse
 from bilevel.modules import curvature_pass
-from bilevel.operators import FunctionOperator, LinearOperator, MeanOperator, ScaledOperator, ShiftedOperator, SumOperator
+from bilevel.operators import (
+    FunctionOperator,
+    LinearOperator,
+    MeanOperator,
+    ScaledOperator,
+    ShiftedOperator,
+    SumOperator,
+)
 from bilevel.problem import Problem
 from bilevel.solution import Solution
 from bilevel.solvers import CG, Solver
@@ -52,7 +60,11 @@ class System:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
         self.lower_batches = tuple(lower_batches)
         self.solver, self.hvp, self.damping, self.shift, self.implicit = solver, hvp, damping, shift, implicit
-        self.regularized = problem.regularizer(upper, lower) is not None
+        self._seed = int(torch.randint(2**31 - 1, ()))
+        # The whole of the lower variables, so that objectives meet them in their own order.
+        self._all = tree.detach(lower)
+        point = self.variables(lower)
+        self.regularized = self._regularizer(tree.detach(upper), point) is not None
         if not self.regularized and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
@@ -61,11 +73,8 @@ class System:
         total = problem.regularization_weight + damping
         self.regularized = self.regularized and total > 0.0
         self.weight = total if self.regularized else 1.0
-        self._fixed = {n: t.detach() for n, t in lower.items() if n not in implicit}
-        seed = int(torch.randint(2**31 - 1, ()))
-        point = self.variables(lower)
         self._losses = [
-            hvp.linearize(self._objective(batch, seed + k), self.upper, point)
+            hvp.linearize(self._objective(batch, self._seed + k), self.upper, point)
             for k, batch in enumerate(self.lower_batches)
         ]
         self.operator = self._build_operator(point)
@@ -78,37 +87,45 @@ class System:
         return {name: lower[name].detach() for name in self.implicit}
 
     def solve(self, b: Params, *, x0: Params | None = None) -> Solution:
-        """Solve A x = b with the system's solver and state.
+        """Solve A x = b with the system's solver and state; b is over the implicit variables.
 
         Raises:
             StaleSystemError: something the system was built from has changed.
+            ValueError: a b with other names or shapes than the implicit variables.
         """
         self.check_fresh()
+        if {n: t.shape for n, t in b.items()} != {n: self.lower[n].shape for n in self.implicit}:
+            raise ValueError(
+                f"b must have the names and shapes of the implicit variables {list(self.implicit)}, got {list(b)}"
+            )
+        b = {name: b[name] for name in self.implicit}
         return self.solver.solve(self.operator, b, x0=x0, state=self.state)
 
-    def cross(self, x: Params) -> Params:
-        """``(d2G/dxdy) x / c`` over the upper variables, at their current values."""
-        upper = tree.detach(self.upper)
-        if self._losses[0].uses_upper:
-            loss_part = MeanOperator([FunctionOperator(lambda v, loss=loss: loss.cross(v, upper)) for loss in self._losses])
+    def cross(self, x: Params, upper: Params | None = None) -> Params:
+        """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
+        point = tree.detach(self.upper if upper is None else upper)
+        if self._loss_uses_upper:
+            loss_part = MeanOperator(
+                [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
+            )
             total = tree.scale(1.0 / self.weight, loss_part(x))
         else:
-            total = tree.zeros_like(upper)
+            total = tree.zeros_like(point)
         if self.regularized:
-            point = self.variables(self.lower)
             # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
-            exact = ReverseOverReverse().linearize(self._regularizer, upper, point)
-            total = tree.add(exact.cross(x, upper), total)
+            exact = ReverseOverReverse().linearize(self._penalty, point, self.variables(self.lower))
+            total = tree.add(exact.cross(x, point), total)
         return total
 
-    def stationarity(self) -> float:
-        """Norm of the lower gradient dG/dy over the implicit variables, with the undamped regularization weight."""
-        gradient = self._loss_gradient()
+    def stationarity(self, upper: Params | None = None) -> float:
+        """Norm of dG/dy over the implicit variables, with the undamped regularization weight; `upper` as in `cross`."""
+        upper = tree.detach(self.upper if upper is None else upper)
+        gradient = self._loss_gradient(upper)
         weight = self.problem.regularization_weight
         if self.regularized and weight > 0.0:
             y = tree.as_variables(self.variables(self.lower))
             with torch.enable_grad():
-                value = self._regularizer(tree.detach(self.upper), y)
+                value = self._penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
         return float(tree.norm(gradient))
 
@@ -120,16 +137,30 @@ class System:
         """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums.
 
         Args:
-            upper, lower: variables about to be used with the system; they must be the ones it was built from.
+            upper, lower: variables about to be used with the system; they must be the ones it was built from, but for
+                upper ones that the curvature does not depend on, which may be others of the same names and shapes.
         """
         if self._invalidated:
             raise StaleSystemError("the system was invalidated; call linearize again")
         for argument, given, own in (("upper", upper, self.upper), ("lower", lower, self.lower)):
-            if given is not None and (given.keys() != own.keys() or any(given[n] is not own[n] for n in own)):
+            if given is None:
+                continue
+            if argument == "upper" and not self.problem.curvature_depends_on_upper:
+                same = {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in own.items()}
+            else:
+                same = given.keys() == own.keys() and all(given[n] is own[n] for n in own)
+            if not same:
                 raise StaleSystemError(
                     f"{argument}: not the tensors that the system was built from; call linearize again for these"
                 )
-        for old, new in zip(self._marks, self._fingerprint(), strict=True):
+        marks = self._fingerprint()
+        if [mark.name for mark in marks] != [mark.name for mark in self._marks]:
+            raise StaleSystemError(
+                "lower_batches: tensors were added or taken away after linearize; call linearize again"
+            )
+        for old, new in zip(self._marks, marks, strict=True):
+            if old.identity != new.identity:
+                raise StaleSystemError(f"{new.name} is another tensor than at linearize; call linearize again")
             if old != new:
                 raise StaleSystemError(
                     f"{new.name} changed after linearize (version {old.version} -> {new.version}, checksum "
@@ -139,38 +170,49 @@ class System:
     def _objective(self, batch: Any, seed: int) -> Objective:
         def objective(upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed):
-                loss = self.problem.lower_objective(upper, {**self._fixed, **variables}, batch)
+                loss = self.problem.lower_objective(upper, {**self._all, **variables}, batch)
             return check_scalar("lower_objective", loss)
 
         return objective
 
-    def _regularizer(self, upper: Params, variables: Params) -> Tensor:
-        value = self.problem.regularizer(upper, {**self._fixed, **variables})
-        return check_scalar("regularizer", value)
+    def _regularizer(self, upper: Params, variables: Params) -> Tensor | None:
+        with curvature_pass(self._seed):
+            return self.problem.regularizer(upper, {**self._all, **variables})
+
+    def _penalty(self, upper: Params, variables: Params) -> Tensor:
+        return check_scalar("regularizer", self._regularizer(upper, variables))
+
+    @cached_property
+    def _loss_uses_upper(self) -> bool:
+        """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
+        return self.operator.agree(any(loss.uses_upper() for loss in self._losses))
 
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
         if self.regularized:
-            exact = ReverseOverReverse().linearize(self._regularizer, self.upper, point)
+            exact = ReverseOverReverse().linearize(self._penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
         if isinstance(self.shift, Mapping) or self.shift != 0.0:
             operator = ShiftedOperator(operator, self.shift)
         return operator
 
-    def _loss_gradient(self) -> Params:
-        total: Params = self._losses[0].gradient
-        for loss in self._losses[1:]:
-            total = tree.add(total, loss.gradient)
+    def _loss_gradient(self, upper: Params) -> Params:
+        moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
+        gradients = [loss.gradient_at(upper) if moved else loss.gradient() for loss in self._losses]
+        total = reduce(tree.add, gradients)
         return distributed.mean_over_ranks(tree.scale(1.0 / len(self._losses), total))
 
     def _fingerprint(self) -> list["_Mark"]:
-        marks = [_Mark.of(f"lower[{n!r}]", t) for n, t in self.lower.items()]
+        named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
         if self.problem.curvature_depends_on_upper:
-            marks += [_Mark.of(f"upper[{n!r}]", t) for n, t in self.upper.items()]
+            named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
         for k, batch in enumerate(self.lower_batches):
-            marks += [_Mark.of(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
-        return marks
+            named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
+        sums = _checksums([t for _, t in named])
+        versions = [-1 if t.is_inference() else t._version for _, t in named]
+        rows = zip(named, versions, sums, strict=True)
+        return [_Mark(name, id(tensor), version, checksum) for (name, tensor), version, checksum in rows]
 
 
 @dataclass(frozen=True)
@@ -182,12 +224,27 @@ class _Mark:
     version: int
     checksum: str
 
-    @staticmethod
-    def of(name: str, tensor: Tensor) -> "_Mark":
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-        # As text, so that a NaN equals itself.
-        return _Mark(name, id(tensor), tensor._version, float.hex(float(sample.to(torch.float64).sum())))
+
+def _checksums(tensors: Sequence[Tensor]) -> list[str]:
+    """Sums over samples, read back once a device; as text, so that a NaN equals itself."""
+    sums: dict[int, str] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        values = torch.stack([_sample_sum(tensors[index]) for index in here]).tolist()
+        sums.update(zip(here, map(float.hex, values), strict=True))
+    return [sums[index] for index in range(len(tensors))]
+
+
+def _sample_sum(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    # In the order of memory, so that flattening a channels-last batch copies nothing.
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    flat = tensor.permute(order).reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float64).sum()
 
 
 def linearize(
@@ -233,13 +290,13 @@ def linearize(
     tree.check_params("lower", lower)
     if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
         raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; for one batch pass [batch]"
+            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
+            "for a single one"
         )
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower objective is the mean over at least one batch")
     _check_number("damping", damping)
-    if problem.regularization_weight < 0.0:
-        raise ValueError(f"regularization_weight must be >= 0, got {problem.regularization_weight}")
+    _check_number("regularization_weight", problem.regularization_weight)
     names = _implicit_names(problem, lower, implicit)
     if isinstance(shift, Mapping):
         unknown = sorted(set(shift) - set(names))
@@ -267,14 +324,18 @@ def check_scalar(name: str, value: Tensor | None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must return a 0-d tensor, got {type(value).__name__}")
     if value.dim() != 0:
-        raise ValueError(f"{name} must return a 0-d tensor, got shape {tuple(value.shape)}; take the mean over the batch")
+        raise ValueError(
+            f"{name} must return a 0-d tensor, got shape {tuple(value.shape)}; take the mean over the batch"
+        )
     return value
 
 
 def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
     """Names of `lower` that `implicit` selects, in the order of `lower`."""
     if isinstance(implicit, str):
-        raise TypeError(f"implicit must be a sequence of names or a predicate, got the string {implicit!r}; pass [{implicit!r}]")
+        raise TypeError(
+            f"implicit must be a sequence of names or a predicate, got the string {implicit!r}; pass [{implicit!r}]"
+        )
     if callable(implicit):
         return tuple(name for name in lower if implicit(name))
     wanted = list(implicit)
@@ -291,6 +352,6 @@ def _implicit_names(problem: Problem, lower: Params, implicit: Implicit | None) 
     return names
 
 
-def _check_number(name: str, value: float) -> None:
+def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

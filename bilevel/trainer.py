@@ -1,10 +1,11 @@
 """The alternating loop: lower steps, adaptation, upper steps."""
 
+import copy
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
@@ -123,7 +124,7 @@ class Trainer:
 
     def _lower_stage(self) -> list[Any]:
         data, stored = self.data["lower"], []
-        data.begin_stage(self.schedule.lower_steps)
+        data.begin_stage(max(self.schedule.lower_steps, self.hessian_batches))
         for _ in range(self.schedule.lower_steps):
             batch = data.next()
             if len(stored) < self.hessian_batches:
@@ -189,8 +190,8 @@ class Trainer:
         norm = float(tree.norm(gradient))
         if distributed.agree(not (abs(loss) < float("inf") and norm < float("inf"))):
             raise NonFiniteError(
-                f"{level} step {self.steps[level] + 1} (alternation {self.alternation + 1}): loss {loss}, gradient norm "
-                f"{norm}; no variable was changed. Lower the learning rate, or check the data of this batch"
+                f"{level} step {self.steps[level] + 1} (alternation {self.alternation + 1}): loss {loss}, gradient "
+                f"norm {norm}; no variable was changed. Lower the learning rate, or check the data of this batch"
             )
         if self.max_grad_norm is not None and norm > self.max_grad_norm:
             gradient = tree.scale(self.max_grad_norm / norm, gradient)
@@ -220,7 +221,10 @@ class Trainer:
         self.optimizers["lower"].state.clear()
 
     def _emit(self, record: Record) -> None:
-        record = {"alternation": max(self.alternation, 1) if record["event"] == "alternation" else self.alternation + 1, **record}
+        record = {
+            "alternation": max(self.alternation, 1) if record["event"] == "alternation" else self.alternation + 1,
+            **record,
+        }
         for callback in self.callbacks:
             callback.on_event(self, record)
 
@@ -232,7 +236,9 @@ class Trainer:
             "failures": dict(self.failures),
             "upper": {name: leaf.detach().clone() for name, leaf in self.upper.items()},
             "lower": {name: leaf.detach().clone() for name, leaf in self.lower.items()},
-            "optimizers": {level: optimizer.state_dict() for level, optimizer in self.optimizers.items()},
+            "optimizers": {
+                level: copy.deepcopy(optimizer.state_dict()) for level, optimizer in self.optimizers.items()
+            },
             "schedulers": {level: s.state_dict() for level, s in self.schedulers.items() if s is not None},
             "data": {level: source.state_dict() for level, source in self.data.items()},
             "problem": self.problem.state_dict(),
@@ -245,15 +251,20 @@ class Trainer:
         """Continue from a `state_dict` of a trainer that was made with the same arguments.
 
         Raises:
-            ValueError: the state has other variables than this trainer.
+            ValueError: the state has other variables or another number of callbacks than this trainer.
         """
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise ValueError(
+                f"callbacks: the state is of {len(state['callbacks'])}, this trainer has {len(self.callbacks)}; resume "
+                "with the same callbacks in the same order"
+            )
         for level, variables in (("upper", self.upper), ("lower", self.lower)):
             saved = state[level]
             if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in variables.items()}:
                 raise ValueError(f"{level}: the state's variables have other names or shapes than this trainer's")
             for name, leaf in variables.items():
                 leaf.copy_(saved[name])
-            self.optimizers[level].load_state_dict(state["optimizers"][level])
+            self.optimizers[level].load_state_dict(copy.deepcopy(state["optimizers"][level]))
             scheduler = self.schedulers[level]
             if scheduler is not None:
                 scheduler.load_state_dict(state["schedulers"][level])
@@ -272,8 +283,8 @@ class Trainer:
             missing = [name for name, leaf in variables.items() if id(leaf) not in held]
             if missing or len(held) != len(variables):
                 raise ValueError(
-                    f"{level}_optimizer must hold exactly the {len(variables)} tensors of `{level}`; it holds {len(held)} "
-                    f"and misses {missing[:3]}. Build it from list({level}.values())"
+                    f"{level}_optimizer must hold exactly the {len(variables)} tensors of `{level}`; it holds "
+                    f"{len(held)} and misses {missing[:3]}. Build it from list({level}.values())"
                 )
         if any(group.get("weight_decay", 0.0) for group in self.optimizers["lower"].param_groups):
             warnings.warn(
@@ -281,8 +292,14 @@ class Trainer:
                 "and the hypergradient is that of the objective without it",
                 stacklevel=3,
             )
-        if self.hessian_batches < 1:
-            raise ValueError(f"hessian_batches must be at least 1, got {self.hessian_batches}")
+        if (
+            isinstance(self.hessian_batches, bool)
+            or not isinstance(self.hessian_batches, int)
+            or self.hessian_batches < 1
+        ):
+            raise ValueError(f"hessian_batches must be a whole number of at least 1, got {self.hessian_batches!r}")
+        if self._on_failure not in get_args(OnFailure):
+            raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {self._on_failure!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
         if self.schedule.adaptation_every is not None and not self.adaptation_pairs:

@@ -4,6 +4,10 @@ Functions return new dictionaries and never write to their arguments. Both argum
 same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one.
 """
 
+# torch has no public name for its foreach operations.
+# pyright: reportPrivateImportUsage=false
+
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 
@@ -69,9 +73,26 @@ def norm(x: Params) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values())))) if x else torch.zeros(())
 
 
+def power_of_two(x: Params) -> float:
+    """The power of two at or next below ``||x||``, for finite x; 0 where x = 0.
+
+    Division by it is exact, and the squares of the quotient neither over- nor underflow. It is kept where both it and
+    its inverse are normal numbers of every leaf's dtype, so that subnormal x may come out shorter than 1 and x near
+    the largest number longer than 2.
+    """
+    leaves = [leaf for leaf in x.values() if leaf.numel()]
+    largest = float(torch.stack(torch._foreach_norm(leaves, math.inf)).max()) if leaves else 0.0
+    if largest == 0.0:
+        return 0.0
+    limit = min(math.frexp(torch.finfo(leaf.dtype).max)[1] for leaf in leaves) - 2
+    coarse = min(max(math.frexp(largest)[1], -limit), limit)
+    fine = coarse + math.frexp(float(norm(scale(2.0**-coarse, x))))[1] - 1
+    return 2.0 ** min(max(fine, -limit), limit)
+
+
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    return all(bool(torch.isfinite(leaf).all()) for leaf in x.values())
+    return not x or bool(torch.stack([torch.isfinite(leaf).all() for leaf in x.values()]).all())
 
 
 def size(x: Params) -> int:
@@ -85,9 +106,10 @@ def flatten(x: Params) -> Tensor:
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
-    """Inverse of `flatten` for the shapes of `like`."""
+    """Inverse of `flatten` for the shapes and dtypes of `like`."""
     parts = torch.split(vector, [leaf.numel() for leaf in like.values()])
-    return {name: part.reshape(leaf.shape) for (name, leaf), part in zip(like.items(), parts, strict=True)}
+    pairs = zip(like.items(), parts, strict=True)
+    return {name: part.reshape(leaf.shape).to(leaf.dtype) for (name, leaf), part in pairs}
 
 
 def detach(x: Params) -> Params:

@@ -17,7 +17,8 @@ from bilevel.tree import Params
 class Solver(ABC):
     """Solves A x = b for a symmetric operator A. A solver is a frozen set of options and holds no state of its own.
 
-    Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1/2 and 2.
+    Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1 and 2 (up to the
+    extremes that `tree.power_of_two` names).
     """
 
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
@@ -37,12 +38,13 @@ class Solver(ABC):
         Args:
             operator: A, or a function that computes products with it.
             b: right-hand side.
-            x0: first iterate; zero if None. `Dense` and `Identity` have no use for it.
+            x0: first iterate, with the names and shapes of b; zero if None. `Dense` and `Identity` have no use for it.
             state: what `prepare` returned for this operator; None makes a fresh one.
 
         Returns:
-            A `Solution`. b = 0 gives 0 and CONVERGED; a b that is not finite is given back with NON_FINITE. After a
-            breakdown the best iterate is kept; at the first step that is b itself, never 0.
+            A `Solution`. b = 0 gives 0 and CONVERGED; a b that is not finite, or whose solution is beyond the dtype's
+            range, is given back with NON_FINITE. After a breakdown the best iterate is kept; at the first step that
+            is x0 or, without one, b itself, never 0.
 
         Raises:
             TypeError: an operator that cannot be called, or a b or x0 that is not Params.
@@ -54,17 +56,23 @@ class Solver(ABC):
             _check_start(x0, b)
         b = tree.detach(b)
         if operator.agree(not tree.all_finite(b)):
-            return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, 0, None, math.nan, math.nan)
-        scale = _power_of_two(b)
+            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
+        scale = tree.power_of_two(b)
         if scale == 0.0:
             return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
         unit = tree.scale(1.0 / scale, b)
-        start = None if x0 is None else tree.scale(1.0 / scale, tree.detach(x0))
+        start = None if x0 is None else {name: x0[name].detach() / scale for name in b}
         state = self.prepare(operator) if state is None else state
         with torch.no_grad():
             solution = self._solve(operator, unit, start, state)
+            if solution.value is unit:
+                # Bit for bit, also where entries far below the largest do not survive the scaling.
+                return replace(solution, value=b)
+            value = tree.scale(scale, solution.value)
+            if not tree.all_finite(value):
+                return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
             departure, cosine = _compare(solution.value, unit)
-        return replace(solution, value=tree.scale(scale, solution.value), departure=departure, cosine=cosine)
+        return replace(solution, value=value, departure=departure, cosine=cosine)
 
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
@@ -81,6 +89,11 @@ def rounding_unit(x: Params) -> float:
     return max(torch.finfo(leaf.dtype).eps for leaf in x.values())
 
 
+def product_error(operator: LinearOperator, x: Params) -> float:
+    """Relative error to expect in a product: eps, or ``eps^(2/3)`` for central differences."""
+    return rounding_unit(x) if operator.exact else rounding_unit(x) ** (2 / 3)
+
+
 def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> None:
     """Raise ValueError unless the budget is a positive whole number and rtol a non-negative number or None."""
     if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
@@ -89,31 +102,30 @@ def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> No
         raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
 
 
-def classify_curvature(curvature: float, gain: float, scale: float, rounding: float) -> Status | None:
-    """What a direction d says about A, or None if ``d'Ad > eps d'd``.
+def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
+    """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+    return rounding * (1.0 + operator_norm * float(tree.norm(x)) / norm_b)
+
+
+def classify_curvature(curvature: float, gain: float, scale: float, error: float) -> Status | None:
+    """What a direction d says about A, or None if ``d'Ad > 4 error ||A|| d'd``.
 
     Args:
         curvature: ``d'Ad / d'd``.
         gain: ``||A d|| / ||d||``.
         scale: the largest gain met so far, an estimate of ``||A||`` from below.
-        rounding: the dtype's epsilon.
+        error: of products, as `product_error`.
     """
     if not (math.isfinite(curvature) and math.isfinite(gain)):
         return Status.NON_FINITE
-    if curvature > 4.0 * rounding * scale:
+    if curvature > 4.0 * error * scale:
         return None
-    # A semidefinite A has Ad = 0 wherever d'Ad = 0: then d is a null vector that b has a part along.
-    return Status.INCONSISTENT if gain <= math.sqrt(rounding) * scale or scale == 0.0 else Status.NEGATIVE_CURVATURE
+    # A semidefinite A has ||Ad||^2 <= ||A|| d'Ad: then d is, to rounding, a null vector that b has a part along.
+    return Status.INCONSISTENT if gain <= 4.0 * math.sqrt(error) * scale else Status.NEGATIVE_CURVATURE
 
 
-def _power_of_two(b: Params) -> float:
-    """The power of two nearest below ||b||, so that scaling by it is exact and squares neither over- nor underflow."""
-    largest = max((float(leaf.abs().max()) for leaf in b.values() if leaf.numel()), default=0.0)
-    if largest == 0.0:
-        return 0.0
-    coarse = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
-    length = coarse * float(tree.norm(tree.scale(1.0 / coarse, b)))
-    return 2.0 ** (math.frexp(length)[1] - 1) if length > 0.0 else coarse
+def _unmeasured(solution: Solution) -> tuple[float, float]:
+    return solution.residual_norms[0], math.nan
 
 
 def _compare(x: Params, b: Params) -> tuple[float, float]:

@@ -11,7 +11,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
-from bilevel.solvers.base import Solver, check_iterations, classify_curvature, residual, rounding_unit
+from bilevel.solvers.base import (
+    Solver,
+    attainable,
+    check_iterations,
+    classify_curvature,
+    product_error,
+    residual,
+    rounding_unit,
+)
 from bilevel.tree import Params
 
 
@@ -22,11 +30,12 @@ class CG(Solver):
 
     Args:
         max_iterations: at most this many iterations, one product each.
-        rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET), stopping
-            early only where the residual has reached the rounding level.
+        rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
+            solve ends early where the residual has reached the rounding level, below which no iteration helps.
         layerwise: take step lengths and conjugation coefficients per leaf while the product stays the full one. This
-            is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the
-            block-diagonal matrix of step lengths, which is biased unless A is block-diagonal.
+            is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it
+            converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the block-diagonal matrix of step lengths, which is
+            biased unless A is block-diagonal.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -45,50 +54,54 @@ class CG(Solver):
         check_iterations("CG", self.max_iterations, self.rtol)
 
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
-        return _Run(self, operator, b).from_start(x0)
+        return _Run(self, operator, b, x0).solve()
 
 
 class _Run:
     """One solve: the textbook's x, r, d and what must be known to report on them."""
 
-    def __init__(self, options: CG, operator: LinearOperator, b: Params) -> None:
-        self.options, self.operator, self.b = options, operator, b
+    def __init__(self, options: CG, operator: LinearOperator, b: Params, x0: Params | None) -> None:
+        self.options, self.operator, self.b, self.x0 = options, operator, b, x0
         self.norm_b = float(tree.norm(b))
-        self.rounding = rounding_unit(b)
+        self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
         self.iterations = self.products = 0
         self.min_curvature: float | None = None
         self.norm_a = 0.0
 
-    def from_start(self, x0: Params | None) -> Solution:
-        x = tree.zeros_like(self.b) if x0 is None else x0
-        r = self.b if x0 is None else self._residual(x0)
+    def solve(self) -> Solution:
+        x = tree.zeros_like(self.b) if self.x0 is None else self.x0
+        r = self.b if self.x0 is None else self._residual(x)
         start = relative = self._relative(r)
         if self.operator.agree(not math.isfinite(start)):
             return self._finish(Status.NON_FINITE, self.b, (start, math.nan))
         while True:
             x, relative, breakdown = self._iterate(x, r, relative, start)
-            no_step = breakdown is not None and self.iterations == 0 and x0 is None
+            no_step = breakdown is not None and self.iterations == 0 and self.x0 is None
             x = self.b if no_step else x
             if no_step or self._must_measure(x, relative):
                 r = self._residual(x)
                 relative = self._relative(r)
-            if breakdown is not None:
+            # Directions made of nothing but rounding errors have arbitrary curvature: no breakdown once x is as good
+            # as it can get.
+            settled = self.operator.exact and relative <= 10.0 * self._attainable(x)
+            if breakdown is not None and not (settled and breakdown is not Status.NON_FINITE):
                 return self._finish(breakdown, x, (start, relative))
-            stop = self._good_enough(relative) or self.iterations >= self.options.max_iterations
+            stop = settled or self._good_enough(relative) or self.iterations >= self.options.max_iterations
             if stop or self.options.layerwise or not math.isfinite(relative):
-                return self._finish(self._verdict(relative), x, (start, relative))
+                return self._finish(self._verdict(relative, settled), x, (start, relative))
 
     def _iterate(self, x: Params, r: Params, relative: float, start: float) -> tuple[Params, float, Status | None]:
         """Iterates from x with residual r; after a breakdown the iterate of smallest residual among those made."""
         d, rho = r, self._inner(r, r)
-        best, best_relative = x, math.inf if self.iterations == 0 else relative
+        # Zero, the start without an x0, is never kept as the best.
+        best, best_relative = x, math.inf if self.iterations == 0 and self.x0 is None else relative
         while self.iterations < self.options.max_iterations and not self._good_enough(relative):
             product = self.operator(d)
             self.products += 1
             dd = tree.dot(d, d)
             curvature, gain = torch.stack([tree.dot(d, product) / dd, tree.norm(product) / dd.sqrt()]).tolist()
             self.norm_a = max(self.norm_a, gain if math.isfinite(gain) else 0.0)
-            verdict = classify_curvature(curvature, gain, self.norm_a, self.rounding)
+            verdict = classify_curvature(curvature, gain, self.norm_a, self.product_error)
             if math.isfinite(curvature):
                 self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
             if self.operator.agree(verdict is not None):
@@ -113,8 +126,10 @@ class _Run:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""
         if self.options.layerwise or not self.operator.exact:
             return True
-        size = 1.0 + self.norm_a * float(tree.norm(x)) / self.norm_b
-        return self.rounding * max(self.iterations, 1) * size > 0.1 * relative
+        return max(self.iterations, 1) * self._attainable(x) > 0.1 * relative
+
+    def _attainable(self, x: Params) -> float:
+        return attainable(self.norm_a, x, self.norm_b, self.rounding)
 
     def _inner(self, x: Params, y: Params) -> Tensor | Params:
         return tree.leaf_dots(x, y) if self.options.layerwise else tree.dot(x, y)
@@ -127,13 +142,15 @@ class _Run:
         return float(tree.norm(r)) / self.norm_b
 
     def _good_enough(self, relative: float) -> bool:
-        return relative <= (self.rounding if self.options.rtol is None else self.options.rtol)
+        return relative <= max(self.options.rtol or 0.0, self.rounding)
 
-    def _verdict(self, relative: float) -> Status:
+    def _verdict(self, relative: float, settled: bool) -> Status:
         if not math.isfinite(relative):
             return Status.NON_FINITE
         if self.options.rtol is None:
-            return Status.BUDGET if self.iterations >= self.options.max_iterations else Status.CONVERGED
+            # A layer-wise recursion may run out of residual early, at a point that solves another system.
+            early = self.iterations < self.options.max_iterations
+            return Status.CONVERGED if early and (settled or self._good_enough(relative)) else Status.BUDGET
         return Status.CONVERGED if relative <= self.options.rtol else Status.NOT_CONVERGED
 
     def _finish(self, status: Status, x: Params, residuals: tuple[float, float]) -> Solution:

@@ -1,5 +1,6 @@
 """Direct solve: the oracle for small problems."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -9,16 +10,15 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
-from bilevel.solvers.base import Solver, residual, rounding_unit
+from bilevel.solvers.base import Solver, product_error, residual
 from bilevel.tree import Params
 
 
 @dataclass
 class _Spectrum:
-    """Eigendecomposition of A, made at the first right-hand side, which gives the shapes."""
+    """Eigenvalues and eigenvectors of A, found at the first right-hand side, which gives the shapes."""
 
-    values: Tensor | None = None
-    vectors: Tensor | None = None
+    parts: tuple[Tensor, Tensor] | None = None
 
 
 @final
@@ -27,7 +27,8 @@ class Dense(Solver):
     """Forms A column by column, n products, and solves by its eigendecomposition in float64.
 
     Indefinite systems are solved like any other. In a singular one the solution of least norm is returned; if b is not
-    in the range of A the status is INCONSISTENT. The decomposition is made once for a state and serves every b.
+    in the range of A the status is INCONSISTENT, and where b is orthogonal to the range b itself comes back. The
+    decomposition is made once for a state and serves every b.
 
     Args:
         max_size: refuse systems with more variables than this (memory is ``8 n^2`` bytes, time ``n^3``).
@@ -48,25 +49,27 @@ class Dense(Solver):
                 f"Dense: the system has {n} variables, more than max_size={self.max_size}; use an iterative solver"
             )
         products = 0
-        if state.values is None or state.vectors is None:
+        parts = state.parts
+        if parts is None:
             matrix = self._matrix(operator, b)
             products = n
             if operator.agree(not bool(torch.isfinite(matrix).all())):
-                return Solution(b, Status.NON_FINITE, (1.0, float("nan")), 0, products)
-            state.values, state.vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
-        values, vectors = state.values, state.vectors
-        rounding = rounding_unit(b)
-        live = values.abs() > n * rounding * values.abs().max()
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+            parts = state.parts = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+        values, vectors = parts
+        error = product_error(operator, b)
+        live = values.abs() > n * error * values.abs().max()
         inverse = torch.where(live, 1.0 / torch.where(live, values, 1.0), 0.0)
-        flat = tree.flatten(b)
-        x = vectors @ (inverse * (vectors.T @ flat.to(vectors.dtype)))
-        value = tree.unflatten(x.to(flat.dtype), b)
+        x = vectors @ (inverse * (vectors.T @ tree.flatten(b).to(vectors.dtype)))
+        value = tree.unflatten(x, b)
         relative = float(tree.norm(residual(operator, b, value)) / tree.norm(b))
         status = Status.CONVERGED
-        if relative > rounding**0.5:
+        if not relative <= error**0.5:
             status = Status.NOT_CONVERGED if bool(live.all()) else Status.INCONSISTENT
-            # The least-squares solution of a system with A = 0 is 0, which would silence the term.
-            value = value if float(values.abs().max()) > 0.0 else b
+        if relative > 1.0 - error**0.5:
+            # b is orthogonal to the range, and the least-squares solution 0 would silence the term.
+            value, products = b, products + 1
+            relative = float(tree.norm(residual(operator, b, b)) / tree.norm(b))
         return Solution(value, status, (1.0, relative), 1, products + 1, float(values.min()))
 
     def _matrix(self, operator: LinearOperator, b: Params) -> Tensor:

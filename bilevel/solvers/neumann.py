@@ -9,7 +9,15 @@ import torch
 from bilevel import tree
 from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
-from bilevel.solvers.base import Solver, check_iterations, classify_curvature, residual, rounding_unit
+from bilevel.solvers.base import (
+    Solver,
+    attainable,
+    check_iterations,
+    classify_curvature,
+    product_error,
+    residual,
+    rounding_unit,
+)
 from bilevel.tree import Params
 
 _LANCZOS_STEPS = 5
@@ -31,10 +39,11 @@ class Neumann(Solver):
 
     K terms leave the error :math:`(I - \alpha A)^K A^{-1} b` exactly, the same as K steps of gradient descent unrolled
     backwards from the optimum. It converges for positive definite A and :math:`\alpha < 2 / \lambda_{max}`; with
-    :math:`\alpha = 1` on A = I + H/c it diverges as soon as ``||H|| > 2 c`` along a positive eigenvalue.
+    :math:`\alpha = 1` on A = I + H/c it diverges as soon as ``||H|| > c``. The residual that grows for the first time
+    ends the solve as DIVERGED: it would grow for ever.
 
     Args:
-        max_iterations: at most this many terms K, one product each (the last one gives the true residual).
+        max_iterations: at most this many terms K, one product each.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations.
         scale: alpha, or "auto" for ``1 / (1.1 theta)`` with theta the largest Ritz value in modulus after at most 5
             Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
@@ -63,53 +72,84 @@ class Neumann(Solver):
             products = len(state.ritz_values)
             largest = max((abs(value) for value in state.ritz_values), default=math.nan)
             if operator.agree(not math.isfinite(largest)):
-                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, max(products, 1))
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
-        return self._series(operator, b, x0, state.value, products)
+        return _Series(self, operator, b, state.value, products).sum(x0)
 
-    def _series(
-        self, operator: LinearOperator, b: Params, x0: Params | None, alpha: float, products: int
-    ) -> Solution:
-        norm_b, rounding = float(tree.norm(b)), rounding_unit(b)
-        x = tree.zeros_like(b) if x0 is None else x0
-        r = b if x0 is None else residual(operator, b, x)
-        products += x0 is not None
-        start = relative = float(tree.norm(r)) / norm_b
-        best, best_relative, gain_seen = (b if x0 is None else x), start, 0.0
-        smallest: float | None = None
+
+class _Series:
+    """One solve: the partial sum x, its residual r, and what must be known to report on them."""
+
+    def __init__(self, options: Neumann, operator: LinearOperator, b: Params, alpha: float, products: int) -> None:
+        self.options, self.operator, self.b, self.alpha, self.products = options, operator, b, alpha, products
+        self.norm_b = float(tree.norm(b))
+        self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
+        # Exact residuals have convex logarithms in k: one that grew once grows for ever.
+        self.growth = 1.0 + (math.sqrt(self.rounding) if operator.exact else 0.1)
+        self.norm_a = 0.0
+        self.min_curvature: float | None = None
+
+    def sum(self, x0: Params | None) -> Solution:
+        x = tree.zeros_like(self.b) if x0 is None else x0
+        r = self.b if x0 is None else self._residual(x)
+        start = relative = self._relative(r)
+        if self.operator.agree(not math.isfinite(start)):
+            return Solution(self.b, Status.NON_FINITE, (start, math.nan), 0, self.products)
         iterations, breakdown = 0, None
-        while iterations < self.max_iterations and relative > (rounding if self.rtol is None else self.rtol):
-            product = operator(r)
-            products += 1
-            rr = tree.dot(r, r)
-            curvature, gain = torch.stack([tree.dot(r, product) / rr, tree.norm(product) / rr.sqrt()]).tolist()
-            gain_seen = max(gain_seen, gain if math.isfinite(gain) else 0.0)
-            breakdown = classify_curvature(curvature, gain, gain_seen, rounding)
-            if breakdown is not Status.NON_FINITE:
-                smallest = curvature if smallest is None else min(smallest, curvature)
-            if operator.agree(breakdown is not None):
-                breakdown = breakdown or Status.NON_FINITE
+        while iterations < self.options.max_iterations and not self._good_enough(relative):
+            product, breakdown = self._product(r)
+            new_x, new_r = tree.axpy(self.alpha, r, x), tree.axpy(-self.alpha, product, r)
+            new_relative = self._relative(new_r)
+            breakdown = breakdown or self._classify_step(relative, new_relative)
+            if breakdown is not None:
+                if iterations == 0 and x0 is None:
+                    x, r = self.b, tree.sub(self.b, product)
+                    relative = self._relative(r)
                 break
-            x, r = tree.axpy(alpha, r, x), tree.axpy(-alpha, product, r)
+            x, r, relative = new_x, new_r, new_relative
             iterations += 1
-            relative = float(tree.norm(r)) / norm_b
-            if relative < best_relative or iterations == 1:
-                best, best_relative = x, relative
-            if operator.agree(not math.isfinite(relative) or relative > 1e3 * max(start, 1.0)):
-                breakdown = Status.DIVERGED if math.isfinite(relative) else Status.NON_FINITE
-                break
-        if not operator.exact and math.isfinite(best_relative):
-            best_relative = float(tree.norm(residual(operator, b, best))) / norm_b
-            products += 1
-        status = breakdown or self._verdict(best_relative, relative, start, iterations)
-        return Solution(best, status, (start, best_relative), iterations, products, smallest)
+        level = attainable(self.norm_a, x, self.norm_b, self.rounding)
+        if not self.operator.exact or max(iterations, 1) * level > 0.1 * relative:
+            relative = self._relative(self._residual(x))
+        settled = self.operator.exact and relative <= 10.0 * level
+        if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
+            breakdown = self._verdict(relative, iterations, settled)
+        return Solution(x, breakdown, (start, relative), iterations, self.products, self.min_curvature)
 
-    def _verdict(self, best: float, last: float, start: float, iterations: int) -> Status:
-        if last > start:
-            return Status.DIVERGED
-        if self.rtol is None:
-            return Status.BUDGET if iterations >= self.max_iterations else Status.CONVERGED
-        return Status.CONVERGED if best <= self.rtol else Status.NOT_CONVERGED
+    def _product(self, r: Params) -> tuple[Params, Status | None]:
+        """A r and what it says about A."""
+        product = self.operator(r)
+        self.products += 1
+        rr = tree.dot(r, r)
+        curvature, gain = torch.stack([tree.dot(r, product) / rr, tree.norm(product) / rr.sqrt()]).tolist()
+        self.norm_a = max(self.norm_a, gain if math.isfinite(gain) else 0.0)
+        if math.isfinite(curvature):
+            self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
+        verdict = classify_curvature(curvature, gain, self.norm_a, self.product_error)
+        return product, (verdict or Status.NON_FINITE) if self.operator.agree(verdict is not None) else None
+
+    def _classify_step(self, old: float, new: float) -> Status | None:
+        if self.operator.agree(not math.isfinite(new)):
+            return Status.NON_FINITE
+        return Status.DIVERGED if new > old * self.growth else None
+
+    def _residual(self, x: Params) -> Params:
+        self.products += 1
+        return residual(self.operator, self.b, x)
+
+    def _relative(self, r: Params) -> float:
+        return float(tree.norm(r)) / self.norm_b
+
+    def _good_enough(self, relative: float) -> bool:
+        return relative <= max(self.options.rtol or 0.0, self.rounding)
+
+    def _verdict(self, relative: float, iterations: int, settled: bool) -> Status:
+        if not math.isfinite(relative):
+            return Status.NON_FINITE
+        if self.options.rtol is None:
+            early = iterations < self.options.max_iterations
+            return Status.CONVERGED if early and (settled or self._good_enough(relative)) else Status.BUDGET
+        return Status.CONVERGED if relative <= self.options.rtol else Status.NOT_CONVERGED
 
 
 def ritz_values(operator: LinearOperator, b: Params, steps: int) -> tuple[float, ...]:

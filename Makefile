@@ -1,0 +1,54 @@
+# Each target makes the environment it needs. PYTHON is the interpreter the environment is made with, VENV where it lies.
+# An environment that already has the packages (make test VENV=/path/to/env) is used as it is.
+PYTHON ?= python3
+VENV ?= .venv
+OUTPUT ?= runs/demo
+
+BIN := $(VENV)/bin
+RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
+
+CORE_MODULES := torch torchvision numpy pydantic pydantic_settings rich safetensors
+MODULES_demo := $(CORE_MODULES) sklearn scipy matplotlib
+MODULES_test := $(MODULES_demo) pytest hypothesis ruff pyright
+MODULES_docs := $(CORE_MODULES) sphinx furo myst_parser
+
+.PHONY: help demo test lint docs clean environment-demo environment-test environment-docs
+
+help:
+	@echo "make demo    run the BiSSL recipe's default preset into $(OUTPUT); a second call resumes it"
+	@echo "make test    run the test suite"
+	@echo "make lint    check style, formatting and types"
+	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make clean   remove caches and build products (not the environment, not runs/)"
+	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
+
+demo: environment-demo
+	$(RUN) recipes/bissl/run.py --output-dir "$(OUTPUT)" --resume
+
+test: environment-test
+	$(RUN) -m pytest
+
+lint: environment-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: environment-docs
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# Without a stamp of our own an environment may still be complete, when somebody else made it: then nothing is installed.
+environment-demo environment-test environment-docs: environment-%:
+	@if [ ! -e "$(VENV)/.bilevel-$*" ] && $(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' $(MODULES_$*) 2>/dev/null; then \
+		echo "using the environment $(VENV) as it is"; \
+	else \
+		$(MAKE) --no-print-directory "$(VENV)/.bilevel-$*"; \
+	fi
+
+$(VENV)/.bilevel-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv "$(VENV)"
+	$(BIN)/python -m pip install -e ".[$*]"
+	@touch "$@"
+
+clean:
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find $(wildcard bilevel recipes examples benchmarks tests) -name __pycache__ -type d -prune -exec rm -rf {} +

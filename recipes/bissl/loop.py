@@ -1,0 +1,125 @@
+"""The loop that plain stages share: steps with metrics, checkpoints and exact resume."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from bilevel import Callback, JSONLWriter, NonFiniteError
+from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+
+MOST_LINES = 2000
+"""Upper bound on the "train" events that one stage writes."""
+
+
+class Stateful(Protocol):
+    """Modules, optimizers, schedules, stacks: whatever a checkpoint holds."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+class Seconds(Callback):
+    """Wall-clock seconds of a stage, over all the processes that worked on it."""
+
+    def __init__(self) -> None:
+        self._before, self._began = 0.0, time.perf_counter()
+
+    def total(self) -> float:
+        """Seconds so far."""
+        return self._before + time.perf_counter() - self._began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.total()}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        self._before, self._began = state_dict["seconds"], time.perf_counter()
+
+
+def run_steps(
+    step: Callable[[], dict[str, Any]],
+    *,
+    total: int,
+    parts: Mapping[str, Stateful],
+    writer: JSONLWriter,
+    directory: Path,
+    checkpoint_every: int,
+    console: Console,
+    description: str,
+    after: Callable[[int], None] | None = None,
+) -> float:
+    """Make steps 1 to `total`, or those that are left according to the checkpoints in `directory`.
+
+    Args:
+        step: one step; returns its "train" event.
+        parts: everything that changes and that a continuation needs.
+        checkpoint_every: steps between two checkpoints; there is always one before the first step, so that the
+            metrics of a stage that was interrupted early are cut back too.
+        after: called with the number of each finished step, before a checkpoint is made.
+
+    Returns:
+        Wall-clock seconds, those before an interruption included.
+    """
+    seconds = Seconds()
+    everything: dict[str, Stateful] = {**parts, "metrics": writer, "seconds": seconds}
+    found = load_checkpoint(directory)
+    first = 0
+    if found is None:
+        _save(directory, 0, everything)
+    else:
+        first, state = found
+        for name, part in everything.items():
+            part.load_state_dict(state[name])
+        set_random_state(state["random"])
+    every = max(1, total // MOST_LINES)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as bar:
+        task = bar.add_task(description, total=total, completed=first, status="")
+        for number in range(first + 1, total + 1):
+            record = step()
+            if number % every == 0 or number == total:
+                writer.write({"event": "train", "step": number, **record})
+            if after is not None:
+                after(number)
+            bar.update(task, completed=number, status=f"loss {record['loss']:.4f}")
+            if number % checkpoint_every == 0 and number < total:
+                _save(directory, number, everything)
+    return seconds.total()
+
+
+def discard_checkpoints(directory: Path) -> None:
+    """Delete the checkpoints of a stage whose artifact is finished."""
+    for path in directory.glob("step-*"):
+        path.unlink()
+
+
+def optimizer_step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> dict[str, Any]:
+    """Backward and one update, unless the loss or a gradient is not finite; the step's event.
+
+    Raises:
+        NonFiniteError: before anything has changed.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    value, rate = float(loss.detach()), float(optimizer.param_groups[0]["lr"])
+    if not (abs(value) < float("inf") and norm < float("inf")):
+        raise NonFiniteError(
+            f"loss {value}, gradient norm {norm}; no weight was changed. Lower the learning rate ({rate:g}), or check the data"
+        )
+    optimizer.step()
+    scheduler.step()
+    return {"loss": value, "lr": rate, "grad_norm": norm}
+
+
+def _save(directory: Path, number: int, parts: Mapping[str, Stateful]) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(directory, number, {**state, "random": random_state()})

@@ -1,0 +1,99 @@
+"""BiSSL as a `bilevel.Problem`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import Params, Problem, functional_call, proximal
+from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
+
+BACKBONE = "backbone."
+
+
+@dataclass
+class BiSSLProblem(Problem):
+    r"""BiSSL (paper, eq. 2-3):
+
+    .. math:: \min_{\theta_D, \phi_D} L_D(\theta_P^*(\theta_D), \phi_D) + \gamma L_D(\theta_D, \phi_D), \qquad
+       \theta_P^*(\theta_D) \in \arg\min_{\theta_P} \min_{\phi_P}
+       L_P(\theta_P, \phi_P) + \tfrac{\lambda}{2} \|\theta_P - \theta_D\|^2
+
+    Upper variables: ``backbone.*`` (theta_D) and ``head.*`` (phi_D). Lower ones: ``backbone.*`` (theta_P) and
+    ``heads.*`` (phi_P), of which only the backbone responds to the upper level. The two backbones are separate modules
+    because each has its own running statistics: theta_P's follow the lower steps alone, theta_D's its gamma pass.
+
+    Attributes:
+        regularization_weight: lambda.
+        gamma: weight of the downstream loss of theta_D itself.
+    """
+
+    pretext: PretextTask
+    downstream: DownstreamTask
+    lower_backbone: nn.Module
+    upper_backbone: nn.Module
+    heads: nn.ModuleDict
+    head: nn.Module
+    regularization_weight: float = 0.001
+    gamma: float = 0.01
+    curvature_depends_on_upper: bool = False
+
+    def variables(self) -> tuple[Params, Params]:
+        """(upper, lower): the modules' own parameters, so that optimizer steps change the modules."""
+        upper = {BACKBONE + name: p for name, p in self.upper_backbone.named_parameters()}
+        upper |= {f"head.{name}": p for name, p in self.head.named_parameters()}
+        lower = {BACKBONE + name: p for name, p in self.lower_backbone.named_parameters()}
+        lower |= {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+        return upper, lower
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        heads = {name: bind(module, lower, f"heads.{name}.") for name, module in self.heads.items()}
+        return self.pretext.loss(bind(self.lower_backbone, lower, BACKBONE), heads, batch)
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        inputs, targets = batch
+        head = bind(self.head, upper, "head.")
+        through_lower = bind(self.lower_backbone, lower, BACKBONE)
+        loss = self.downstream.loss(self.downstream.forward(through_lower, head, inputs), targets)
+        if self.gamma == 0.0:
+            return loss
+        direct = bind(self.upper_backbone, upper, BACKBONE)
+        return loss + self.gamma * self.downstream.loss(self.downstream.forward(direct, head, inputs), targets)
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        return proximal(upper, lower, {name: name for name in lower if name.startswith(BACKBONE)})
+
+    def implicit(self, name: str) -> bool:
+        return name.startswith(BACKBONE)
+
+    def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
+        self.pretext.after_step(self.lower_backbone, self.heads, step)
+
+    @torch.no_grad()
+    def after_upper_step(self, upper: Params, lower: Params, batch: Any, step: int) -> None:
+        """theta_D's running statistics follow its gamma pass; a hypergradient itself writes no buffer."""
+        if self.gamma != 0.0:
+            self.upper_backbone(batch[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        modules = {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
+        return {name: {key: b.clone() for key, b in module.named_buffers()} for name, module in modules.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        modules = {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
+        for name, module in modules.items():
+            for key, buffer in module.named_buffers():
+                buffer.copy_(state[name][key])
+
+
+def bind(module: nn.Module, params: Params, prefix: str) -> Bound:
+    """`module` as a function with the entries of `params` that carry `prefix` in place of its own parameters."""
+    own = {name.removeprefix(prefix): leaf for name, leaf in params.items() if name.startswith(prefix)}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(module, own, args, kwargs)
+
+    return call

@@ -1,0 +1,168 @@
+"""BiSSL from the command line: ``python recipes/bissl/run.py --help``."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+if not __package__:
+    # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from bilevel import CheckpointError, NonFiniteError  # noqa: E402
+from recipes.bissl import estimate  # noqa: E402
+from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact  # noqa: E402
+from recipes.bissl.command_line import Request, fail, parse, show_config, show_presets  # noqa: E402
+from recipes.bissl.config import Config, ConfigError  # noqa: E402
+from recipes.bissl.context import Context, Datasets  # noqa: E402
+from recipes.bissl.imagesets import DataError  # noqa: E402
+from recipes.bissl.plugins import PluginError  # noqa: E402
+from recipes.bissl.report import write_report  # noqa: E402
+from recipes.bissl.results import ArmResult, assemble, environment  # noqa: E402
+from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS  # noqa: E402
+from recipes.bissl.stages import bissl, finetune, head, pretext  # noqa: E402
+from recipes.bissl.tables import comparison_lines, results_table  # noqa: E402
+
+INTERRUPTED, DIVERGED = 130, 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; the process's exit code (0 done, 2 bad input, 3 numbers that went wrong, 130 Ctrl-C)."""
+    try:
+        request = parse(sys.argv[1:] if arguments is None else arguments)
+        return _execute(request)
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError) as error:
+        return fail(str(error))
+    except NonFiniteError as error:
+        print(f"run.py: stopped: {error}", file=sys.stderr)
+        return DIVERGED
+    except KeyboardInterrupt:
+        print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_pipeline(context: Context) -> dict[str, list[Artifact]]:
+    """All stages of all arms; the fine-tuned artifacts of each arm, one for each seed."""
+    config = context.config
+    repeats = config.pipeline_seeds
+    pipeline = [config.seed + i for i in range(repeats or 1)]
+    tested: dict[str, list[Artifact]] = {arm: [] for arm in config.arms}
+    for seed in pipeline:
+        for arm in config.arms:
+            at = context.at(arm, seed)
+            weights = None
+            if arm != "scratch":
+                weights = pretext.run(at)
+            if arm == "bissl":
+                weights = bissl.run(at, head.run(at, weights))
+            tuning = [seed] if repeats else [config.seed + i for i in range(config.seeds)]
+            tested[arm] += [finetune.run(context.at(arm, s), weights) for s in tuning]
+    return tested
+
+
+def run_stage(context: Context, request: Request) -> None:
+    """One stage alone, from the artifact that the command line names."""
+    config = context.config
+    at = context.at(request.arm, config.seed)
+    parent = None if request.parent is None else read_artifact(request.parent)
+    if request.command == "finetune":
+        seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
+        for artifact in [finetune.run(context.at(request.arm, seed), parent) for seed in seeds]:
+            scores = ", ".join(f"{name} {value:.2f}" for name, value in artifact.info["test"].items())
+            context.console.print(f"seed {artifact.info['seed']}: test {scores}\n  {artifact.directory}")
+        return
+    if request.command == "pretext":
+        artifact = pretext.run(at)
+    else:
+        assert parent is not None
+        expected = {"head": "pretext", "bissl": "head"}[request.command]
+        if parent.stage != expected:
+            raise ArtifactError(f"--from: {request.command} starts from a {expected} artifact, this is of {parent.stage}")
+        artifact = (head if request.command == "head" else bissl).run(at, parent)
+    context.console.print(f"artifact: {artifact.directory}")
+
+
+def summarise(context: Context, tested: dict[str, list[Artifact]]) -> dict:
+    """The content of results.json."""
+    config = context.config
+    first = tested["bissl"][0].info
+    arms = {}
+    for arm, artifacts in tested.items():
+        infos = [artifact.info for artifact in artifacts]
+        metrics = {name: [info["test"][name] for info in infos] for name in first["higher_is_better"]}
+        seconds = sum(info["seconds"] for info in infos) / len(infos)
+        arms[arm] = ArmResult(metrics, infos[0]["pretext_steps"], infos[0]["label_steps"], seconds)
+    results = assemble(
+        config.preset,
+        [artifact.info["seed"] for artifact in tested["bissl"]],
+        "pipeline" if config.pipeline_seeds else "finetune",
+        first["primary_metric"],
+        arms,
+        environment(context.device),
+        higher_is_better=first["higher_is_better"],
+    )
+    results["notes"] = notes(config, context)
+    return results
+
+
+def notes(config: Config, context: Context) -> list[str]:
+    """What a reader of the table must know."""
+    sets = context.data.downstream
+    lines = [
+        f"data: {len(context.data.pretext)} pretext images without labels; {len(sets.train)} labelled for training, "
+        f"{len(sets.val)} to choose the epoch by, {len(sets.test)} for the test",
+        "test accuracy is that of the best validation epoch's weights; steps and seconds are those of one repeat",
+        "weight decay of the lower optimizer is outside the lower objective, so its stationarity does not reach 0",
+    ]
+    return lines + config.pretext_task().describe() + config.downstream_task(sets.train.classes).describe()
+
+
+def _execute(request: Request) -> int:
+    console, config, directory = Console(), request.config, request.directory
+    if request.list_presets:
+        print(show_presets())
+        return 0
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: the recipe runs in one process so far; start it without torchrun")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if request.dry_run:
+        directory.open(config, resume=request.resume, overwrite=False)
+        print(show_config(config))
+        print(estimate.describe(config))
+        return 0
+    store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
+    context = Context(config, _device(config), store, directory.path / METRICS, Datasets(config), console)
+    # Read before the folder is touched: data that cannot be read must leave nothing behind, and nothing lost.
+    estimate.check_data(context)
+    directory.open(config, resume=request.resume, overwrite=request.overwrite)
+    (directory.path / METRICS).touch()
+    directory.write_json(SPLITS, context.data.downstream.indices)
+    if request.command != "all":
+        run_stage(context, request)
+        return 0
+    results = summarise(context, run_pipeline(context))
+    directory.write_json(RESULTS, results)
+    write_report(directory.path)
+    console.print(results_table(results))
+    for line in comparison_lines(results):
+        console.print(line, markup=False)
+    console.print(f"{directory.path / REPORT}, {directory.path / RESULTS}", markup=False)
+    return 0
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
+
+
+if __name__ == "__main__":
+    # torch.func's first use makes torch import its own deprecated TorchScript.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The folder that a run writes to: never someone else's, never overwritten unasked."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bilevel.checkpoint import write_atomic
+from recipes.bissl.config import Config, ConfigError, differences, read_config_file
+
+CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS = (
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "report.html",
+    "checkpoints",
+    "splits.json",
+)
+
+SAFE_TO_CHANGE = {
+    "seeds",
+    "arms",
+    "device",
+    "threads",
+    "data.root",
+    "data.download",
+    "downstream.eval_batch_size",
+    "pretext.monitor_every",
+    "pretext.checkpoint_every",
+    "bissl.checkpoint_every",
+    "finetune.checkpoint_every",
+}
+"""Fields that may differ on resume: they change what is run or shown, not what an unfinished stage computes."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has written here (a config alone, from a dry run, does not count)."""
+        return any((self.path / name).exists() for name in (METRICS, RESULTS, REPORT, CHECKPOINTS))
+
+    def saved_config(self) -> dict[str, Any] | None:
+        """The config of the run that is here, or None."""
+        return read_config_file(self.path / CONFIG) if (self.path / CONFIG).exists() else None
+
+    def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder ready for `config` and save the config in it.
+
+        Raises:
+            ConfigError: it holds another run, or one whose config differs where it must not.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output-dir: {self.path} is a file; name a folder")
+        if overwrite:
+            self._clear()
+        elif self.started:
+            if not resume:
+                raise ConfigError(
+                    f"output-dir: {self.path} holds a run already; continue it with --resume, replace it with "
+                    "--overwrite, or name another folder"
+                )
+            self._check_unchanged(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / CONFIG, config.model_dump_json(indent=1).encode())
+        except OSError as error:
+            raise ConfigError(f"output-dir: {self.path} cannot be written to ({error.strerror})") from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file of the run, atomically."""
+        write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
+
+    def _check_unchanged(self, config: Config) -> None:
+        saved = self.saved_config()
+        if saved is None:
+            raise ConfigError(f"output-dir: {self.path} holds a run without {CONFIG}; it cannot be resumed")
+        changed = differences(saved, json.loads(config.model_dump_json()))
+        refused = [line for line in changed if line.partition(":")[0] not in SAFE_TO_CHANGE]
+        if refused:
+            raise ConfigError(
+                f"--resume: the run in {self.path} was made with another configuration:\n  "
+                + "\n  ".join(refused)
+                + "\nLeave these fields as they were, or name another output-dir"
+            )
+
+    def _clear(self) -> None:
+        """Delete the files of a run, and nothing else that may lie there."""
+        for name in (CONFIG, METRICS, RESULTS, REPORT, SPLITS):
+            (self.path / name).unlink(missing_ok=True)
+        if (self.path / CHECKPOINTS).is_dir():
+            shutil.rmtree(self.path / CHECKPOINTS)

@@ -1,0 +1,1 @@
+"""The two task interfaces and the bundled tasks, one a file."""

@@ -1,0 +1,89 @@
+"""The two interfaces through which the stages see a task.
+
+A task is one class with typed options. It is named on the command line or in a config file as ``module:Class`` (bundled
+ones by a short name) and its options are checked when the config is. Nothing in the stages knows a task by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from recipes.bissl.evaluate import Metric
+from recipes.bissl.optim import LARS
+
+Bound = Callable[..., Any]
+"""A module bound to some parameters: call it as the module itself."""
+
+
+class Task(BaseModel):
+    """What both kinds of tasks share: options that are fields, checked by pydantic; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    image_size: int = Field(ge=1, description="side of the square input (px); filled in from data.image_size")
+
+    def describe(self) -> list[str]:
+        """Sentences for the report on choices that a reader of the results must know, such as what a crop means."""
+        return []
+
+
+class PretextTask(Task, ABC):
+    """L_P(theta_P, phi_P): a self-supervised objective on unlabelled images."""
+
+    @abstractmethod
+    def build(self, backbone: nn.Module) -> nn.ModuleDict:
+        """Fresh heads phi_P for a backbone with `num_features` pooled features; seeded by torch's default generator."""
+
+    @abstractmethod
+    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
+        """``(images uint8 [N, C, H, W], generator) -> batch``; everything random in a batch is drawn here.
+
+        The batch is a tensor or nested tuples, lists and dicts of tensors. Masks of a masked autoencoder belong in it:
+        they then travel with the stored batch and stay fixed within one linear solve.
+        """
+
+    @abstractmethod
+    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor:
+        """The mean loss on a batch, 0-d. `backbone` and `heads` are bound to the parameters in question."""
+
+    def embed(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor | None:
+        """Embeddings [N, d] whose spread shows a collapse; None where the notion does not apply."""
+        return None
+
+    def after_step(self, backbone: nn.Module, heads: nn.ModuleDict, step: int) -> None:
+        """Called after every optimizer step on this task, for example to move a momentum target."""
+        return None
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """The optimizer of pretext steps and of the lower level; LARS (the paper's) unless a task wants another."""
+        return LARS(list(parameters), lr=lr, weight_decay=weight_decay)
+
+
+class DownstreamTask(Task, ABC):
+    """L_D(theta, phi_D): a supervised objective on labelled images."""
+
+    classes: tuple[str, ...] = Field(description="names of the classes; filled in from the data")
+
+    @abstractmethod
+    def build(self, backbone: nn.Module) -> nn.Module:
+        """A fresh head phi_D for a backbone with `num_features` pooled features."""
+
+    @abstractmethod
+    def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[Any, Any]]:
+        """``(images uint8 [N, C, H, W], targets, generator) -> (inputs, targets)``, changing both together."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The mean loss on a batch, 0-d."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, Metric]:
+        """Metrics by name; the first is the primary one, by which the best epoch is chosen."""
+
+    def forward(self, backbone: Bound, head: Bound, inputs: Any) -> Any:
+        """Outputs of the model; a task that needs the feature map calls ``backbone(inputs, feature_map=True)``."""
+        return head(backbone(inputs))

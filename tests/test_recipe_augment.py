@@ -1,0 +1,395 @@
+"""Random and deterministic views, against torchvision's own transforms, PIL and closed-form distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from pydantic import ValidationError
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as V1
+
+from recipes.bissl.augment import EvalView, RandomView, ViewParameters, ViewPolicy, apply_view, draw, eval_resize
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLAIN: dict[str, Any] = dict(
+    crop_scale=(1, 1),
+    crop_ratio=(1, 1),
+    flip_probability=0,
+    jitter_probability=0,
+    grey_probability=0,
+    mean=(0, 0, 0),
+    std=(1, 1, 1),
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def photographs(count: int, height: int, width: int, channels: int = 3, seed: int = 1) -> Tensor:
+    """Smooth random images: noise at a quarter of the size, enlarged."""
+    coarse = torch.rand(count, channels, max(2, height // 4), max(2, width // 4), generator=generator(seed))
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return (smooth * 255).round().to(torch.uint8)
+
+
+def policy_of(**fields: Any) -> ViewPolicy:
+    return ViewPolicy.model_validate(fields)
+
+
+def p_value(result: Any) -> float:
+    return float(result.pvalue)
+
+
+def repeated(parameters: ViewParameters, **changes: Any) -> ViewParameters:
+    return dataclasses.replace(parameters, **changes)
+
+
+def reference_view(policy: ViewPolicy, image: Tensor, parameters: ViewParameters, index: int) -> Tensor:
+    """One view written out with torchvision's first-generation functions."""
+    at = {field.name: getattr(parameters, field.name)[index].tolist() for field in dataclasses.fields(parameters)}
+    mode = InterpolationMode(policy.interpolation)
+    box = at["top"], at["left"], at["height"], at["width"]
+    out = V1.resized_crop(image.float() / 255, *box, [policy.size] * 2, mode, antialias=True).clamp(0, 1)
+    if at["flip"]:
+        out = V1.hflip(out)
+    shift = [part * policy.size for part in at["translate"]]
+    out = V1.affine(out, at["angle"], shift, at["zoom"], [0.0, 0.0], InterpolationMode.BILINEAR)  # pyright: ignore
+    if at["jitter"]:
+        for operation in at["order"]:
+            name = ("brightness", "contrast", "saturation", "hue")[operation]
+            out = getattr(V1, f"adjust_{name}")(out, at[name])
+    if at["grey"]:
+        out = V1.rgb_to_grayscale(out, 3)
+    if at["blur"]:
+        out = V1.gaussian_blur(out, [policy.kernel_size] * 2, [at["sigma"]] * 2)
+    if at["solarize"]:
+        out = V1.solarize(out, 128 / 255)
+    return V1.normalize(out, list(policy.mean), list(policy.std))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_views_equal_torchvision_sample_by_sample(interpolation: Any) -> None:
+    policy = ViewPolicy(
+        size=32,
+        interpolation=interpolation,
+        rotation=20,
+        translation=0.1,
+        zoom=(0.8, 1.2),
+        blur_probability=0.5,
+        solarize_probability=0.5,
+    )
+    images = photographs(40, 36, 44)
+    parameters = draw(policy, 40, 36, 44, generator())
+    views = apply_view(policy, images, parameters)
+    expected = torch.stack([reference_view(policy, images[i], parameters, i) for i in range(40)])
+    assert views.dtype == torch.float32
+    assert views.shape == (40, 3, 32, 32)
+    torch.testing.assert_close(views, expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(RandomView(policy)(images, generator()), views)
+
+
+@pytest.mark.parametrize(("height", "width", "size", "channels"), [(8, 8, 8, 1), (12, 12, 8, 3), (10, 14, 8, 1)])
+def test_whole_batch_path_equals_torchvision_sample_by_sample(
+    height: int, width: int, size: int, channels: int
+) -> None:
+    policy = ViewPolicy(
+        size=size,
+        crop_scale=(1, 1),
+        crop_ratio=(1, 1),
+        jitter_probability=0,
+        grey_probability=0.3,
+        solarize_probability=0.3,
+        rotation=25,
+        translation=0.2,
+        zoom=(0.7, 1.4),
+    )
+    images = photographs(60, height, width, channels)
+    parameters = draw(policy, 60, height, width, generator(3))
+    expected = [reference_view(policy, images[i].expand(3, -1, -1), parameters, i) for i in range(60)]
+    torch.testing.assert_close(apply_view(policy, images, parameters), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_quarter_turn_is_clockwise_and_shift_moves_right_and_down() -> None:
+    policy = policy_of(size=8, **PLAIN)
+    images = photographs(3, 8, 8)
+    still = draw(policy, 3, 8, 8, generator())
+    turned = apply_view(policy, images, repeated(still, angle=torch.full((3,), 90.0)))
+    torch.testing.assert_close(turned, torch.rot90(images, -1, (2, 3)) / 255, atol=1e-5, rtol=0)
+    moved = apply_view(policy, images, repeated(still, translate=torch.tensor([[0.25, 0.125]]).expand(3, 2)))
+    expected = torch.zeros(3, 3, 8, 8)
+    expected[:, :, 1:, 2:] = images[:, :, :-1, :-2] / 255
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
+
+
+def test_one_image_equals_the_same_image_in_a_batch() -> None:
+    policy = ViewPolicy(size=16, blur_probability=0.5)
+    images = photographs(6, 20, 20)
+    parameters = draw(policy, 6, 20, 20, generator())
+    together = apply_view(policy, images, parameters)
+    for i in range(6):
+        rows = {f.name: getattr(parameters, f.name)[i : i + 1] for f in dataclasses.fields(parameters)}
+        alone = apply_view(policy, images[i : i + 1], ViewParameters(**rows))
+        torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=0)
+
+
+def test_each_operation_follows_the_eight_bit_pipeline_of_pil() -> None:
+    """PIL rounds to 8 bits after each operation, so that up to three levels may differ."""
+    image = photographs(1, 40, 48)
+    picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
+    still = draw(policy_of(size=24, **PLAIN), 1, 40, 48, generator())
+    on, off = torch.tensor([True]), torch.tensor([False])
+    box = dict(top=torch.tensor([3]), left=torch.tensor([5]), height=torch.tensor([30]), width=torch.tensor([36]))
+    small = picture.crop((5, 3, 41, 33)).resize((24, 24), Image.Resampling.BICUBIC)
+
+    def factors(**changed: float) -> dict[str, Tensor]:
+        values = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0, **changed}
+        return {name: torch.tensor([value]) for name, value in values.items()}
+
+    cases: list[tuple[dict[str, Tensor], Image.Image]] = [
+        (dict(jitter=off), small),
+        (dict(jitter=on) | factors(brightness=0.7), ImageEnhance.Brightness(small).enhance(0.7)),
+        (dict(jitter=on) | factors(contrast=1.3), ImageEnhance.Contrast(small).enhance(1.3)),
+        (dict(jitter=on) | factors(saturation=0.8), ImageEnhance.Color(small).enhance(0.8)),
+        (dict(jitter=on) | factors(hue=0.1), V1.adjust_hue(small, 0.1)),  # pyright: ignore
+        (dict(grey=on), small.convert("L").convert("RGB")),
+        (dict(solarize=on), ImageOps.solarize(small, 128)),
+        (dict(flip=on), ImageOps.mirror(small)),
+    ]
+    policy = policy_of(size=24, **PLAIN)
+    for changes, expected in cases:
+        view = apply_view(policy, image, repeated(still, **box, **changes))
+        levels = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
+        difference = (view[0] * 255 - levels).abs()
+        # PIL holds the hue itself in 8 bits: a step of 1/256 turn moves a channel by 6 levels, and it rounds twice.
+        allowed = 12 if changes.get("hue", off).item() else 3
+        assert difference.max() <= allowed, (list(changes), difference.max())
+        assert difference.mean() < 2, list(changes)
+
+
+def test_values_are_in_the_unit_range_before_mean_and_std() -> None:
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 4, 4)
+    plain = apply_view(policy_of(size=4, **PLAIN), images, draw(policy_of(size=4, **PLAIN), 3, 4, 4, generator()))
+    torch.testing.assert_close(plain[:, 0, 0, 0], torch.tensor([0.0, 0.2, 1.0]))
+    policy = policy_of(size=4, **(PLAIN | dict(mean=MEAN, std=STD)))
+    views = RandomView(policy)(images, generator())
+    for channel in range(3):
+        expected = (0.2 - MEAN[channel]) / STD[channel]
+        torch.testing.assert_close(views[1, channel], torch.full((4, 4), expected))
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratio", "height", "width"),
+    [((0.5, 1.0), (3 / 4, 4 / 3), 240, 240), ((0.08, 1.0), (0.5, 1.0), 200, 300), ((0.3, 0.9), (0.5, 2.0), 120, 300)],
+)
+def test_crops_are_distributed_as_random_resized_crop(scale: Any, ratio: Any, height: int, width: int) -> None:
+    count = 3000
+    policy = ViewPolicy(size=8, crop_scale=scale, crop_ratio=ratio)
+    ours = draw(policy, count, height, width, generator(5))
+    torch.manual_seed(6)
+    blank = torch.empty(3, height, width)
+    theirs = torch.tensor([RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)]).T
+    top, left, crop_height, crop_width = theirs
+    for ours_, theirs_ in [
+        (ours.height * ours.width, crop_height * crop_width),
+        (ours.width / ours.height, crop_width / crop_height),
+        (ours.top / (height - ours.height + 1), top / (height - crop_height + 1)),
+        (ours.left / (width - ours.width + 1), left / (width - crop_width + 1)),
+    ]:
+        assert p_value(stats.ks_2samp(ours_.numpy(), theirs_.numpy())) > 1e-3
+    assert ((ours.top >= 0) & (ours.left >= 0)).all()
+    assert ((ours.top + ours.height <= height) & (ours.left + ours.width <= width)).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 100), (100, 20), (30, 30)])
+def test_crop_that_never_fits_is_torchvisions_central_one(height: int, width: int) -> None:
+    ratio = (0.9, 1.1) if height != width else (3.0, 4.0)
+    policy = ViewPolicy(size=8, crop_scale=(0.9, 1.0), crop_ratio=ratio)
+    ours = draw(policy, 50, height, width, generator())
+    theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], list(ratio))
+    for row in zip(ours.top, ours.left, ours.height, ours.width, strict=True):
+        assert tuple(int(value) for value in row) == theirs
+
+
+def test_full_scale_and_square_ratio_crop_nothing() -> None:
+    images = photographs(5, 16, 16)
+    views = RandomView(policy_of(size=16, **PLAIN))(images, generator())
+    torch.testing.assert_close(views, images / 255, atol=1e-7, rtol=0)
+
+
+def test_continuous_values_are_uniform_over_their_ranges() -> None:
+    policy = ViewPolicy(size=32, contrast=1.5, rotation=30, translation=0.2, zoom=(0.5, 2.0), blur_sigma=(0.1, 2.0))
+    drawn = draw(policy, 5000, 32, 32, generator(8))
+    ranges = [
+        (drawn.brightness, 0.6, 1.4),
+        (drawn.contrast, 0.0, 2.5),
+        (drawn.saturation, 0.8, 1.2),
+        (drawn.hue, -0.1, 0.1),
+        (drawn.angle, -30, 30),
+        (drawn.translate[:, 0], -0.2, 0.2),
+        (drawn.translate[:, 1], -0.2, 0.2),
+        (drawn.zoom, 0.5, 2.0),
+        (drawn.sigma, 0.1, 2.0),
+    ]
+    for values, low, high in ranges:
+        assert p_value(stats.ks_1samp(values.numpy(), stats.uniform(low, high - low).cdf)) > 1e-3
+    for (first, *_), (second, *_) in itertools.combinations(ranges, 2):
+        assert abs(np.corrcoef(first.numpy(), second.numpy())[0, 1]) < 0.06
+
+
+def test_order_is_uniform_over_all_permutations() -> None:
+    orders = draw(ViewPolicy(size=32), 12000, 32, 32, generator(9)).order
+    seen, counts = np.unique(orders.numpy(), axis=0, return_counts=True)
+    assert {tuple(row) for row in seen.tolist()} == set(itertools.permutations(range(4)))
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_rates_of_the_operations() -> None:
+    policy = ViewPolicy(
+        size=32,
+        flip_probability=0.5,
+        jitter_probability=0.8,
+        grey_probability=0.2,
+        blur_probability=0.1,
+        solarize_probability=0.3,
+    )
+    drawn = draw(policy, 10000, 32, 32, generator(10))
+    for name, expected in [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.1), ("solarize", 0.3)]:
+        hits = int(getattr(drawn, name).sum())
+        assert stats.binomtest(hits, 10000, expected).pvalue > 1e-3, name
+    always = draw(policy.model_copy(update=dict(flip_probability=1.0, blur_probability=0.0)), 200, 8, 8, generator())
+    assert always.flip.all()
+    assert not always.blur.any()
+
+
+def test_same_generator_state_same_views_and_probabilities_shift_no_other_draw() -> None:
+    images = photographs(8, 24, 24)
+    policy = ViewPolicy(size=16, blur_probability=0.5)
+    first, second = RandomView(policy)(images, generator(4)), RandomView(policy)(images, generator(4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, RandomView(policy)(images, generator(5)))
+    state = generator(4)
+    assert not torch.equal(RandomView(policy)(images, state), RandomView(policy)(images, state))
+    before = draw(policy, 8, 24, 24, generator(4))
+    after = draw(policy.model_copy(update=dict(jitter_probability=0.0)), 8, 24, 24, generator(4))
+    assert not after.jitter.any()
+    assert torch.equal(before.sigma, after.sigma)
+    assert torch.equal(before.order, after.order)
+
+
+def test_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    RandomView(ViewPolicy(size=8))(photographs(4, 10, 10), generator())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_every_sample_has_its_own_parameters() -> None:
+    drawn = draw(ViewPolicy(size=32, rotation=10, translation=0.1, zoom=(0.5, 2)), 64, 500, 500, generator())
+    for name in ("brightness", "contrast", "saturation", "hue", "sigma", "angle", "zoom"):
+        assert len(getattr(drawn, name).unique()) == 64, name
+    assert len(drawn.order.unique(dim=0)) > 15
+    assert len(torch.stack((drawn.top, drawn.left, drawn.height, drawn.width)).unique(dim=1).T) == 64
+    same = photographs(1, 32, 32).expand(16, -1, -1, -1)
+    assert len(RandomView(ViewPolicy(size=16))(same, generator()).unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(8, 3), (32, 3), (96, 9), (224, 23)])
+def test_blur_kernel_is_a_tenth_of_the_side(size: int, kernel: int) -> None:
+    assert ViewPolicy(size=size).kernel_size == kernel
+    assert ViewPolicy(size=size, blur_kernel=5).kernel_size == 5
+
+
+def test_blur_at_96_px_reaches_the_sigma_asked_for() -> None:
+    """An impulse spreads with about the standard deviation drawn, as by PIL, whose kernel has no fixed size."""
+    image = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    image[:, :, 48, 48] = 255
+    policy = policy_of(size=96, **(PLAIN | dict(blur_probability=1.0, blur_sigma=(1.5, 1.5))))
+    spread = RandomView(policy)(image, generator())[0, 0]
+    position = torch.arange(96.0) - 48
+    assert spread.sum().item() == pytest.approx(1, abs=1e-4)
+    assert (spread.sum(0) * position**2).sum().sqrt().item() == pytest.approx(1.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(size=0), "size"),
+        (dict(crop_scale=(0.5, 1.2)), "crop_scale"),
+        (dict(crop_scale=(0.9, 0.5)), "crop_scale"),
+        (dict(crop_scale=(0.0, 0.5)), "crop_scale"),
+        (dict(crop_ratio=(-1.0, 1.0)), "crop_ratio"),
+        (dict(crop_ratio=(1.0, float("inf"))), "crop_ratio"),
+        (dict(interpolation="nearest"), "interpolation"),
+        (dict(flip_probability=1.5), "flip_probability"),
+        (dict(grey_probability=float("nan")), "grey_probability"),
+        (dict(brightness=-0.1), "brightness"),
+        (dict(hue=0.6), "hue"),
+        (dict(blur_sigma=(0.0, 1.0)), "blur_sigma"),
+        (dict(blur_kernel=4), "blur_kernel"),
+        (dict(blur_kernel=65, blur_probability=0.1), "kernel of 65 px"),
+        (dict(zoom=(1.0, 0.5)), "zoom"),
+        (dict(rotation=181), "rotation"),
+        (dict(std=(1, 1, 0)), "std"),
+        (dict(jitter=1), "jitter"),
+    ],
+)
+def test_policy_refuses_bad_values_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        policy_of(**(dict(size=32) | fields))
+
+
+def test_policy_is_frozen_and_every_field_is_described() -> None:
+    policy = ViewPolicy(size=32)
+    with pytest.raises(ValidationError):
+        policy.size = 16  # pyright: ignore
+    assert all(field.description for field in ViewPolicy.model_fields.values())
+
+
+def test_views_refuse_wrong_batches() -> None:
+    policy = ViewPolicy(size=8)
+    parameters = draw(policy, 2, 8, 8, generator())
+    for wrong in (torch.rand(2, 3, 8, 8), photographs(2, 8, 8)[0], photographs(2, 8, 8, channels=2)):
+        with pytest.raises(ValueError, match="uint8"):
+            apply_view(policy, wrong, parameters)
+        with pytest.raises(ValueError, match="uint8"):
+            RandomView(policy)(wrong, generator())
+        with pytest.raises(ValueError, match="uint8"):
+            EvalView(8, 8)(wrong)
+    with pytest.raises(ValueError, match="2 views"):
+        apply_view(policy, photographs(3, 8, 8), parameters)
+    with pytest.raises(ValueError, match="count"):
+        draw(policy, 0, 8, 8, generator())
+
+
+def test_eval_view_is_torchvisions_resize_and_centre_crop() -> None:
+    assert [eval_resize(side) for side in (96, 224, 32, 8)] == [109, 256, 36, 9]
+    images = photographs(5, 120, 150)
+    view = EvalView(eval_resize(96), 96)
+    views = view(images)
+    for image, ours in zip(images, views, strict=True):
+        resized = V1.resize(image.float() / 255, [109], InterpolationMode.BILINEAR, antialias=True)
+        expected = V1.normalize(V1.center_crop(resized, [96, 96]), list(MEAN), list(STD))
+        torch.testing.assert_close(ours, expected)
+    assert torch.equal(view(images), views)
+
+
+def test_eval_view_at_the_same_size_only_normalises() -> None:
+    images = photographs(4, 8, 8, channels=1)
+    views = EvalView(8, 8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.2))(images)
+    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 0.2)]):
+        torch.testing.assert_close(views[:, channel], (images[:, 0] / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("arguments", [(8, 9), (8, 0), (8, 8, MEAN, (1, 0, 1)), (8, 8, MEAN, STD, "nearest")])
+def test_eval_view_refuses_bad_values(arguments: Any) -> None:
+    with pytest.raises(ValueError, match=r"crop|std|interpolation"):
+        EvalView(*arguments)

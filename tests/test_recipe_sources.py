@@ -1,0 +1,112 @@
+"""STL-10 from small files in its published format, read beside torchvision's own reader."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import STL10
+
+from recipes.bissl import sources
+from recipes.bissl.data import DataError, ImageSet, load_downstream, load_pretext
+from tests.image_trees import counts, downstream, pretext, rows, same_labels
+
+COUNTS = {"train": 50, "test": 30, "unlabeled": 40}
+
+
+@pytest.fixture
+def stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files in the published format: planes of 96 x 96 bytes column by column, labels 1..10."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for split, count in COUNTS.items():
+        generator.integers(0, 256, count * 3 * 96 * 96, dtype=np.uint8).tofile(folder / f"{split}_X.bin")
+        if split != "unlabeled":
+            (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+        monkeypatch.setitem(sources.STL10_COUNTS, split, count)
+    return tmp_path
+
+
+def torchvision_stl10(root: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> STL10:
+    """Torchvision's reader, told the checksums of the files that are there."""
+
+    def listed(*names: str) -> list[list[str]]:
+        return [[n, hashlib.md5((root / "stl10_binary" / n).read_bytes()).hexdigest()] for n in names]
+
+    monkeypatch.setattr(STL10, "train_list", listed("train_X.bin", "train_y.bin", "unlabeled_X.bin"))
+    monkeypatch.setattr(STL10, "test_list", listed("test_X.bin", "test_y.bin"))
+    return STL10(str(root), split=split)
+
+
+def test_stl10_is_read_as_torchvision_reads_it(stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CHUNK", 7)
+    sets = downstream("stl10", stl10, image_size=96)
+    reference = {split: torchvision_stl10(stl10, split, monkeypatch) for split in ("train", "test", "unlabeled")}
+    offsets = {"train": ("train", 0), "val": ("train", 0), "test": ("test", COUNTS["train"])}
+    for part, (split, offset) in offsets.items():
+        images: ImageSet = getattr(sets, part)
+        chosen = np.asarray(sets.indices[part]) - offset
+        assert np.array_equal(images.images.numpy(), reference[split].data[chosen])
+        assert same_labels(images, np.asarray(reference[split].labels)[chosen])
+    assert sorted(sets.indices["train"] + sets.indices["val"]) == list(range(50))
+    assert [len(sets.train), len(sets.val), len(sets.test)] == [40, 10, 30]
+    assert counts(sets.val) == [1] * 10
+    unlabelled = pretext("stl10", stl10, image_size=96)
+    assert unlabelled.labels is None
+    assert np.array_equal(unlabelled.images.numpy(), reference["unlabeled"].data)
+    few = pretext("stl10", stl10, image_size=96, limit=5)
+    assert len(few) == 5
+    assert rows(few) < rows(unlabelled)
+
+
+def test_stl10_resized_and_capped(stl10: Path) -> None:
+    sets = downstream("stl10", stl10, image_size=32, labels_per_class=2)
+    assert sets.train.images.shape == (20, 3, 32, 32)
+    full = downstream("stl10", stl10, image_size=96, labels_per_class=2)
+    pixels = full.train.images.float()
+    expected = torch.nn.functional.interpolate(pixels, (32, 32), mode="bicubic", antialias=True)
+    assert torch.equal(sets.train.images.float(), expected.round().clamp(0, 255))
+
+
+def test_stl10_files_that_are_missing_or_cut_short(stl10: Path) -> None:
+    (stl10 / "stl10_binary" / "unlabeled_X.bin").unlink()
+    assert len(downstream("stl10", stl10).train) == 40
+    with pytest.raises(DataError, match=r"unlabeled_X\.bin is missing.*stl10_binary\.tar\.gz.*`data\.download`.*`data\.root`"):
+        pretext("stl10", stl10)
+    file = stl10 / "stl10_binary" / "test_X.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"test_X\.bin is incomplete: 829,439 bytes instead of 829,440"):
+        downstream("stl10", stl10)
+
+
+def test_stl10_label_out_of_range(stl10: Path) -> None:
+    labels = (np.arange(50) % 10 + 1).astype(np.uint8)
+    labels[3] = 0
+    labels.tofile(stl10 / "stl10_binary" / "train_y.bin")
+    with pytest.raises(DataError, match="image 3 has label -1"):
+        downstream("stl10", stl10)
+
+
+def test_stl10_download_only_when_asked_and_needed(stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def failing(self: STL10) -> None:
+        calls.append(str(self.root))
+        raise URLError("no network")
+
+    monkeypatch.setattr(STL10, "download", failing)
+    load_pretext("stl10", image_size=96, root=stl10, download=True)
+    assert calls == []
+    (stl10 / "stl10_binary" / "train_y.bin").unlink()
+    with pytest.raises(DataError, match=r"download of STL-10 failed .*no network.*unpack it inside"):
+        load_downstream("stl10", image_size=96, root=stl10, download=True)
+    assert calls == [str(stl10)]
+
+
+def test_stl10_counts_are_the_published_ones() -> None:
+    assert sources.STL10_COUNTS == {"train": 5000, "test": 8000, "unlabeled": 100000}
