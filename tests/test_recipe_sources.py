@@ -76,7 +76,8 @@ def test_stl10_resized_and_capped(stl10: Path) -> None:
 def test_stl10_files_that_are_missing_or_cut_short(stl10: Path) -> None:
     (stl10 / "stl10_binary" / "unlabeled_X.bin").unlink()
     assert len(downstream("stl10", stl10).train) == 40
-    with pytest.raises(DataError, match=r"unlabeled_X\.bin is missing.*stl10_binary\.tar\.gz.*`data\.download`.*`data\.root`"):
+    remedy = r"unlabeled_X\.bin is missing.*stl10_binary\.tar\.gz.*`data\.download`.*`data\.root`"
+    with pytest.raises(DataError, match=remedy):
         pretext("stl10", stl10)
     file = stl10 / "stl10_binary" / "test_X.bin"
     file.write_bytes(file.read_bytes()[:-1])
