@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bilevel.checkpoint import write_atomic
 
 WEIGHTS, INFO = "weights.safetensors", "artifact.json"
 FORMAT = 1
+FACTS = {"format", "stage", "key", "sha256", "pretext_steps", "label_steps", "seconds"}
+"""What every artifact.json holds."""
 
 
 class ArtifactError(ValueError):
@@ -37,16 +40,28 @@ class Artifact:
     directory: Path
     info: Mapping[str, Any]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights and buffers, verified, as ``<module>.<name>``.
+
+        Raises:
+            ArtifactError: the file is missing, unreadable, or not the one that was written.
+        """
+        path, remedy = self.directory / WEIGHTS, "delete the folder to remake it"
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.info["sha256"]:
+                raise ArtifactError(f"{path} is damaged: its SHA-256 differs from the one in {INFO}; {remedy}")
+            return load(content)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); {remedy}") from error
+
     def load_into(self, modules: Mapping[str, nn.Module]) -> None:
         """Load each module's weights and buffers, saved under the module's name here.
 
         Raises:
-            ArtifactError: weights that are missing, unreadable or of another architecture.
+            ArtifactError: weights that are missing, damaged or of another architecture.
         """
-        try:
-            tensors = load_file(self.directory / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{self.directory / WEIGHTS} cannot be read ({error}); delete the folder to remake it") from error
+        tensors = self.tensors()
         for name, module in modules.items():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -74,15 +89,22 @@ class ArtifactStore:
         return read_artifact(directory) if (directory / INFO).exists() else None
 
     def save(self, stage: str, key: str, modules: Mapping[str, nn.Module], info: Mapping[str, Any]) -> Artifact:
-        """Write weights, then the facts that mark the artifact as finished."""
+        """Write weights, then the facts that mark the artifact as finished; a fact that is not finite becomes null."""
         directory = self.directory(stage, key)
         directory.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, module in modules.items():
             state = module.state_dict()
             tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-        write_atomic(directory / WEIGHTS, save(tensors))
-        facts = {"format": FORMAT, "stage": stage, "key": key, **info}
+        content = save(tensors)
+        write_atomic(directory / WEIGHTS, content)
+        facts = {
+            "format": FORMAT,
+            "stage": stage,
+            "key": key,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            **_finite(info),
+        }
         write_atomic(directory / INFO, json.dumps(facts, indent=1, allow_nan=False).encode())
         return Artifact(stage, key, directory, facts)
 
@@ -93,20 +115,28 @@ def read_artifact(directory: Path) -> Artifact:
     Raises:
         ArtifactError: there is none, or its facts cannot be read.
     """
-    path = directory / INFO
+    path, remedy = directory / INFO, "delete the folder to remake it"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        stage, key, version = info["stage"], info["key"], info["format"]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{directory} holds no finished artifact: {INFO} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error})") from error
-    if version != FORMAT:
-        raise ArtifactError(f"{path} has format {version!r}, this version reads {FORMAT}")
-    return Artifact(stage, key, directory, info)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); {remedy}") from error
+    missing = FACTS - info.keys() if isinstance(info, dict) else FACTS
+    if missing:
+        raise ArtifactError(f"{path} is damaged: {', '.join(sorted(missing))} missing; {remedy}")
+    if info["format"] != FORMAT:
+        raise ArtifactError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {remedy}")
+    return Artifact(info["stage"], info["key"], directory, info)
 
 
 def make_key(stage: str, seed: int, parent: Artifact | None, *parts: Any) -> str:
     """Hash of everything that decides an artifact; `parts` must be JSON values."""
     content = [FORMAT, stage, seed, parent.key if parent else None, *parts]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

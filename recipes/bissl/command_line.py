@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -17,6 +18,8 @@ from recipes.bissl.presets import PRESETS, PaperVersion
 from recipes.bissl.run_directory import RunDirectory
 
 COMMANDS = ("all", "pretext", "head", "bissl", "finetune")
+ARMS = ("bissl", "baseline", "scratch")
+DEFAULT_PRESET = "digits"
 
 _DESCRIPTION = """\
 BiSSL: self-supervised pre-training, bilevel training and fine-tuning, beside the same without the bilevel stage.
@@ -27,10 +30,13 @@ run's own config.json) changes some; options change single fields. The defaults 
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse without its page of usage before every error."""
+    """argparse without its page of usage before every error, and with null for None, as options take it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(fail(f"{message}; --help lists all options"))
+
+    def format_help(self) -> str:
+        return re.sub(r"\(default:(\s+)None\)", r"(default:\1null)", super().format_help())
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     arguments = [_hyphenated(argument) for argument in arguments]
     early, _ = _base_parser(add_help=False).parse_known_args(arguments)
-    base, base_name = _base_config(early)
+    file = read_config_file(Path(early.config)) if early.config else {}
+    base = _base_config(early, file)
     parser = _base_parser(add_help=True)
     # Not among the early options, where it would swallow the value of a field; its choices are checked below.
     parser.add_argument("command", nargs="?", default="all", help=f"one of {', '.join(COMMANDS)} (default: all)")
@@ -68,19 +75,14 @@ def parse(arguments: Sequence[str]) -> Request:
     try:
         values = source(parsed_args=given)()
     except SettingsError as error:
-        raise ConfigError(f"command line: {error.__cause__ or error}") from error
-    overrides = [read_config_file(Path(given.config))] if given.config else []
-    config = build_config(base, *overrides, values)
-    if given.resume and given.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
-    if given.command in ("head", "bissl") and given.from_artifact is None and not given.dry_run:
-        raise ConfigError(f"{given.command}: needs --from ARTIFACT, the folder of an earlier stage's artifact")
-    if given.from_artifact is not None and given.command in ("all", "pretext"):
-        raise ConfigError(f"--from: the command {given.command!r} starts from nothing; leave it out")
+        problem = str(error).removeprefix("Parsing error encountered for ")
+        raise ConfigError(f"--{problem}; give JSON, or key=value for options") from error
+    config = build_config(base, file, values)
+    _check_options(given)
     return Request(
         command=given.command,
         config=config,
-        directory=_directory(given, base_name),
+        directory=_directory(given, base.preset),
         artifacts=Path(given.artifacts) if given.artifacts else None,
         parent=Path(given.from_artifact) if given.from_artifact else None,
         arm=given.arm,
@@ -99,16 +101,33 @@ def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", default=None, metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: digits)")
-    parser.add_argument("--paper-version", choices=get_args(PaperVersion), default="v2", help="whose values the paper presets take (default: v2)")
+    parser.add_argument(
+        "--preset", default=None, metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})"
+    )
+    parser.add_argument(
+        "--paper-version",
+        choices=get_args(PaperVersion),
+        default="v2",
+        help="whose values the paper presets take (default: v2)",
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with fields to change")
     parser.add_argument("--output-dir", metavar="DIR", help="folder of the run (default: runs/PRESET)")
-    parser.add_argument("--artifacts", metavar="DIR", help="folder of finished stages, may be shared by runs (default: OUTPUT_DIR/checkpoints)")
-    parser.add_argument("--from", dest="from_artifact", metavar="ARTIFACT", help="folder of the artifact that one stage starts from")
-    parser.add_argument("--arm", choices=("bissl", "baseline", "scratch"), default="bissl", help="whose steps and rates a single stage takes (default: bissl)")
+    parser.add_argument(
+        "--artifacts",
+        metavar="DIR",
+        help="folder of finished stages, may be shared by runs (default: OUTPUT_DIR/checkpoints)",
+    )
+    parser.add_argument(
+        "--from", dest="from_artifact", metavar="ARTIFACT", help="folder of the artifact that one stage starts from"
+    )
+    parser.add_argument(
+        "--arm", choices=ARMS, default="bissl", help="whose steps and rates a single stage takes (default: bissl)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
-    parser.add_argument("--dry-run", action="store_true", help="check, print and write the config, estimate steps and time")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print and write the config, estimate steps and time"
+    )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and what they are for")
     return parser
 
@@ -124,14 +143,36 @@ def _field_options(parser: argparse.ArgumentParser, base: Config) -> CliSettings
     return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
 
 
-def _base_config(early: argparse.Namespace) -> tuple[Config, str]:
-    """The preset's config or, when a run is resumed without naming one, that run's own."""
-    saved = RunDirectory(Path(early.output_dir)).saved_config() if early.resume and early.output_dir else None
-    name = early.preset or (saved or {}).get("preset", "digits")
-    if name not in PRESETS:
+def _check_options(given: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if given.resume and given.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
+    if given.from_artifact is not None and given.command in ("all", "pretext"):
+        raise ConfigError(f"--from: the command {given.command!r} starts from nothing; leave it out")
+    arms = {"pretext": ("bissl", "baseline"), "finetune": ARMS}.get(given.command, ("bissl",))
+    if given.arm not in arms:
+        raise ConfigError(f"--arm: the command {given.command!r} knows {', '.join(arms)}, not {given.arm!r}")
+    if given.command == "finetune" and given.arm == "scratch":
+        if given.from_artifact is not None:
+            raise ConfigError("--from: the arm 'scratch' starts from random weights; leave out one of the two")
+    elif given.command in ("head", "bissl", "finetune") and given.from_artifact is None and not given.dry_run:
+        remedy = " (or --arm scratch, from random weights)" if given.command == "finetune" else ""
+        raise ConfigError(f"{given.command}: needs --from ARTIFACT, the folder of an earlier stage's artifact{remedy}")
+
+
+def _base_config(early: argparse.Namespace, file: Mapping[str, Any]) -> Config:
+    """The config of the preset that is named by option or file or, on resume without either, the saved one."""
+    named = early.preset or file.get("preset")
+    if early.preset and file.get("preset", named) != named:
+        raise ConfigError(
+            f"--preset: {named!r} was asked for, but {early.config} is made from {file['preset']!r}; leave --preset out"
+        )
+    saved = _directory(early, DEFAULT_PRESET).saved_config() if early.resume and named is None else None
+    name = named or (saved or {}).get("preset", DEFAULT_PRESET)
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"--preset: unknown preset {name!r}; there are {', '.join(PRESETS)}")
     preset = PRESETS[name](early.paper_version)
-    return (build_config(preset, saved) if saved and early.preset is None else preset), name
+    return build_config(preset, saved) if saved else preset
 
 
 def _directory(given: argparse.Namespace, preset: str) -> RunDirectory:

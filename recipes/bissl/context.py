@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bilevel import JSONLWriter
 from bilevel.batches import BatchStack, derive_seed
 from recipes.bissl.artifact import ArtifactStore
 from recipes.bissl.config import Config, ConfigError
 from recipes.bissl.data import load_downstream, load_pretext
+from recipes.bissl.events import StageEvents
 from recipes.bissl.imagesets import DownstreamSets, ImageSet
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask
 
@@ -79,25 +79,29 @@ class Context:
         """The same run for another arm and seed."""
         return replace(self, arm=arm, seed=seed)
 
-    def writer(self, stage: str) -> JSONLWriter:
+    def writer(self, stage: str) -> StageEvents:
         """Where a stage's events go."""
-        return JSONLWriter(self.metrics_path, {"stage": stage, "arm": self.arm, "seed": self.seed})
+        return StageEvents(self.metrics_path, {"stage": stage, "arm": self.arm, "seed": self.seed})
 
     def pretext_stack(self, task: PretextTask, purpose: str) -> BatchStack:
         """Pretext batches, the smaller last one of an epoch included."""
         images, transform = self.data.pretext, task.transform()
-        size = _batch_size("pretext.batch_size", self.config.pretext.batch_size, len(images), "pretext images")
+        size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, len(images), "pretext images")
 
         def load(indices: Tensor, seed: int) -> Any:
             return to_device(transform(images.images[indices], torch.Generator().manual_seed(seed)), self.device)
 
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics.
-        return BatchStack(len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1)
+        return BatchStack(
+            len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
+        )
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
         """Labelled training batches."""
         images, transform = self.data.downstream.train, task.transform(train=True)
-        size = _batch_size("downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images")
+        size = check_batch_size(
+            "downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images"
+        )
         labels = images.labels
         assert labels is not None
 
@@ -105,7 +109,9 @@ class Context:
             generator = torch.Generator().manual_seed(seed)
             return to_device(transform(images.images[indices], labels[indices], generator), self.device)
 
-        return BatchStack(len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1)
+        return BatchStack(
+            len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
+        )
 
     def evaluation_batches(self, images: ImageSet, task: DownstreamTask) -> list[Any]:
         """The whole set, untransformed but for the evaluation view, in order, on the device."""
@@ -129,7 +135,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _batch_size(field_name: str, size: int, available: int, what: str) -> int:
+def check_batch_size(field_name: str, size: int, available: int, what: str) -> int:
+    """`size`, if there are as many images.
+
+    Raises:
+        ConfigError: there are not.
+    """
     if size > available:
         raise ConfigError(f"{field_name}: {size} is larger than the data, {available} {what}; reduce it")
     return size

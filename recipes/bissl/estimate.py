@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from recipes.bissl.config import Config
-from recipes.bissl.context import Context, Datasets
+from recipes.bissl.context import Context, Datasets, check_batch_size
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.models import build_backbone
 from recipes.bissl.plan import batches_per_epoch, make_plan
@@ -32,12 +32,15 @@ def check_data(context: Context) -> None:
 
 
 def describe(config: Config) -> str:
-    """Steps of each arm and a rough time on this machine.
+    """Steps of each arm and a rough time on this machine; nothing is downloaded for it.
 
     Raises:
         DataError: data of unknown size are not there.
+        ConfigError: a batch is larger than the data.
     """
     images, labelled, note = _sizes(config)
+    check_batch_size("pretext.batch_size", config.pretext.batch_size, images, "pretext images")
+    check_batch_size("downstream.batch_size", config.downstream.batch_size, labelled, "labelled images")
     unit = _seconds_per_image(config)
     lines = [
         f"pretext images {images}, batches an epoch {batches_per_epoch(images, config.pretext.batch_size)}; labelled "
@@ -55,18 +58,21 @@ def describe(config: Config) -> str:
         seconds += labelled_batch * (plan.head + 2 * plan.upper + tunings * plan.finetune)
         total += seconds
         lines.append(
-            f"{arm}: pretext {plan.pretext} + lower {plan.lower} = {plan.pretext_steps} pretext steps (lr {plan.pretext_lr:g}); "
-            f"head {plan.head} + upper {plan.upper} + fine-tuning {plan.finetune} = {plan.label_steps} labelled steps"
+            f"{arm}: pretext {plan.pretext} + lower {plan.lower} = {plan.pretext_steps} pretext steps "
+            f"(lr {plan.pretext_lr:g}); head {plan.head} + upper {plan.upper} + fine-tuning {plan.finetune} = "
+            f"{plan.label_steps} labelled steps"
         )
     lines.append(
-        f"about {_duration(total * repeats)} of computing on this machine, augmentation left out: {unit * 1e3:.2f} ms an "
-        f"image and gradient measured on {PROBE} images on the CPU, {HVP_COST:g} gradients a Hessian-vector product assumed"
+        f"about {_duration(total * repeats)} of computing on this machine, augmentation left out: {unit * 1e3:.2f} ms "
+        f"an image and gradient measured on {PROBE} images on the CPU, {HVP_COST:g} gradients a Hessian-vector product "
+        "assumed"
     )
     return "\n".join(lines + note)
 
 
 def _sizes(config: Config) -> tuple[int, int, list[str]]:
-    data, note = Datasets(config), []
+    here = config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
+    data, note = Datasets(here), []
 
     def size(source: str, part: str, read: Callable[[], int]) -> int:
         try:

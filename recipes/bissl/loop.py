@@ -1,5 +1,6 @@
 """The loop that plain stages share: steps with metrics, checkpoints and exact resume."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bilevel import Callback, JSONLWriter, NonFiniteError
+from bilevel import Callback, NonFiniteError
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from recipes.bissl.events import StageEvents
 
 MOST_LINES = 2000
 """Upper bound on the "train" events that one stage writes."""
@@ -21,7 +23,7 @@ class Stateful(Protocol):
     """Modules, optimizers, schedules, stacks: whatever a checkpoint holds."""
 
     def state_dict(self) -> Any: ...
-    def load_state_dict(self, state_dict: Any) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
 class Seconds(Callback):
@@ -37,8 +39,8 @@ class Seconds(Callback):
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.total()}
 
-    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        self._before, self._began = state_dict["seconds"], time.perf_counter()
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self._before, self._began = state["seconds"], time.perf_counter()
 
 
 def run_steps(
@@ -46,7 +48,7 @@ def run_steps(
     *,
     total: int,
     parts: Mapping[str, Stateful],
-    writer: JSONLWriter,
+    writer: StageEvents,
     directory: Path,
     checkpoint_every: int,
     console: Console,
@@ -58,8 +60,8 @@ def run_steps(
     Args:
         step: one step; returns its "train" event.
         parts: everything that changes and that a continuation needs.
-        checkpoint_every: steps between two checkpoints; there is always one before the first step, so that the
-            metrics of a stage that was interrupted early are cut back too.
+        checkpoint_every: steps between two checkpoints; there is always one before the first step, so that a stage
+            that was interrupted early goes on from the same random state.
         after: called with the number of each finished step, before a checkpoint is made.
 
     Returns:
@@ -70,15 +72,15 @@ def run_steps(
     found = load_checkpoint(directory)
     first = 0
     if found is None:
+        writer.restart()
         _save(directory, 0, everything)
     else:
         first, state = found
         for name, part in everything.items():
             part.load_state_dict(state[name])
         set_random_state(state["random"])
-    every = max(1, total // MOST_LINES)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as bar:
+    every = math.ceil(total / MOST_LINES)
+    with _progress(console) as bar:
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
             record = step()
@@ -113,11 +115,21 @@ def optimizer_step(
     value, rate = float(loss.detach()), float(optimizer.param_groups[0]["lr"])
     if not (abs(value) < float("inf") and norm < float("inf")):
         raise NonFiniteError(
-            f"loss {value}, gradient norm {norm}; no weight was changed. Lower the learning rate ({rate:g}), or check the data"
+            f"loss {value}, gradient norm {norm}; no weight was changed. Lower the learning rate ({rate:g}), or check "
+            "the data"
         )
     optimizer.step()
     scheduler.step()
     return {"loss": value, "lr": rate, "grad_norm": norm}
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
 
 
 def _save(directory: Path, number: int, parts: Mapping[str, Stateful]) -> None:

@@ -41,11 +41,9 @@ class BiSSLProblem(Problem):
     curvature_depends_on_upper: bool = False
 
     def variables(self) -> tuple[Params, Params]:
-        """(upper, lower): the modules' own parameters, so that optimizer steps change the modules."""
-        upper = {BACKBONE + name: p for name, p in self.upper_backbone.named_parameters()}
-        upper |= {f"head.{name}": p for name, p in self.head.named_parameters()}
-        lower = {BACKBONE + name: p for name, p in self.lower_backbone.named_parameters()}
-        lower |= {f"heads.{name}": p for name, p in self.heads.named_parameters()}
+        """(upper, lower): the modules' own trainable parameters, so that optimizer steps change the modules."""
+        upper = _trainable(self.upper_backbone, BACKBONE) | _trainable(self.head, "head.")
+        lower = _trainable(self.lower_backbone, BACKBONE) | _trainable(self.heads, "heads.")
         return upper, lower
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
@@ -75,18 +73,23 @@ class BiSSLProblem(Problem):
     def after_upper_step(self, upper: Params, lower: Params, batch: Any, step: int) -> None:
         """theta_D's running statistics follow its gamma pass; a hypergradient itself writes no buffer."""
         if self.gamma != 0.0:
-            self.upper_backbone(batch[0])
+            self.downstream.forward(self.upper_backbone, self.head, batch[0])
 
     def state_dict(self) -> dict[str, Any]:
-        modules = {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
-        return {name: {key: b.clone() for key, b in module.named_buffers()} for name, module in modules.items()}
+        """Buffers and frozen parameters (a momentum target), which are no variables."""
+        return {
+            name: {key: t.detach().clone() for key, t in _fixed(module).items()}
+            for name, module in self._parts().items()
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        modules = {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
-        for name, module in modules.items():
-            for key, buffer in module.named_buffers():
-                buffer.copy_(state[name][key])
+        for name, module in self._parts().items():
+            for key, tensor in _fixed(module).items():
+                tensor.copy_(state[name][key])
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
 
 
 def bind(module: nn.Module, params: Params, prefix: str) -> Bound:
@@ -97,3 +100,12 @@ def bind(module: nn.Module, params: Params, prefix: str) -> Bound:
         return functional_call(module, own, args, kwargs)
 
     return call
+
+
+def _trainable(module: nn.Module, prefix: str) -> Params:
+    return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _fixed(module: nn.Module) -> dict[str, Tensor]:
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {**dict(module.named_buffers()), **frozen}

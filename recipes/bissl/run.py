@@ -1,5 +1,6 @@
 """BiSSL from the command line: ``python recipes/bissl/run.py --help``."""
 
+import math
 import os
 import sys
 import warnings
@@ -9,22 +10,22 @@ if not __package__:
     # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
+import torch
+from rich.console import Console
 
-from bilevel import CheckpointError, NonFiniteError  # noqa: E402
-from recipes.bissl import estimate  # noqa: E402
-from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact  # noqa: E402
-from recipes.bissl.command_line import Request, fail, parse, show_config, show_presets  # noqa: E402
-from recipes.bissl.config import Config, ConfigError  # noqa: E402
-from recipes.bissl.context import Context, Datasets  # noqa: E402
-from recipes.bissl.imagesets import DataError  # noqa: E402
-from recipes.bissl.plugins import PluginError  # noqa: E402
-from recipes.bissl.report import write_report  # noqa: E402
-from recipes.bissl.results import ArmResult, assemble, environment  # noqa: E402
-from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS  # noqa: E402
-from recipes.bissl.stages import bissl, finetune, head, pretext  # noqa: E402
-from recipes.bissl.tables import comparison_lines, results_table  # noqa: E402
+from bilevel import CheckpointError, NonFiniteError
+from recipes.bissl import estimate
+from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
+from recipes.bissl.command_line import Request, fail, parse, show_config, show_presets
+from recipes.bissl.config import Config, ConfigError
+from recipes.bissl.context import Context, Datasets
+from recipes.bissl.imagesets import DataError
+from recipes.bissl.plugins import PluginError
+from recipes.bissl.report import write_report
+from recipes.bissl.results import ArmResult, assemble, environment
+from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS
+from recipes.bissl.stages import bissl, finetune, head, pretext
+from recipes.bissl.tables import comparison_lines, number_text, results_table
 
 INTERRUPTED, DIVERGED = 130, 3
 
@@ -53,36 +54,27 @@ def run_pipeline(context: Context) -> dict[str, list[Artifact]]:
     for seed in pipeline:
         for arm in config.arms:
             at = context.at(arm, seed)
-            weights = None
-            if arm != "scratch":
-                weights = pretext.run(at)
-            if arm == "bissl":
+            weights = None if arm == "scratch" else pretext.run(at)
+            if arm == "bissl" and weights is not None:
                 weights = bissl.run(at, head.run(at, weights))
             tuning = [seed] if repeats else [config.seed + i for i in range(config.seeds)]
             tested[arm] += [finetune.run(context.at(arm, s), weights) for s in tuning]
     return tested
 
 
-def run_stage(context: Context, request: Request) -> None:
+def run_stage(context: Context, request: Request, parent: Artifact | None) -> None:
     """One stage alone, from the artifact that the command line names."""
     config = context.config
     at = context.at(request.arm, config.seed)
-    parent = None if request.parent is None else read_artifact(request.parent)
     if request.command == "finetune":
         seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
         for artifact in [finetune.run(context.at(request.arm, seed), parent) for seed in seeds]:
-            scores = ", ".join(f"{name} {value:.2f}" for name, value in artifact.info["test"].items())
-            context.console.print(f"seed {artifact.info['seed']}: test {scores}\n  {artifact.directory}")
+            scores = ", ".join(f"{name} {number_text(value)}" for name, value in artifact.info["test"].items())
+            _say(context, f"seed {artifact.info['seed']}: test {scores}")
+            _say(context, f"artifact: {artifact.directory}")
         return
-    if request.command == "pretext":
-        artifact = pretext.run(at)
-    else:
-        assert parent is not None
-        expected = {"head": "pretext", "bissl": "head"}[request.command]
-        if parent.stage != expected:
-            raise ArtifactError(f"--from: {request.command} starts from a {expected} artifact, this is of {parent.stage}")
-        artifact = (head if request.command == "head" else bissl).run(at, parent)
-    context.console.print(f"artifact: {artifact.directory}")
+    stage = {"pretext": pretext.run, "head": head.run, "bissl": bissl.run}[request.command]
+    _say(context, f"artifact: {stage(at, parent).directory}")
 
 
 def summarise(context: Context, tested: dict[str, list[Artifact]]) -> dict:
@@ -92,7 +84,7 @@ def summarise(context: Context, tested: dict[str, list[Artifact]]) -> dict:
     arms = {}
     for arm, artifacts in tested.items():
         infos = [artifact.info for artifact in artifacts]
-        metrics = {name: [info["test"][name] for info in infos] for name in first["higher_is_better"]}
+        metrics = {name: [_number(info["test"][name]) for info in infos] for name in first["higher_is_better"]}
         seconds = sum(info["seconds"] for info in infos) / len(infos)
         arms[arm] = ArmResult(metrics, infos[0]["pretext_steps"], infos[0]["label_steps"], seconds)
     results = assemble(
@@ -130,28 +122,58 @@ def _execute(request: Request) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if request.dry_run:
+        description = estimate.describe(config)
         directory.open(config, resume=request.resume, overwrite=False)
         print(show_config(config))
-        print(estimate.describe(config))
+        print(description)
         return 0
     store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
     context = Context(config, _device(config), store, directory.path / METRICS, Datasets(config), console)
-    # Read before the folder is touched: data that cannot be read must leave nothing behind, and nothing lost.
+    # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
+    parent = _parent(request)
     estimate.check_data(context)
     directory.open(config, resume=request.resume, overwrite=request.overwrite)
     (directory.path / METRICS).touch()
     directory.write_json(SPLITS, context.data.downstream.indices)
     if request.command != "all":
-        run_stage(context, request)
+        run_stage(context, request, parent)
         return 0
     results = summarise(context, run_pipeline(context))
     directory.write_json(RESULTS, results)
-    write_report(directory.path)
+    try:
+        write_report(directory.path)
+    except ValueError as error:
+        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
     console.print(results_table(results))
     for line in comparison_lines(results):
-        console.print(line, markup=False)
-    console.print(f"{directory.path / REPORT}, {directory.path / RESULTS}", markup=False)
+        _say(context, line)
+    _say(context, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
+
+
+def _say(context: Context, line: str) -> None:
+    """Print a line as it is: brackets are no markup, and a path is not broken."""
+    context.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _parent(request: Request) -> Artifact | None:
+    """The artifact that the command line names, verified."""
+    if request.parent is None:
+        return None
+    artifact = read_artifact(request.parent)
+    expected = {"head": ("pretext",), "bissl": ("head",), "finetune": ("pretext", "bissl")}[request.command]
+    if artifact.stage not in expected:
+        raise ArtifactError(
+            f"--from: {request.command} starts from a {' or '.join(expected)} artifact, {request.parent} is of "
+            f"{artifact.stage}"
+        )
+    artifact.tensors()
+    return artifact
+
+
+def _number(value: float | None) -> float:
+    """A recorded value, NaN where null stands for one that was not finite."""
+    return math.nan if value is None else value
 
 
 def _device(config: Config) -> torch.device:

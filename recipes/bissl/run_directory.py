@@ -18,6 +18,11 @@ CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS = (
     "splits.json",
 )
 
+FILES = (CONFIG, METRICS, RESULTS, REPORT, SPLITS)
+
+_MARKS = {"preset", "pretext", "downstream", "bissl", "finetune"}
+"""Fields by which a saved config is recognised as one of this program."""
+
 SAFE_TO_CHANGE = {
     "seeds",
     "arms",
@@ -46,20 +51,29 @@ class RunDirectory:
         return any((self.path / name).exists() for name in (METRICS, RESULTS, REPORT, CHECKPOINTS))
 
     def saved_config(self) -> dict[str, Any] | None:
-        """The config of the run that is here, or None."""
-        return read_config_file(self.path / CONFIG) if (self.path / CONFIG).exists() else None
+        """The config of the run that is here, or None.
+
+        Raises:
+            ConfigError: there is a file of that name that is no such config.
+        """
+        path = self.path / CONFIG
+        if not path.exists():
+            return None
+        saved = read_config_file(path)
+        if not saved.keys() >= _MARKS:
+            raise ConfigError(f"output-dir: {path} is no config of a run of this program; name another folder")
+        return saved
 
     def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Make the folder ready for `config` and save the config in it.
 
         Raises:
-            ConfigError: it holds another run, or one whose config differs where it must not.
+            ConfigError: it holds another run, one whose config differs where it must not, or files of something else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output-dir: {self.path} is a file; name a folder")
-        if overwrite:
-            self._clear()
-        elif self.started:
+        self._check_own()
+        if self.started and not overwrite:
             if not resume:
                 raise ConfigError(
                     f"output-dir: {self.path} holds a run already; continue it with --resume, replace it with "
@@ -67,6 +81,8 @@ class RunDirectory:
                 )
             self._check_unchanged(config)
         try:
+            if overwrite:
+                self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / CONFIG, config.model_dump_json(indent=1).encode())
         except OSError as error:
@@ -76,11 +92,17 @@ class RunDirectory:
         """Write a JSON file of the run, atomically."""
         write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
 
+    def _check_own(self) -> None:
+        """Refuse a folder in which somebody else's files have the names of ours."""
+        found = [name for name in (*FILES, CHECKPOINTS) if (self.path / name).exists()]
+        if found and self.saved_config() is None:
+            raise ConfigError(
+                f"output-dir: {self.path} holds {', '.join(found)}, but no {CONFIG} of a run; name another folder, or "
+                "delete them by hand if they are of no use"
+            )
+
     def _check_unchanged(self, config: Config) -> None:
-        saved = self.saved_config()
-        if saved is None:
-            raise ConfigError(f"output-dir: {self.path} holds a run without {CONFIG}; it cannot be resumed")
-        changed = differences(saved, json.loads(config.model_dump_json()))
+        changed = differences(self.saved_config() or {}, json.loads(config.model_dump_json()))
         refused = [line for line in changed if line.partition(":")[0] not in SAFE_TO_CHANGE]
         if refused:
             raise ConfigError(
@@ -91,7 +113,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Delete the files of a run, and nothing else that may lie there."""
-        for name in (CONFIG, METRICS, RESULTS, REPORT, SPLITS):
+        for name in FILES:
             (self.path / name).unlink(missing_ok=True)
         if (self.path / CHECKPOINTS).is_dir():
             shutil.rmtree(self.path / CHECKPOINTS)

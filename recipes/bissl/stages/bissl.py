@@ -10,6 +10,7 @@ from bilevel.batches import derive_seed
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context
+from recipes.bissl.events import StageEvents
 from recipes.bissl.loop import Seconds, discard_checkpoints
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
@@ -35,12 +36,13 @@ def run(context: Context, artifact: Artifact) -> Artifact:
         return finished
     torch.manual_seed(derive_seed(context.seed, STAGE))
     problem = _problem(context, artifact)
-    seconds = Seconds()
+    seconds, events = Seconds(), context.writer(STAGE)
     directory = context.store.directory(STAGE, key)
-    trainer = _trainer(context, problem, directory, seconds)
+    trainer = _trainer(context, problem, directory, (events, seconds))
     found = load_checkpoint(directory)
     if found is None:
-        # Cuts the metrics back too if the run is interrupted before the first alternation ends.
+        # Goes on from the same random state if the run is interrupted before the first alternation ends.
+        events.restart()
         save_checkpoint(directory, 0, trainer.state_dict())
     else:
         trainer.load_state_dict(found[1])
@@ -84,7 +86,9 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
     )
 
 
-def _trainer(context: Context, problem: BiSSLProblem, directory: Path, seconds: Seconds) -> Trainer:
+def _trainer(
+    context: Context, problem: BiSSLProblem, directory: Path, callbacks: tuple[StageEvents, Seconds]
+) -> Trainer:
     config, c = context.config, context.config.bissl
     upper, lower = problem.variables()
     lower_data = context.pretext_stack(problem.pretext, f"{STAGE} lower")
@@ -116,11 +120,10 @@ def _trainer(context: Context, problem: BiSSLProblem, directory: Path, seconds: 
             lower_scheduler=schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup),
             upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
             max_grad_norm=c.max_grad_norm,
-            adaptation_pairs={name: name for name in upper if name.startswith(BACKBONE)},
+            adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
             callbacks=(
-                context.writer(STAGE),
+                *callbacks,
                 ProgressBar(context.console, f"BiSSL, seed {context.seed}"),
-                seconds,
                 Checkpointing(directory, every=c.checkpoint_every),
             ),
         )

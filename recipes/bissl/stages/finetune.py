@@ -1,6 +1,7 @@
 """Stage 4: fine-tuning of the backbone with a fresh head; the best validation epoch is tested."""
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from bilevel.batches import derive_seed
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context
-from recipes.bissl.evaluate import evaluate
+from recipes.bissl.evaluate import Metric, evaluate
 from recipes.bissl.loop import discard_checkpoints, optimizer_step, run_steps
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
@@ -25,16 +26,7 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     where epochs tie) are evaluated on the test split; only that is called test.
     """
     config, sets = context.config, context.data.downstream
-    rate, decay = config.finetune.rates(context.arm)
-    key = make_key(
-        STAGE,
-        context.seed,
-        artifact,
-        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        config.model.model_dump(),
-        config.downstream.model_dump(exclude={"eval_batch_size"}),
-        [config.finetune.epochs, config.finetune.validate_every, rate, decay],
-    )
+    key = _key(context, artifact)
     finished = context.store.find(STAGE, key)
     if finished is not None:
         return finished
@@ -46,20 +38,19 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         artifact.load_into({"backbone": backbone})
     model = nn.ModuleDict({"backbone": backbone, "head": head}).to(context.device)
     model.train()
+    rate, decay = config.finetune.rates(context.arm)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
     stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
     total = config.finetune.epochs * len(stack)
     scheduler = schedule(optimizer, total_steps=total)
     metrics = task.metrics()
-    primary = next(iter(metrics))
-    best = _Best(model, primary, metrics[primary].higher_is_better)
+    best, losses = _Best(model, metrics), _Losses()
     validation = context.evaluation_batches(sets.val, task)
-    losses: list[float] = []
 
     def step() -> dict[str, Any]:
         inputs, targets = stack.next()
         record = optimizer_step(task.loss(task.forward(backbone, head, inputs), targets), optimizer, scheduler)
-        losses.append(record["loss"])
+        losses.values.append(record["loss"])
         return record
 
     def measure(batches: list[Any]) -> dict[str, float]:
@@ -75,15 +66,14 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         values = measure(validation)
         best.offer(epoch, values)
         named = {f"val_{name}": value for name, value in values.items()}
-        record = {"epoch": epoch, "train_loss": sum(losses) / len(losses) if losses else None, **named}
-        writer.write({"event": "epoch", "step": number, **record})
-        losses.clear()
+        writer.write({"event": "epoch", "step": number, "epoch": epoch, "train_loss": losses.take_mean(), **named})
 
     directory = context.store.directory(STAGE, key)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "stack": stack}
     seconds = run_steps(
         step,
         total=total,
-        parts={"model": model, "optimizer": optimizer, "scheduler": scheduler, "stack": stack, "best": best},
+        parts={**parts, "best": best, "losses": losses},
         writer=writer,
         directory=directory,
         checkpoint_every=config.finetune.checkpoint_every * len(stack),
@@ -92,15 +82,11 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         after=after,
     )
     best.restore()
-    before: Mapping[str, Any] = {"pretext_steps": 0, "label_steps": 0, "seconds": 0.0}
-    before = before if artifact is None else artifact.info
     info = {
-        "pretext_steps": before["pretext_steps"],
-        "label_steps": before["label_steps"] + total,
-        "seconds": before["seconds"] + seconds,
+        **_costs(artifact, total, seconds),
         "seed": context.seed,
         "arm": context.arm,
-        "primary_metric": primary,
+        "primary_metric": best.primary,
         "higher_is_better": {name: metric.higher_is_better for name, metric in metrics.items()},
         "best": {"epoch": best.epoch, **best.values},
         "test": measure(context.evaluation_batches(sets.test, task)),
@@ -110,11 +96,55 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     return result
 
 
+def _key(context: Context, artifact: Artifact | None) -> str:
+    config = context.config
+    return make_key(
+        STAGE,
+        context.seed,
+        artifact,
+        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        config.model.model_dump(),
+        config.downstream.model_dump(exclude={"eval_batch_size"}),
+        [config.finetune.epochs, config.finetune.validate_every, *config.finetune.rates(context.arm)],
+    )
+
+
+def _costs(artifact: Artifact | None, steps: int, seconds: float) -> dict[str, Any]:
+    """Steps and seconds of this and all earlier stages."""
+    before: Mapping[str, Any] = {"pretext_steps": 0, "label_steps": 0, "seconds": 0.0}
+    before = before if artifact is None else artifact.info
+    return {
+        "pretext_steps": before["pretext_steps"],
+        "label_steps": before["label_steps"] + steps,
+        "seconds": before["seconds"] + seconds,
+    }
+
+
+class _Losses:
+    """The training losses since the last validation."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def take_mean(self) -> float:
+        """Their mean; then start anew."""
+        mean = sum(self.values) / len(self.values)
+        self.values = []
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = list(state["values"])
+
+
 class _Best:
     """The weights of the best validation epoch so far."""
 
-    def __init__(self, model: nn.Module, primary: str, higher_is_better: bool) -> None:
-        self.model, self.primary, self.sign = model, primary, 1.0 if higher_is_better else -1.0
+    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric]) -> None:
+        self.model, self.primary = model, next(iter(metrics))
+        self.sign = 1.0 if metrics[self.primary].higher_is_better else -1.0
         self.epoch = 0
         self.values: dict[str, float] = {}
         self.weights: dict[str, Any] = {}
@@ -130,11 +160,13 @@ class _Best:
         self.model.load_state_dict(self.weights)
 
     def _rank(self, values: dict[str, float]) -> tuple[float, float]:
-        return self.sign * values[self.primary], -values["loss"]
+        """A value that is not a number is worse than any that is."""
+        score, loss = self.sign * values[self.primary], -values["loss"]
+        return -math.inf if math.isnan(score) else score, -math.inf if math.isnan(loss) else loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "values": self.values, "weights": self.weights}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.epoch, self.values = state_dict["epoch"], dict(state_dict["values"])
-        self.weights = dict(state_dict["weights"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.values = state["epoch"], dict(state["values"])
+        self.weights = dict(state["weights"])

@@ -22,14 +22,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     starts from: the same weights, with the running statistics that the switch head.batch_norm leaves.
     """
     config, sets = context.config, context.data.downstream
-    key = make_key(
-        STAGE,
-        context.seed,
-        artifact,
-        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        config.downstream.model_dump(exclude={"eval_batch_size"}),
-        config.head.model_dump(),
-    )
+    key = _key(context, artifact)
     finished = context.store.find(STAGE, key)
     if finished is not None:
         return finished
@@ -84,3 +77,15 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     result = context.store.save(STAGE, key, modules, info)
     discard_checkpoints(directory)
     return result
+
+
+def _key(context: Context, artifact: Artifact) -> str:
+    config = context.config
+    return make_key(
+        STAGE,
+        context.seed,
+        artifact,
+        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        config.downstream.model_dump(exclude={"eval_batch_size"}),
+        config.head.model_dump(),
+    )

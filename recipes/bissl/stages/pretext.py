@@ -51,7 +51,7 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     heads.train()
 
     def step() -> dict[str, Any]:
-        return optimizer_step(task.loss(backbone, heads, stack.next()), optimizer, scheduler)
+        return optimizer_step(task.loss(backbone, dict(heads.items()), stack.next()), optimizer, scheduler)
 
     def after(number: int) -> None:
         task.after_step(backbone, heads, number)

@@ -20,7 +20,7 @@ class Classification(DownstreamTask):
 
     view: ViewPolicy = Field(description="distribution of a training view; size defaults to image_size")
     eval_resize: int | None = Field(
-        None, ge=1, description="resize the shorter side before the centre crop (px); null: image_size, no crop"
+        default=None, ge=1, description="resize the shorter side before the centre crop (px); null: image_size, no crop"
     )
 
     @model_validator(mode="before")

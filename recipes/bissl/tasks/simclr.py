@@ -18,10 +18,13 @@ from recipes.bissl.view_policy import ViewPolicy
 class SimCLR(PretextTask):
     """NT-Xent between two random views through a three-layer projector (paper, section 4.1 and appendix B.1)."""
 
-    temperature: float = Field(0.5, gt=0, description="NT-Xent temperature")
-    projector_widths: tuple[int, ...] = Field((256, 256, 256), description="output widths of the projector's layers")
+    temperature: float = Field(default=0.5, gt=0, description="NT-Xent temperature")
+    projector_widths: tuple[int, ...] = Field(
+        default=(256, 256, 256), description="output widths of the projector's layers"
+    )
     joint_pass: bool = Field(
-        False, description="both views in one forward pass (joint BatchNorm statistics) instead of one pass a view"
+        default=False,
+        description="both views in one forward pass (joint BatchNorm statistics) instead of one pass a view",
     )
     view1: ViewPolicy = Field(description="distribution of the first view; size defaults to image_size")
     view2: ViewPolicy = Field(description="distribution of the second view; size defaults to image_size")

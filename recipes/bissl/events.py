@@ -1,0 +1,64 @@
+"""A stage's lines in the run's `metrics.jsonl`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bilevel import Callback, JSONLWriter
+from bilevel.checkpoint import write_atomic
+
+
+class StageEvents(Callback):
+    """Appends a stage's events, each with the stage's `context`, to a file that all stages share.
+
+    A checkpoint holds how many lines the stage had written. Resuming drops those that it wrote later, and no line of
+    another stage: stages may finish in another order than before the interruption, when arms or seeds were added.
+
+    Args:
+        path: the file; its folder must exist.
+        context: fields that tell the stage's lines from all others.
+    """
+
+    def __init__(self, path: Path, context: Mapping[str, Any]) -> None:
+        self.path, self.context = path, dict(context)
+        self._writer, self._lines = JSONLWriter(path, context), 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        self._writer.write(record)
+        self._lines += 1
+
+    def restart(self) -> None:
+        """Drop what an earlier run of the stage wrote."""
+        self._keep(0)
+
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        self.write(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self._lines}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._keep(state["lines"])
+
+    def _keep(self, count: int) -> None:
+        """Keep the first `count` lines of this stage and everything of the others."""
+        self._lines = 0
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        kept = []
+        for line in lines:
+            own = self._is_own(line)
+            if own is None or (own and self._lines == count):
+                continue
+            self._lines += own
+            kept.append(line)
+        if len(kept) < len(lines):
+            write_atomic(self.path, b"".join(kept))
+
+    def _is_own(self, line: bytes) -> bool | None:
+        """Whether the line is this stage's; None where it was cut off while being written."""
+        if not line.endswith(b"\n"):
+            return None
+        record = json.loads(line)
+        return all(record.get(name) == value for name, value in self.context.items())
