@@ -2,7 +2,8 @@
 
 from bilevel.batches import BatchSource, BatchStack
 from bilevel.callbacks import Callback, Checkpointing, JSONLWriter, ProgressBar
-from bilevel.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from bilevel.check import check_hypergradient
+from bilevel.gauss_newton import GaussNewton
 from bilevel.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.hypergradient import Hypergradient, SolverError, SolverWarning, hypergradient
 from bilevel.modules import functional_call
@@ -10,24 +11,28 @@ from bilevel.operators import LinearOperator
 from bilevel.problem import Problem, proximal, ridge
 from bilevel.schedule import AlternatingSchedule
 from bilevel.solution import Solution, Status
-from bilevel.solvers import CG, Dense, Identity, Neumann, Solver
+from bilevel.solvers import CG, MINRES, Dense, Identity, Neumann, Nystrom, Solver
 from bilevel.system import StaleSystemError, System, linearize
 from bilevel.trainer import NonFiniteError, Trainer
 from bilevel.tree import Params
+from bilevel.unrolled import unrolled_hypergradient
+from bilevel.updates import AdamUpdate, SGDUpdate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "MINRES",
+    "AdamUpdate",
     "AlternatingSchedule",
     "BatchSource",
     "BatchStack",
     "Callback",
-    "CheckpointError",
     "Checkpointing",
     "Dense",
     "FiniteDifference",
     "ForwardOverReverse",
+    "GaussNewton",
     "HVPProvider",
     "Hypergradient",
     "Identity",
@@ -35,10 +40,12 @@ __all__ = [
     "LinearOperator",
     "Neumann",
     "NonFiniteError",
+    "Nystrom",
     "Params",
     "Problem",
     "ProgressBar",
     "ReverseOverReverse",
+    "SGDUpdate",
     "Solution",
     "Solver",
     "SolverError",
@@ -47,11 +54,11 @@ __all__ = [
     "Status",
     "System",
     "Trainer",
+    "check_hypergradient",
     "functional_call",
     "hypergradient",
     "linearize",
-    "load_checkpoint",
     "proximal",
     "ridge",
-    "save_checkpoint",
+    "unrolled_hypergradient",
 ]

@@ -148,13 +148,13 @@ class _Reverse(Linearization):
     @torch.enable_grad()
     def hessian(self, vector: Params) -> Params:
         y, g = self._differentiable_gradient()
-        return _backward(g, y, vector, retain_graph=self.keep_graph)
+        return tree.pullback(g, vector, [y], retain_graph=self.keep_graph)[0]
 
     @torch.enable_grad()
     def cross(self, vector: Params, upper: Params) -> Params:
         x, y = tree.as_variables(upper), tree.as_variables(self.lower)
         g = tree.gradients(self.objective(x, y), y, create_graph=True)
-        return _backward(g, x, vector, retain_graph=False)
+        return tree.pullback(g, vector, [x])[0]
 
 
 class _Forward(Linearization):
@@ -219,19 +219,3 @@ class _Difference(Linearization):
 def _gradient(objective: Objective, upper: Params, lower: Params) -> Params:
     y = tree.as_variables(lower)
     return tree.gradients(objective(tree.detach(upper), y), y)
-
-
-def _backward(outputs: Params, wrt: Params, vector: Params, *, retain_graph: bool) -> Params:
-    """``d/d wrt <outputs, vector>``; outputs without a graph (an objective linear in y) contribute nothing."""
-    live = [name for name, leaf in outputs.items() if leaf.requires_grad]
-    if not live or not wrt:
-        return tree.zeros_like(wrt)
-    values = torch.autograd.grad(
-        [outputs[name] for name in live],
-        list(wrt.values()),
-        grad_outputs=[vector[name] for name in live],
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(wrt, values, strict=True))

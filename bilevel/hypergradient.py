@@ -2,20 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from bilevel import distributed, tree
-from bilevel.hvp import HVPProvider
-from bilevel.modules import curvature_pass
+from bilevel import tree
+from bilevel.automatic import HVP, Automatic
+from bilevel.objectives import upper_derivatives
 from bilevel.problem import Problem
 from bilevel.solution import Solution
 from bilevel.solvers import Solver
-from bilevel.system import Implicit, Shift, System, check_scalar, implicit_matches, linearize
+from bilevel.system import Implicit, Shift, System, implicit_matches, linearize
 from bilevel.tree import Params
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -26,9 +25,9 @@ class SolverWarning(UserWarning):
 
 
 class SolverError(RuntimeError):
-    """As `SolverWarning`, where ``on_failure="raise"``; `solution` holds what the solver had."""
+    """As `SolverWarning`, where ``on_failure="raise"``; `solution` holds what the solver had, None without a solve."""
 
-    def __init__(self, message: str, solution: Solution) -> None:
+    def __init__(self, message: str, solution: Solution | None) -> None:
         super().__init__(message)
         self.solution = solution
 
@@ -40,11 +39,14 @@ class Hypergradient:
     Attributes:
         grad: ``direct + implicit``, over the upper variables.
         direct: dF/dx at fixed y.
-        implicit: ``-(cross term) x`` with A x = dF/dy.
+        implicit: the response of y; ``-(cross term) x`` with A x = dF/dy where a system is solved.
         loss: F, 0-d and detached.
         solution: of the linear system, None where nothing is solved.
         stationarity: norm of the lower gradient dG/dy over the implicit variables. The implicit function theorem
             assumes that it is 0.
+        noise: standard error of the lower gradient over the lower batches, in the units of `stationarity`; None for a
+            single batch. Below a few times this, stationarity cannot be told from 0.
+        lower: the lower variables after the steps of a function that makes some, None where none is made.
     """
 
     grad: Params
@@ -53,6 +55,8 @@ class Hypergradient:
     loss: Tensor
     solution: Solution | None
     stationarity: float
+    lower: Params | None = None
+    noise: float | None = None
 
 
 def hypergradient(
@@ -63,7 +67,7 @@ def hypergradient(
     upper_batch: Any,
     lower_batches: Sequence[Any] | None = None,
     solver: Solver | None = None,
-    hvp: HVPProvider | None = None,
+    hvp: HVP | None = None,
     damping: float | None = None,
     shift: Shift | None = None,
     implicit: Implicit | None = None,
@@ -94,8 +98,7 @@ def hypergradient(
         TypeError, ValueError: bad arguments, as for `linearize`.
         StaleSystemError: `system` was built from something that has changed.
     """
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
+    check_on_failure(on_failure)
     tree.check_params("upper", upper)
     tree.check_params("lower", lower)
     if system is None:
@@ -115,36 +118,52 @@ def hypergradient(
     else:
         _check_same(system, problem, lower, lower_batches, solver, hvp, damping, shift, implicit)
         system.check_fresh(upper, lower)
-    x, y = tree.as_variables(upper), tree.as_variables(system.variables(lower))
-    with torch.enable_grad(), curvature_pass():
-        fixed = {name: leaf.detach() for name, leaf in lower.items()}
-        loss = check_scalar("upper_objective", problem.upper_objective(x, {**fixed, **y}, upper_batch))
-    both = tree.gradients(loss, {**_tagged("x", x), **_tagged("y", y)})
-    both = distributed.mean_over_ranks(both)
-    direct, v = _untagged("x", both), _untagged("y", both)
-    solution = system.solve(v, x0=x0)
-    _report(solution, on_failure)
+    return through_system(
+        system, upper, lower, upper_batch, solve=lambda v: system.solve(v, x0=x0), on_failure=on_failure
+    )
+
+
+def through_system(
+    system: System,
+    upper: Params,
+    lower: Params,
+    upper_batch: Any,
+    *,
+    solve: Callable[[Params], Solution],
+    on_failure: OnFailure,
+) -> Hypergradient:
+    """Hypergradient with F taken at `lower` and the cross term at the system's point; `solve` gives x for dF/dy."""
+    loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
+    solution = solve(v)
+    if not solution.status.ok:
+        residual = solution.residual_norms[1]
+        measured = "residual not measured" if math.isnan(residual) else f"relative residual {residual:.2e}"
+        message = f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
+        report_failure(message, solution, on_failure, stacklevel=4)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     return Hypergradient(
         grad=tree.add(direct, implicit_part),
         direct=direct,
         implicit=implicit_part,
-        loss=distributed.mean_over_ranks({"loss": loss.detach()})["loss"],
+        loss=loss,
         solution=solution,
         stationarity=system.stationarity(upper),
+        noise=system.gradient_noise(upper),
     )
 
 
-def _report(solution: Solution, on_failure: OnFailure) -> None:
-    """The one place where a failed solve is acted upon."""
-    if solution.status.ok or on_failure == "ignore":
-        return
-    residual = solution.residual_norms[1]
-    measured = "residual not measured" if math.isnan(residual) else f"relative residual {residual:.2e}"
-    message = f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
+def check_on_failure(on_failure: OnFailure) -> None:
+    """Raise ValueError for a word that is not one of the three."""
+    if on_failure not in get_args(OnFailure):
+        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
+
+
+def report_failure(message: str, solution: Solution | None, on_failure: OnFailure, *, stacklevel: int) -> None:
+    """The one place where a failure is acted upon; `stacklevel` leads from here to the user's call."""
     if on_failure == "raise":
         raise SolverError(message, solution)
-    warnings.warn(message, SolverWarning, stacklevel=3)
+    if on_failure == "warn":
+        warnings.warn(message, SolverWarning, stacklevel=stacklevel)
 
 
 def _check_same(
@@ -153,7 +172,7 @@ def _check_same(
     lower: Params,
     lower_batches: Sequence[Any] | None,
     solver: Solver | None,
-    hvp: HVPProvider | None,
+    hvp: HVP | None,
     damping: float | None,
     shift: Shift | None,
     implicit: Implicit | None,
@@ -165,6 +184,7 @@ def _check_same(
         or any(a is not b for a, b in zip(lower_batches, system.lower_batches, strict=True))
     ):
         raise ValueError("lower_batches: other batches than the system's; leave them out or call linearize again")
+    hvp = system.hvp if hvp == "auto" and isinstance(system.hvp, Automatic) else hvp
     names = None if implicit is None else implicit_matches(implicit, lower)
     for name, given, own in (
         ("solver", solver, system.solver),
@@ -178,11 +198,3 @@ def _check_same(
                 f"{name}={given!r} does not match the system, which was built with {own!r}; leave it out or call "
                 "linearize again"
             )
-
-
-def _tagged(tag: str, x: Params) -> Params:
-    return {f"{tag} {name}": leaf for name, leaf in x.items()}
-
-
-def _untagged(tag: str, x: Params) -> Params:
-    return {name.removeprefix(f"{tag} "): leaf for name, leaf in x.items() if name.startswith(f"{tag} ")}

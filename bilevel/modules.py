@@ -1,5 +1,6 @@
 """Modules as functions of their parameters, safe in curvature passes."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -65,6 +66,7 @@ def functional_call(
         ValueError: `params` names something the module does not have.
         TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
             SyncBatchNorm over several ranks); the message gives the remedy.
+        RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
     curvature = _in_curvature_pass.get()
     _refuse_wrappers(module, curvature)
@@ -79,7 +81,7 @@ def functional_call(
     keywords = dict(kwargs) if kwargs else None
     if not curvature:
         return torch.func.functional_call(module, dict(params), args, keywords)
-    with _without_running_statistics(module):
+    with _without_running_statistics(module), _without_reentrant_checkpoints(module):
         copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)
@@ -100,6 +102,24 @@ def _without_running_statistics(module: nn.Module) -> Iterator[None]:
         for layer, mean, variance, count in saved:
             layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
             layer.track_running_stats = True
+
+
+@contextmanager
+def _without_reentrant_checkpoints(module: nn.Module) -> Iterator[None]:
+    """Refuses the kind of checkpointing that needs no saved-tensor hook: it cuts the parameters out of the graph."""
+
+    def check(layer: nn.Module, args: Any) -> None:
+        frame = None if torch.is_grad_enabled() else inspect.currentframe()
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise RuntimeError(_CHECKPOINT_REMEDY)
+            frame = frame.f_back
+
+    with ExitStack() as stack:
+        if torch.is_grad_enabled():
+            for layer in module.modules():
+                stack.callback(layer.register_forward_pre_hook(check).remove)
+        yield
 
 
 def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:

@@ -36,6 +36,17 @@ class Problem(ABC):
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         """F(x, y) on one batch; 0-d."""
 
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        """z(x, y) with ``lower_objective = lower_output_loss(z)``; only the `GaussNewton` provider asks for it."""
+        raise TypeError(
+            f"{type(self).__name__} does not define lower_outputs, which GaussNewton needs; define lower_outputs and "
+            "lower_output_loss, or take another provider"
+        )
+
+    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """The lower objective as a function of `lower_outputs`; 0-d."""
+        raise TypeError(f"{type(self).__name__} defines lower_outputs but not lower_output_loss; define both")
+
     def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
         """r(x, y), unweighted and 0-d; None (the default) where the problem has none."""
         return None

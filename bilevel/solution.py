@@ -52,6 +52,14 @@ class Solution:
         min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.
         departure: ``||x - b|| / ||b||``: how far the solve moved the right-hand side.
         cosine: cosine of the angle between x and b.
+        residual_curve: relative residual after each iteration as the recursion carries it along, which rounding, an
+            inexact operator or the layer-wise method take away from the true one; empty where there is no recursion.
+        ritz_range: smallest and largest Ritz value met. In exact arithmetic both lie between the extreme eigenvalues
+            of A, and all of `Dense`'s are attained. None where none came for nothing (`Identity`, layer-wise or
+            preconditioned CG, Neumann with a given scale).
+        shift: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status, iterations,
+            residual_norms and residual_curve are those of ``(A + shift I) x = b``; the other numbers stay those of A.
+        unshifted_residual: ``||b - A x|| / ||b||`` where shift is not 0; None otherwise, residual_norms saying it.
     """
 
     value: Params
@@ -62,3 +70,7 @@ class Solution:
     min_curvature: float | None = None
     departure: float = 0.0
     cosine: float = 1.0
+    residual_curve: tuple[float, ...] = ()
+    ritz_range: tuple[float, float] | None = None
+    shift: float = 0.0
+    unshifted_residual: float | None = None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.automatic import HVP, as_provider
+from bilevel.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.hvp import HVPProvider, Objective, ReverseOverReverse
 from bilevel.modules import curvature_pass
 from bilevel.operators import (
@@ -118,7 +120,11 @@ class System:
         return total
 
     def stationarity(self, upper: Params | None = None) -> float:
-        """Norm of dG/dy over the implicit variables, with the undamped regularization weight; `upper` as in `cross`."""
+        """Norm of `gradient`."""
+        return float(tree.norm(self.gradient(upper)))
+
+    def gradient(self, upper: Params | None = None) -> Params:
+        """dG/dy over the implicit variables, with the undamped regularization weight; `upper` as in `cross`."""
         upper = tree.detach(self.upper if upper is None else upper)
         gradient = self._loss_gradient(upper)
         weight = self.problem.regularization_weight
@@ -127,7 +133,7 @@ class System:
             with torch.enable_grad():
                 value = self._penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return float(tree.norm(gradient))
+        return gradient
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (buffers, data behind a pointer)."""
@@ -168,12 +174,26 @@ class System:
                 )
 
     def _objective(self, batch: Any, seed: int) -> Objective:
+        if isinstance(self.hvp, GaussNewton):
+            return self._composed(batch, seed)
+
         def objective(upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed):
                 loss = self.problem.lower_objective(upper, {**self._all, **variables}, batch)
             return check_scalar("lower_objective", loss)
 
         return objective
+
+    def _composed(self, batch: Any, seed: int) -> ComposedObjective:
+        def outputs(upper: Params, variables: Params) -> Tensor:
+            with curvature_pass(seed):
+                return self.problem.lower_outputs(upper, {**self._all, **variables}, batch)
+
+        def loss(z: Tensor) -> Tensor:
+            with curvature_pass(seed):
+                return check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch))
+
+        return ComposedObjective(outputs, loss)
 
     def _regularizer(self, upper: Params, variables: Params) -> Tensor | None:
         with curvature_pass(self._seed):
@@ -197,11 +217,26 @@ class System:
             operator = ShiftedOperator(operator, self.shift)
         return operator
 
+    def gradient_noise(self, upper: Params | None = None) -> float | None:
+        r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
+        / (n (n - 1)))^{1/2}` over all n batches on all ranks; None for a single one. A `stationarity` of a few times
+        this is as stationary as the batches can tell."""
+        upper = tree.detach(self.upper if upper is None else upper)
+        gradients, mean = self._batch_gradients(upper), self._loss_gradient(upper)
+        count = len(gradients) * distributed.world_size()
+        if count < 2:
+            return None
+        deviations = torch.stack([tree.norm(tree.sub(g, mean)).square() for g in gradients])
+        spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
+        return float((spread / (count - 1)).sqrt())
+
     def _loss_gradient(self, upper: Params) -> Params:
-        moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
-        gradients = [loss.gradient_at(upper) if moved else loss.gradient() for loss in self._losses]
-        total = reduce(tree.add, gradients)
+        total = reduce(tree.add, self._batch_gradients(upper))
         return distributed.mean_over_ranks(tree.scale(1.0 / len(self._losses), total))
+
+    def _batch_gradients(self, upper: Params) -> list[Params]:
+        moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
+        return [loss.gradient_at(upper) if moved else loss.gradient() for loss in self._losses]
 
     def _fingerprint(self) -> list["_Mark"]:
         named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
@@ -254,7 +289,7 @@ def linearize(
     lower_batches: Sequence[Any],
     *,
     solver: Solver | None = None,
-    hvp: HVPProvider | None = None,
+    hvp: HVP | None = None,
     damping: float = 0.0,
     shift: Shift = 0.0,
     implicit: Implicit | None = None,
@@ -275,7 +310,8 @@ def linearize(
         upper, lower: variables; the system keeps them and is stale once they change.
         lower_batches: a sequence of batches, whatever the Problem's lower_objective takes.
         solver: default ``CG()``.
-        hvp: default ``ReverseOverReverse()``.
+        hvp: default ``ReverseOverReverse()``; "auto" measures the exact providers and takes the fastest that works
+            (``system.hvp.report``).
         damping: added to the regularization weight in the whole system; needs a regularizer.
         shift: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
         implicit: names, or a predicate on names, of the lower variables that respond to the upper ones; default the
@@ -288,16 +324,10 @@ def linearize(
     """
     tree.check_params("upper", upper)
     tree.check_params("lower", lower)
-    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
-    if not lower_batches:
-        raise ValueError("lower_batches is empty; the lower objective is the mean over at least one batch")
+    check_batches(lower_batches)
     _check_number("damping", damping)
     _check_number("regularization_weight", problem.regularization_weight)
-    names = _implicit_names(problem, lower, implicit)
+    names = implicit_names(problem, lower, implicit)
     if isinstance(shift, Mapping):
         unknown = sorted(set(shift) - set(names))
         if unknown:
@@ -312,7 +342,7 @@ def linearize(
         lower,
         lower_batches,
         solver=CG() if solver is None else solver,
-        hvp=ReverseOverReverse() if hvp is None else hvp,
+        hvp=as_provider(hvp),
         damping=damping,
         shift=shift,
         implicit=names,
@@ -330,6 +360,17 @@ def check_scalar(name: str, value: Tensor | None) -> Tensor:
     return value
 
 
+def check_batches(lower_batches: Sequence[Any]) -> None:
+    """Raise unless these are one or more batches in a sequence."""
+    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
+        raise TypeError(
+            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
+            "for a single one"
+        )
+    if not lower_batches:
+        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+
+
 def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
     """Names of `lower` that `implicit` selects, in the order of `lower`."""
     if isinstance(implicit, str):
@@ -345,7 +386,8 @@ def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
     return tuple(name for name in lower if name in wanted)
 
 
-def _implicit_names(problem: Problem, lower: Params, implicit: Implicit | None) -> tuple[str, ...]:
+def implicit_names(problem: Problem, lower: Params, implicit: Implicit | None) -> tuple[str, ...]:
+    """Names of the implicit variables, the Problem's where `implicit` is None; raises if there are none."""
     names = implicit_matches(problem.implicit if implicit is None else implicit, lower)
     if not names:
         raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")

@@ -10,10 +10,10 @@ from typing import Any, Protocol, get_args
 import torch
 
 from bilevel import distributed, tree
+from bilevel.automatic import HVP, as_provider
 from bilevel.batches import BatchSource, Cycle
 from bilevel.callbacks import Callback, Record
 from bilevel.checkpoint import random_state, set_random_state
-from bilevel.hvp import HVPProvider
 from bilevel.hypergradient import Hypergradient, OnFailure, hypergradient
 from bilevel.problem import Problem
 from bilevel.schedule import AlternatingSchedule
@@ -69,7 +69,7 @@ class Trainer:
         upper_data: BatchSource | Sequence[Any],
         schedule: AlternatingSchedule,
         solver: Solver | None = None,
-        hvp: HVPProvider | None = None,
+        hvp: HVP | None = None,
         damping: float = 0.0,
         shift: Shift = 0.0,
         hessian_batches: int = 1,
@@ -87,7 +87,12 @@ class Trainer:
             "lower": lower_data if isinstance(lower_data, BatchSource) else Cycle(lower_data),
             "upper": upper_data if isinstance(upper_data, BatchSource) else Cycle(upper_data),
         }
-        self.system_options: dict[str, Any] = {"solver": solver, "hvp": hvp, "damping": damping, "shift": shift}
+        self.system_options: dict[str, Any] = {
+            "solver": solver,
+            "hvp": as_provider(hvp),
+            "damping": damping,
+            "shift": shift,
+        }
         self.hessian_batches, self.max_grad_norm = hessian_batches, max_grad_norm
         self.adaptation_pairs = dict(adaptation_pairs or {})
         self.callbacks = tuple(callbacks)
@@ -124,13 +129,14 @@ class Trainer:
 
     def _lower_stage(self) -> list[Any]:
         data, stored = self.data["lower"], []
-        data.begin_stage(max(self.schedule.lower_steps, self.hessian_batches))
+        wanted = self.hessian_batches if self.schedule.upper_steps else 0
+        data.begin_stage(max(self.schedule.lower_steps, wanted))
         for _ in range(self.schedule.lower_steps):
             batch = data.next()
-            if len(stored) < self.hessian_batches:
+            if len(stored) < wanted:
                 stored.append(batch)
             self._lower_step(batch)
-        while len(stored) < self.hessian_batches:
+        while len(stored) < wanted:
             stored.append(data.next())
         return stored
 
@@ -172,15 +178,20 @@ class Trainer:
         if not solution.status.ok:
             self.failures[solution.status.name] += 1
             self._on_failure = "ignore" if self._on_failure == "warn" else self._on_failure
+        ritz_min, ritz_max = solution.ritz_range or (None, None)
         return {
             "status": solution.status.name,
             "residual": solution.residual_norms[1],
             "departure": solution.departure,
             "cosine": solution.cosine,
             "min_curvature": solution.min_curvature,
+            "ritz_min": ritz_min,
+            "ritz_max": ritz_max,
+            "shift": solution.shift,
             "iterations": solution.iterations,
             "num_hvps": solution.num_hvps,
             "stationarity": result.stationarity,
+            "gradient_noise": result.noise,
         }
 
     def _update(self, level: str, gradient: Params, loss: float) -> Record:

@@ -8,7 +8,7 @@ same keys. Arithmetic runs on torch's foreach operations, one fused call for all
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
 import torch
@@ -137,6 +137,30 @@ def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_g
         materialize_grads=True,
     )
     return dict(zip(wrt, values, strict=True))
+
+
+def pullback(
+    outputs: Params, vector: Params, wrt: Sequence[Params], *, retain_graph: bool = False
+) -> tuple[Params, ...]:
+    """``d <outputs, vector> / d wrt``, one tree for each of `wrt`; variables that the outputs do not use get zeros.
+
+    `vector` has at least the names of `outputs`. Outputs without a graph contribute nothing.
+    """
+    live = [name for name, leaf in outputs.items() if leaf.requires_grad]
+    inputs = [leaf for variables in wrt for leaf in variables.values()]
+    if not live or not inputs:
+        return tuple(zeros_like(variables) for variables in wrt)
+    values = iter(
+        torch.autograd.grad(
+            [outputs[name] for name in live],
+            inputs,
+            grad_outputs=[vector[name] for name in live],
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return tuple({name: next(values) for name in variables} for variables in wrt)
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:

@@ -36,7 +36,9 @@ class Case:
 
     def split(self, vector: Tensor) -> Params:
         leaves = vector.split([torch.Size(shape).numel() for shape in self.shapes])
-        return {f"leaf{k}": leaf.reshape(shape) for k, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True))}
+        return {
+            f"leaf{k}": leaf.reshape(shape) for k, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True))
+        }
 
     @property
     def b(self) -> Params:

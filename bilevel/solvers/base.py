@@ -96,10 +96,20 @@ def product_error(operator: LinearOperator, x: Params) -> float:
 
 def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> None:
     """Raise ValueError unless the budget is a positive whole number and rtol a non-negative number or None."""
-    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"{solver}: max_iterations must be a whole number of at least 1, got {max_iterations!r}")
+    check_count(f"{solver}: max_iterations", max_iterations, least=1)
+    check_rtol(solver, rtol)
+
+
+def check_rtol(solver: str, rtol: float | None) -> None:
+    """Raise ValueError unless rtol is None or lies in [0, 1)."""
     if rtol is not None and not 0.0 <= rtol < 1.0:
         raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
+
+
+def check_count(argument: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")
 
 
 def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
@@ -122,6 +132,11 @@ def classify_curvature(curvature: float, gain: float, scale: float, error: float
         return None
     # A semidefinite A has ||Ad||^2 <= ||A|| d'Ad: then d is, to rounding, a null vector that b has a part along.
     return Status.INCONSISTENT if gain <= 4.0 * math.sqrt(error) * scale else Status.NEGATIVE_CURVATURE
+
+
+def is_null(curvature: float, gain: float, scale: float, error: float) -> bool:
+    """Whether a direction is, to rounding, a null vector of A; arguments as for `classify_curvature`."""
+    return abs(curvature) <= 4.0 * error * scale and gain <= 4.0 * math.sqrt(error) * scale
 
 
 def _unmeasured(solution: Solution) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Conjugate gradients, global and layer-wise."""
+"""Conjugate gradients, global, layer-wise and preconditioned."""
 
 import math
 from collections.abc import Mapping
@@ -11,16 +11,18 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
-from bilevel.solvers.base import (
-    Solver,
-    attainable,
-    check_iterations,
-    classify_curvature,
-    product_error,
-    residual,
-    rounding_unit,
-)
+from bilevel.solvers.account import Account, CountedOperator
+from bilevel.solvers.base import Solver, check_iterations
+from bilevel.solvers.lanczos import conjugate_block, ritz_range
+from bilevel.solvers.preconditioner import Inverse, Preconditioner
 from bilevel.tree import Params
+
+
+@dataclass
+class _Prepared:
+    """The preconditioner, made at the first right-hand side, which gives the shapes."""
+
+    inverse: Inverse | None = None
 
 
 @final
@@ -36,6 +38,8 @@ class CG(Solver):
             is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it
             converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the block-diagonal matrix of step lengths, which is
             biased unless A is block-diagonal.
+        preconditioner: a symmetric positive definite approximation of A, made once for a state and kept for every
+            right-hand side, its products counted in the first solve. The stopping rule stays on the residual itself.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -43,118 +47,148 @@ class CG(Solver):
     end, by one more product, and decides the status.
 
     Raises:
-        ValueError: max_iterations < 1 or rtol outside [0, 1).
+        ValueError: max_iterations < 1, rtol outside [0, 1), a preconditioner together with layerwise; at solve, a
+            preconditioner that is not positive definite.
+        TypeError: a preconditioner that is not a `Preconditioner`.
     """
 
     max_iterations: int = 10
     rtol: float | None = 1e-3
     layerwise: bool = False
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_iterations("CG", self.max_iterations, self.rtol)
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
+            raise TypeError(
+                f"CG: preconditioner must be a Preconditioner or None, got {type(self.preconditioner).__name__}"
+            )
+        if self.preconditioner is not None and self.layerwise:
+            raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
 
-    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
-        return _Run(self, operator, b, x0).solve()
+    def prepare(self, operator: Any) -> _Prepared | None:
+        return None if self.preconditioner is None else _Prepared()
+
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Prepared | None) -> Solution:
+        products, inverse = 0, None
+        if self.preconditioner is not None:
+            assert state is not None
+            if state.inverse is None:
+                counted = CountedOperator(operator)
+                state.inverse = self.preconditioner.prepare(counted, b)
+                products = counted.products
+            if state.inverse is None:
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+            inverse = state.inverse
+        account = Account(operator, b, self.max_iterations, self.rtol, products)
+        r = b if x0 is None else account.residual(x0)
+        start = account.relative(r)
+        if operator.agree(not math.isfinite(start)):
+            return account.close(Status.NON_FINITE, b, (start, math.nan))
+        run = ConjugateGradients(account, layerwise=self.layerwise, inverse=inverse)
+        return run.solve(x0, r, start)
 
 
-class _Run:
-    """One solve: the textbook's x, r, d and what must be known to report on them."""
+class ConjugateGradients:
+    """One run: the textbook's x, r, z = M^-1 r, d and what must be known to report on them."""
 
-    def __init__(self, options: CG, operator: LinearOperator, b: Params, x0: Params | None) -> None:
-        self.options, self.operator, self.b, self.x0 = options, operator, b, x0
-        self.norm_b = float(tree.norm(b))
-        self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
-        self.iterations = self.products = 0
-        self.min_curvature: float | None = None
-        self.norm_a = 0.0
+    def __init__(self, account: Account, *, layerwise: bool = False, inverse: Inverse | None = None) -> None:
+        self.account, self.layerwise, self.inverse = account, layerwise, inverse
+        self.earlier_iterations = account.iterations
+        self.blocks: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def solve(self) -> Solution:
-        x = tree.zeros_like(self.b) if self.x0 is None else self.x0
-        r = self.b if self.x0 is None else self._residual(x)
-        start = relative = self._relative(r)
-        if self.operator.agree(not math.isfinite(start)):
-            return self._finish(Status.NON_FINITE, self.b, (start, math.nan))
+    def solve(self, x0: Params | None, r: Params, start: float) -> Solution:
+        """Iterates from x0, or from 0 without one, where the residual is r, of relative norm `start`."""
+        account, b = self.account, self.account.b
+        self.from_zero = x0 is None
+        x = tree.zeros_like(b) if x0 is None else x0
+        relative = start
         while True:
             x, relative, breakdown = self._iterate(x, r, relative, start)
-            no_step = breakdown is not None and self.iterations == 0 and self.x0 is None
-            x = self.b if no_step else x
-            if no_step or self._must_measure(x, relative):
-                r = self._residual(x)
-                relative = self._relative(r)
+            no_step = breakdown is not None and self._at_zero
+            x = b if no_step else x
+            if no_step or self.layerwise or account.drifted(x, relative):
+                r = account.residual(x)
+                relative = account.relative(r)
             # Directions made of nothing but rounding errors have arbitrary curvature: no breakdown once x is as good
             # as it can get.
-            settled = self.operator.exact and relative <= 10.0 * self._attainable(x)
+            settled = account.settled(x, relative)
             if breakdown is not None and not (settled and breakdown is not Status.NON_FINITE):
-                return self._finish(breakdown, x, (start, relative))
-            stop = settled or self._good_enough(relative) or self.iterations >= self.options.max_iterations
-            if stop or self.options.layerwise or not math.isfinite(relative):
-                return self._finish(self._verdict(relative, settled), x, (start, relative))
+                return account.close(breakdown, x, (start, relative), self._ritz_range())
+            stop = settled or not account.unfinished(relative)
+            if stop or self.layerwise or not math.isfinite(relative):
+                verdict = account.verdict(relative, settled)
+                return account.close(verdict, x, (start, relative), self._ritz_range())
+
+    @property
+    def _at_zero(self) -> bool:
+        return self.from_zero and self.account.iterations == self.earlier_iterations
 
     def _iterate(self, x: Params, r: Params, relative: float, start: float) -> tuple[Params, float, Status | None]:
         """Iterates from x with residual r; after a breakdown the iterate of smallest residual among those made."""
-        d, rho = r, self._inner(r, r)
+        account, operator = self.account, self.account.operator
+        z = self._precondition(r)
+        d, rho = z, self._inner(r, z)
+        pivots, conjugations = self._new_block()
         # Zero, the start without an x0, is never kept as the best.
-        best, best_relative = x, math.inf if self.iterations == 0 and self.x0 is None else relative
-        while self.iterations < self.options.max_iterations and not self._good_enough(relative):
-            product = self.operator(d)
-            self.products += 1
-            dd = tree.dot(d, d)
-            curvature, gain = torch.stack([tree.dot(d, product) / dd, tree.norm(product) / dd.sqrt()]).tolist()
-            self.norm_a = max(self.norm_a, gain if math.isfinite(gain) else 0.0)
-            verdict = classify_curvature(curvature, gain, self.norm_a, self.product_error)
-            if math.isfinite(curvature):
-                self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
-            if self.operator.agree(verdict is not None):
+        best, best_relative = x, math.inf if self._at_zero else relative
+        while account.unfinished(relative):
+            product = operator(d)
+            verdict, energy = self._look(d, product, rho)
+            if isinstance(rho, Tensor):
+                pivots.append(energy / rho)
+            if operator.agree(verdict is not None):
                 return best, min(best_relative, relative), verdict or Status.NON_FINITE
-            alpha = _ratio(rho, self._inner(d, product))
+            alpha = _ratio(rho, self._inner(d, product) if self.layerwise else energy)
             x = tree.axpy(alpha, d, x)
             r = tree.axpy(_negative(alpha), product, r)
-            relative = self._relative(r)
-            if self.operator.agree(not math.isfinite(relative)):
+            relative = account.relative(r)
+            if operator.agree(not math.isfinite(relative)):
                 return best, best_relative, Status.NON_FINITE
-            self.iterations += 1
+            account.curve.append(relative)
             if relative <= best_relative:
                 best, best_relative = x, relative
-            if relative > start / math.sqrt(self.rounding):
+            if relative > start / math.sqrt(account.rounding):
                 return best, best_relative, Status.DIVERGED
-            new_rho = self._inner(r, r)
-            d = tree.axpy(_ratio(new_rho, rho), d, r)
+            z = self._precondition(r)
+            new_rho = self._inner(r, z)
+            beta = _ratio(new_rho, rho)
+            if isinstance(beta, Tensor):
+                conjugations.append(beta)
+            d = tree.axpy(beta, d, z)
             rho = new_rho
         return x, relative, None
 
-    def _must_measure(self, x: Params, relative: float) -> bool:
-        """Whether the recursion's residual may differ from the true one by more than a tenth."""
-        if self.options.layerwise or not self.operator.exact:
-            return True
-        return max(self.iterations, 1) * self._attainable(x) > 0.1 * relative
+    def _look(self, d: Params, product: Params, rho: Tensor | Params) -> tuple[Status | None, Tensor]:
+        """What the direction d says about A, and d'Ad."""
+        dd, energy = tree.dot(d, d), tree.dot(d, product)
+        readings = [energy / dd, tree.norm(product) / dd.sqrt()]
+        if self.inverse is not None:
+            assert isinstance(rho, Tensor)
+            readings.append(rho)
+        curvature, gain, *rest = torch.stack(readings).tolist()
+        if any(value <= 0.0 for value in rest):
+            raise ValueError(
+                f"preconditioner: r'M^-1 r = {rest[0]:.3g} for a residual r that is not 0; M must be symmetric "
+                "positive definite"
+            )
+        return self.account.meet(curvature, gain), energy
 
-    def _attainable(self, x: Params) -> float:
-        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+    def _precondition(self, r: Params) -> Params:
+        return r if self.inverse is None else self.inverse(r)
 
     def _inner(self, x: Params, y: Params) -> Tensor | Params:
-        return tree.leaf_dots(x, y) if self.options.layerwise else tree.dot(x, y)
+        return tree.leaf_dots(x, y) if self.layerwise else tree.dot(x, y)
 
-    def _residual(self, x: Params) -> Params:
-        self.products += 1
-        return residual(self.operator, self.b, x)
+    def _new_block(self) -> tuple[list[Tensor], list[Tensor]]:
+        self.blocks.append(([], []))
+        return self.blocks[-1]
 
-    def _relative(self, r: Params) -> float:
-        return float(tree.norm(r)) / self.norm_b
-
-    def _good_enough(self, relative: float) -> bool:
-        return relative <= max(self.options.rtol or 0.0, self.rounding)
-
-    def _verdict(self, relative: float, settled: bool) -> Status:
-        if not math.isfinite(relative):
-            return Status.NON_FINITE
-        if self.options.rtol is None:
-            # A layer-wise recursion may run out of residual early, at a point that solves another system.
-            early = self.iterations < self.options.max_iterations
-            return Status.CONVERGED if early and (settled or self._good_enough(relative)) else Status.BUDGET
-        return Status.CONVERGED if relative <= self.options.rtol else Status.NOT_CONVERGED
-
-    def _finish(self, status: Status, x: Params, residuals: tuple[float, float]) -> Solution:
-        return Solution(x, status, residuals, self.iterations, self.products, self.min_curvature)
+    def _ritz_range(self) -> tuple[float, float] | None:
+        """None where the coefficients are not those of A in the Euclidean inner product."""
+        if self.layerwise or self.inverse is not None:
+            return None
+        return ritz_range(conjugate_block(*block) for block in self.blocks)
 
 
 def _ratio(numerator: Tensor | Params, denominator: Tensor | Params) -> Tensor | Params:

@@ -70,7 +70,8 @@ class Dense(Solver):
             # b is orthogonal to the range, and the least-squares solution 0 would silence the term.
             value, products = b, products + 1
             relative = float(tree.norm(residual(operator, b, b)) / tree.norm(b))
-        return Solution(value, status, (1.0, relative), 1, products + 1, float(values.min()))
+        low, high = float(values.min()), float(values.max())
+        return Solution(value, status, (1.0, relative), 1, products + 1, low, ritz_range=(low, high))
 
     def _matrix(self, operator: LinearOperator, b: Params) -> Tensor:
         flat = tree.flatten(b)

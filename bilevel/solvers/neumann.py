@@ -1,7 +1,7 @@
 """Truncated Neumann series with an automatic scale."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -9,15 +9,9 @@ import torch
 from bilevel import tree
 from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
-from bilevel.solvers.base import (
-    Solver,
-    attainable,
-    check_iterations,
-    classify_curvature,
-    product_error,
-    residual,
-    rounding_unit,
-)
+from bilevel.solvers.account import Account
+from bilevel.solvers.base import Solver, check_iterations
+from bilevel.solvers.lanczos import ritz_values
 from bilevel.tree import Params
 
 _LANCZOS_STEPS = 5
@@ -74,108 +68,56 @@ class Neumann(Solver):
             if operator.agree(not math.isfinite(largest)):
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
-        return _Series(self, operator, b, state.value, products).sum(x0)
+        account = Account(operator, b, self.max_iterations, self.rtol, products)
+        seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
+        return replace(_Series(account, state.value).sum(x0), ritz_range=seen)
 
 
 class _Series:
     """One solve: the partial sum x, its residual r, and what must be known to report on them."""
 
-    def __init__(self, options: Neumann, operator: LinearOperator, b: Params, alpha: float, products: int) -> None:
-        self.options, self.operator, self.b, self.alpha, self.products = options, operator, b, alpha, products
-        self.norm_b = float(tree.norm(b))
-        self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
+    def __init__(self, account: Account, alpha: float) -> None:
+        self.account, self.alpha = account, alpha
         # Exact residuals have convex logarithms in k: one that grew once grows for ever.
-        self.growth = 1.0 + (math.sqrt(self.rounding) if operator.exact else 0.1)
-        self.norm_a = 0.0
-        self.min_curvature: float | None = None
+        self.growth = 1.0 + (math.sqrt(account.rounding) if account.operator.exact else 0.1)
 
     def sum(self, x0: Params | None) -> Solution:
-        x = tree.zeros_like(self.b) if x0 is None else x0
-        r = self.b if x0 is None else self._residual(x)
-        start = relative = self._relative(r)
-        if self.operator.agree(not math.isfinite(start)):
-            return Solution(self.b, Status.NON_FINITE, (start, math.nan), 0, self.products)
-        iterations, breakdown = 0, None
-        while iterations < self.options.max_iterations and not self._good_enough(relative):
+        account, b = self.account, self.account.b
+        x = tree.zeros_like(b) if x0 is None else x0
+        r = b if x0 is None else account.residual(x)
+        start = relative = account.relative(r)
+        if account.operator.agree(not math.isfinite(start)):
+            return account.close(Status.NON_FINITE, b, (start, math.nan))
+        breakdown = None
+        while account.unfinished(relative):
             product, breakdown = self._product(r)
             new_x, new_r = tree.axpy(self.alpha, r, x), tree.axpy(-self.alpha, product, r)
-            new_relative = self._relative(new_r)
+            new_relative = account.relative(new_r)
             breakdown = breakdown or self._classify_step(relative, new_relative)
             if breakdown is not None:
-                if iterations == 0 and x0 is None:
-                    x, r = self.b, tree.sub(self.b, product)
-                    relative = self._relative(r)
+                if account.iterations == 0 and x0 is None:
+                    x, r = b, tree.sub(b, product)
+                    relative = account.relative(r)
                 break
             x, r, relative = new_x, new_r, new_relative
-            iterations += 1
-        level = attainable(self.norm_a, x, self.norm_b, self.rounding)
-        if not self.operator.exact or max(iterations, 1) * level > 0.1 * relative:
-            relative = self._relative(self._residual(x))
-        settled = self.operator.exact and relative <= 10.0 * level
+            account.curve.append(relative)
+        if account.drifted(x, relative):
+            relative = account.relative(account.residual(x))
+        settled = account.settled(x, relative)
         if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
-            breakdown = self._verdict(relative, iterations, settled)
-        return Solution(x, breakdown, (start, relative), iterations, self.products, self.min_curvature)
+            breakdown = account.verdict(relative, settled)
+        return account.close(breakdown, x, (start, relative))
 
     def _product(self, r: Params) -> tuple[Params, Status | None]:
         """A r and what it says about A."""
-        product = self.operator(r)
-        self.products += 1
+        product = self.account.operator(r)
         rr = tree.dot(r, r)
         curvature, gain = torch.stack([tree.dot(r, product) / rr, tree.norm(product) / rr.sqrt()]).tolist()
-        self.norm_a = max(self.norm_a, gain if math.isfinite(gain) else 0.0)
-        if math.isfinite(curvature):
-            self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
-        verdict = classify_curvature(curvature, gain, self.norm_a, self.product_error)
-        return product, (verdict or Status.NON_FINITE) if self.operator.agree(verdict is not None) else None
+        verdict = self.account.meet(curvature, gain)
+        agreed = self.account.operator.agree(verdict is not None)
+        return product, (verdict or Status.NON_FINITE) if agreed else None
 
     def _classify_step(self, old: float, new: float) -> Status | None:
-        if self.operator.agree(not math.isfinite(new)):
+        if self.account.operator.agree(not math.isfinite(new)):
             return Status.NON_FINITE
         return Status.DIVERGED if new > old * self.growth else None
-
-    def _residual(self, x: Params) -> Params:
-        self.products += 1
-        return residual(self.operator, self.b, x)
-
-    def _relative(self, r: Params) -> float:
-        return float(tree.norm(r)) / self.norm_b
-
-    def _good_enough(self, relative: float) -> bool:
-        return relative <= max(self.options.rtol or 0.0, self.rounding)
-
-    def _verdict(self, relative: float, iterations: int, settled: bool) -> Status:
-        if not math.isfinite(relative):
-            return Status.NON_FINITE
-        if self.options.rtol is None:
-            early = iterations < self.options.max_iterations
-            return Status.CONVERGED if early and (settled or self._good_enough(relative)) else Status.BUDGET
-        return Status.CONVERGED if relative <= self.options.rtol else Status.NOT_CONVERGED
-
-
-def ritz_values(operator: LinearOperator, b: Params, steps: int) -> tuple[float, ...]:
-    """Eigenvalue estimates of A from `steps` Lanczos steps that start at b, ascending; one product a step.
-
-    Fewer come back where the Krylov space is exhausted; a product that is not finite gives a NaN.
-    """
-    q = tree.scale(1.0 / float(tree.norm(b)), b)
-    basis = [q]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    for _ in range(steps):
-        w = operator(q)
-        diagonal.append(float(tree.dot(q, w)))
-        for vector in basis:
-            w = tree.axpy(-tree.dot(vector, w), vector, w)
-        beta = float(tree.norm(w))
-        if not (math.isfinite(beta) and math.isfinite(diagonal[-1])):
-            return (math.nan,) * len(diagonal)
-        if beta <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal) or len(diagonal) == steps:
-            break
-        off_diagonal.append(beta)
-        q = tree.scale(1.0 / beta, w)
-        basis.append(q)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if off_diagonal:
-        band = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
-        tridiagonal = tridiagonal + band + band.T
-    return tuple(torch.linalg.eigvalsh(tridiagonal).tolist())

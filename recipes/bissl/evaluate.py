@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.tree import tensors_in
+
 State = tuple[Tensor, ...]
 
 
@@ -161,10 +163,10 @@ def knn_accuracy(
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Any]],
+    forward: Callable[[Any], Any],
+    batches: Iterable[tuple[Any, Any]],
     metrics: Mapping[str, Metric],
-    loss: Callable[[Tensor, Any], Tensor] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> dict[str, float]:
     """Values of `metrics`, and of the mean loss, over all the examples of `batches`.
 
@@ -173,7 +175,7 @@ def evaluate(
 
     Args:
         forward: The model, from inputs to outputs.
-        batches: Pairs of inputs ``[N, ...]`` and targets, on the model's device.
+        batches: Pairs of inputs, a tensor ``[N, ...]`` or a structure of such, and targets, on the model's device.
         metrics: By name.
         loss: ``loss(outputs, targets) -> 0-d``, a mean over the examples; its value is returned as "loss".
 
@@ -188,7 +190,7 @@ def evaluate(
     for inputs, targets in batches:
         outputs = forward(inputs)
         states = {name: metrics[name].accumulate(state, outputs, targets) for name, state in states.items()}
-        sizes.append(len(inputs))
+        sizes.append(len(next(tensors_in(inputs))))
         if loss is not None:
             losses.append(loss(outputs, targets))
     if not sizes:

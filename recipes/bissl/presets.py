@@ -64,7 +64,7 @@ def digits(paper_version: PaperVersion = "v2") -> Config:
             lower_steps=10,
             upper_steps=4,
             adaptation_every=4,
-            # The pull between the backbones is strong enough to matter over a few hundred steps; the paper's 0.001 is not.
+            # A pull strong enough to matter over a few hundred steps, which the paper's 0.001 is not.
             regularization_weight=1.0,
             damping=1.0,
             lower_lr=3.0,
@@ -115,7 +115,7 @@ def images(paper_version: PaperVersion = "v2") -> Config:
             upper_steps=4,
             adaptation_every=4,
             regularization_weight=1.0,
-            damping=1.0,
+            damping=10.0,
             lower_warmup_epochs=1,
             hessian_batches=2,
             solver_iterations=5,

@@ -13,7 +13,8 @@ if not __package__:
 import torch
 from rich.console import Console
 
-from bilevel import CheckpointError, NonFiniteError
+from bilevel import NonFiniteError
+from bilevel.checkpoint import CheckpointError
 from recipes.bissl import estimate
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
 from recipes.bissl.command_line import Request, fail, parse, show_config, show_presets
@@ -161,11 +162,13 @@ def _parent(request: Request) -> Artifact | None:
     if request.parent is None:
         return None
     artifact = read_artifact(request.parent)
-    expected = {"head": ("pretext",), "bissl": ("head",), "finetune": ("pretext", "bissl")}[request.command]
-    if artifact.stage not in expected:
+    # Fine-tuning takes the rates of its arm, so that weights of another one would be tuned with the wrong ones.
+    fine_tuned = {"bissl": "bissl", "baseline": "pretext"}.get(request.arm)
+    expected = {"head": "pretext", "bissl": "head", "finetune": fine_tuned}[request.command]
+    if artifact.stage != expected:
         raise ArtifactError(
-            f"--from: {request.command} starts from a {' or '.join(expected)} artifact, {request.parent} is of "
-            f"{artifact.stage}"
+            f"--from: {request.command} of the arm {request.arm!r} starts from a {expected} artifact, {request.parent} "
+            f"is of {artifact.stage}; name another one, or another --arm"
         )
     artifact.tensors()
     return artifact

@@ -9,7 +9,6 @@ from bilevel.batches import derive_seed
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context, to_device
 from recipes.bissl.evaluate import knn_accuracy
-from recipes.bissl.imagesets import ImageSet
 from recipes.bissl.loop import discard_checkpoints, optimizer_step, run_steps
 from recipes.bissl.losses import embedding_spread
 from recipes.bissl.models import build_backbone
@@ -93,15 +92,20 @@ def _look(context: Context, task: PretextTask, backbone: nn.Module, heads: nn.Mo
 
 
 def _nearest_neighbours(context: Context, backbone: nn.Module) -> float | None:
+    """None where the downstream task has no tensors of images with one class each."""
     sets = context.data.downstream
-    labels = sets.train.labels
-    if labels is None or labels.dim() != 1 or labels.is_floating_point():
-        return None
     task = context.config.downstream_task(sets.train.classes)
+    train, val = context.evaluation_batches(sets.train, task), context.evaluation_batches(sets.val, task)
+    inputs, targets = train[0]
+    if (
+        not (isinstance(inputs, Tensor) and isinstance(targets, Tensor))
+        or targets.dim() != 1
+        or targets.is_floating_point()
+    ):
+        return None
 
-    def features(images: ImageSet) -> tuple[Tensor, Tensor]:
-        batches = context.evaluation_batches(images, task)
+    def features(batches: list[Any]) -> tuple[Tensor, Tensor]:
         return torch.cat([backbone(inputs) for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
 
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))
-    return knn_accuracy(*features(sets.train), *features(sets.val), neighbours=neighbours)
+    return knn_accuracy(*features(train), *features(val), neighbours=neighbours)

@@ -1,0 +1,154 @@
+"""Small systems with dense answers, through every solver and every Hessian-vector product provider."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import Params, Problem, linearize
+from bilevel.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
+from bilevel.solvers import (
+    CG,
+    MINRES,
+    Dense,
+    Escalating,
+    Identity,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+    Solver,
+)
+
+RTOL = 1e-8
+
+SOLVERS: dict[str, Solver] = {
+    "CG": CG(200, RTOL),
+    "MINRES": MINRES(200, RTOL),
+    "Neumann": Neumann(200, RTOL),
+    "layer-wise CG": CG(200, RTOL, layerwise=True),
+    "CG, Nystrom preconditioner": CG(200, RTOL, preconditioner=NystromPreconditioner(10)),
+    "Nystrom": Nystrom(10, max_refinements=200, rtol=RTOL),
+    "Escalating(CG)": Escalating(CG(200, RTOL)),
+    "Dense": Dense(),
+    "Identity": Identity(),
+}
+
+PROVIDERS: dict[str, HVPProvider] = {
+    "ReverseOverReverse()": ReverseOverReverse(),
+    "ReverseOverReverse(keep_graph=True)": ReverseOverReverse(keep_graph=True),
+    "ForwardOverReverse()": ForwardOverReverse(),
+    "FiniteDifference()": FiniteDifference(),
+    "FiniteDifference(central=False)": FiniteDifference(central=False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A symmetric system A x = b in float64.
+
+    Attributes:
+        shapes: of the leaves that the variables are split into.
+        unused: how many of the last leaves the objective does not touch (A has zeros there).
+    """
+
+    name: str
+    matrix: Tensor
+    right: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+    unused: int = 0
+
+    def split(self, vector: Tensor) -> Params:
+        leaves = vector.split([torch.Size(shape).numel() for shape in self.shapes])
+        return {f"{k}": leaf.reshape(shape) for k, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True))}
+
+    def reference(self) -> Tensor | None:
+        """The solution of least norm by dense algebra; None where there is none."""
+        if not bool(torch.isfinite(self.matrix).all()):
+            return None
+        solution = torch.linalg.pinv(self.matrix, hermitian=True, rtol=1e-12) @ self.right
+        consistent = (self.matrix @ solution - self.right).norm() <= 1e-9 * self.right.norm()
+        return solution if consistent else None
+
+
+class Curved(Problem):
+    """L = 1/2 y'Ay + 1/6 sum y^3 + 1/24 sum y^4: the Hessian at y = 0 is A, and differences are inexact."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        used = list(lower.values())[: len(lower) - self.case.unused]
+        y = torch.cat([leaf.reshape(-1) for leaf in used])
+        n = y.numel()
+        return 0.5 * y @ self.case.matrix[:n, :n] @ y + (y**3).sum() / 6 + (y**4).sum() / 24
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.case.right @ torch.cat([leaf.reshape(-1) for leaf in lower.values()])
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    n = values.numel()
+    directions = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    return directions @ torch.diag(values) @ directions.T
+
+
+def cases() -> list[Case]:
+    n, split = 40, ((4, 6), (), (15,))
+
+    def range_of(low: float, high: float, count: int = n) -> Tensor:
+        return torch.linspace(low, high, count, dtype=torch.float64)
+
+    b = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    well = with_spectrum(range_of(0.5, 4.0))
+    singular = with_spectrum(torch.cat([torch.zeros(5, dtype=torch.float64), range_of(0.5, 4.0, n - 5)]))
+    indefinite = with_spectrum(torch.cat([range_of(-1.0, -0.2, 6), range_of(0.3, 4.0, n - 6)]))
+    few = with_spectrum(torch.cat([range_of(1.0, 2.0, n - 5), torch.logspace(2, 6, 5, dtype=torch.float64)]))
+    spread = with_spectrum(torch.logspace(-6, 0, n, dtype=torch.float64))
+    partly = torch.zeros(n, n, dtype=torch.float64)
+    partly[:25, :25] = with_spectrum(range_of(0.5, 4.0, 25))
+    untouched = torch.cat([b[:25], torch.zeros(n - 25, dtype=torch.float64)])
+    broken = well.clone()
+    broken[2, 2] = torch.nan
+    return [
+        Case("A = I", torch.eye(n, dtype=torch.float64), b, split),
+        Case("well-conditioned (8)", well, b, split),
+        Case("ill-conditioned (1e6), 5 large eigenvalues", few, b, split),
+        Case("ill-conditioned (1e6), evenly spread", spread, b, split),
+        Case("0-dimensional variable", torch.tensor([[2.5]], dtype=torch.float64), b[:1], ((),)),
+        Case("indefinite", indefinite, b, split),
+        Case("singular, consistent", singular, singular @ b, split),
+        Case("singular, inconsistent", singular, b, split),
+        Case("unused variables, b = 0 there", partly, untouched, ((4, 6), (), (15,)), 1),
+        Case("unused variables, b not 0 there", partly, b, ((4, 6), (), (15,)), 1),
+        Case("NaN in the data", broken, b, split),
+    ]
+
+
+def measure_one(case: Case, solver: Solver, provider: HVPProvider) -> dict[str, Any]:
+    """Status, products and relative error against the dense solution (None where there is none)."""
+    y = case.split(torch.zeros_like(case.right))
+    system = linearize(Curved(case), {}, y, [None], solver=solver, hvp=provider)
+    solution = system.solve(case.split(case.right))
+    x = torch.cat([leaf.reshape(-1) for leaf in solution.value.values()])
+    reference = case.reference()
+    return {
+        "status": solution.status.name,
+        "products": solution.num_hvps,
+        "error": None if reference is None else float((x - reference).norm() / reference.norm()),
+        "shifted": solution.shift > 0.0,
+    }
+
+
+def measure(*, quick: bool) -> list[dict[str, Any]]:
+    """Every case, solver and provider; a quick run leaves out providers that only differ in speed."""
+    skipped = {"ReverseOverReverse(keep_graph=True)", "ForwardOverReverse()"} if quick else set()
+    return [
+        {"case": case.name, "solver": name, "provider": hvp_name, **measure_one(case, solver, hvp)}
+        for case in cases()
+        for name, solver in SOLVERS.items()
+        for hvp_name, hvp in PROVIDERS.items()
+        if hvp_name not in skipped
+    ]

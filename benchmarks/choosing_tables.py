@@ -1,0 +1,151 @@
+"""Figures as Markdown tables, and tables between the markers of a page."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+Figures = dict[str, Any]
+SUCCESSES = ("CONVERGED", "BUDGET")
+
+
+def number(value: float) -> str:
+    """Two digits from 0.01 on, else one and the power of ten."""
+    if value == 0.0:
+        return "0"
+    if 0.01 <= value < 100.0:
+        return f"{value:.2g}"
+    return re.sub(r"e([+-])0*(\d)", lambda m: f"e{'-' if m[1] == '-' else ''}{m[2]}", f"{value:.0e}")
+
+
+def words(status: str) -> str:
+    return status.lower().replace("_", " ")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _names(rows: Sequence[Figures], key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _one(rows: Sequence[Figures], **where: object) -> Figures:
+    (found,) = [row for row in rows if all(row[key] == value for key, value in where.items())]
+    return found
+
+
+def _outcome(row: Figures) -> str:
+    """Error and products; before them what is no success, and nothing else where there is no solution."""
+    remark, error = "" if row["status"] in SUCCESSES else words(row["status"]), row["error"]
+    if row["shifted"]:
+        remark = f"{remark}, shifted" if remark else "shifted"
+    if error is None:
+        return remark or f"not noticed ({_products(row)})"
+    return f"{remark}{', ' if remark else ''}{number(error)} ({_products(row)})"
+
+
+def _products(row: Figures) -> str:
+    """Of the first right-hand side, and of later ones where they need another number."""
+    first, later = row.get("first_products", row["products"]), row["products"]
+    return f"{later:g}" if first == later else f"{first:g}, then {later:g}"
+
+
+def systems(rows: Sequence[Figures], solvers: Sequence[str]) -> str:
+    first = rows[0]["provider"]
+    body = [
+        [case, *(_outcome(_one(rows, case=case, solver=solver, provider=first)) for solver in solvers)]
+        for case in _names(rows, "case")
+    ]
+    return table(["system", *solvers], body)
+
+
+def system_providers(rows: Sequence[Figures], solver: str) -> str:
+    providers = _names(rows, "provider")
+    body = [
+        [case, *(_outcome(_one(rows, case=case, solver=solver, provider=provider)) for provider in providers)]
+        for case in _names(rows, "case")
+    ]
+    return table(["system", *(f"`{provider}`" for provider in providers)], body)
+
+
+def network_systems(figures: Figures) -> str:
+    body = [
+        [f"{row['c']:g}", f"{row['smallest']:.2f} to {row['largest']:.1f}", number(row["noise"])]
+        for row in figures["systems"]
+    ]
+    return table(["c", "eigenvalues of A", "distance of the exact solutions from two sets of batches"], body)
+
+
+def network_solvers(figures: Figures) -> str:
+    rows = figures["solvers"]
+    weights = _names(rows, "c")
+    body = [
+        [f"`{solver}`", *(_outcome(_one(rows, solver=solver, c=c)) for c in weights)]
+        for solver in _names(rows, "solver")
+    ]
+    return table(["solver", *(f"c = {c:g}" for c in weights)], body)
+
+
+def network_providers(rows: Sequence[Figures]) -> str:
+    settings = [(activation, dtype) for activation in _names(rows, "activation") for dtype in _names(rows, "dtype")]
+    body = []
+    for provider in _names(rows, "provider"):
+        found = [_one(rows, provider=provider, activation=a, dtype=d) for a, d in settings]
+        times, errors = [row["gradients"] for row in found], [number(row["error"]) for row in found]
+        body.append([f"`{provider}`", *errors, f"{min(times):.1f} to {max(times):.1f}"])
+    return table(["provider", *(f"{a}, {d}" for a, d in settings), "time in gradients"], body)
+
+
+def trajectory(rows: Sequence[Figures], error: str) -> str:
+    steps = _names(rows, "steps")
+    first = rows[0]["method"]
+    norms = [number(_one(rows, method=first, steps=t)["stationarity"]) for t in steps]
+    body = [["norm of the lower gradient", *norms, ""]]
+    for method in _names(rows, "method"):
+        found = [_one(rows, method=method, steps=t) for t in steps]
+        body.append([method, *(number(row[error]) for row in found), str(found[-1]["evaluations"])])
+    return table(["hypergradient", *(f"T = {t}" for t in steps), f"evaluations of L at T = {steps[-1]}"], body)
+
+
+def conditions(figures: Figures) -> str:
+    machine = figures["environment"]
+    note = " A quick run, not for reading." if figures["quick"] else ""
+    return (
+        f"Measured on {machine['date']} with bilevel {machine['bilevel']}, torch {machine['torch']}, Python "
+        f"{machine['python']}, {machine['system']}, {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}.{note}"
+    )
+
+
+def tables(figures: Figures) -> dict[str, str]:
+    """Every table by the name in its markers."""
+    network, solvers = figures["network"], _names(figures["systems"], "solver")
+    return {
+        "conditions": conditions(figures),
+        "systems": systems(figures["systems"], solvers[:4]),
+        "systems-others": systems(figures["systems"], solvers[4:]),
+        "system-providers": system_providers(figures["systems"], "CG"),
+        "network-systems": network_systems(network["system"]),
+        "network-solvers": network_solvers(network["system"]),
+        "network-providers": network_providers(network["providers"]),
+        "trajectory": trajectory(figures["trajectory"], "error"),
+        "trajectory-loop": trajectory(figures["trajectory"], "error_to_loop"),
+    }
+
+
+def insert(page: str, named: dict[str, str]) -> str:
+    """The page with every table between ``<!-- table NAME -->`` and ``<!-- end -->``.
+
+    Raises:
+        ValueError: a table that the page has no markers for, or markers of an unknown table.
+    """
+    marked = re.findall(r"^<!-- table (\S+) -->$", page, re.M)
+    if sorted(marked) != sorted(named):
+        raise ValueError(f"the page has markers for {sorted(marked)}; there are tables {sorted(named)}")
+    for name, text in named.items():
+        pattern = re.compile(rf"^(<!-- table {re.escape(name)} -->\n).*?^(<!-- end -->)$", re.M | re.S)
+        page, count = pattern.subn(lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page)
+        if count != 1:
+            raise ValueError(f"the markers of table {name!r} must enclose one block, ended by <!-- end -->")
+    return page

@@ -1,0 +1,287 @@
+"""Does a hypergradient agree with what it claims to be the derivative of?"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.automatic import HVP
+from bilevel.hypergradient import Hypergradient, hypergradient
+from bilevel.modules import curvature_pass
+from bilevel.problem import Problem
+from bilevel.solvers import CG, Solver
+from bilevel.system import Implicit, Shift
+from bilevel.tree import Params
+
+LowerSolver = Callable[[Problem, Params, Params, Sequence[Any]], Params]
+"""``lower_solver(problem, upper, lower, lower_batches) -> lower``: solves the lower problem from `lower` on."""
+
+_LEVELS = 9
+_SHRINK = 2.0
+
+
+@dataclass(frozen=True)
+class HypergradientCheck:
+    """Outcome of `check_hypergradient`; ``print`` it for the verdict and the numbers behind it.
+
+    Attributes:
+        relative_error: ``||a - n|| / ||n||`` over the directions, a the derivatives that the hypergradient predicts and
+            n the central differences.
+        uncertainty: what is left open by the differences themselves, in the same units.
+        agrees: the error is within `tolerance`, and the differences are sharp enough to say so.
+        verdict: in words.
+        predicted, measured: derivatives along each direction.
+        steps: the largest and smallest step that the differences were taken with.
+        stationarity: norm of the lower gradient at the re-solved lower variables, with the undamped weight.
+        moved: distance from the lower variables given to the re-solved ones, relative to the latter.
+        damping: as given; with damping the differences are of the problem whose weight is lambda + damping.
+        undamped_error: with damping, `relative_error` against the undamped problem; None otherwise.
+        hypergradient: what was checked.
+    """
+
+    relative_error: float
+    uncertainty: float
+    agrees: bool
+    verdict: str
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    steps: tuple[float, float]
+    stationarity: float
+    moved: float
+    damping: float
+    undamped_error: float | None
+    hypergradient: Hypergradient
+
+    def __str__(self) -> str:
+        lines = [self.verdict, "direction  predicted        measured"]
+        pairs = zip(self.predicted, self.measured, strict=True)
+        lines += [f"{i:9d}  {a:+.8e}  {n:+.8e}" for i, (a, n) in enumerate(pairs, 1)]
+        lines.append(f"relative error {self.relative_error:.2e}, uncertainty of the differences {self.uncertainty:.2e}")
+        lines.append(
+            f"lower stationarity {self.stationarity:.2e}; re-solving moved the lower variables by {self.moved:.2e}"
+        )
+        if self.undamped_error is not None:
+            lines.append(f"error against the undamped problem {self.undamped_error:.2e}")
+        return "\n".join(lines)
+
+
+def check_hypergradient(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    *,
+    upper_batch: Any,
+    lower_batches: Sequence[Any],
+    lower_solver: LowerSolver,
+    solver: Solver | None = None,
+    hvp: HVP | None = None,
+    damping: float = 0.0,
+    shift: Shift = 0.0,
+    implicit: Implicit | None = None,
+    gradient: Params | None = None,
+    directions: int = 4,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> HypergradientCheck:
+    r"""Compare the hypergradient with central differences of :math:`x \mapsto F(x, y^*(x))`, y re-solved at each point.
+
+    The lower problem is solved once at x, the hypergradient taken there, and
+
+    .. math:: \frac{F(x + h u, y^*(x + h u)) - F(x - h u, y^*(x - h u))}{2 h}
+       \quad\text{against}\quad \langle g, u\rangle
+
+    along orthonormal directions u. The step is chosen by itself: h is halved and the differences are extrapolated
+    (Richardson; Ridders 1982) until rounding, or the tolerance of `lower_solver`, stops them from settling. With
+    `damping` the problem that is re-solved is the one whose regularization weight is ``lambda + damping``, which is
+    what the damped system differentiates; the distance to the undamped problem is reported beside it.
+
+    Args:
+        lower: where `lower_solver` starts from.
+        lower_solver: solves the lower problem to high accuracy; it gets the problem (damped where that is asked for),
+            the upper variables, the lower start and the batches, and returns the lower variables. Objectives must be
+            deterministic; batch statistics are fine and no buffer is written.
+        solver: default ``CG(200, 1e-10)``; give the one that is used in training to check that.
+        hvp, shift, implicit: as for `hypergradient`. A shift is not part of any problem that could be re-solved: its
+            effect counts as an error.
+        gradient: check this in place of the hypergradient, for one that was computed elsewhere at the re-solved y.
+        directions: number of directions; all coordinates where there are no more than that.
+        tolerance: largest relative error that passes.
+        seed: of the directions.
+
+    Raises:
+        ValueError: directions < 1, a tolerance that is not positive, or as for `hypergradient`.
+    """
+    if directions < 1 or not tolerance > 0.0:
+        raise ValueError(f"directions must be at least 1 and tolerance positive, got {directions} and {tolerance}")
+    solved_problem = problem if damping == 0.0 else _Reweighted(problem, problem.regularization_weight + damping)
+    point = tree.detach(upper)
+    start = _solve(solved_problem, lower_solver, point, tree.detach(lower), lower_batches)
+    result = hypergradient(
+        problem,
+        point,
+        start,
+        upper_batch=upper_batch,
+        lower_batches=lower_batches,
+        solver=CG(200, 1e-10) if solver is None else solver,
+        hvp=hvp,
+        damping=damping,
+        shift=shift,
+        implicit=implicit,
+        on_failure="ignore",
+    )
+    grad = result.grad if gradient is None else gradient
+    axes = _orthonormal(point, directions, seed)
+    predicted = [float(tree.dot(grad, u)) for u in axes]
+
+    def differences(resolved: Problem) -> tuple[list[float], float, tuple[float, float]]:
+        value = _value(resolved, lower_solver, start, upper_batch, lower_batches)
+        found = [_derivative(lambda h, u=u: value(tree.axpy(h, u, point)), _first_step(point)) for u in axes]
+        doubt = math.hypot(*(f[1] for f in found))
+        return [f[0] for f in found], doubt, (max(f[2] for f in found), min(f[3] for f in found))
+
+    measured, doubt, steps = differences(solved_problem)
+    error, uncertainty = _relative(predicted, measured), doubt / max(math.hypot(*measured), 1e-300)
+    undamped = None if damping == 0.0 else _relative(predicted, differences(problem)[0])
+    size = max(float(tree.norm(start)), 1e-300)
+    agrees = error <= tolerance and uncertainty <= max(tolerance, error)
+    return HypergradientCheck(
+        relative_error=error,
+        uncertainty=uncertainty,
+        agrees=agrees,
+        verdict=_verdict(error, uncertainty, tolerance, damping, _reasons(predicted, axes, result, gradient is None)),
+        predicted=tuple(predicted),
+        measured=tuple(measured),
+        steps=steps,
+        stationarity=result.stationarity,
+        moved=float(tree.norm(tree.sub(start, tree.detach(lower)))) / size,
+        damping=damping,
+        undamped_error=undamped,
+        hypergradient=result,
+    )
+
+
+class _Reweighted(Problem):
+    """The same problem with another regularization weight."""
+
+    def __init__(self, problem: Problem, weight: float) -> None:
+        self.problem, self.regularization_weight = problem, weight
+        self.curvature_depends_on_upper = problem.curvature_depends_on_upper
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.problem.lower_objective(upper, lower, batch)
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.problem.upper_objective(upper, lower, batch)
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
+        return self.problem.regularizer(upper, lower)
+
+    def implicit(self, name: str) -> bool:
+        return self.problem.implicit(name)
+
+
+def _solve(problem: Problem, lower_solver: LowerSolver, upper: Params, lower: Params, batches: Sequence[Any]) -> Params:
+    with torch.enable_grad(), curvature_pass():
+        solved = lower_solver(problem, upper, lower, batches)
+    tree.check_params("lower_solver's result", solved)
+    return tree.detach(solved)
+
+
+def _value(
+    problem: Problem, lower_solver: LowerSolver, start: Params, upper_batch: Any, lower_batches: Sequence[Any]
+) -> Callable[[Params], float]:
+    """x -> F(x, y*(x))."""
+
+    def value(upper: Params) -> float:
+        lower = _solve(problem, lower_solver, upper, start, lower_batches)
+        with torch.no_grad(), curvature_pass():
+            return float(problem.upper_objective(upper, lower, upper_batch))
+
+    return value
+
+
+def _orthonormal(like: Params, count: int, seed: int) -> list[Params]:
+    """Orthonormal directions over the tree: coordinates where they are few, random ones otherwise."""
+    n = tree.size(like)
+    if n == 0:
+        raise ValueError("upper holds no numbers; there is nothing to differentiate with respect to")
+    if n <= count:
+        columns = torch.eye(n, dtype=torch.float64)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        columns = torch.linalg.qr(torch.randn(n, count, generator=generator, dtype=torch.float64))[0]
+    flat = tree.flatten(like)
+    return [tree.unflatten(column.to(flat), like) for column in columns.T]
+
+
+def _first_step(point: Params) -> float:
+    return 0.1 * (1.0 + float(tree.norm(point)) / math.sqrt(tree.size(point)))
+
+
+def _derivative(function: Callable[[float], float], step: float) -> tuple[float, float, float, float]:
+    """(derivative at 0, its uncertainty, first and last step): central differences, extrapolated to step 0.
+
+    Row k of the table holds the difference with step ``h / 2^k`` and its extrapolations; the entry that differs least
+    from its two predecessors wins, and by how much it differs is the uncertainty.
+    """
+    first, best, doubt = step, math.nan, math.inf
+    previous: list[float] = []
+    for _ in range(_LEVELS):
+        row = [(function(step) - function(-step)) / (2.0 * step)]
+        power = 1.0
+        for order, older in enumerate(previous):
+            power *= _SHRINK**2
+            row.append((power * row[order] - older) / (power - 1.0))
+            change = max(abs(row[-1] - row[-2]), abs(row[-1] - older))
+            if change < doubt:
+                best, doubt = row[-1], change
+        if previous and abs(row[-1] - previous[-1]) > 4.0 * doubt:
+            break
+        previous = row
+        step /= _SHRINK
+    return best, doubt, first, step
+
+
+def _relative(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    difference = math.hypot(*(a - n for a, n in zip(predicted, measured, strict=True)))
+    scale = max(math.hypot(*measured), 1e-12 * math.hypot(*predicted))
+    return difference / scale if scale > 0.0 else 0.0
+
+
+def _verdict(error: float, uncertainty: float, tolerance: float, damping: float, reasons: Sequence[str]) -> str:
+    which = f"the damped problem (weight lambda + {damping:g})" if damping else "the re-solved problem"
+    if not math.isfinite(error):
+        return f"not finite: the hypergradient or {which} gave NaN or infinity"
+    if uncertainty > max(tolerance, error):
+        return (
+            f"undecided: the differences of {which} are uncertain by {uncertainty:.1e}; solve the lower level more "
+            "accurately, or check in float64"
+        )
+    if error <= tolerance:
+        return f"right: agrees with central differences of {which} to {error:.1e}"
+    return "; ".join([f"wrong: differs from central differences of {which} by {error:.1e}", *reasons])
+
+
+def _reasons(predicted: Sequence[float], axes: Sequence[Params], result: Hypergradient, own: bool) -> list[str]:
+    """Likely causes of a wrong hypergradient: what the solve says, or which known mistake gives the same numbers."""
+    solution = result.solution
+    if own:
+        if solution is not None and not solution.status.ok:
+            return [f"the solve ended {solution.status.name}"]
+        if solution is not None and solution.num_hvps == 0:
+            return ["the solver makes no product, which takes A for the identity"]
+        return ["the solve did what was asked: look at its residual, at shift, and at `implicit`"]
+    mistakes = {
+        "the direct part is missing": result.implicit,
+        "the implicit part is missing": result.direct,
+        "the implicit part has the wrong sign": tree.sub(result.direct, result.implicit),
+    }
+    reasons = []
+    for name, wrong in mistakes.items():
+        if _relative(predicted, [float(tree.dot(wrong, u)) for u in axes]) < 1e-3:
+            reasons.append(f"as if {name}")
+    return reasons

@@ -1,0 +1,51 @@
+"""The two levels' objectives and their first derivatives, as every hypergradient evaluates them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import distributed, tree
+from bilevel.modules import curvature_pass
+from bilevel.problem import Problem
+from bilevel.system import check_scalar
+from bilevel.tree import Params
+
+
+def upper_derivatives(
+    problem: Problem, upper: Params, lower: Params, names: Sequence[str], batch: Any
+) -> tuple[Tensor, Params, Params]:
+    """F, dF/dx and dF/dy over the lower variables `names`, averaged over the ranks."""
+    x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
+    with torch.enable_grad(), curvature_pass():
+        loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
+    direct, v = _averaged_gradients(loss, x, y)
+    return distributed.mean_over_ranks({"loss": loss.detach()})["loss"], direct, v
+
+
+def lower_derivatives(
+    problem: Problem, upper: Params, lower: Params, names: Sequence[str], batch: Any, seed: int
+) -> tuple[Params, Params]:
+    """dG/dx and dG/dy over the lower variables `names`, averaged over the ranks; `seed` as in `lower_value`."""
+    x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
+    with torch.enable_grad():
+        value = lower_value(problem, x, {**tree.detach(lower), **y}, batch, seed)
+    return _averaged_gradients(value, x, y)
+
+
+def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
+    """G = L + lambda r on one batch, 0-d, writing no buffer; equal seeds give equal random masks."""
+    with curvature_pass(seed):
+        loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
+        penalty = problem.regularizer(upper, lower)
+    if penalty is None:
+        return loss
+    return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
+
+
+def _averaged_gradients(value: Tensor, x: Params, y: Params) -> tuple[Params, Params]:
+    """Both gradients in one backward pass and one collective."""
+    tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
+    both = distributed.mean_over_ranks(tree.gradients(value, tagged))
+    return {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}

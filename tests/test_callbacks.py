@@ -1,0 +1,83 @@
+"""What listeners write, and that resuming takes it back."""
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bilevel import AlternatingSchedule, Callback, Checkpointing, JSONLWriter, ProgressBar
+from bilevel.checkpoint import load_checkpoint
+
+
+def trainer(alternation: int, alternations: int = 5) -> Any:
+    schedule = AlternatingSchedule(alternations, 1, 1)
+    return SimpleNamespace(alternation=alternation, schedule=schedule, state_dict=lambda: {"alternation": alternation})
+
+
+def test_a_callback_does_nothing_by_default() -> None:
+    callback = Callback()
+    callback.on_run_start(trainer(0))
+    callback.on_event(trainer(0), {"event": "lower"})
+    callback.on_alternation_end(trainer(0))
+    callback.on_run_end(trainer(0))
+    callback.load_state_dict({})
+    assert callback.state_dict() == {}
+
+
+def test_metrics_are_one_object_a_line_with_context_and_no_nan(tmp_path: Path) -> None:
+    writer = JSONLWriter(tmp_path / "metrics.jsonl", {"stage": "bissl", "seed": 3})
+    writer.on_event(None, {"event": "upper", "loss": 0.5, "residual": math.nan, "status": None, "step": 1})
+    writer.on_event(None, {"event": "lower", "loss": -math.inf, "stage": "other"})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"stage": "bissl", "seed": 3, "event": "upper", "loss": 0.5, "residual": None, "status": None, "step": 1},
+        {"stage": "other", "seed": 3, "event": "lower", "loss": None},
+    ]
+
+
+def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JSONLWriter(path)
+    assert writer.state_dict() == {"length": 0}
+    writer.write({"event": "a"})
+    state = writer.state_dict()
+    kept = path.read_bytes()
+    writer.write({"event": "b"})
+    path.open("ab").write(b'{"event": "torn')
+    resumed = JSONLWriter(path)
+    resumed.load_state_dict(state)
+    assert path.read_bytes() == kept
+    resumed.write({"event": "b"})
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["a", "b"]
+    JSONLWriter(tmp_path / "none.jsonl").load_state_dict(state)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_checkpointing_saves_every_so_often_and_at_the_end(tmp_path: Path) -> None:
+    callback = Checkpointing(tmp_path, every=2, keep=3)
+    for alternation in range(1, 6):
+        callback.on_alternation_end(trainer(alternation))
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"step-0000000{k}.pt" for k in (2, 4, 5)]
+    assert load_checkpoint(tmp_path) == (5, {"alternation": 5})
+    with pytest.raises(ValueError, match="Checkpointing: every"):
+        Checkpointing(tmp_path, every=0)
+
+
+def test_progress_shows_losses_and_the_last_solve() -> None:
+    output = io.StringIO()
+    bar = ProgressBar(Console(file=output, force_terminal=True, width=200), "stage three")
+    bar.on_event(trainer(0), {"event": "alternation", "alternation": 1})
+    bar.on_run_start(trainer(1))
+    bar.on_event(trainer(1), {"event": "lower", "loss": 0.25})
+    bar.on_event(trainer(1), {"event": "upper", "loss": 0.5, "status": "NOT_CONVERGED", "residual": math.nan})
+    bar.on_event(trainer(1), {"event": "alternation", "alternation": 2})
+    bar.on_run_end(trainer(2))
+    bar.on_run_end(trainer(2))
+    text = output.getvalue()
+    for part in ("stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged, residual nan"):
+        assert part in text

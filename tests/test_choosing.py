@@ -1,0 +1,227 @@
+"""The page on choosing a method: its tables are the kept figures, and its sentences hold for them."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bilevel
+from benchmarks import choosing, choosing_systems, choosing_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks/results/choosing.json"
+FIGURES: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8"))
+PAGE = ROOT / "docs/choosing.md"
+EXACT = ("ReverseOverReverse()", "ReverseOverReverse(keep_graph=True)", "ForwardOverReverse()")
+DEFINITE = ("A = I", "well-conditioned (8)", "0-dimensional variable", "unused variables, b = 0 there")
+
+
+def system(case: str, solver: str, provider: str = "ReverseOverReverse()") -> dict[str, Any]:
+    (row,) = (r for r in FIGURES["systems"] if (r["case"], r["solver"], r["provider"]) == (case, solver, provider))
+    return row
+
+
+def network(solver: str, c: float) -> dict[str, Any]:
+    (row,) = (r for r in FIGURES["network"]["system"]["solvers"] if (r["solver"], r["c"]) == (solver, c))
+    return row
+
+
+def noise(c: float) -> float:
+    (row,) = (r for r in FIGURES["network"]["system"]["systems"] if r["c"] == c)
+    return row["noise"]
+
+
+def product(provider: str, activation: str, dtype: str) -> dict[str, Any]:
+    rows = FIGURES["network"]["providers"]
+    (row,) = (r for r in rows if (r["provider"], r["activation"], r["dtype"]) == (provider, activation, dtype))
+    return row
+
+
+def trajectory(method: str, steps: int) -> dict[str, Any]:
+    (row,) = (r for r in FIGURES["trajectory"] if (r["method"], r["steps"]) == (method, steps))
+    return row
+
+
+def test_page_shows_the_kept_figures() -> None:
+    assert choosing.main(["--from", str(KEPT), "--page", str(PAGE), "--check"]) == 0
+    assert not FIGURES["quick"]
+
+
+def test_another_figure_is_noticed(tmp_path: Path) -> None:
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    changed = json.loads(json.dumps(FIGURES))
+    changed["systems"][0]["products"] += 1
+    figures.write_text(json.dumps(changed), encoding="utf-8")
+    assert choosing.main(["--from", str(figures), "--page", str(page), "--check"]) == 1
+    assert choosing.main(["--from", str(figures), "--page", str(page)]) == 0
+    assert choosing.main(["--from", str(figures), "--page", str(page), "--check"]) == 0
+
+
+def test_page_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="markers"):
+        choosing_tables.insert("# A page\n", {"systems": "| a |"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (5.04e-9, "5e-9"), (1.0, "1"), (0.0123, "0.012"), (45.2, "45"), (4.1e12, "4e12"), (0.00999, "1e-2")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert choosing_tables.number(value) == text
+
+
+def test_names_on_the_page_are_measured() -> None:
+    names = {row["solver"] for row in FIGURES["systems"]}
+    assert names == set(choosing_systems.SOLVERS)
+    assert {row["provider"] for row in FIGURES["systems"]} == set(choosing_systems.PROVIDERS)
+    assert {row["case"] for row in FIGURES["systems"]} == {case.name for case in choosing_systems.cases()}
+
+
+@pytest.mark.parametrize("solver", choosing_systems.SOLVERS)
+def test_kept_figures_are_those_of_today(solver: str) -> None:
+    """A change of a solver that changes an outcome must measure the page again."""
+    reverse = choosing_systems.PROVIDERS["ReverseOverReverse()"]
+    for case in choosing_systems.cases():
+        kept = system(case.name, solver)
+        if "ill-conditioned" in case.name or kept["products"] > 150:
+            continue
+        now = choosing_systems.measure_one(case, choosing_systems.SOLVERS[solver], reverse)
+        assert now["status"] == kept["status"], case.name
+        assert now["products"] == pytest.approx(kept["products"], abs=2), case.name
+
+
+class TestSmallSystems:
+    def test_cg(self) -> None:
+        for case in (*DEFINITE, "singular, consistent"):
+            assert system(case, "CG")["status"] == "CONVERGED"
+            assert system(case, "CG")["error"] < 1e-7
+        assert system("indefinite", "CG")["status"] == "NEGATIVE_CURVATURE"
+        assert system("singular, inconsistent", "CG")["status"] == "INCONSISTENT"
+        assert system("ill-conditioned (1e6)", "CG")["products"] > 5 * system("well-conditioned (8)", "CG")["products"]
+
+    def test_neumann(self) -> None:
+        for case in ("well-conditioned (8)", "singular, consistent", "unused variables, b = 0 there"):
+            assert system(case, "Neumann")["status"] == "CONVERGED"
+            assert system(case, "Neumann")["products"] > 3 * system(case, "CG")["products"]
+        assert system("ill-conditioned (1e6)", "Neumann")["error"] > 0.9
+        assert system("indefinite", "Neumann")["status"] in ("DIVERGED", "NEGATIVE_CURVATURE")
+
+    def test_layerwise(self) -> None:
+        assert system("well-conditioned (8)", "layer-wise CG")["status"] == "NOT_CONVERGED"
+        assert system("indefinite", "layer-wise CG")["status"] == "NOT_CONVERGED"
+        assert system("A = I", "layer-wise CG")["status"] == "CONVERGED"
+
+    def test_dense(self) -> None:
+        for case in choosing_systems.cases():
+            row = system(case.name, "Dense")
+            if row["error"] is not None:
+                assert row["status"] == "CONVERGED"
+                assert row["error"] < 1e-9
+                assert row["products"] == case.right.numel() + 1
+
+    def test_identity_operator(self) -> None:
+        assert (system("A = I", "CG")["products"], system("A = I", "Identity")["products"]) == (2, 0)
+        assert system("A = I", "Identity")["error"] == 0.0
+
+    def test_no_solution_and_no_numbers(self) -> None:
+        for solver in set(choosing_systems.SOLVERS) - {"Identity"}:
+            assert system("unused variables, b not 0 there", solver)["status"] == "INCONSISTENT"
+            assert system("NaN in the data", solver)["status"] == "NON_FINITE"
+        assert system("NaN in the data", "Identity")["status"] == "BUDGET"
+
+    def test_exact_providers_agree(self) -> None:
+        for case in choosing_systems.cases():
+            for solver in choosing_systems.SOLVERS:
+                if "layer-wise" in solver or "ill-conditioned" in case.name:
+                    continue
+                assert len({system(case.name, solver, provider)["status"] for provider in EXACT}) == 1
+
+    def test_differences(self) -> None:
+        for provider in ("FiniteDifference()", "FiniteDifference(central=False)"):
+            for case in DEFINITE:
+                assert system(case, "CG", provider)["status"] == "CONVERGED"
+            assert system("ill-conditioned (1e6)", "CG", provider)["error"] > 1e-4
+
+
+class TestNetwork:
+    def test_cg_is_below_the_noise_after_two_iterations(self) -> None:
+        assert network("CG(2, None)", 10.0)["error"] < noise(10.0)
+
+    def test_layerwise_stops(self) -> None:
+        two, twenty = (network(f"CG({n}, None, layerwise=True)", 10.0)["error"] for n in (2, 20))
+        assert twenty > 0.5 * two
+        assert network("CG(20, None)", 10.0)["error"] < 1e-6 * twenty
+        assert (
+            network("CG(20, None, layerwise=True)", 1.0)["error"] > network("CG(2, None, layerwise=True)", 1.0)["error"]
+        )
+
+    def test_neumann(self) -> None:
+        assert network("CG(5, None)", 10.0)["error"] < network("Neumann(5)", 10.0)["error"]
+        assert network("Neumann(20)", 10.0)["error"] < network("CG(5, None)", 10.0)["error"]
+        for c in (10.0, 1.0, 0.1):
+            assert network("Neumann(5, scale=1.0)", c)["status"] == "DIVERGED"
+            assert network("Neumann(5, scale=1.0)", c)["error"] >= 0.99 * network("Identity()", c)["error"]
+
+    def test_indefinite(self) -> None:
+        (row,) = (r for r in FIGURES["network"]["system"]["systems"] if r["c"] == 0.1)
+        assert row["smallest"] < 0.0
+        assert network("CG(20, None)", 0.1)["status"] == "NEGATIVE_CURVATURE"
+        assert network("CG(20, None)", 0.1)["error"] > 0.9
+
+    def test_noise_rises(self) -> None:
+        assert noise(10.0) < noise(1.0) < noise(0.1)
+
+
+class TestProducts:
+    def test_exact(self) -> None:
+        for provider in EXACT:
+            for activation in ("ReLU", "SiLU"):
+                assert product(provider, activation, "float64")["error"] < 1e-13
+                assert product(provider, activation, "float32")["error"] < 1e-5
+
+    def test_kept_graph_saves_time(self) -> None:
+        for activation in ("ReLU", "SiLU"):
+            for dtype in ("float64", "float32"):
+                kept, plain = (product(EXACT[k], activation, dtype)["gradients"] for k in (1, 0))
+                assert kept < 0.8 * plain
+
+    def test_differences(self) -> None:
+        assert product("FiniteDifference()", "SiLU", "float32")["error"] < 0.02
+        assert product("FiniteDifference()", "ReLU", "float32")["error"] > 0.1
+        assert product("FiniteDifference()", "ReLU", "float64")["error"] > 0.01
+        one_sided = product("FiniteDifference(central=False)", "ReLU", "float64")["error"]
+        assert one_sided < 1e-5
+        assert product("FiniteDifference(central=False)", "ReLU", "float32")["error"] > 0.1
+
+
+class TestTrajectory:
+    LAST = max(row["steps"] for row in FIGURES["trajectory"])
+
+    def test_implicit_converges_with_the_lower_level(self) -> None:
+        rows = [row for row in FIGURES["trajectory"] if row["method"].startswith("implicit, CG")]
+        assert rows[-1]["error"] < 1e-8
+        assert rows[0]["error"] > 0.5
+        assert all(b["error"] < a["error"] for a, b in pairwise(rows))
+        for row in rows:
+            if row["steps"] >= 100:
+                assert row["error"] < trajectory("unrolled, all T steps", row["steps"])["error"]
+
+    def test_unrolling_is_exact_for_what_was_done(self) -> None:
+        assert all(r["error_to_loop"] < 1e-12 for r in FIGURES["trajectory"] if r["method"] == "unrolled, all T steps")
+
+    def test_truncation_keeps_an_error(self) -> None:
+        truncated, neumann = (
+            trajectory(m, self.LAST)["error"] for m in ("unrolled, last 10 steps", "implicit, Neumann(10)")
+        )
+        assert truncated > 0.1
+        assert abs(truncated - neumann) < 0.1 * truncated
+        assert trajectory("one virtual step (DARTS)", self.LAST)["error"] > truncated
+
+
+def test_page_names_no_solver_that_is_not_there() -> None:
+    called = set(re.findall(r"`(\w+)\(", PAGE.read_text(encoding="utf-8")))
+    assert not called - set(vars(bilevel)) - {"unrolled_hypergradient"}

@@ -1,0 +1,232 @@
+"""Two processes against one on the same global batch."""
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from cases import joined, vector
+from torch import Tensor
+
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    ForwardOverReverse,
+    Hypergradient,
+    Neumann,
+    Params,
+    Problem,
+    ReverseOverReverse,
+    Trainer,
+    hypergradient,
+    linearize,
+    proximal,
+)
+from bilevel.distributed import agree, gather, mean_over_ranks, world_size
+from bilevel.first_order import darts_hypergradient, sama_hypergradient
+from bilevel.penalty import penalty_hypergradient
+from bilevel.unrolled import unrolled_hypergradient
+from bilevel.updates import AdamUpdate, SGDUpdate
+
+WORLD = 2
+POINTS = vector(8 * 3, 70).reshape(8, 3)
+
+
+class Contrastive(Problem):
+    """Every embedding against all of the global batch, which is gathered over the ranks."""
+
+    regularization_weight = 0.3
+
+    def __init__(self, *, weighted: bool = False) -> None:
+        self.weighted = weighted
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        local = torch.tanh(batch @ lower["w"]) * lower["scale"]
+        if self.weighted:
+            local = local * torch.exp(upper["tilt"])
+        everywhere = gather(local)
+        similar = everywhere @ everywhere.T
+        return (similar.logsumexp(dim=1) - similar.roll(1, dims=0).diagonal()).mean()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return (batch @ lower["w"]).sin().mean() + lower["scale"] * upper["w"].square().sum()
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        return proximal(upper, lower, {"w": "w"}) + 0.5 * lower["scale"].square()
+
+
+def variables() -> tuple[Params, Params]:
+    upper = {"w": vector(6, 71).reshape(3, 2), "tilt": vector(2, 72)}
+    return upper, {"w": vector(6, 73).reshape(3, 2), "scale": torch.tensor(0.8, dtype=torch.float64)}
+
+
+def shard(points: Tensor) -> Tensor:
+    return points.chunk(world_size())[dist.get_rank()] if world_size() > 1 else points
+
+
+def products() -> dict[str, Tensor]:
+    """What one process and several must agree on, for the batches' local shards."""
+    found: dict[str, Tensor] = {}
+    upper, lower = variables()
+    y = {name: leaf.clone().requires_grad_() for name, leaf in lower.items()}
+    loss = Contrastive().lower_objective(upper, y, shard(POINTS))
+    gradient = mean_over_ranks(dict(zip(y, torch.autograd.grad(loss, list(y.values())), strict=True)))
+    found["gradient"] = joined(gradient)
+    for weighted in (False, True):
+        problem = Contrastive(weighted=weighted)
+        batches = [shard(POINTS), shard(POINTS.flip(0) * 1.5)]
+        for keep in (False, True):
+            system = linearize(problem, upper, lower, batches, hvp=ReverseOverReverse(keep_graph=keep), damping=4.0)
+            direction = {"w": vector(6, 74).reshape(3, 2), "scale": vector(1, 75)[0]}
+            found[f"product {weighted} {keep}"] = joined(system.operator(direction))
+            found[f"cross {weighted} {keep}"] = joined(system.cross(direction))
+        for solver in (CG(20, rtol=1e-12), CG(3, layerwise=True), Neumann(3)) if weighted else (CG(3, rtol=None),):
+            result = hypergradient(
+                problem,
+                upper,
+                lower,
+                upper_batch=shard(POINTS * 2.0),
+                lower_batches=batches,
+                damping=4.0,
+                solver=solver,
+                on_failure="ignore",
+            )
+            name = f"{type(solver).__name__} {getattr(solver, 'layerwise', '')} {weighted}"
+            found[f"hypergradient {name}"] = joined(result.grad)
+            found[f"numbers {name}"] = torch.tensor([float(result.loss), result.stationarity], dtype=torch.float64)
+        for name, result in without_a_solve(problem, upper, lower, batches).items():
+            found[f"{name} {weighted}"] = joined(result.grad)
+            found[f"{name} {weighted} lower"] = joined(result.lower or {"none": torch.zeros(0)})
+            found[f"{name} {weighted} numbers"] = torch.tensor(
+                [float(result.loss), result.stationarity], dtype=torch.float64
+            )
+    return found
+
+
+def without_a_solve(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> dict[str, Hypergradient]:
+    options: dict[str, Any] = {"upper_batch": shard(POINTS * 2.0), "lower_batches": batches}
+    adam = AdamUpdate(0.1, eps=0.1)
+    return {
+        "unrolled": unrolled_hypergradient(
+            problem, upper, lower, update=lambda x: AdamUpdate(x["tilt"].exp().mean() * 0.1, eps=0.1), **options
+        ),
+        "recomputed": unrolled_hypergradient(
+            problem, upper, lower, update=SGDUpdate(0.1, momentum=0.9), recompute=True, **options
+        ),
+        "darts": darts_hypergradient(problem, upper, lower, step_size=0.1, hvp=ReverseOverReverse(), **options),
+        "sama": sama_hypergradient(problem, upper, lower, update=adam, hvp=ReverseOverReverse(), **options),
+        "penalty": penalty_hypergradient(problem, upper, lower, update=adam, penalty=5.0, **options),
+    }
+
+
+def trained() -> Tensor:
+    upper, lower = variables()
+    trainer = Trainer(
+        Contrastive(),
+        upper,
+        lower,
+        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1, momentum=0.9),
+        upper_optimizer=torch.optim.SGD(upper.values(), lr=0.1, momentum=0.9),
+        lower_data=[shard(POINTS), shard(POINTS * 0.5)],
+        upper_data=[shard(POINTS * 2.0)],
+        schedule=AlternatingSchedule(2, 2, 2),
+        solver=CG(3, rtol=None),
+        damping=4.0,
+        hessian_batches=2,
+        max_grad_norm=0.5,
+    )
+    trainer.run()
+    return torch.cat([joined(upper), joined(lower)])
+
+
+def refusals() -> list[str]:
+    """What must be refused, on all ranks alike."""
+    upper, lower = variables()
+    messages = []
+    try:
+        system = linearize(Contrastive(), upper, lower, [shard(POINTS)], hvp=ForwardOverReverse())
+        system.operator(lower)
+    except RuntimeError as error:
+        messages.append(str(error))
+    broken = shard(POINTS) * (float("nan") if dist.get_rank() == 1 else 1.0)
+    result = hypergradient(
+        Contrastive(), upper, lower, upper_batch=shard(POINTS), lower_batches=[broken], on_failure="ignore"
+    )
+    assert result.solution is not None
+    messages.append(result.solution.status.name)
+    return messages
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    gathered = gather(vector(6, 80 + rank).reshape(3, 2))
+    votes = [agree(False), agree(rank == 1), agree(True)]
+    mixed = mean_over_ranks({"a": torch.full((2,), float(rank)), "b": torch.tensor(float(rank), dtype=torch.float64)})
+    torch.save(
+        {
+            "products": products(),
+            "trained": trained(),
+            "gathered": gathered,
+            "votes": votes,
+            "mixed": mixed,
+            "refusals": refusals(),
+        },
+        Path(folder) / f"rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    # Public by its documentation, if not by its module's list of names.
+    context = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+        worker, (free_port(), str(tmp_path)), nprocs=WORLD, join=False
+    )
+    assert context is not None
+    deadline = time.monotonic() + 60
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks did not come to an end together"
+    finally:
+        for process in context.processes:
+            assert process is not None
+            process.kill()
+    ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
+    reference = products()
+    for name, value in reference.items():
+        for rank in ranks:
+            torch.testing.assert_close(
+                rank["products"][name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert torch.equal(ranks[0]["products"][name], ranks[1]["products"][name])
+    assert torch.equal(ranks[0]["trained"], ranks[1]["trained"])
+    torch.testing.assert_close(ranks[0]["trained"], trained(), rtol=1e-12, atol=1e-12)
+    expected = torch.cat([vector(6, 80 + rank).reshape(3, 2) for rank in range(WORLD)])
+    for rank in ranks:
+        assert torch.equal(rank["gathered"], expected)
+        assert rank["votes"] == [False, True, True]
+        assert torch.equal(rank["mixed"]["a"], torch.full((2,), 0.5))
+        assert (rank["mixed"]["b"].item(), rank["mixed"]["b"].dtype) == (0.5, torch.float64)
+        assert rank["mixed"]["a"].dtype == torch.float32
+        assert "use hvp=ReverseOverReverse()" in rank["refusals"][0]
+        assert rank["refusals"][1] == "NON_FINITE"
+
+
+def test_one_process_is_its_own_mean() -> None:
+    x = {"a": torch.ones(2)}
+    assert world_size() == 1
+    assert mean_over_ranks(x) is x
+    assert gather(x["a"]) is x["a"]
+    assert agree(True)
+    assert not agree(False)
