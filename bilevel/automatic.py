@@ -112,11 +112,23 @@ def _measure(objective: Objective, upper: Params, lower: Params) -> tuple[Measur
             # The reason is kept in the report, and shown if no candidate works.
             report.append(Measurement(provider, None, None, str(error).splitlines()[0]))
             continue
+        if float(tree.norm(product)) == 0.0 and _curved(objective, upper, lower, vector):
+            failure = (
+                "its product is zero where gradients differ: some operation has no second derivative and says nothing"
+            )
+            report.append(Measurement(provider, None, None, failure))
+            continue
         reference = product if reference is None else reference
         difference = float(tree.norm(tree.sub(product, reference))) / max(float(tree.norm(reference)), 1e-300)
         times = sorted(_seconds(linearization, vector) for _ in range(_REPEATS))
         report.append(Measurement(provider, times[_REPEATS // 2], difference))
     return tuple(report)
+
+
+def _curved(objective: Objective, upper: Params, lower: Params, vector: Params) -> bool:
+    """Whether the gradient changes along `vector` by more than rounding."""
+    product = FiniteDifference().linearize(objective, upper, lower).hessian(vector)
+    return float(tree.norm(product)) > 1e-3 * float(tree.norm(vector))
 
 
 def _choose(report: tuple[Measurement, ...], lower: Params) -> HVPProvider:

@@ -25,6 +25,7 @@ myst_heading_anchors = 3
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 
 # Single backquotes in docstrings name arguments and public names; the latter become links.

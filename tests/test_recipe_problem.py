@@ -276,3 +276,20 @@ def test_momentum_target_follows_lower_steps_and_is_saved() -> None:
     restored.load_state_dict(run.state_dict())
     for name in ("lower_backbone", "upper_backbone", "heads", "head"):
         assert same(getattr(other, name).state_dict(), getattr(problem, name).state_dict())
+
+
+def test_the_head_may_respond_too() -> None:
+    problem = make_problem()
+    problem.implicit_head = True
+    upper, lower = problem.variables()
+    assert all(problem.implicit(name) for name in lower)
+    batch = (draw(5, 6, seed=1), draw(5, 3, seed=2))
+    shift = {name: 1.0 for name in lower if not name.startswith("backbone.")}
+    system = linearize(problem, upper, lower, [batch], solver=Dense(), damping=DAMPING, shift=shift)
+    assert set(system.implicit) == set(lower)
+    v = {name: torch.zeros_like(leaf) for name, leaf in system.variables(lower).items()}
+    v["backbone.linear.weight"] = draw(FEATURES, 6, seed=3)
+    x = system.solve(v).value
+    assert float(x["heads.project.weight"].norm()) > 1e-6, "the coupling to the head must show in the solve"
+    back = system.operator(x)
+    assert all(torch.allclose(back[name], v[name], atol=1e-9) for name in v)

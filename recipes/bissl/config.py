@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bilevel import CG, FiniteDifference, ForwardOverReverse, HVPProvider, Identity, Neumann, ReverseOverReverse, Solver
+from bilevel import (
+    CG,
+    MINRES,
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPProvider,
+    Identity,
+    Neumann,
+    ReverseOverReverse,
+    Solver,
+)
 from recipes.bissl.models import BACKBONES
 from recipes.bissl.plugins import PluginError, resolve
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask, Task
@@ -132,10 +142,21 @@ class BilevelConfig(Section):
     damping: float = Field(default=10.0, ge=0, description="added to lambda in the linear system (appendix B.3)")
     gamma: float = Field(default=0.01, ge=0, description="weight of the downstream loss of theta_D itself")
     hessian_batches: int = Field(default=5, ge=1, description="K, lower batches in the Hessian's mean")
-    solver: Literal["cg", "neumann", "identity"] = Field(default="cg", description="solver of the linear system")
+    solver: Literal["cg", "minres", "neumann", "identity"] = Field(
+        default="cg", description="solver of the linear system"
+    )
     solver_iterations: int = Field(default=5, ge=1, description="N_c, most iterations of the solver")
     solver_rtol: float | None = Field(
         default=None, ge=0, lt=1, description="relative residual to stop at; null: all iterations"
+    )
+    implicit_head: bool = Field(
+        default=False,
+        description="let phi_P respond to the upper level too (the paper holds it fixed)",
+    )
+    head_shift: float = Field(
+        default=1.0,
+        ge=0,
+        description="with implicit_head: shift of phi_P's block (multiples of lambda + damping)",
     )
     layerwise: bool = Field(
         default=False, description="CG with step lengths per tensor, the paper's variant (not exact)"
@@ -171,6 +192,8 @@ class BilevelConfig(Section):
         """The solver that the fields describe."""
         if self.solver == "identity":
             return Identity()
+        if self.solver == "minres":
+            return MINRES(self.solver_iterations, self.solver_rtol)
         if self.solver == "neumann":
             return Neumann(self.solver_iterations, self.solver_rtol)
         return CG(self.solver_iterations, self.solver_rtol, self.layerwise)

@@ -28,6 +28,7 @@ class BiSSLProblem(Problem):
     Attributes:
         regularization_weight: lambda.
         gamma: weight of the downstream loss of theta_D itself.
+        implicit_head: phi_P responds to the upper level too, instead of being held fixed (the paper's eq. 6-7).
     """
 
     pretext: PretextTask
@@ -39,6 +40,7 @@ class BiSSLProblem(Problem):
     regularization_weight: float = 0.001
     gamma: float = 0.01
     curvature_depends_on_upper: bool = False
+    implicit_head: bool = False
 
     def variables(self) -> tuple[Params, Params]:
         """(upper, lower): the modules' own trainable parameters, so that optimizer steps change the modules."""
@@ -64,7 +66,7 @@ class BiSSLProblem(Problem):
         return proximal(upper, lower, {name: name for name in lower if name.startswith(BACKBONE)})
 
     def implicit(self, name: str) -> bool:
-        return name.startswith(BACKBONE)
+        return self.implicit_head or name.startswith(BACKBONE)
 
     def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
         self.pretext.after_step(self.lower_backbone, self.heads, step)

@@ -83,6 +83,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
         head,
         regularization_weight=config.bissl.regularization_weight,
         gamma=config.bissl.gamma,
+        implicit_head=config.bissl.implicit_head,
     )
 
 
@@ -116,6 +117,8 @@ def _trainer(
             solver=c.make_solver(),
             hvp=c.make_hvp(),
             damping=c.damping,
+            # The head's block has no lambda I of its own, and null vectors (weights before a norm are scale-invariant).
+            shift={name: c.head_shift for name in lower if not name.startswith(BACKBONE)} if c.implicit_head else 0.0,
             hessian_batches=c.hessian_batches,
             lower_scheduler=schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup),
             upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
