@@ -154,6 +154,10 @@ def test_the_shift_that_worked_serves_later_right_hand_sides() -> None:
     assert second.num_hvps == len(operator.asked) - before < first.num_hvps
     exact = torch.linalg.solve(case.matrix + second.shift * torch.eye(8, dtype=torch.float64), right)
     torch.testing.assert_close(joined(second.value), exact, rtol=1e-6, atol=1e-6)
+    shifted = case.matrix + second.shift * torch.eye(8, dtype=torch.float64)
+    alone = CG(60, rtol=1e-9).solve(dense(shifted, case.split), case.split(right))
+    assert alone.min_curvature is not None
+    assert second.min_curvature == pytest.approx(alone.min_curvature - second.shift)
     # A shift that stopped working grows from where it was.
     state.shift, state.state = 0.01, solver.solver.prepare(operator)
     third = solver.solve(operator, case.b, state=state)

@@ -152,12 +152,31 @@ def test_a_right_hand_side_in_the_null_space_is_given_back() -> None:
     assert solution.residual_norms[1] == pytest.approx(1.0)
 
 
+def test_a_residual_that_rounding_took_away_from_the_recursion_is_measured() -> None:
+    # Condition 1e7 costs the recursion a tenth of its residual here, long before the residual is at rounding level.
+    values = [(-1.0) ** k * 10.0 ** (-7.0 * k / 11.0) for k in range(12)]
+    case = Case("very ill-conditioned", with_spectrum(values), vector(12), ((12,),), INDEFINITE)
+    solution, operator = solve_case(MINRES(100, rtol=1e-6), case)
+    true = case.relative_residual(solution.value)
+    assert solution.status is Status.CONVERGED
+    assert solution.residual_norms[1] == pytest.approx(true, rel=1e-3)
+    assert solution.num_hvps == len(operator.asked)
+
+
+def test_nothing_is_measured_twice() -> None:
+    solution, operator = solve_case(MINRES(20), BY_NAME["zero operator"])
+    # One Lanczos step, and the residual of the b that is given back.
+    assert (solution.iterations, len(operator.asked)) == (0, 2)
+
+
 @pytest.mark.parametrize("smallest", [1e-4, -1e-4])
 def test_small_eigenvalues_are_not_taken_for_null_ones_in_single_precision(smallest: float) -> None:
-    matrix = with_spectrum([smallest, 0.5, 0.8, 1.0, 1.5, 2.0], seed=3)
-    case = Case("small eigenvalue", matrix, vector(6), ((6,),), INDEFINITE)
-    solution, _ = solve_case(MINRES(60, rtol=5e-3), case, torch.float32)
+    # After one step the residual lies along the small eigenvalue alone, where A is small but not zero.
+    matrix = torch.diag(torch.tensor([smallest, 1.0, 1.0], dtype=torch.float64))
+    case = Case("small eigenvalue", matrix, torch.ones(3, dtype=torch.float64), ((3,),), INDEFINITE)
+    solution, _ = solve_case(MINRES(10, rtol=1e-3), case, torch.float32)
     assert solution.status is Status.CONVERGED
+    assert relative_error(case, solution) < 5e-3
 
 
 def test_a_start_is_used_and_kept_in_order() -> None:

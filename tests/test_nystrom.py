@@ -136,6 +136,10 @@ def test_an_indefinite_system_is_solved_where_the_sketch_holds_it() -> None:
     assert poor.status is Status.NEGATIVE_CURVATURE
     assert poor.min_curvature is not None
     assert poor.min_curvature < 0.0
+    # Known from the sketch: no iteration is spent on it.
+    assert poor.iterations == 1
+    assert poor.num_hvps <= 20 + 2
+    assert poor.min_curvature == pytest.approx(sketch_of(case, 20, None).ritz_range[0])
     check_honest(case, operator, poor, rtol=1e-9)
 
 

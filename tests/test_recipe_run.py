@@ -91,7 +91,7 @@ EVENTS = {
     ("bissl", "adaptation"): {"alternation", "strength"},
     ("bissl", "upper"): {
         *("alternation", "loss", "lr", "grad_norm", "status", "residual", "departure", "cosine", "min_curvature"),
-        *("iterations", "num_hvps", "stationarity"),
+        *("iterations", "num_hvps", "stationarity", "gradient_noise", "ritz_min", "ritz_max", "shift"),
     },
     ("bissl", "alternation"): {"alternation", "seconds"},
     ("finetune", "train"): {"loss", "lr", "grad_norm"},

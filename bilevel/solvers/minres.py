@@ -83,7 +83,7 @@ class _MinimalResiduals:
             # Grown beyond what rounding explains: the operator is not the symmetric linear one that it should be.
             grown = relative > start * (1.0 + math.sqrt(account.product_error)) and not settled
             breakdown = Status.DIVERGED if grown else account.verdict(best_relative, settled)
-        if breakdown is Status.INCONSISTENT:
+        if breakdown is Status.INCONSISTENT and account.iterations:
             best = _lift(x, x0, r)
             best_relative = account.relative(account.residual(best))
         if x0 is None and best_relative > 1.0 - math.sqrt(account.product_error):

@@ -88,6 +88,9 @@ def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | Non
         ("‖x − v‖ / ‖v‖", "departure", False, False),
         ("cos(x, v)", "cosine", False, False),
         ("lower stationarity", "stationarity", True, False),
+        ("standard error of the lower gradient", "gradient_noise", True, False),
+        ("smallest Ritz value", "ritz_min", False, False),
+        ("largest Ritz value", "ritz_max", False, False),
         ("smallest curvature met", "min_curvature", False, False),
         ("operator products a solve", "num_hvps", False, True),
     )
