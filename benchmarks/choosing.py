@@ -3,7 +3,7 @@
     python benchmarks/choosing.py --json benchmarks/results/choosing.json --page docs/choosing.md
     python benchmarks/choosing.py --from benchmarks/results/choosing.json --page docs/choosing.md --check
 
-The first line measures everything (a few minutes on two cores), keeps the figures and writes the tables into the page,
+The first line measures everything (some minutes on two cores), keeps the figures and writes the tables into the page,
 each between its two markers. The second only compares a page with kept figures. `--quick` makes smaller and fewer runs.
 Without `--page` the tables are printed.
 """

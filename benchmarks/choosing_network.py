@@ -34,7 +34,7 @@ SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
     "CG(20, None, layerwise=True)": (CG(20, None, layerwise=True), REVERSE),
     "MINRES(5, None)": (MINRES(5, None), REVERSE),
     "MINRES(20, None)": (MINRES(20, None), REVERSE),
-    "MINRES(1000, 1e-2)": (MINRES(1000, 1e-2), REVERSE),
+    "MINRES(200, 1e-2)": (MINRES(200, 1e-2), REVERSE),
     "Neumann(5)": (Neumann(5), REVERSE),
     "Neumann(20)": (Neumann(20), REVERSE),
     "Neumann(5, scale=1.0)": (Neumann(5, scale=1.0), REVERSE),

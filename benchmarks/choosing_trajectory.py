@@ -88,8 +88,8 @@ def methods(lr: float, steps: int) -> dict[str, Method]:
         "implicit, CG(200, 1e-10)": lambda p, x, _, y, train, val: hypergradient(
             p, x, y, upper_batch=val, lower_batches=[train], solver=CG(200, 1e-10)
         ),
-        "implicit, Neumann(10)": lambda p, x, _, y, train, val: hypergradient(
-            p, x, y, upper_batch=val, lower_batches=[train], solver=Neumann(10)
+        "implicit, Neumann(10, scale=lr)": lambda p, x, _, y, train, val: hypergradient(
+            p, x, y, upper_batch=val, lower_batches=[train], solver=Neumann(10, scale=lr)
         ),
         "unrolled, all T steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
             p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update

@@ -22,7 +22,7 @@ WAYS, QUERIES, HIDDEN, TASKS, STEPS, SEEN, NEW = 5, 5, 48, 8, 15, range(6), rang
 pixels, DIGIT = map(torch.from_numpy, load_digits(return_X_y=True))
 images = (pixels / 16 - 0.3).float().view(-1, 8, 8)
 VIEWS = torch.stack([torch.rot90(i, k, (1, 2)) for i in (images, images.flip(2)) for k in range(4)]).flatten(2)
-TRAIN, TEST = torch.randperm(len(DIGIT), generator=torch.Generator().manual_seed(0)).split([1200, 597])
+TRAIN, TEST = torch.randperm(len(DIGIT), generator=torch.Generator().manual_seed(100)).split([1200, 597])
 
 
 def network(p: Params, X: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def network(p: Params, X: Tensor) -> Tensor:
 
 
 def random_start() -> Params:
-    w1 = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(1)) / 4
+    w1 = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(101)) / 4
     return {"w1": w1, "b1": torch.zeros(1, HIDDEN), "w2": torch.zeros(HIDDEN, WAYS), "b2": torch.zeros(1, WAYS)}
 
 
@@ -87,7 +87,7 @@ def fit(start: Params, groups: list[tuple[Batch, Batch]], upper_steps: int) -> T
 
 def joint_start(steps: int) -> Params:
     """The first layer of one classifier of all 60 characters seen, under a last layer of zeros."""
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(102)
     p = random_start() | {"w2": 0.1 * torch.randn(HIDDEN, 60, generator=g), "b2": torch.zeros(1, 60)}
     optimizer = torch.optim.Adam([leaf.requires_grad_() for leaf in p.values()], lr=0.01)
     for _ in range(steps):
@@ -102,13 +102,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20 alternations instead of 200")
     alternations = 20 if parser.parse_args(arguments).quick else 200
-    trainer = fit(random_start(), [draw(k, TASKS, TRAIN, SEEN) for k in range(alternations)], upper_steps=1)
+    trainer = fit(random_start(), [draw(10**4 + k, TASKS, TRAIN, SEEN) for k in range(alternations)], upper_steps=1)
     starts = {"random": random_start(), "joint": joint_start(3 * alternations), "maml": trainer.upper}
     result: dict[str, float] = {"failed_solves": trainer.failures.total()}
     print("start       seen characters   new characters   (accuracy on new images)")
     for name, start in starts.items():
         for kind, views in (("seen", SEEN), ("new", NEW)):
-            support, query = draw(10**6, 400, TEST, views)
+            support, query = draw(10**7, 400, TEST, views)
             scores = network(fit(start, [(support, query)], upper_steps=0).lower, query[0])
             result[f"{name}_{kind}"] = 100.0 * float((scores.argmax(dim=-1) == query[1]).double().mean())
         print(f"{name:<12}{result[f'{name}_seen']:>14.1f}%{result[f'{name}_new']:>16.1f}%")

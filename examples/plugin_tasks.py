@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="a few steps of each stage")
     module = Path(__file__).stem if __name__ == "__main__" else __name__
     tasks = {
+        "data": {"split_seed": 2},
         "pretext": {"task": f"{module}:Uncover", "options": {"side": 4}, "batch_size": 128},
         "downstream": {"task": f"{module}:Parity"},
     }

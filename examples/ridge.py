@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="2 splits of 15 steps instead of 10 of 40")
     splits, steps = (2, 15) if parser.parse_args(arguments).quick else (10, 40)
-    runs = [tune(seed, steps) for seed in range(splits)]
+    runs = [tune(100 + seed, steps) for seed in range(splits)]
     result = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     result |= {name: max(run[name] for run in runs) for name in result if name.startswith("largest")}
     for name, value in result.items():
