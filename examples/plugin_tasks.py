@@ -6,8 +6,7 @@ No file of the recipe knows the two classes. In this folder they serve the comma
 
     python ../recipes/bissl/run.py --pretext.task plugin_tasks:Uncover --downstream.task plugin_tasks:Parity
 
-Here a Config is made from the preset for scikit-learn's digits with overrides and goes through the stages, beside plain
-pre-training and random weights, with 3 labels a digit. The metric, also its own, is the area under the ROC curve.
+Here a Config is made from the digits preset with overrides and goes through the stages, with 3 labels a digit.
 """
 
 import argparse
