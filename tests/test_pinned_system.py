@@ -85,7 +85,8 @@ def trained() -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Params]:
     return net, batches, v
 
 
-def solve(net: nn.Module, batches: list[Any], v: Params, solver: CG, dtype: torch.dtype) -> tuple[Params, Any]:
+def solve(trained: Any, solver: CG, dtype: torch.dtype) -> tuple[Params, Any]:
+    net, batches, v = trained
     net = copy.deepcopy(net).to(dtype)
     lower = {n: p.detach() for n, p in net.named_parameters()}
     upper = {n: p.clone() for n, p in lower.items()}
@@ -103,11 +104,11 @@ def distance(a: Params, b: Params) -> float:
 
 
 def test_five_global_iterations_solve_it_and_layerwise_does_not(trained: Any) -> None:
-    exact, converged = solve(*trained, CG(40, 1e-8), torch.float64)
+    exact, converged = solve(trained, CG(40, 1e-8), torch.float64)
     assert converged.status.ok
     assert converged.min_curvature > 0.0
-    five, _ = solve(*trained, CG(5, None), torch.float64)
-    layerwise, _ = solve(*trained, CG(5, None, layerwise=True), torch.float64)
+    five, _ = solve(trained, CG(5, None), torch.float64)
+    layerwise, _ = solve(trained, CG(5, None, layerwise=True), torch.float64)
     assert distance(five, exact) < 1e-4
     assert distance(layerwise, exact) > 10 * distance(five, exact)
     # The system is not the identity, or all of this would show nothing.
@@ -115,6 +116,6 @@ def test_five_global_iterations_solve_it_and_layerwise_does_not(trained: Any) ->
 
 
 def test_float32_agrees_with_float64(trained: Any) -> None:
-    double, _ = solve(*trained, CG(5, None), torch.float64)
-    single, _ = solve(*trained, CG(5, None), torch.float32)
+    double, _ = solve(trained, CG(5, None), torch.float64)
+    single, _ = solve(trained, CG(5, None), torch.float32)
     assert distance(single, double) < 1e-3
