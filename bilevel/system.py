@@ -222,7 +222,8 @@ class System:
         / (n (n - 1)))^{1/2}` over all n batches on all ranks; None for a single one. A `stationarity` of a few times
         this is as stationary as the batches can tell."""
         upper = tree.detach(self.upper if upper is None else upper)
-        gradients, mean = self._batch_gradients(upper), self._loss_gradient(upper)
+        gradients = self._batch_gradients(upper)
+        mean = _mean(gradients)
         count = len(gradients) * distributed.world_size()
         if count < 2:
             return None
@@ -231,8 +232,7 @@ class System:
         return float((spread / (count - 1)).sqrt())
 
     def _loss_gradient(self, upper: Params) -> Params:
-        total = reduce(tree.add, self._batch_gradients(upper))
-        return distributed.mean_over_ranks(tree.scale(1.0 / len(self._losses), total))
+        return _mean(self._batch_gradients(upper))
 
     def _batch_gradients(self, upper: Params) -> list[Params]:
         moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
@@ -248,6 +248,11 @@ class System:
         versions = [-1 if t.is_inference() else t._version for _, t in named]
         rows = zip(named, versions, sums, strict=True)
         return [_Mark(name, id(tensor), version, checksum) for (name, tensor), version, checksum in rows]
+
+
+def _mean(gradients: Sequence[Params]) -> Params:
+    """Mean over the batches and the ranks."""
+    return distributed.mean_over_ranks(tree.scale(1.0 / len(gradients), reduce(tree.add, gradients)))
 
 
 @dataclass(frozen=True)
