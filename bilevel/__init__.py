@@ -12,7 +12,8 @@ from bilevel.problem import Problem, proximal, ridge
 from bilevel.schedule import AlternatingSchedule
 from bilevel.solution import Solution, Status
 from bilevel.solvers import CG, MINRES, Dense, Identity, Neumann, Nystrom, Solver
-from bilevel.system import StaleSystemError, System, linearize
+from bilevel.staleness import StaleSystemError
+from bilevel.system import System, linearize
 from bilevel.trainer import NonFiniteError, Trainer
 from bilevel.tree import Params
 from bilevel.unrolled import unrolled_hypergradient

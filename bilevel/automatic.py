@@ -1,10 +1,12 @@
 """The provider that measures: which exact Hessian-vector product works on an objective, and which is fastest."""
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.hvp import (
@@ -14,10 +16,12 @@ from bilevel.hvp import (
     Linearization,
     Objective,
     ReverseOverReverse,
+    check_memory_budget,
 )
 from bilevel.tree import Params
 
 _REPEATS = 3
+_EXPECTED_PRODUCTS = 5
 
 HVP = HVPProvider | Literal["auto"]
 """What arguments named `hvp` take: a provider, or "auto" for a new `Automatic`."""
@@ -29,7 +33,9 @@ class Measurement:
 
     Attributes:
         provider: the candidate.
-        seconds: median of three products, after one that is not counted; None where it does not work.
+        seconds: time of a product, the median of three after one that is not counted; None where it does not work.
+            For kept graphs, the mean over the batches and over five products of each: every batch's first at the
+            recomputed price, the later ones at the kept price where the budget keeps the batch's graph.
         difference: relative distance of its product from that of the first candidate that works.
         failure: why it does not work, empty where it does.
     """
@@ -45,16 +51,26 @@ class Automatic(HVPProvider):
     """``hvp="auto"``: tries reverse-over-reverse and forward-over-reverse on the first objective it is given, and keeps
     the faster one for all later ones.
 
-    Finite differences are taken only where neither works, because they are far off on networks with kinks. Kept graphs
-    are not tried, because their memory is the user's to give. Two candidates that disagree by more than the dtype's
-    rounding allows (1e-3 in float32, 1e-8 in float64) are a defect of the objective or of torch: the reverse one is
-    kept, and the report shows the difference.
+    Finite differences are taken only where neither works, because they are far off on networks with kinks. Two
+    candidates that disagree by more than the dtype's rounding allows (1e-3 in float32, 1e-8 in float64) are a defect of
+    the objective or of torch: the reverse one is kept, and the report shows the difference.
+
+    Args:
+        memory_budget: bytes that the kept graphs of one system may hold, as in `ReverseOverReverse`. Kept graphs are
+            tried only with a budget, because their memory is the user's to give; how many batches of a system would be
+            kept is reckoned from the first batch's graph.
 
     Attributes:
         report: one `Measurement` per candidate, empty before the first objective.
+
+    Raises:
+        ValueError: a budget that is not a number of bytes >= 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory_budget: float | None = None) -> None:
+        if memory_budget is not None:
+            check_memory_budget("Automatic", memory_budget)
+        self.memory_budget = memory_budget
         self.report: tuple[Measurement, ...] = ()
         self._chosen: HVPProvider | None = None
 
@@ -69,10 +85,19 @@ class Automatic(HVPProvider):
         return self._chosen is None or self._chosen.exact
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
-        if self._chosen is None:
-            self.report = _measure(objective, upper, lower)
+        return self.linearize_all([objective], upper, lower)[0]
+
+    def linearize_all(
+        self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
+    ) -> list[Linearization]:
+        resident = list(resident)
+        if self._chosen is None and objectives:
+            first = _FirstBatch(objectives[0], upper, lower, resident)
+            self.report = _measure(first)
+            if self.memory_budget is not None:
+                self.report += _measure_kept(first, self.report, self.memory_budget, len(objectives))
             self._chosen = _choose(self.report, lower)
-        return self._chosen.linearize(objective, upper, lower)
+        return [] if self._chosen is None else self._chosen.linearize_all(objectives, upper, lower, resident=resident)
 
     def __str__(self) -> str:
         lines = []
@@ -99,35 +124,74 @@ def as_provider(hvp: HVP | None) -> HVPProvider:
     return hvp
 
 
-def _measure(objective: Objective, upper: Params, lower: Params) -> tuple[Measurement, ...]:
-    generator = torch.Generator().manual_seed(0)
-    vector = {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in lower.items()}
+@dataclass(frozen=True)
+class _FirstBatch:
+    """What is measured: one objective at one point, and a fixed random vector."""
+
+    objective: Objective
+    upper: Params
+    lower: Params
+    resident: Sequence[Tensor]
+
+    def linearize(self, provider: HVPProvider) -> Linearization:
+        return provider.linearize_all([self.objective], self.upper, self.lower, resident=self.resident)[0]
+
+    def vector(self) -> Params:
+        generator = torch.Generator().manual_seed(0)
+        return {name: torch.randn(leaf.shape, generator=generator).to(leaf) for name, leaf in self.lower.items()}
+
+
+def _measure(batch: _FirstBatch) -> tuple[Measurement, ...]:
+    vector = batch.vector()
     report: list[Measurement] = []
     reference: Params | None = None
     for provider in (ReverseOverReverse(), ForwardOverReverse()):
-        linearization = provider.linearize(objective, upper, lower)
+        linearization = batch.linearize(provider)
         try:
             product = linearization.hessian(vector)
         except (RuntimeError, NotImplementedError) as error:
             # The reason is kept in the report, and shown if no candidate works.
             report.append(Measurement(provider, None, None, str(error).splitlines()[0]))
             continue
-        if float(tree.norm(product)) == 0.0 and _curved(objective, upper, lower, vector):
+        if float(tree.norm(product)) == 0.0 and _curved(batch, vector):
             failure = (
                 "its product is zero where gradients differ: some operation has no second derivative and says nothing"
             )
             report.append(Measurement(provider, None, None, failure))
             continue
         reference = product if reference is None else reference
-        difference = float(tree.norm(tree.sub(product, reference))) / max(float(tree.norm(reference)), 1e-300)
-        times = sorted(_seconds(linearization, vector) for _ in range(_REPEATS))
-        report.append(Measurement(provider, times[_REPEATS // 2], difference))
+        report.append(Measurement(provider, _median_seconds(linearization, vector), _difference(product, reference)))
     return tuple(report)
 
 
-def _curved(objective: Objective, upper: Params, lower: Params, vector: Params) -> bool:
+def _measure_kept(
+    batch: _FirstBatch, report: Sequence[Measurement], memory_budget: float, batches: int
+) -> tuple[Measurement, ...]:
+    """Reverse-over-reverse with kept graphs, where its recomputing form works."""
+    recomputed = report[0].seconds
+    if recomputed is None:
+        return ()
+    provider = ReverseOverReverse(keep_graph=True, memory_budget=memory_budget)
+    linearization, vector = batch.linearize(provider), batch.vector()
+    product = linearization.hessian(vector)
+    size = linearization.kept_bytes()
+    if size is None:
+        failure = f"not even one batch's graph fits in memory_budget={memory_budget:g} bytes"
+        return (Measurement(provider, None, None, failure),)
+    kept = min(batches, int(memory_budget // max(size, 1)))
+    later_share = kept / batches * (_EXPECTED_PRODUCTS - 1) / _EXPECTED_PRODUCTS
+    seconds = recomputed - later_share * (recomputed - _median_seconds(linearization, vector))
+    reference = batch.linearize(ReverseOverReverse()).hessian(vector)
+    return (Measurement(provider, seconds, _difference(product, reference)),)
+
+
+def _difference(product: Params, reference: Params) -> float:
+    return float(tree.norm(tree.sub(product, reference))) / max(float(tree.norm(reference)), 1e-300)
+
+
+def _curved(batch: _FirstBatch, vector: Params) -> bool:
     """Whether the gradient changes along `vector` by more than rounding."""
-    product = FiniteDifference().linearize(objective, upper, lower).hessian(vector)
+    product = batch.linearize(FiniteDifference()).hessian(vector)
     return float(tree.norm(product)) > 1e-3 * float(tree.norm(vector))
 
 
@@ -139,6 +203,10 @@ def _choose(report: tuple[Measurement, ...], lower: Params) -> HVPProvider:
     if any((entry.difference or 0.0) > tolerance for entry in working):
         return working[0].provider
     return min(working, key=lambda entry: entry.seconds or 0.0).provider
+
+
+def _median_seconds(linearization: Linearization, vector: Params) -> float:
+    return sorted(_seconds(linearization, vector) for _ in range(_REPEATS))[_REPEATS // 2]
 
 
 def _seconds(linearization: Linearization, vector: Params) -> float:

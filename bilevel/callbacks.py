@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from bilevel.checkpoint import save_checkpoint
+from bilevel.solution import Status
 
 Record = dict[str, Any]
 """One event: ``event`` ("lower", "adaptation", "upper", "alternation"), ``step``, ``alternation``, and its numbers."""
@@ -131,6 +134,110 @@ class Checkpointing(Callback):
     def on_alternation_end(self, trainer: Any) -> None:
         if trainer.alternation % self.every == 0 or trainer.alternation == trainer.schedule.alternations:
             save_checkpoint(self.directory, trainer.alternation, trainer.state_dict(), keep=self.keep)
+
+
+# Of the columns that need another width than their titles'.
+_WIDTHS = {"Ritz values": 20, "status": 0}
+
+
+class Diagnostics(Callback):
+    """Prints what is known about the linear solves: a line every so many alternations, and a summary at the end.
+
+    A line covers the upper steps since the line before: how many solves ended with which `Status`; the largest relative
+    residual; iterations and operator products, summed; the smallest curvature and the extreme Ritz values met; the mean
+    of ``||x - v|| / ||v||`` and of cos(x, v), near 0 and 1 where solving changed little; and, of the last step, the
+    stationarity of the lower level and its multiple of the noise of the mini-batches
+    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. The summary counts the run's solves
+    by status, and says what each status means and asks to do.
+
+    Args:
+        console: where to print; share it with a `ProgressBar`, and place this callback after the bar.
+        every: alternations a line; None prints the summary alone.
+
+    Raises:
+        ValueError: `every` below 1.
+    """
+
+    def __init__(self, console: Console | None = None, every: int | None = 1) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"Diagnostics: every must be at least 1 alternation, or None for no lines, got {every}")
+        self.console, self.every = console or Console(), every
+        self._since: list[Record] = []
+        self._headed = False
+
+    def on_run_start(self, trainer: Any) -> None:
+        self._headed = False
+
+    def on_event(self, trainer: Any, record: Record) -> None:
+        if self.every is None:
+            return
+        if record["event"] == "upper" and record["status"] is not None:
+            self._since.append(record)
+        if record["event"] == "alternation" and self._since:
+            number = record["alternation"]
+            if number % self.every == 0 or number == trainer.schedule.alternations:
+                self._print_line(diagnostics_cells(number, self._since))
+                self._since = []
+
+    def on_run_end(self, trainer: Any) -> None:
+        if trainer.solves:
+            self.console.print(solves_table(trainer.solves))
+
+    def _print_line(self, cells: Mapping[str, str]) -> None:
+        """As plain text: a `Table` would be cut to the width of the terminal."""
+        widths = [_WIDTHS.get(title, max(len(title), 8)) for title in cells]
+        for row in [cells.values()] if self._headed else [cells.keys(), cells.values()]:
+            text = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._headed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": list(self._since)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._since = list(state["since"])
+
+
+def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, str]:
+    """Column -> cell of one line over "upper" events, as `Diagnostics` describes it."""
+
+    def met(name: str) -> list[float]:
+        return [record[name] for record in solves if record[name] is not None and not math.isnan(record[name])]
+
+    def mean(name: str) -> float | None:
+        return sum(met(name)) / len(met(name)) if met(name) else None
+
+    ritz = f"{_short(min(met('ritz_min')))} .. {_short(max(met('ritz_max')))}" if met("ritz_min") else "-"
+    statuses = Counter(record["status"] for record in solves)
+    return {
+        "alternation": str(alternation),
+        "residual": _short(max(met("residual"), default=None)),
+        "iterations": str(sum(met("iterations"))),
+        "products": str(sum(met("num_hvps"))),
+        "curvature": _short(min(met("min_curvature"), default=None)),
+        "Ritz values": ritz,
+        "|x-v|/|v|": _short(mean("departure")),
+        "cos(x, v)": _short(mean("cosine")),
+        "stationarity": _short(solves[-1]["stationarity"]),
+        "x noise": _short(solves[-1]["stationarity_over_noise"]),
+        "status": ", ".join(f"{count} {status}" for status, count in statuses.items()),
+    }
+
+
+def solves_table(solves: Mapping[str, int]) -> Table:
+    """Counts of solves by the name of their `Status`, successes first, each with what the status says."""
+    failed = sum(count for name, count in solves.items() if not Status[name].ok)
+    table = Table(title=f"{sum(solves.values())} linear solves, {failed or 'none'} of them failed")
+    table.add_column("status", no_wrap=True)
+    table.add_column("solves", justify="right")
+    table.add_column("what it means and asks for")
+    for name in (status.name for status in Status if solves.get(status.name)):
+        table.add_row(name, str(solves[name]), Status[name].value)
+    return table
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from bilevel.hypergradient import Hypergradient, hypergradient
 from bilevel.modules import curvature_pass
 from bilevel.problem import Problem
 from bilevel.solvers import CG, Solver
-from bilevel.system import Implicit, Shift
+from bilevel.system import Implicit, Shift, linearize
 from bilevel.tree import Params
 
 LowerSolver = Callable[[Problem, Params, Params, Sequence[Any]], Params]
@@ -117,49 +117,81 @@ def check_hypergradient(
     """
     if directions < 1 or not tolerance > 0.0:
         raise ValueError(f"directions must be at least 1 and tolerance positive, got {directions} and {tolerance}")
+    point, solver = tree.detach(upper), CG(200, 1e-10) if solver is None else solver
     solved_problem = problem if damping == 0.0 else _Reweighted(problem, problem.regularization_weight + damping)
-    point = tree.detach(upper)
-    start = _solve(solved_problem, lower_solver, point, tree.detach(lower), lower_batches)
-    result = hypergradient(
-        problem,
-        point,
-        start,
-        upper_batch=upper_batch,
-        lower_batches=lower_batches,
-        solver=CG(200, 1e-10) if solver is None else solver,
-        hvp=hvp,
-        damping=damping,
-        shift=shift,
-        implicit=implicit,
-        on_failure="ignore",
+    resolved = _Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches)
+    start = resolved.solve(point)
+    system = linearize(
+        problem, point, start, lower_batches, solver=solver, hvp=hvp, damping=damping, shift=shift, implicit=implicit
     )
-    grad = result.grad if gradient is None else gradient
-    axes = _orthonormal(point, directions, seed)
-    predicted = [float(tree.dot(grad, u)) for u in axes]
+    result = hypergradient(problem, point, start, upper_batch=upper_batch, system=system, on_failure="ignore")
+    resolved, axes = replace(resolved, start=start), _orthonormal(point, directions, seed)
+    undamped = None if damping == 0.0 else replace(resolved, problem=problem)
+    return _compare(result, gradient, point, axes, resolved, undamped, lower, tolerance=tolerance, damping=damping)
 
-    def differences(resolved: Problem) -> tuple[list[float], float, tuple[float, float]]:
-        value = _value(resolved, lower_solver, start, upper_batch, lower_batches)
-        found = [_derivative(lambda h, u=u: value(tree.axpy(h, u, point)), _first_step(point)) for u in axes]
+
+@dataclass(frozen=True)
+class _Resolved:
+    """F(x, y*(x)) as a function of x, y solved for from `start` at every x."""
+
+    problem: Problem
+    lower_solver: LowerSolver
+    start: Params
+    upper_batch: Any
+    lower_batches: Sequence[Any]
+
+    def solve(self, upper: Params) -> Params:
+        with torch.enable_grad(), curvature_pass():
+            solved = self.lower_solver(self.problem, upper, self.start, self.lower_batches)
+        tree.check_params("lower_solver's result", solved)
+        return tree.detach(solved)
+
+    def value(self, upper: Params) -> float:
+        lower = self.solve(upper)
+        with torch.no_grad(), curvature_pass():
+            return float(self.problem.upper_objective(upper, lower, self.upper_batch))
+
+    def differences(self, point: Params, axes: Sequence[Params]) -> tuple[list[float], float, tuple[float, float]]:
+        """Derivatives along the axes, how uncertain they are together, and the largest and smallest step."""
+        step = _first_step(point)
+        found = [_derivative(lambda h, u=u: self.value(tree.axpy(h, u, point)), step) for u in axes]
         doubt = math.hypot(*(f[1] for f in found))
         return [f[0] for f in found], doubt, (max(f[2] for f in found), min(f[3] for f in found))
 
-    measured, doubt, steps = differences(solved_problem)
+
+def _compare(
+    result: Hypergradient,
+    gradient: Params | None,
+    point: Params,
+    axes: Sequence[Params],
+    resolved: _Resolved,
+    undamped: _Resolved | None,
+    lower: Params,
+    *,
+    tolerance: float,
+    damping: float,
+) -> HypergradientCheck:
+    """`result`, or a `gradient` in its place, against the differences of the damped and of the undamped problem.
+
+    `lower` is where the user let the lower level start.
+    """
+    grad = result.grad if gradient is None else gradient
+    predicted = [float(tree.dot(grad, u)) for u in axes]
+    measured, doubt, steps = resolved.differences(point, axes)
     error, uncertainty = _relative(predicted, measured), doubt / max(math.hypot(*measured), 1e-300)
-    undamped = None if damping == 0.0 else _relative(predicted, differences(problem)[0])
-    size = max(float(tree.norm(start)), 1e-300)
-    agrees = error <= tolerance and uncertainty <= max(tolerance, error)
+    size = max(float(tree.norm(resolved.start)), 1e-300)
     return HypergradientCheck(
         relative_error=error,
         uncertainty=uncertainty,
-        agrees=agrees,
+        agrees=error <= tolerance and uncertainty <= max(tolerance, error),
         verdict=_verdict(error, uncertainty, tolerance, damping, _reasons(predicted, axes, result, gradient is None)),
         predicted=tuple(predicted),
         measured=tuple(measured),
         steps=steps,
         stationarity=result.stationarity,
-        moved=float(tree.norm(tree.sub(start, tree.detach(lower)))) / size,
+        moved=float(tree.norm(tree.sub(resolved.start, tree.detach(lower)))) / size,
         damping=damping,
-        undamped_error=undamped,
+        undamped_error=None if undamped is None else _relative(predicted, undamped.differences(point, axes)[0]),
         hypergradient=result,
     )
 
@@ -182,26 +214,6 @@ class _Reweighted(Problem):
 
     def implicit(self, name: str) -> bool:
         return self.problem.implicit(name)
-
-
-def _solve(problem: Problem, lower_solver: LowerSolver, upper: Params, lower: Params, batches: Sequence[Any]) -> Params:
-    with torch.enable_grad(), curvature_pass():
-        solved = lower_solver(problem, upper, lower, batches)
-    tree.check_params("lower_solver's result", solved)
-    return tree.detach(solved)
-
-
-def _value(
-    problem: Problem, lower_solver: LowerSolver, start: Params, upper_batch: Any, lower_batches: Sequence[Any]
-) -> Callable[[Params], float]:
-    """x -> F(x, y*(x))."""
-
-    def value(upper: Params) -> float:
-        lower = _solve(problem, lower_solver, upper, start, lower_batches)
-        with torch.no_grad(), curvature_pass():
-            return float(problem.upper_objective(upper, lower, upper_batch))
-
-    return value
 
 
 def _orthonormal(like: Params, count: int, seed: int) -> list[Params]:

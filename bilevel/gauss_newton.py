@@ -1,6 +1,6 @@
 """Gauss-Newton products for objectives that are a loss of a network's outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -15,10 +15,15 @@ from bilevel.tree import Params
 @final
 @dataclass(frozen=True)
 class ComposedObjective:
-    """``L(x, y) = loss(outputs(x, y))`` on one fixed batch, its two parts being known apart."""
+    """``L(x, y) = loss(outputs(x, y))`` on one fixed batch, its two parts being known apart.
+
+    Attributes:
+        split: a number of samples -> `outputs` of each chunk of so many; their rows in order are those of `outputs`.
+    """
 
     outputs: Callable[[Params, Params], Tensor]
     loss: Callable[[Tensor], Tensor]
+    split: Callable[[int], Sequence[Callable[[Params, Params], Tensor]]]
 
     def __call__(self, upper: Params, lower: Params) -> Tensor:
         return self.loss(self.outputs(upper, lower))
@@ -37,6 +42,8 @@ class GaussNewton(HVPProvider):
     Raises:
         TypeError: at `linearize`, an objective whose outputs are not known.
     """
+
+    needs_outputs = True
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         if not isinstance(objective, ComposedObjective):

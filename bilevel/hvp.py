@@ -5,14 +5,17 @@ Costs are in units of one plain gradient of L.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import final
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.double_backward import CheapDoubleBackward
+from bilevel.graph_memory import GraphAccount, graph_bytes
 from bilevel.tree import Params
 
 Objective = Callable[[Params, Params], Tensor]
@@ -53,19 +56,36 @@ class Linearization(ABC):
                 return False
             return any(g is not None for g in torch.autograd.grad(loss, list(x.values()), allow_unused=True))
 
+    def kept_bytes(self) -> int | None:
+        """Bytes of the graph that is kept between products, measured now; None where none is kept."""
+        return None
+
 
 class HVPProvider(ABC):
     """Makes linearizations.
 
     Attributes:
         exact: whether products are derivatives to rounding (False: finite differences).
+        needs_outputs: whether `linearize` takes a `ComposedObjective` only (the Problem's `lower_outputs` and
+            `lower_output_loss`), not any function.
     """
 
     exact: bool = True
+    needs_outputs: bool = False
 
     @abstractmethod
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         """Prepare products of `objective`'s second derivatives at (upper, lower)."""
+
+    def linearize_all(
+        self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
+    ) -> list[Linearization]:
+        """`linearize` for every batch of one system, under one memory budget where the provider has one.
+
+        Args:
+            resident: tensors that live as long as the system anyway, such as its batches: not charged to the budget.
+        """
+        return [self.linearize(objective, upper, lower) for objective in objectives]
 
 
 @final
@@ -73,15 +93,44 @@ class HVPProvider(ABC):
 class ReverseOverReverse(HVPProvider):
     """Double backward: ``H w = d/dy <dL/dy, w>`` (Pearlmutter 1994, in reverse mode twice).
 
+    On a CPU, 2-d convolutions and batch normalisations take cheaper kernels for the second pass
+    (`bilevel.double_backward`); products are the same to rounding.
+
     Args:
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
             after the first saves the forward and the first backward pass, for the memory of one graph per batch.
+        memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
+            measured (`bilevel.graph_memory.graph_bytes`) when the batch's first product has built it, and kept if it
+            still fits beside those kept before; the other batches are recomputed for every product, and the products
+            are the same. As without kept graphs, one more graph exists while such a product is made.
+
+    Raises:
+        ValueError: a budget without `keep_graph`, or one that is not a number of bytes >= 0.
     """
 
     keep_graph: bool = False
+    memory_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_budget is None:
+            return
+        check_memory_budget("ReverseOverReverse", self.memory_budget)
+        if not self.keep_graph:
+            raise ValueError(
+                f"ReverseOverReverse: memory_budget={self.memory_budget!r} limits kept graphs, and none are kept; pass "
+                "keep_graph=True with it"
+            )
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
-        return _Reverse(objective, upper, lower, keep_graph=self.keep_graph)
+        return self.linearize_all([objective], upper, lower)[0]
+
+    def linearize_all(
+        self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
+    ) -> list[Linearization]:
+        living = (*upper.values(), *lower.values(), *resident)
+        limit = inf if self.memory_budget is None else self.memory_budget
+        account = GraphAccount(limit, living) if self.keep_graph else None
+        return [_Reverse(objective, upper, lower, account) for objective in objectives]
 
 
 @final
@@ -128,10 +177,18 @@ class FiniteDifference(HVPProvider):
         return _Difference(objective, upper, lower, step=self.step, central=self.central)
 
 
+def check_memory_budget(owner: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+        raise ValueError(f"{owner}: memory_budget must be a number of bytes >= 0, got {value!r}; 4e9 is 4 GB")
+
+
 class _Reverse(Linearization):
-    def __init__(self, objective: Objective, upper: Params, lower: Params, *, keep_graph: bool) -> None:
+    """`account` decides whether the graph is kept; None keeps none."""
+
+    def __init__(self, objective: Objective, upper: Params, lower: Params, account: GraphAccount | None) -> None:
         super().__init__(objective, upper, lower)
-        self.keep_graph = keep_graph
+        self._account, self._offered = account, False
         self._graph: tuple[Params, Params] | None = None
 
     def _differentiable_gradient(self) -> tuple[Params, Params]:
@@ -139,16 +196,25 @@ class _Reverse(Linearization):
         if self._graph is not None:
             return self._graph
         y = tree.as_variables(self.lower)
-        g = tree.gradients(self.objective(tree.detach(self.upper), y), y, create_graph=True)
+        with CheapDoubleBackward():
+            loss = self.objective(tree.detach(self.upper), y)
+        g = tree.gradients(loss, y, create_graph=True)
         self._gradient = tree.detach(g)
-        if self.keep_graph:
+        # Offered once: what is kept only grows, so that a graph that does not fit now never will.
+        if self._account is not None and not self._offered and self._account.admits(g.values()):
             self._graph = y, g
+        self._offered = True
         return y, g
 
     @torch.enable_grad()
     def hessian(self, vector: Params) -> Params:
         y, g = self._differentiable_gradient()
-        return tree.pullback(g, vector, [y], retain_graph=self.keep_graph)[0]
+        return tree.pullback(g, vector, [y], retain_graph=self._graph is not None)[0]
+
+    def kept_bytes(self) -> int | None:
+        if self._graph is None or self._account is None:
+            return None
+        return graph_bytes(self._graph[1].values(), self._account.resident)
 
     @torch.enable_grad()
     def cross(self, vector: Params, upper: Params) -> Params:

@@ -45,7 +45,7 @@ class Hypergradient:
         stationarity: norm of the lower gradient dG/dy over the implicit variables. The implicit function theorem
             assumes that it is 0.
         noise: standard error of the lower gradient over the lower batches, in the units of `stationarity`; None for a
-            single batch. Below a few times this, stationarity cannot be told from 0.
+            single batch.
         lower: the lower variables after the steps of a function that makes some, None where none is made.
     """
 
@@ -57,6 +57,18 @@ class Hypergradient:
     stationarity: float
     lower: Params | None = None
     noise: float | None = None
+
+    @property
+    def stationarity_over_noise(self) -> float | None:
+        """`stationarity` as a multiple of `noise`: up to a few times 1, the batches cannot tell it from 0.
+
+        None where there is no noise to compare with; infinite where batches agree on a gradient that is not 0.
+        """
+        if self.noise is None:
+            return None
+        if self.noise == 0.0:
+            return math.inf * self.stationarity if self.stationarity != 0.0 else 0.0
+        return self.stationarity / self.noise
 
 
 def hypergradient(

@@ -1,11 +1,13 @@
 """Modules as functions of their parameters, safe in curvature passes."""
 
 import inspect
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.distributed import world_size
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
+_buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
 
 _NORM_LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -27,6 +30,14 @@ _CHECKPOINT_REMEDY = (
 )
 
 
+def in_curvature_pass() -> bool:
+    """Whether the caller runs within a pass of `hypergradient` or `linearize`.
+
+    For objectives that compute plain training passes otherwise, for example under autocast or compiled.
+    """
+    return _in_curvature_pass.get()
+
+
 @contextmanager
 def curvature_pass(seed: int | None = None) -> Iterator[None]:
     """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
@@ -36,9 +47,7 @@ def curvature_pass(seed: int | None = None) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if seed is not None:
-            devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-            stack.enter_context(torch.random.fork_rng(devices=devices))
-            torch.manual_seed(seed)
+            stack.enter_context(_seeded(seed))
         token = _in_curvature_pass.set(True)
         stack.callback(_in_curvature_pass.reset, token)
         fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -47,6 +56,43 @@ def curvature_pass(seed: int | None = None) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT_REMEDY))
         yield
+
+
+@contextmanager
+def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
+    """An ordinary pass that can be made twice: inside, random masks are those of `seed`.
+
+    Args:
+        write_buffers: False makes `functional_call` write to copies of the buffers.
+    """
+    token = _buffers_kept.set(not write_buffers)
+    try:
+        with _seeded(seed):
+            yield
+    finally:
+        _buffers_kept.reset(token)
+
+
+def chunk_seeds(seed: int, count: int) -> list[int]:
+    """One seed for each chunk of a batch whose seed is `seed`; a single chunk has the batch's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [seed, *torch.randint(2**31 - 1, (count - 1,), generator=generator).tolist()]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the default generators of torch, NumPy and Python, and restores them afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def functional_call(
@@ -79,9 +125,12 @@ def functional_call(
             f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
         )
     keywords = dict(kwargs) if kwargs else None
-    if not curvature:
+    if not curvature and not _buffers_kept.get():
         return torch.func.functional_call(module, dict(params), args, keywords)
-    with _without_running_statistics(module), _without_reentrant_checkpoints(module):
+    with ExitStack() as stack:
+        if curvature:
+            stack.enter_context(_without_running_statistics(module))
+            stack.enter_context(_without_reentrant_checkpoints(module))
         copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)

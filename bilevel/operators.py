@@ -1,9 +1,12 @@
 """Linear operators on `Params`."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import final
+
+import torch
 
 from bilevel import distributed, tree
 from bilevel.tree import Params
@@ -22,6 +25,11 @@ class LinearOperator(ABC):
     @abstractmethod
     def __call__(self, vector: Params) -> Params:
         """The product ``A v``; the argument is not written to."""
+
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        """The product, and its standard error as a mean over batches: the Euclidean norm, in the product's units, of
+        what another choice of as many batches would typically change. None where there are not two batches."""
+        return self(vector), None
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank that takes part in this operator's products sets `flag` (one process: the flag itself)."""
@@ -53,6 +61,17 @@ class MeanOperator(LinearOperator):
         total = reduce(tree.add, (op(vector) for op in self.operators))
         return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
 
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        products = [op(vector) for op in self.operators]
+        own = tree.scale(1.0 / len(products), reduce(tree.add, products))
+        mean = distributed.mean_over_ranks(own)
+        count = len(products) * distributed.world_size()
+        if count < 2:
+            return mean, None
+        deviations = torch.stack([tree.norm(tree.sub(product, mean)).square() for product in products])
+        spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
+        return mean, float((spread / (count - 1)).sqrt())
+
     def agree(self, flag: bool) -> bool:
         return distributed.agree(flag)
 
@@ -83,6 +102,11 @@ class SumOperator(_Combined):
     def __call__(self, vector: Params) -> Params:
         return reduce(tree.add, (op(vector) for op in self.operators))
 
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        parts = [op.sampled(vector) for op in self.operators]
+        errors = [error for _, error in parts if error is not None]
+        return reduce(tree.add, (product for product, _ in parts)), math.hypot(*errors) if errors else None
+
 
 @final
 class ScaledOperator(_Combined):
@@ -95,6 +119,10 @@ class ScaledOperator(_Combined):
     def __call__(self, vector: Params) -> Params:
         return tree.scale(self.factor, self.operators[0](vector))
 
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        product, error = self.operators[0].sampled(vector)
+        return tree.scale(self.factor, product), None if error is None else abs(self.factor) * error
+
 
 @final
 class ShiftedOperator(_Combined):
@@ -105,7 +133,13 @@ class ShiftedOperator(_Combined):
         self.shift = shift
 
     def __call__(self, vector: Params) -> Params:
-        product = self.operators[0](vector)
+        return self._shifted(self.operators[0](vector), vector)
+
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        product, error = self.operators[0].sampled(vector)
+        return self._shifted(product, vector), error
+
+    def _shifted(self, product: Params, vector: Params) -> Params:
         if not isinstance(self.shift, Mapping):
             return tree.axpy(self.shift, vector, product)
         shift = self.shift

@@ -55,48 +55,66 @@ def penalty_hypergradient(
             other names or shapes than `lower`.
     """
     check_on_failure(on_failure)
-    tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
-    check_batches(lower_batches)
+    _check_arguments(upper, lower, lower_batches, update, penalty, penalized)
     names = implicit_names(problem, lower, implicit)
-    _check_arguments(update, penalty, lower, penalized)
     upper, lower = tree.detach(upper), tree.detach(lower)
-    seeds = [int(torch.randint(2**31 - 1, ())) for _ in lower_batches]
-    batches = list(zip(lower_batches, seeds, strict=True))
-
+    batches = [(batch, int(torch.randint(2**31 - 1, ()))) for batch in lower_batches]
     start = lower if penalized is None else penalized
     z = {name: start[name].detach() for name in names}
-    state = update.init(z)
+    final = {**lower, **_descend(problem, upper, lower, z, upper_batch, batches, update, penalty)}
+
+    loss, direct, _ = upper_derivatives(problem, upper, final, names, upper_batch)
+    at_z = [lower_derivatives(problem, upper, final, names, *drawn)[0] for drawn in batches]
+    at_y = [lower_derivatives(problem, upper, lower, names, *drawn) for drawn in batches]
+    response = tree.scale(penalty, tree.sub(_mean(at_z), _mean([x for x, _ in at_y])))
+    grad = tree.add(direct, response)
+    if not tree.all_finite(grad):
+        report_failure(_NOT_FINITE, None, on_failure, stacklevel=3)
+    stationarity = float(tree.norm(_mean([y for _, y in at_y])))
+    return Hypergradient(grad, direct, response, loss, None, stationarity, final)
+
+
+_NOT_FINITE = (
+    "non-finite: the hypergradient of the penalised problem is not finite; lower the learning rate of the update or "
+    "the penalty, or check the data"
+)
+
+
+def _descend(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    z: Params,
+    upper_batch: Any,
+    batches: Sequence[tuple[Any, int]],
+    update: Update,
+    penalty: float,
+) -> Params:
+    """z after one step on ``G + F / sigma`` for each batch and its seed."""
+    state, names = update.init(z), list(z)
     for batch, seed in batches:
         _, _, of_upper = upper_derivatives(problem, upper, {**lower, **z}, names, upper_batch)
         _, of_lower = lower_derivatives(problem, upper, {**lower, **z}, names, batch, seed)
         with torch.no_grad():
             z, state = update.step(z, tree.axpy(1.0 / penalty, of_upper, of_lower), state)
-
-    final = {**lower, **z}
-    loss, direct, _ = upper_derivatives(problem, upper, final, names, upper_batch)
-    at_z = [lower_derivatives(problem, upper, final, names, *drawn)[0] for drawn in batches]
-    at_y = [lower_derivatives(problem, upper, lower, names, *drawn) for drawn in batches]
-    difference = tree.sub(_mean(at_z), _mean([x for x, _ in at_y]))
-    response = tree.scale(penalty, difference)
-    grad = tree.add(direct, response)
-    if not tree.all_finite(grad):
-        report_failure(
-            "non-finite: the hypergradient of the penalised problem is not finite; lower the learning rate of the "
-            "update or the penalty, or check the data",
-            None,
-            on_failure,
-            stacklevel=3,
-        )
-    stationarity = float(tree.norm(_mean([y for _, y in at_y])))
-    return Hypergradient(grad, direct, response, loss, None, stationarity, final)
+    return z
 
 
 def _mean(trees: Sequence[Params]) -> Params:
     return tree.scale(1.0 / len(trees), reduce(tree.add, trees))
 
 
-def _check_arguments(update: Update, penalty: float, lower: Params, penalized: Params | None) -> None:
+def _check_arguments(
+    upper: Params,
+    lower: Params,
+    lower_batches: Sequence[Any],
+    update: Update,
+    penalty: float,
+    penalized: Params | None,
+) -> None:
+    tree.check_params("upper", upper)
+    tree.check_params("lower", lower)
+    check_batches(lower_batches)
     if not isinstance(update, Update):
         raise TypeError(f"update must be an Update, such as SGDUpdate(lr=0.1), got {type(update).__name__}")
     if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0.0 < penalty < float("inf"):

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.tree import Params
 
 
@@ -37,15 +39,31 @@ class Problem(ABC):
         """F(x, y) on one batch; 0-d."""
 
     def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        """z(x, y) with ``lower_objective = lower_output_loss(z)``; only the `GaussNewton` provider asks for it."""
+        """z(x, y) with ``lower_objective = lower_output_loss(z)``; only `GaussNewton` and micro-batching ask for it.
+
+        For micro-batching one row of z belongs to each sample, in the batch's order: two views of n samples make
+        ``[n, 2, d]``.
+        """
         raise TypeError(
-            f"{type(self).__name__} does not define lower_outputs, which GaussNewton needs; define lower_outputs and "
-            "lower_output_loss, or take another provider"
+            f"{type(self).__name__} does not define lower_outputs, which GaussNewton and micro-batching need; define "
+            "lower_outputs and lower_output_loss, or take another provider and no micro_batch"
         )
 
     def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """The lower objective as a function of `lower_outputs`; 0-d."""
         raise TypeError(f"{type(self).__name__} defines lower_outputs but not lower_output_loss; define both")
+
+    def split_batch(self, batch: Any, size: int) -> list[Any]:
+        """A lower batch as chunks of `size` samples and a last one of at most as many, in order, for micro-batching.
+
+        The default cuts every tensor inside nested mappings (which become dicts), lists, tuples and dataclasses along
+        dimension 0, and hands everything else to each chunk.
+
+        Raises:
+            ValueError: tensors of different lengths, or no tensor that has a length.
+        """
+        count = _length(batch)
+        return [_rows(batch, slice(start, start + size)) for start in range(0, count, size)]
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
         """r(x, y), unweighted and 0-d; None (the default) where the problem has none."""
@@ -110,3 +128,32 @@ def proximal(upper: Params, lower: Params, pairs: Mapping[str, str] | None = Non
 def ridge(lower: Params) -> Tensor:
     r"""Plain ridge regularizer :math:`r = \tfrac12 \|y\|^2` over all lower variables."""
     return 0.5 * torch.stack([leaf.square().sum() for leaf in lower.values()]).sum()
+
+
+def _length(batch: Any) -> int:
+    """The number of samples, on which all tensors of the batch agree."""
+    lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in tree.tensors_in(batch)]
+    for index, length in enumerate(lengths):
+        if length == 0 or length != lengths[0]:
+            raise ValueError(
+                f"split_batch: tensor {index} of the batch has {length} samples along dimension 0 and tensor 0 has "
+                f"{lengths[0]}; give every tensor one row per sample, or define split_batch in the Problem"
+            )
+    if not lengths:
+        raise ValueError(f"split_batch: no tensor in the batch, a {type(batch).__name__}; define it in the Problem")
+    return lengths[0]
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    """The batch with these rows of each of its tensors."""
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, Mapping):
+        return {key: _rows(item, rows) for key, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        items = [_rows(item, rows) for item in batch]
+        # A named tuple takes its fields one by one, other sequences take one iterable.
+        return type(batch)(*items) if isinstance(batch, tuple) and type(batch) is not tuple else type(batch)(items)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)})
+    return batch

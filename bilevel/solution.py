@@ -59,6 +59,8 @@ class Solution:
             preconditioned CG, Neumann with a given scale).
         shift: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status, iterations,
             residual_norms and residual_curve are those of ``(A + shift I) x = b``; the other numbers stay those of A.
+        noise: relative standard error of a product with A from the choice of its batches, where the solver measured it
+            (``CG(rtol="noise")``); None otherwise.
         unshifted_residual: ``||b - A x|| / ||b||`` where shift is not 0; None otherwise, residual_norms saying it.
     """
 
@@ -74,3 +76,4 @@ class Solution:
     ritz_range: tuple[float, float] | None = None
     shift: float = 0.0
     unshifted_residual: float | None = None
+    noise: float | None = None

@@ -1,8 +1,7 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.automatic import HVP, as_provider
-from bilevel.gauss_newton import ComposedObjective, GaussNewton
+from bilevel.gauss_newton import ComposedObjective
 from bilevel.hvp import HVPProvider, Objective, ReverseOverReverse
-from bilevel.modules import curvature_pass
+from bilevel.microbatch import check_rows
+from bilevel.modules import chunk_seeds, curvature_pass
 from bilevel.operators import (
     FunctionOperator,
     LinearOperator,
@@ -24,16 +24,11 @@ from bilevel.operators import (
 from bilevel.problem import Problem
 from bilevel.solution import Solution
 from bilevel.solvers import CG, Solver
+from bilevel.staleness import StaleSystemError, check_given, check_marks, take_marks
 from bilevel.tree import Params
 
 Shift = float | Mapping[str, float]
 Implicit = Callable[[str], bool] | Iterable[str]
-
-_SAMPLES = 4096
-
-
-class StaleSystemError(RuntimeError):
-    """A `System` was used after something that it was built from changed."""
 
 
 class System:
@@ -72,17 +67,19 @@ class System:
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
                 "shift for Tikhonov damping of A alone"
             )
+        self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
         self.regularized = self.regularized and total > 0.0
         self.weight = total if self.regularized else 1.0
-        self._losses = [
-            hvp.linearize(self._objective(batch, self._seed + k), self.upper, point)
-            for k, batch in enumerate(self.lower_batches)
-        ]
+        objectives = [self._objective(batch, self._seed + k) for k, batch in enumerate(self.lower_batches)]
+        if hvp.needs_outputs:
+            self._check_composition(objectives[0], point)
+        living = [*self._all.values(), *tree.tensors_in(self.lower_batches)]
+        self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
-        self._marks = self._fingerprint()
+        self._marks = take_marks(self._named_tensors())
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -148,33 +145,20 @@ class System:
         """
         if self._invalidated:
             raise StaleSystemError("the system was invalidated; call linearize again")
-        for argument, given, own in (("upper", upper, self.upper), ("lower", lower, self.lower)):
-            if given is None:
-                continue
-            if argument == "upper" and not self.problem.curvature_depends_on_upper:
-                same = {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in own.items()}
-            else:
-                same = given.keys() == own.keys() and all(given[n] is own[n] for n in own)
-            if not same:
-                raise StaleSystemError(
-                    f"{argument}: not the tensors that the system was built from; call linearize again for these"
-                )
-        marks = self._fingerprint()
-        if [mark.name for mark in marks] != [mark.name for mark in self._marks]:
+        weight = self.problem.regularization_weight
+        if weight != self._regularization_weight:
             raise StaleSystemError(
-                "lower_batches: tensors were added or taken away after linearize; call linearize again"
+                f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
+                "linearize again"
             )
-        for old, new in zip(self._marks, marks, strict=True):
-            if old.identity != new.identity:
-                raise StaleSystemError(f"{new.name} is another tensor than at linearize; call linearize again")
-            if old != new:
-                raise StaleSystemError(
-                    f"{new.name} changed after linearize (version {old.version} -> {new.version}, checksum "
-                    f"{old.checksum} -> {new.checksum}); call linearize again"
-                )
+        if upper is not None:
+            check_given("upper", upper, self.upper, others_of_same_shape=not self.problem.curvature_depends_on_upper)
+        if lower is not None:
+            check_given("lower", lower, self.lower)
+        check_marks(self._marks, take_marks(self._named_tensors()))
 
     def _objective(self, batch: Any, seed: int) -> Objective:
-        if isinstance(self.hvp, GaussNewton):
+        if self.hvp.needs_outputs:
             return self._composed(batch, seed)
 
         def objective(upper: Params, variables: Params) -> Tensor:
@@ -185,15 +169,35 @@ class System:
         return objective
 
     def _composed(self, batch: Any, seed: int) -> ComposedObjective:
-        def outputs(upper: Params, variables: Params) -> Tensor:
+        def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed):
                 return self.problem.lower_outputs(upper, {**self._all, **variables}, batch)
+
+        def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Tensor:
+            return check_rows(outputs(chunk, seed, upper, variables), chunk)
+
+        def split(size: int) -> list[Objective]:
+            chunks = self.problem.split_batch(batch, size)
+            return [partial(rows, *one) for one in zip(chunks, chunk_seeds(seed, len(chunks)), strict=True)]
 
         def loss(z: Tensor) -> Tensor:
             with curvature_pass(seed):
                 return check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch))
 
-        return ComposedObjective(outputs, loss)
+        return ComposedObjective(partial(outputs, batch, seed), loss, split)
+
+    @torch.no_grad()
+    def _check_composition(self, composed: Objective, point: Params) -> None:
+        """Raise unless the loss of the outputs is the lower objective, on the first batch."""
+        upper, batch = tree.detach(self.upper), self.lower_batches[0]
+        with curvature_pass(self._seed):
+            whole = check_scalar("lower_objective", self.problem.lower_objective(upper, {**self._all, **point}, batch))
+        parts = composed(upper, point)
+        if not torch.isclose(parts, whole, rtol=torch.finfo(whole.dtype).eps ** 0.5, equal_nan=True):
+            raise ValueError(
+                f"lower_output_loss(lower_outputs(...)) = {float(parts):.6g}, but lower_objective = {float(whole):.6g} "
+                "on lower_batches[0]; the two must be the same function, random masks included"
+            )
 
     def _regularizer(self, upper: Params, variables: Params) -> Tensor | None:
         with curvature_pass(self._seed):
@@ -238,53 +242,19 @@ class System:
         moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
         return [loss.gradient_at(upper) if moved else loss.gradient() for loss in self._losses]
 
-    def _fingerprint(self) -> list["_Mark"]:
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors that the system was built from, under the names that messages give them."""
         named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
         if self.problem.curvature_depends_on_upper:
             named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
         for k, batch in enumerate(self.lower_batches):
             named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
-        sums = _checksums([t for _, t in named])
-        versions = [-1 if t.is_inference() else t._version for _, t in named]
-        rows = zip(named, versions, sums, strict=True)
-        return [_Mark(name, id(tensor), version, checksum) for (name, tensor), version, checksum in rows]
+        return named
 
 
 def _mean(gradients: Sequence[Params]) -> Params:
     """Mean over the batches and the ranks."""
     return distributed.mean_over_ranks(tree.scale(1.0 / len(gradients), reduce(tree.add, gradients)))
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most."""
-
-    name: str
-    identity: int
-    version: int
-    checksum: str
-
-
-def _checksums(tensors: Sequence[Tensor]) -> list[str]:
-    """Sums over samples, read back once a device; as text, so that a NaN equals itself."""
-    sums: dict[int, str] = {}
-    for device in {tensor.device for tensor in tensors}:
-        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
-        values = torch.stack([_sample_sum(tensors[index]) for index in here]).tolist()
-        sums.update(zip(here, map(float.hex, values), strict=True))
-    return [sums[index] for index in range(len(tensors))]
-
-
-def _sample_sum(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided:
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    # In the order of memory, so that flattening a channels-last batch copies nothing.
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    flat = tensor.permute(order).reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float64).sum()
 
 
 def linearize(

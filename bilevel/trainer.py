@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
 
 import torch
+from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.automatic import HVP, as_provider
 from bilevel.batches import BatchSource, Cycle
 from bilevel.callbacks import Callback, Record
 from bilevel.checkpoint import random_state, set_random_state
-from bilevel.hypergradient import Hypergradient, OnFailure, hypergradient
+from bilevel.hypergradient import Hypergradient, OnFailure, through_system
+from bilevel.microbatch import check_size, micro_batched_gradient
+from bilevel.objectives import upper_derivatives
 from bilevel.problem import Problem
 from bilevel.schedule import AlternatingSchedule
+from bilevel.solution import Solution, Status
 from bilevel.solvers import Solver
 from bilevel.system import Shift, System, check_scalar, linearize
 from bilevel.tree import Params
@@ -46,12 +50,25 @@ class Trainer:
         upper, lower: leaf tensors; each optimizer must hold exactly the tensors of its level.
         lower_data, upper_data: a `BatchSource`, or a sequence of batches that is cycled through.
         solver, hvp, damping, shift: as for `linearize`.
+        aggregate: solve once an alternation, for the sum of its upper steps' right-hand sides (each by its learning
+            rate), instead of once a step: all but the last step go along dF/dx alone, and the last one takes the whole
+            implicit part. Needs ``curvature_depends_on_upper = False``. The summed update is that of separate solves
+            where dF/dx does not depend on the upper variables that the implicit part moves, the optimizer is SGD and
+            no norm limit binds; otherwise the implicit part is seen up to upper_steps - 1 steps later: a bias of the
+            order of gamma in BiSSL, and with momentum the same total displacement, later. The norm limit of the last
+            step is upper_steps times as wide.
         hessian_batches: K, how many lower batches make the system's mean.
         lower_scheduler, upper_scheduler: learning-rate schedules.
+        micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
+            Problem must define `lower_outputs` and `lower_output_loss`). None passes the batch at once. The upper
+            steps' solves are chunked by ``hvp=MicroBatched(...)``.
         max_grad_norm: a level's whole gradient is scaled down to this Euclidean norm where it is longer.
         adaptation_pairs: upper name -> lower name it adapts to; needed if the schedule adapts.
-        on_failure: as for `hypergradient`; "warn" warns once a run, and `failures` counts by status either way.
+        on_failure: as for `hypergradient`; "warn" warns once a run, and `solves` counts by status either way.
         callbacks: called in order.
+
+    Attributes:
+        solves: how many linear systems were solved, by the name of the `Status` that they ended with.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -72,9 +89,11 @@ class Trainer:
         hvp: HVP | None = None,
         damping: float = 0.0,
         shift: Shift = 0.0,
+        aggregate: bool = False,
         hessian_batches: int = 1,
         lower_scheduler: LRSchedule | None = None,
         upper_scheduler: LRSchedule | None = None,
+        micro_batch: int | None = None,
         max_grad_norm: float | None = None,
         adaptation_pairs: Mapping[str, str] | None = None,
         on_failure: OnFailure = "warn",
@@ -93,14 +112,20 @@ class Trainer:
             "damping": damping,
             "shift": shift,
         }
-        self.hessian_batches, self.max_grad_norm = hessian_batches, max_grad_norm
+        self.hessian_batches, self.max_grad_norm, self.aggregate = hessian_batches, max_grad_norm, aggregate
+        self.micro_batch = micro_batch
         self.adaptation_pairs = dict(adaptation_pairs or {})
         self.callbacks = tuple(callbacks)
         self.alternation = 0
         self.steps = {"lower": 0, "upper": 0}
-        self.failures: Counter[str] = Counter()
+        self.solves: Counter[str] = Counter()
         self._on_failure: OnFailure = on_failure
         self._check()
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Of `solves`, those that did not do what was asked, by the name of their `Status`."""
+        return Counter({name: count for name, count in self.solves.items() if not Status[name].ok})
 
     def run(self) -> None:
         """Make the alternations that are left."""
@@ -142,41 +167,73 @@ class Trainer:
 
     def _lower_step(self, batch: Any) -> None:
         x, y = tree.detach(self.upper), tree.as_variables(self.lower)
-        loss = check_scalar("lower_objective", self.problem.lower_objective(x, y, batch))
+        if self.micro_batch is None:
+            loss = check_scalar("lower_objective", self.problem.lower_objective(x, y, batch))
+            gradient = tree.gradients(loss, y)
+        else:
+            loss, gradient = self._micro_batched(x, batch, self.micro_batch)
         penalty = self.problem.regularizer(x, y)
-        total = loss if penalty is None else loss + self.problem.regularization_weight * penalty
-        gradient = distributed.mean_over_ranks(tree.gradients(total, y))
+        if penalty is not None:
+            gradient = tree.axpy(self.problem.regularization_weight, tree.gradients(penalty, y), gradient)
+        gradient = distributed.mean_over_ranks(gradient)
         record = self._update("lower", gradient, float(loss.detach()))
         self.problem.after_lower_step(self.upper, self.lower, self.steps["lower"])
         self._emit(record)
 
+    def _micro_batched(self, upper: Params, batch: Any, size: int) -> tuple[Tensor, Params]:
+        return micro_batched_gradient(
+            lambda lower, chunk: self.problem.lower_outputs(upper, lower, chunk),
+            lambda z: check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch)),
+            self.lower,
+            self.problem.split_batch(batch, size),
+        )
+
     def _upper_stage(self, stored: list[Any]) -> None:
-        data = self.data["upper"]
-        data.begin_stage(self.schedule.upper_steps)
+        data, steps = self.data["upper"], self.schedule.upper_steps
+        data.begin_stage(steps)
         system: System | None = None
-        for _ in range(self.schedule.upper_steps):
+        carried: Params | None = None
+        for number in range(1, steps + 1):
             if system is None or self.problem.curvature_depends_on_upper:
                 system = linearize(self.problem, self.upper, self.lower, stored, **self.system_options)
-            self._upper_step(system, data.next())
+            batch = data.next()
+            if self.aggregate and number < steps:
+                carried = self._direct_step(system, batch, carried)
+            else:
+                self._upper_step(system, batch, carried)
 
-    def _upper_step(self, system: System, batch: Any) -> None:
-        result = hypergradient(
-            self.problem,
-            self.upper,
-            self.lower,
-            upper_batch=batch,
-            system=system,
-            on_failure=self._on_failure,
-        )
-        record = self._update("upper", result.grad, float(result.loss))
+    def _direct_step(self, system: System, batch: Any, carried: Params | None) -> Params:
+        """A step along dF/dx alone; the sum of the right-hand sides so far, each by its learning rate."""
+        loss, direct, v = upper_derivatives(self.problem, self.upper, self.lower, system.implicit, batch)
+        rate = self._rate("upper")
+        record = self._update("upper", direct, float(loss))
+        self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
+        self._emit({**record, "status": None})
+        return tree.scale(rate, v) if carried is None else tree.axpy(rate, v, carried)
+
+    def _upper_step(self, system: System, batch: Any, carried: Params | None) -> None:
+        """A hypergradient step; `carried` right-hand sides are solved for with its own."""
+
+        def solve(v: Params) -> Solution:
+            if carried is not None:
+                # A rate of 0 moves nothing, whatever the right-hand side.
+                v = tree.axpy(1.0 / (self._rate("upper") or 1.0), carried, v)
+            return system.solve(v)
+
+        result = through_system(system, self.upper, self.lower, batch, solve=solve, on_failure=self._on_failure)
+        shares = 1 if carried is None else self.schedule.upper_steps
+        record = self._update("upper", result.grad, float(result.loss), shares=shares)
         self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
         self._emit({**record, **self._diagnose(result)})
+
+    def _rate(self, level: str) -> float:
+        return float(self.optimizers[level].param_groups[0]["lr"])
 
     def _diagnose(self, result: Hypergradient) -> Record:
         solution = result.solution
         assert solution is not None
+        self.solves[solution.status.name] += 1
         if not solution.status.ok:
-            self.failures[solution.status.name] += 1
             self._on_failure = "ignore" if self._on_failure == "warn" else self._on_failure
         ritz_min, ritz_max = solution.ritz_range or (None, None)
         return {
@@ -192,10 +249,14 @@ class Trainer:
             "num_hvps": solution.num_hvps,
             "stationarity": result.stationarity,
             "gradient_noise": result.noise,
+            "stationarity_over_noise": result.stationarity_over_noise,
         }
 
-    def _update(self, level: str, gradient: Params, loss: float) -> Record:
-        """Apply one optimizer step, after checking that every number is finite; the event's record."""
+    def _update(self, level: str, gradient: Params, loss: float, *, shares: int = 1) -> Record:
+        """Apply one optimizer step, after checking that every number is finite; the event's record.
+
+        A gradient that stands for those of several steps has that many `shares` in the norm limit.
+        """
         variables = self.lower if level == "lower" else self.upper
         optimizer, scheduler = self.optimizers[level], self.schedulers[level]
         norm = float(tree.norm(gradient))
@@ -204,17 +265,17 @@ class Trainer:
                 f"{level} step {self.steps[level] + 1} (alternation {self.alternation + 1}): loss {loss}, gradient "
                 f"norm {norm}; no variable was changed. Lower the learning rate, or check the data of this batch"
             )
-        if self.max_grad_norm is not None and norm > self.max_grad_norm:
-            gradient = tree.scale(self.max_grad_norm / norm, gradient)
+        if self.max_grad_norm is not None and norm > shares * self.max_grad_norm:
+            gradient = tree.scale(shares * self.max_grad_norm / norm, gradient)
         for name, variable in variables.items():
             variable.grad = gradient[name]
-        rate = optimizer.param_groups[0]["lr"]
+        rate = self._rate(level)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if scheduler is not None:
             scheduler.step()
         self.steps[level] += 1
-        return {"event": level, "step": self.steps[level], "loss": loss, "lr": float(rate), "grad_norm": norm}
+        return {"event": level, "step": self.steps[level], "loss": loss, "lr": rate, "grad_norm": norm}
 
     @torch.no_grad()
     def _adapt(self) -> None:
@@ -244,7 +305,7 @@ class Trainer:
         return {
             "alternation": self.alternation,
             "steps": dict(self.steps),
-            "failures": dict(self.failures),
+            "solves": dict(self.solves),
             "upper": {name: leaf.detach().clone() for name, leaf in self.upper.items()},
             "lower": {name: leaf.detach().clone() for name, leaf in self.lower.items()},
             "optimizers": {
@@ -284,7 +345,7 @@ class Trainer:
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(saved)
         self.alternation, self.steps = state["alternation"], dict(state["steps"])
-        self.failures = Counter(state["failures"])
+        self.solves = Counter(state["solves"])
         set_random_state(state["random"])
 
     def _check(self) -> None:
@@ -309,6 +370,14 @@ class Trainer:
             or self.hessian_batches < 1
         ):
             raise ValueError(f"hessian_batches must be a whole number of at least 1, got {self.hessian_batches!r}")
+        if self.micro_batch is not None:
+            check_size("micro_batch", self.micro_batch)
+        if self.aggregate and self.problem.curvature_depends_on_upper:
+            raise ValueError(
+                "aggregate=True: one solve serves several upper steps only where the curvature does not depend on the "
+                "upper variables; set curvature_depends_on_upper = False in the Problem if that is so, or leave "
+                "aggregate out"
+            )
         if self._on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {self._on_failure!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:

@@ -68,23 +68,34 @@ def unrolled_hypergradient(
         TypeError, ValueError: bad arguments, as for `linearize`; a truncation below 1; `started_from` with names that
             do not fit or with a truncation that leaves steps out.
     """
-    check_on_failure(on_failure)
-    tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
-    check_batches(lower_batches)
+    _check_levels(upper, lower, lower_batches, on_failure)
     names = implicit_names(problem, lower, implicit)
     depth = _check_truncation(truncation, len(lower_batches))
-    pairs = dict(started_from or {})
-    _check_pairs(pairs, upper, lower, names, complete=depth == len(lower_batches))
+    pairs = _check_pairs(started_from, upper, lower, names, complete=depth == len(lower_batches))
     trajectory = _Trajectory(problem, upper, update, names)
     kept, final = trajectory.run(lower, state, lower_batches, depth, recompute=recompute)
+    return _through(trajectory, upper, kept, final, upper_batch, lower_batches, pairs, on_failure)
+
+
+def _through(
+    trajectory: "_Trajectory",
+    upper: Params,
+    kept: list["_Step | _Point"],
+    final: Params,
+    upper_batch: Any,
+    lower_batches: Sequence[Any],
+    pairs: Mapping[str, str],
+    on_failure: OnFailure,
+) -> Hypergradient:
+    """The hypergradient at the end of the steps, back through those that were kept."""
+    problem, names = trajectory.problem, trajectory.names
     loss, direct, v = upper_derivatives(problem, upper, final, names, upper_batch)
     response, start = trajectory.sweep(kept, v)
     for lower_name, upper_name in pairs.items():
         response[upper_name] = response[upper_name] + start[lower_name]
     grad = tree.add(direct, response)
     if not tree.all_finite(grad):
-        report_failure(_diagnose(final, v), None, on_failure, stacklevel=3)
+        report_failure(_diagnose(final, v), None, on_failure, stacklevel=4)
     seed = trajectory.seed + len(lower_batches)
     gradient = lower_derivatives(problem, upper, final, names, lower_batches[-1], seed)[1]
     return Hypergradient(grad, direct, response, loss, None, float(tree.norm(gradient)), final)
@@ -233,6 +244,13 @@ def _diagnose(final: Params, v: Params) -> str:
     )
 
 
+def _check_levels(upper: Params, lower: Params, lower_batches: Sequence[Any], on_failure: OnFailure) -> None:
+    check_on_failure(on_failure)
+    tree.check_params("upper", upper)
+    tree.check_params("lower", lower)
+    check_batches(lower_batches)
+
+
 def _check_truncation(truncation: int | None, steps: int) -> int:
     """The number of steps to differentiate through."""
     if truncation is None:
@@ -243,8 +261,10 @@ def _check_truncation(truncation: int | None, steps: int) -> int:
 
 
 def _check_pairs(
-    pairs: Mapping[str, str], upper: Params, lower: Params, names: Sequence[str], *, complete: bool
-) -> None:
+    started_from: Mapping[str, str] | None, upper: Params, lower: Params, names: Sequence[str], *, complete: bool
+) -> dict[str, str]:
+    """Lower name -> upper name of the pairs, none where there is no mapping."""
+    pairs = dict(started_from or {})
     if pairs and not complete:
         raise ValueError("started_from needs the derivative through all the steps; leave truncation out")
     for lower_name, upper_name in pairs.items():
@@ -258,3 +278,4 @@ def _check_pairs(
                 f"started_from: lower {lower_name!r} has shape {tuple(lower[lower_name].shape)} but upper "
                 f"{upper_name!r} {tuple(upper[upper_name].shape)}"
             )
+    return pairs

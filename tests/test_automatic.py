@@ -68,3 +68,57 @@ def test_finite_differences_only_where_nothing_exact_works() -> None:
 def test_other_words_are_refused() -> None:
     with pytest.raises(TypeError, match="'auto'"):
         as_provider("fastest")  # type: ignore[arg-type]
+
+
+class _Deep(Problem):
+    """A first backward pass that costs much more than the second: kept graphs win by far."""
+
+    regularization_weight = 1.0
+    passes = 0
+
+    def lower_objective(self, upper: Params, lower: Params, batch: object) -> Tensor:
+        self.passes += 1
+        # Work that no derivative repeats, so that a recomputed product is slow on any machine.
+        for _ in range(300):
+            torch.linalg.matrix_norm(torch.ones(64, 64, dtype=torch.float64))
+        return lower["y"].exp().sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: object) -> Tensor:
+        return lower["y"].sum()
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        return 0.5 * (lower["y"] - upper["y"]).square().sum()
+
+
+Y = torch.linspace(-1.0, 1.0, 1000, dtype=torch.float64)
+
+
+def test_kept_graphs_are_tried_under_a_budget_and_win_where_recomputing_is_dear() -> None:
+    problem, automatic = _Deep(), Automatic(memory_budget=1e6)
+    system = linearize(problem, {"y": Y.clone()}, {"y": Y}, [None] * 3, hvp=automatic)
+    kept = ReverseOverReverse(keep_graph=True, memory_budget=1e6)
+    assert [entry.provider for entry in automatic.report] == [ReverseOverReverse(), ForwardOverReverse(), kept]
+    assert automatic.chosen == kept
+    before = problem.passes
+    for _ in range(4):
+        torch.testing.assert_close(system.operator({"y": Y})["y"], (Y.exp() + 1.0) * Y)
+    assert problem.passes == before + 3
+    times = [entry.seconds for entry in automatic.report]
+    # One of five products is at the full price.
+    assert times[0] is not None
+    assert times[2] is not None
+    assert 0.2 * times[0] <= times[2] < times[0]
+    assert automatic.report[2].difference == 0.0
+
+
+def test_a_budget_too_small_for_one_graph_is_reported() -> None:
+    automatic = Automatic(memory_budget=100)
+    linearize(_Deep(), {"y": Y.clone()}, {"y": Y}, [None], hvp=automatic)
+    assert "memory_budget=100 bytes" in automatic.report[2].failure
+    assert "memory_budget=100 bytes" in str(automatic)
+    assert automatic.chosen in (ReverseOverReverse(), ForwardOverReverse())
+
+
+def test_a_bad_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="Automatic: memory_budget"):
+        Automatic(memory_budget=-1)

@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bilevel
-from benchmarks import choosing, choosing_network, choosing_systems, choosing_tables, choosing_trajectory
+from benchmarks import solvers as benchmark
+from benchmarks import (
+    solvers_curves,
+    solvers_figure,
+    solvers_network,
+    solvers_systems,
+    solvers_tables,
+    solvers_trajectory,
+)
+from benchmarks.measuring import Timing
 from bilevel import solvers
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "benchmarks/results/choosing.json"
+KEPT = ROOT / "benchmarks/results/solvers.json"
 FIGURES: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8"))
 PAGE = ROOT / "docs/choosing.md"
+OUTCOMES = ROOT / "docs/outcomes.md"
+PICTURE = ROOT / "docs/_static/solvers.svg"
 EXACT = ("ReverseOverReverse()", "ReverseOverReverse(keep_graph=True)", "ForwardOverReverse()")
 DEFINITE = ("A = I", "well-conditioned (8)", "0-dimensional variable", "unused variables, b = 0 there")
 FEW, EVEN = "ill-conditioned (1e6), 5 large eigenvalues", "ill-conditioned (1e6), evenly spread"
@@ -48,9 +60,14 @@ def trajectory(method: str, steps: int) -> dict[str, Any]:
     return row
 
 
-def test_page_shows_the_kept_figures() -> None:
-    assert choosing.main(["--from", str(KEPT), "--page", str(PAGE), "--check"]) == 0
+def test_pages_show_the_kept_figures() -> None:
+    assert benchmark.main(["--from", str(KEPT), "--docs", str(PAGE), str(OUTCOMES), "--check"]) == 0
     assert not FIGURES["quick"]
+
+
+def test_pages_show_every_table() -> None:
+    marked = re.findall(r"^<!-- table (\S+) -->$", PAGE.read_text("utf-8") + OUTCOMES.read_text("utf-8"), re.M)
+    assert sorted(marked) == sorted(solvers_tables.tables(FIGURES))
 
 
 def test_another_figure_is_noticed(tmp_path: Path) -> None:
@@ -59,14 +76,83 @@ def test_another_figure_is_noticed(tmp_path: Path) -> None:
     changed = json.loads(json.dumps(FIGURES))
     changed["systems"][0]["products"] += 1
     figures.write_text(json.dumps(changed), encoding="utf-8")
-    assert choosing.main(["--from", str(figures), "--page", str(page), "--check"]) == 1
-    assert choosing.main(["--from", str(figures), "--page", str(page)]) == 0
-    assert choosing.main(["--from", str(figures), "--page", str(page), "--check"]) == 0
+    assert benchmark.main(["--from", str(figures), "--docs", str(page), "--check"]) == 1
+    assert benchmark.main(["--from", str(figures), "--docs", str(page)]) == 0
+    assert benchmark.main(["--from", str(figures), "--docs", str(page), "--check"]) == 0
 
 
 def test_page_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="markers"):
-        choosing_tables.insert("# A page\n", {"systems": "| a |"})
+    for page in ("# A page\n", "<!-- table nothing -->\n<!-- end -->\n", "<!-- table systems -->\n"):
+        with pytest.raises(ValueError, match="markers"):
+            solvers_tables.insert(page, {"systems": "| a |"})
+
+
+def test_picture(tmp_path: Path) -> None:
+    """The kept picture is drawn from the kept figures: the same texts, whatever the version that draws."""
+    solvers_figure.draw(FIGURES["curves"], tmp_path / "again.svg")
+    drawn, kept = (path.read_text(encoding="utf-8") for path in (tmp_path / "again.svg", PICTURE))
+    texts = [re.findall(r"<text[^>]*>(?:<tspan[^>]*>)?([^<]*)", svg) for svg in (drawn, kept)]
+    assert texts[0] == texts[1]
+    assert {row["system"] for row in FIGURES["curves"]["curves"]} <= {text.split(":")[0] for text in texts[1]}
+    assert PICTURE.stat().st_size < 250_000
+
+
+def test_labels_stay_apart_and_inside() -> None:
+    for wanted in ([1.4, 1.2, 0.1, 0.1, 0.1, -0.2], [0.5], [0.9, 0.5, 0.2], [0.0] * 11):
+        placed = solvers_figure.apart(wanted, 0.09)
+        assert all(a - b >= 0.09 - 1e-12 for a, b in pairwise(placed))
+        assert all(0.0 <= value <= 1.0 for value in placed)
+    assert solvers_figure.apart([0.9, 0.5, 0.2], 0.1) == [0.9, 0.5, 0.2]
+
+
+def test_spread() -> None:
+    assert solvers_tables.spread(Timing((12.0, 12.0, 12.0))) == "12"
+    assert solvers_tables.spread(Timing((1.0, 2.0, 3.0, 4.0, 5.0))) == "3 (2 to 4)"
+    assert solvers_tables.spread_of({"median": 3.0, "q1": 2.0, "q3": 4.0}) == "3 (2 to 4)"
+
+
+def test_to_tolerance() -> None:
+    points = [
+        {"errors": [0.5, 0.009], "products": [1, 2], "gradients": [3.0, 4.0]},
+        {"errors": [0.01, 0.001], "products": [5, 6], "gradients": [7.0, 8.0]},
+    ]
+    found = solvers_curves.to_tolerance({"points": points}, 0.01)
+    assert found is not None
+    assert (found["products"].samples, found["gradients"].samples) == ((5, 2), (7.0, 4.0))
+    assert solvers_curves.to_tolerance({"points": points}, 0.005) is None
+
+
+def test_curves_are_those_of_the_dense_solution() -> None:
+    """A small system measured anew: its exact solutions solve it, and Dense finds them."""
+    for bench in solvers_curves.matrices(quick=True, device=torch.device("cpu")):
+        assert isinstance(bench.problem, solvers_curves.Quadratic)
+        for b, x in zip(bench.rights, bench.exact, strict=True):
+            assert torch.allclose(bench.problem.matrix @ x, torch.cat(list(b.values())), atol=1e-8)
+    (well, *_) = solvers_curves.matrices(quick=True, device=torch.device("cpu"))
+    rows = solvers_curves.measure_bench(well, 2)
+    dense = next(row for row in rows if row["solver"] == "Dense")
+    assert max(dense["points"][0]["errors"]) < 1e-12
+    assert [(row["solver"], row["use"]) for row in rows] == [
+        (name, use) for name in solvers_curves.methods(1, None) for use in ("first", "later")
+    ]
+    solvers_tables.all_curves(rows)
+
+
+def test_verdicts() -> None:
+    row = {"status": "CONVERGED", "products": 3, "residual": 1e-9, "shifted": False, "provider": "FiniteDifference()"}
+    assert solvers_systems.verdict(row) == "right"
+    assert solvers_systems.verdict(row | {"residual": 1e-3}) == "wrong"
+    assert solvers_systems.verdict(row | {"residual": None}) == "wrong"
+    assert solvers_systems.verdict(row | {"shifted": True, "residual": 1e-3}) == "reported"
+    assert solvers_systems.verdict(row | {"status": "INCONSISTENT", "residual": None}) == "reported"
+    assert solvers_systems.verdict(row | {"products": 0, "residual": 0.5}) == "unchecked"
+
+
+def test_every_combination_is_right_or_reported() -> None:
+    rows = FIGURES["systems"]
+    assert len(rows) == len(solvers_systems.cases()) * len(solvers_systems.SOLVERS) * len(solvers_systems.PROVIDERS)
+    assert not [row for row in rows if solvers_systems.verdict(row) == "wrong"]
+    assert {row["solver"] for row in rows if solvers_systems.verdict(row) == "unchecked"} == {"Identity"}
 
 
 @pytest.mark.parametrize(
@@ -74,28 +160,28 @@ def test_page_without_markers_is_refused() -> None:
     [(0.0, "0"), (5.04e-9, "5e-9"), (1.0, "1"), (0.0123, "0.012"), (45.2, "45"), (4.1e12, "4e12"), (0.00999, "1e-2")],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert choosing_tables.number(value) == text
+    assert solvers_tables.number(value) == text
 
 
 def test_names_on_the_page_are_measured() -> None:
     names = {row["solver"] for row in FIGURES["systems"]}
-    assert names == set(choosing_systems.SOLVERS)
-    assert {row["provider"] for row in FIGURES["systems"]} == set(choosing_systems.PROVIDERS)
-    assert {row["case"] for row in FIGURES["systems"]} == {case.name for case in choosing_systems.cases()}
-    assert {row["solver"] for row in FIGURES["network"]["system"]["solvers"]} == set(choosing_network.SOLVERS)
-    assert {row["provider"] for row in FIGURES["network"]["providers"]} == set(choosing_network.PROVIDERS)
-    assert {row["method"] for row in FIGURES["trajectory"]} == set(choosing_trajectory.methods(0.1, 1))
+    assert names == set(solvers_systems.SOLVERS)
+    assert {row["provider"] for row in FIGURES["systems"]} == set(solvers_systems.PROVIDERS)
+    assert {row["case"] for row in FIGURES["systems"]} == {case.name for case in solvers_systems.cases()}
+    assert {row["solver"] for row in FIGURES["network"]["system"]["solvers"]} == set(solvers_network.SOLVERS)
+    assert {row["provider"] for row in FIGURES["network"]["providers"]} == set(solvers_network.PROVIDERS)
+    assert {row["method"] for row in FIGURES["trajectory"]} == set(solvers_trajectory.methods(0.1, 1))
 
 
-@pytest.mark.parametrize("solver", choosing_systems.SOLVERS)
+@pytest.mark.parametrize("solver", solvers_systems.SOLVERS)
 def test_kept_figures_are_those_of_today(solver: str) -> None:
     """A change of a solver that changes an outcome must measure the page again."""
-    reverse = choosing_systems.PROVIDERS["ReverseOverReverse()"]
-    for case in choosing_systems.cases():
+    reverse = solvers_systems.PROVIDERS["ReverseOverReverse()"]
+    for case in solvers_systems.cases():
         kept = system(case.name, solver)
         if "ill-conditioned" in case.name or kept["products"] > 120:
             continue
-        now = choosing_systems.measure_one(case, choosing_systems.SOLVERS[solver], reverse)
+        now = solvers_systems.measure_one(case, solvers_systems.SOLVERS[solver], reverse)
         assert now["status"] == kept["status"], case.name
         assert now["products"] == pytest.approx(kept["products"], abs=2), case.name
 
@@ -129,7 +215,7 @@ class TestSmallSystems:
             for case in ("singular, consistent", "unused variables, b = 0 there"):
                 assert system(case, solver)["status"] == "CONVERGED"
                 assert system(case, solver)["error"] > 0.1
-        for case in choosing_systems.cases():
+        for case in solvers_systems.cases():
             products = [system(case.name, solver)["products"] for solver in MODELS]
             assert abs(products[0] - products[1]) <= 1
 
@@ -153,7 +239,7 @@ class TestSmallSystems:
         assert system("A = I", "layer-wise CG")["status"] == "CONVERGED"
 
     def test_dense(self) -> None:
-        for case in choosing_systems.cases():
+        for case in solvers_systems.cases():
             row = system(case.name, "Dense")
             if row["error"] is not None:
                 assert row["status"] == "CONVERGED"
@@ -165,15 +251,15 @@ class TestSmallSystems:
         assert system("A = I", "Identity")["error"] == 0.0
 
     def test_no_solution_and_no_numbers(self) -> None:
-        for solver in set(choosing_systems.SOLVERS) - {"Identity"}:
+        for solver in set(solvers_systems.SOLVERS) - {"Identity"}:
             unused = system("unused variables, b not 0 there", solver)
             assert unused["status"] == "INCONSISTENT" or unused["shifted"]
             assert system("NaN in the data", solver)["status"] == "NON_FINITE"
         assert system("NaN in the data", "Identity")["status"] == "BUDGET"
 
     def test_exact_providers_agree(self) -> None:
-        for case in choosing_systems.cases():
-            for solver in choosing_systems.SOLVERS:
+        for case in solvers_systems.cases():
+            for solver in solvers_systems.SOLVERS:
                 if solver == "layer-wise CG" or case.name == EVEN:
                     continue
                 assert len({system(case.name, solver, provider)["status"] for provider in EXACT}) == 1

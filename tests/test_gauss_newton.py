@@ -100,6 +100,5 @@ class Opaque(Network):
 
 def test_a_problem_without_outputs_is_refused_with_the_remedy() -> None:
     upper, lower, batch = point()
-    system = linearize(Opaque(), upper, lower, [batch], hvp=GaussNewton())
     with pytest.raises(TypeError, match="define lower_outputs"):
-        system.operator(lower)
+        linearize(Opaque(), upper, lower, [batch], hvp=GaussNewton())

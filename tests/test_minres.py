@@ -1,6 +1,7 @@
 """MINRES against dense algebra and scipy's implementation."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,9 +54,23 @@ def test_single_precision(case: Case) -> None:
 def test_beyond_single_precision_says_so() -> None:
     # eps cond(A) = 0.12: no algorithm in float32 gets near the solution.
     case = BY_NAME["ill-conditioned"]
-    solution, operator = solve_case(MINRES(60, rtol=1e-4), case, torch.float32)
-    check_honest(case, operator, solution, rtol=1e-4, error=1.2e-7)
-    assert solution.status is Status.NOT_CONVERGED
+    for seed in range(40):
+        # Every order of the variables rounds in its own way, as every CPU does.
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        permuted = replace(case, matrix=case.matrix[order][:, order], right=case.right[order])
+        solution, operator = solve_case(MINRES(60, rtol=1e-4), permuted, torch.float32)
+        check_honest(permuted, operator, solution, rtol=1e-4, error=1.2e-7)
+        assert solution.status is Status.NOT_CONVERGED
+
+
+def test_a_fixed_budget_that_ends_in_a_grown_residual_is_no_success() -> None:
+    # eps cond(A)^2 is far above 1 and no tolerance was missed: what comes back must not pass for a solution.
+    case = BY_NAME["ill-conditioned"]
+    for seed in range(40):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        permuted = replace(case, matrix=case.matrix[order][:, order], right=case.right[order])
+        solution, _ = solve_case(MINRES(60, rtol=None), permuted, torch.float32)
+        assert not (solution.status.ok and torch.equal(joined(solution.value), permuted.right.float()))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])

@@ -14,59 +14,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as V1
 
 from recipes.bissl.augment import EvalView, RandomView, ViewParameters, ViewPolicy, apply_view, draw, eval_resize
+from tests.view_reference import PLAIN, generator, photographs, policy_of, reference_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PLAIN: dict[str, Any] = dict(
-    crop_scale=(1, 1),
-    crop_ratio=(1, 1),
-    flip_probability=0,
-    jitter_probability=0,
-    grey_probability=0,
-    mean=(0, 0, 0),
-    std=(1, 1, 1),
-)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def photographs(count: int, height: int, width: int, channels: int = 3, seed: int = 1) -> Tensor:
-    """Smooth random images: noise at a quarter of the size, enlarged."""
-    coarse = torch.rand(count, channels, max(2, height // 4), max(2, width // 4), generator=generator(seed))
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    return (smooth * 255).round().to(torch.uint8)
-
-
-def policy_of(**fields: Any) -> ViewPolicy:
-    return ViewPolicy.model_validate(fields)
 
 
 def repeated(parameters: ViewParameters, **changes: Any) -> ViewParameters:
     return dataclasses.replace(parameters, **changes)
-
-
-def reference_view(policy: ViewPolicy, image: Tensor, parameters: ViewParameters, index: int) -> Tensor:
-    """One view written out with torchvision's first-generation functions."""
-    at = {field.name: getattr(parameters, field.name)[index].tolist() for field in dataclasses.fields(parameters)}
-    mode = InterpolationMode(policy.interpolation)
-    box = at["top"], at["left"], at["height"], at["width"]
-    out = V1.resized_crop(image.float() / 255, *box, [policy.size] * 2, mode, antialias=True).clamp(0, 1)
-    if at["flip"]:
-        out = V1.hflip(out)
-    shift = [part * policy.size for part in at["translate"]]
-    out = V1.affine(out, at["angle"], shift, at["zoom"], [0.0, 0.0], InterpolationMode.BILINEAR)  # pyright: ignore
-    if at["jitter"]:
-        for operation in at["order"]:
-            name = ("brightness", "contrast", "saturation", "hue")[operation]
-            out = getattr(V1, f"adjust_{name}")(out, at[name])
-    if at["grey"]:
-        out = V1.rgb_to_grayscale(out, 3)
-    if at["blur"]:
-        out = V1.gaussian_blur(out, [policy.kernel_size] * 2, [at["sigma"]] * 2)
-    if at["solarize"]:
-        out = V1.solarize(out, 128 / 255)
-    return V1.normalize(out, list(policy.mean), list(policy.std))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -83,7 +37,7 @@ def test_views_equal_torchvision_sample_by_sample(interpolation: Any) -> None:
     images = photographs(40, 36, 44)
     parameters = draw(policy, 40, 36, 44, generator())
     views = apply_view(policy, images, parameters)
-    expected = torch.stack([reference_view(policy, images[i], parameters, i) for i in range(40)])
+    expected = reference_views(policy, images, parameters)
     assert views.dtype == torch.float32
     assert views.shape == (40, 3, 32, 32)
     torch.testing.assert_close(views, expected, atol=2e-5, rtol=1e-5)
@@ -107,8 +61,8 @@ def test_whole_batch_path_equals_torchvision_sample_by_sample(
     )
     images = photographs(60, height, width, channels)
     parameters = draw(policy, 60, height, width, generator(3))
-    expected = [reference_view(policy, images[i].expand(3, -1, -1), parameters, i) for i in range(60)]
-    torch.testing.assert_close(apply_view(policy, images, parameters), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    expected = reference_views(policy, images, parameters)
+    torch.testing.assert_close(apply_view(policy, images, parameters), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_quarter_turn_is_clockwise_and_shift_moves_right_and_down() -> None:

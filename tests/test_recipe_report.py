@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bilevel import Status
 from recipes.bissl.figures import Panel, draw
 from recipes.bissl.records import Curve, read_run
 from recipes.bissl.report import write_report
@@ -45,7 +46,7 @@ def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("
             add("bissl", "bissl", 0, "lower", step, **level)
             solve = {"status": "CONVERGED" if k else "NEGATIVE_CURVATURE", "residual": 10.0 ** -(k + 1)}
             solve |= {"departure": 0.2, "cosine": 0.98, "stationarity": 0.3, "num_hvps": 7, "iterations": 5}
-            spectrum = {"ritz_min": 0.9, "ritz_max": 2.0 + k, "gradient_noise": 0.01 * (k + 1)}
+            spectrum = {"ritz_min": 0.9, "ritz_max": 2.0 + k, "stationarity_over_noise": 10.0 * (k + 1)}
             add("bissl", "bissl", 0, "upper", step, **level, **solve, **spectrum, min_curvature=None if k else -0.1)
         add("bissl", "bissl", 0, "alternation", alternation, seconds=1.5)
     add("bissl", "bissl", 0, "adaptation", alternations)
@@ -176,9 +177,9 @@ def test_report_holds_the_numbers(finished: str) -> None:
     assert rows["baseline", "nll ↓"] == ["0.0123", "0.0123", "12,345", "678", "99.5"]
     comparison = next(row for row in page.cells if row and row[0] == "bissl − baseline")
     assert comparison == ["bissl − baseline", "top1", "welch", "+3.25", "[−1.50, +8.00]", "0.042", "0.084"]
-    assert ["bissl", "NEGATIVE_CURVATURE", "6"] in page.cells
-    assert ["bissl", "CONVERGED", "18"] in page.cells
-    assert ["bissl", "168", "120", "1", "9.0"] in page.cells
+    assert ["bissl", "0", "NEGATIVE_CURVATURE", Status.NEGATIVE_CURVATURE.value, "6"] in page.cells
+    assert ["bissl", "0", "CONVERGED", Status.CONVERGED.value, "18"] in page.cells
+    assert ["bissl", "168", "120", "1", "9.0", "25.00"] in page.cells
     assert ["torch", "2.11.0"] in page.cells
     for phrase in ("preset digits", "fine-tuning noise alone", "crop: area scale (0.5, 1)", '"task": "module:Class"'):
         assert phrase in page.text

@@ -37,9 +37,36 @@ def result(arms: dict[str, ArmResult], **changes: Any) -> dict[str, Any]:
     return content
 
 
+def test_solves_are_counted_by_arm_and_seed() -> None:
+    solves = {0: {"CONVERGED": 30, "NOT_CONVERGED": 2}, 1: {"BUDGET": 31, "DIVERGED": 1}, 2: {"CONVERGED": 32}}
+    bilevel = ArmResult({"top1": BISSL}, pretext_steps=1000, label_steps=40, seconds=12.5, solves=solves)
+    content = result({"bissl": bilevel, "baseline": arm(BASELINE)})
+    assert content["solver"] == {
+        "bissl": {
+            "solves": 96,
+            "failures": {"NOT_CONVERGED": 2, "DIVERGED": 1},
+            "per_seed": [
+                {"seed": 0, "solves": 32, "failures": {"NOT_CONVERGED": 2}},
+                {"seed": 1, "solves": 32, "failures": {"DIVERGED": 1}},
+                {"seed": 2, "solves": 32, "failures": {}},
+            ],
+        }
+    }
+
+
 def test_every_key_of_the_schema() -> None:
     content = result({"bissl": arm(BISSL), "baseline": arm(BASELINE, top5=TOP5)})
-    assert list(content) == ["preset", "seeds", "repeats", "primary_metric", "arms", "comparisons", "environment"]
+    assert list(content) == [
+        "preset",
+        "seeds",
+        "repeats",
+        "primary_metric",
+        "arms",
+        "comparisons",
+        "solver",
+        "environment",
+    ]
+    assert content["solver"] == {}
     assert content["preset"] == "demo"
     assert content["seeds"] == [0, 1, 2, 3]
     assert content["repeats"] == "pipeline"

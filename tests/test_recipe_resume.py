@@ -1,16 +1,17 @@
 """Runs that are interrupted anywhere and resumed end as if they had not been."""
 
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bilevel import Trainer
 from recipes.bissl import run
+from recipes.bissl.stages import pretext
+from recipes.bissl.supervised import SupervisedModel
 from tests.small_runs import STAGES, events, execute, files, results, weights, without
-
-bilevel_trainer = sys.modules["bilevel.trainer"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +32,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, call: int, *arguments: str) -> int:
     """Exit code of a run in which step number `call` of a stage, over all arms and seeds, meets Ctrl-C."""
-    place, name = (bilevel_trainer, "hypergradient") if stage == "bissl" else (STAGES[stage], "optimizer_step")
-    real, calls = getattr(place, name), [0]
+    calls = [0]
 
-    def step(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise KeyboardInterrupt
-        return real(*args, **options)
+    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **options: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == call:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, step)
+        if stage == "bissl":
+            patch.setattr(Trainer, "_upper_step", interrupted(Trainer._upper_step))
+        elif stage == "pretext":
+            patch.setattr(pretext, "optimizer_step", interrupted(pretext.optimizer_step))
+        else:
+            own = type("Interrupted", (SupervisedModel,), {"step": interrupted(SupervisedModel.step)})
+            patch.setattr(STAGES[stage], "SupervisedModel", own)
         return execute(*arguments)
 
 

@@ -50,7 +50,7 @@ def test_every_file_is_there(reference: Path) -> None:
 def test_results_follow_the_schema(reference: Path) -> None:
     found = results(reference)
     assert found.keys() == {
-        *("preset", "seeds", "repeats", "primary_metric", "arms", "comparisons", "environment", "notes"),
+        *("preset", "seeds", "repeats", "primary_metric", "arms", "comparisons", "solver", "environment", "notes"),
     }
     assert (found["preset"], found["seeds"], found["repeats"], found["primary_metric"]) == (
         *("digits", [0, 1], "finetune", "top1"),
@@ -69,6 +69,8 @@ def test_results_follow_the_schema(reference: Path) -> None:
             assert all(0 <= value <= 100 for value in entry["per_seed"])
             assert entry["mean"] == pytest.approx(statistics.mean(entry["per_seed"]))
             assert entry["std"] == pytest.approx(statistics.stdev(entry["per_seed"]))
+    solves = {"solves": 4, "failures": {}}
+    assert found["solver"] == {"bissl": {**solves, "per_seed": [{"seed": 0, **solves}]}}
     first = found["comparisons"][0]
     assert {"a", "b", "metric", "difference", "ci95", "test", "p_value"} <= first.keys()
     assert (first["a"], first["b"], first["metric"]) == ("bissl", "baseline", "top1")
@@ -91,7 +93,8 @@ EVENTS = {
     ("bissl", "adaptation"): {"alternation", "strength"},
     ("bissl", "upper"): {
         *("alternation", "loss", "lr", "grad_norm", "status", "residual", "departure", "cosine", "min_curvature"),
-        *("iterations", "num_hvps", "stationarity", "gradient_noise", "ritz_min", "ritz_max", "shift"),
+        *("iterations", "num_hvps", "stationarity", "gradient_noise", "stationarity_over_noise"),
+        *("ritz_min", "ritz_max", "shift"),
     },
     ("bissl", "alternation"): {"alternation", "seconds"},
     ("finetune", "train"): {"loss", "lr", "grad_norm"},

@@ -11,7 +11,8 @@ from recipes.bissl.run_directory import CHECKPOINTS, CONFIG, FILES, METRICS, SAF
 from tests.small_runs import files
 from tests.test_recipe_config import FIELDS, value_of
 
-CONFIG_NOW = PRESETS["digits"]("v2")
+# With batched views, so that the data may lie on either device.
+CONFIG_NOW = build_config(PRESETS["digits"]("v2"), {"compute": {"views": "batched"}})
 OPTIONS = pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 
 
@@ -89,6 +90,12 @@ def test_resume_refuses_every_field_that_decides_results(tmp_path: Path) -> None
         "bissl.gamma": 0.5,
         "finetune.lr": 0.123,
         "finetune.validate_every": 5,
+        "compute.precision": "bf16",
+        "compute.tf32": True,
+        "compute.channels_last": True,
+        "compute.compile": True,
+        "compute.views": "per-image",
+        "compute.micro_batch": 5,
     }
     for name, value in changed.items():
         config = build_config(CONFIG_NOW, nested(name, value))
@@ -104,6 +111,7 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
         "arms": ["bissl", "baseline", "scratch"],
         "device": "cpu",
         "threads": 2,
+        "compute.data_device": "device",
         "data.root": "elsewhere",
         "data.download": True,
         "downstream.eval_batch_size": 7,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import CG, AlternatingSchedule, ReverseOverReverse
+from recipes.bissl import supervised
 from recipes.bissl.artifact import Artifact, ArtifactStore
 from recipes.bissl.config import Config, build_config
 from recipes.bissl.context import Context
@@ -213,7 +214,9 @@ def test_bilevel_stage_tells_what_it_did(made: dict[str, Artifact], folder: Path
     assert of_stage(folder, "bissl", "adaptation")[0]["alternation"] == 2
     for line in of_stage(folder, "bissl", "upper"):
         assert {"residual", "status", "stationarity", "num_hvps", "grad_norm", "lr", "loss"} <= line.keys()
-    assert made["bissl"].info["failures"] == {}
+    # Two alternations of two upper steps, with the solver `identity`.
+    assert made["bissl"].info["solves"] == {"BUDGET": 4}
+    assert made["finetune"].info["solves"] == {"BUDGET": 4}
 
 
 def accuracy(context: Context, artifact: Artifact, k: int) -> float:
@@ -256,7 +259,7 @@ def test_fine_tuning_goes_back_to_the_best_epoch(
             outputs.append(forward(probe))
         return {**evaluate(forward, *others), "top1": 60.0 - len(outputs)}
 
-    monkeypatch.setattr(finetune, "evaluate", better_first)
+    monkeypatch.setattr(supervised, "evaluate", better_first)
     artifact = finetune.run(small_context(tmp_path, context.config), made["bissl"])
     assert artifact.info["best"]["epoch"] == 2
     validated_first, validated_last, tested = outputs
@@ -352,6 +355,12 @@ KEYS = [
     ("data.split_seed", 99, "pretext head bissl finetune"),
     ("model.backbone", "resnet-small", "pretext head bissl finetune"),
     ("seed", 5, "pretext head bissl finetune"),
+    ("compute.precision", "bf16", "pretext head bissl finetune"),
+    ("compute.tf32", True, "pretext head bissl finetune"),
+    ("compute.channels_last", True, "pretext head bissl finetune"),
+    ("compute.compile", True, "pretext head bissl finetune"),
+    ("compute.views", "batched", "pretext head bissl finetune"),
+    ("compute.micro_batch", 10, "pretext head bissl finetune"),
 ]
 
 

@@ -21,14 +21,17 @@ from cases import (
     vector,
     with_spectrum,
 )
+from torch import Tensor
 
 from bilevel import (
     CG,
+    MINRES,
     Dense,
     FiniteDifference,
     ForwardOverReverse,
     HVPProvider,
     Identity,
+    LinearOperator,
     Neumann,
     Params,
     ReverseOverReverse,
@@ -215,6 +218,24 @@ def test_dense_decomposes_once_a_state_and_orders_nothing_by_chance() -> None:
         Dense(max_size=4).solve(operator, case.b)
 
 
+def test_dense_state_serves_the_same_names_in_another_order() -> None:
+    case = BY_NAME["indefinite"]
+
+    def product(v: Params) -> Params:
+        image = case.split(case.matrix @ joined({name: v[name] for name in case.b}))
+        return {name: image[name] for name in v}
+
+    operator, solver = Counting(product), Dense()
+    state = solver.prepare(operator)
+    solver.solve(operator, case.b, state=state)
+    reordered = {name: case.b[name] for name in reversed(case.b)}
+    solution = solver.solve(operator, reordered, state=state)
+    assert list(solution.value) == list(reordered)
+    assert (solution.status, solution.num_hvps) == (Status.CONVERGED, 1)
+    exact = torch.linalg.solve(case.matrix, case.right)
+    torch.testing.assert_close(joined({name: solution.value[name] for name in case.b}), exact)
+
+
 def test_dense_gives_the_least_squares_solution_or_b() -> None:
     case = BY_NAME["singular, inconsistent"]
     solution = Dense().solve(dense(case.matrix, case.split), case.b)
@@ -345,3 +366,54 @@ def test_a_status_says_what_happened_and_what_to_do() -> None:
         headline = status.value.split(":")[0].replace("-", " ").replace(" ", "_").upper()
         assert headline == status.name
         assert status.ok == (status in (Status.CONVERGED, Status.BUDGET))
+
+
+class _LateNaN(LinearOperator):
+    """An operator whose products turn non-finite from one of them on."""
+
+    def __init__(self, matrix: Tensor, first_bad: int) -> None:
+        self.matrix, self.first_bad, self.made = matrix, first_bad, 0
+
+    def __call__(self, vector: Params) -> Params:
+        self.made += 1
+        product = self.matrix @ vector["y"]
+        return {"y": product * math.nan if self.made >= self.first_bad else product}
+
+
+@pytest.mark.parametrize("solver", [CG(6, 1e-14), MINRES(6, 1e-14), Neumann(6, 1e-14, 0.1), Dense()], ids=repr)
+def test_a_number_that_is_not_finite_is_called_so_whenever_it_comes(solver: Solver) -> None:
+    matrix = torch.diag(torch.arange(1.0, 7.0, dtype=torch.float64))
+    b = {"y": torch.ones(6, dtype=torch.float64)}
+    for first_bad in range(1, 8):
+        solution = solver.solve(_LateNaN(matrix, first_bad), b)
+        assert bool(solution.value["y"].isfinite().all())
+        if solution.num_hvps >= first_bad:
+            assert solution.status is Status.NON_FINITE, first_bad
+
+
+def test_a_zero_given_as_first_iterate_does_not_silence_the_term() -> None:
+    b = {"y": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    zero = {"y": torch.zeros(2, dtype=torch.float64)}
+    solution = CG(5, 1e-6).solve(lambda v: {"y": -v["y"]}, b, x0=zero)
+    assert solution.status is Status.NEGATIVE_CURVATURE
+    assert torch.equal(solution.value["y"], b["y"])
+
+
+def test_a_scale_from_an_easier_right_hand_side_is_taken_anew() -> None:
+    diagonal = torch.tensor([1.0, 1.1, 1.2, 1.3, 1.4, 30.0], dtype=torch.float64)
+    easy, hard = torch.ones(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    easy[-1] = 0.0
+    solver, made = Neumann(2000, 1e-6), 0
+
+    def operator(v: Params) -> Params:
+        nonlocal made
+        made += 1
+        return {"y": diagonal * v["y"]}
+
+    state = solver.prepare(operator)
+    assert solver.solve(operator, {"y": easy}, state=state).status is Status.CONVERGED
+    made = 0
+    solution = solver.solve(operator, {"y": hard}, state=state)
+    assert solution.status is Status.CONVERGED
+    torch.testing.assert_close(solution.value["y"], hard / diagonal, rtol=1e-4, atol=0.0)
+    assert solution.num_hvps == made

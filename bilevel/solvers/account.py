@@ -21,6 +21,10 @@ class CountedOperator(LinearOperator):
         self.products += 1
         return self.operator(vector)
 
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        self.products += 1
+        return self.operator.sampled(vector)
+
     def agree(self, flag: bool) -> bool:
         return self.operator.agree(flag)
 
@@ -33,6 +37,7 @@ class Account:
         operator: A, counting its products.
         norm_a: the largest ``||A d|| / ||d||`` met, an estimate of ``||A||`` from below.
         curve: relative residual of the recursion after each iteration.
+        noise: relative standard error of a product from the choice of batches, where it was measured.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Account:
         self.norm_a = 0.0
         self.min_curvature: float | None = None
         self.curve: list[float] = []
+        self.noise: float | None = None
 
     @property
     def iterations(self) -> int:

@@ -61,7 +61,9 @@ class Solver(ABC):
         if scale == 0.0:
             return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
         unit = tree.scale(1.0 / scale, b)
-        start = None if x0 is None else {name: x0[name].detach() / scale for name in b}
+        # From zero a breakdown at the first step keeps b, which a zero given as x0 would silence.
+        given = x0 is not None and not bool(tree.norm(x0) == 0.0)
+        start = {name: x0[name].detach() / scale for name in b} if given and x0 is not None else None
         state = self.prepare(operator) if state is None else state
         with torch.no_grad():
             solution = self._solve(operator, unit, start, state)

@@ -16,8 +16,9 @@ from bilevel.tree import Params
 
 @dataclass
 class _Spectrum:
-    """Eigenvalues and eigenvectors of A, found at the first right-hand side, which gives the shapes."""
+    """Eigenvalues and eigenvectors of A, found at the first right-hand side, which gives the names and their order."""
 
+    names: tuple[str, ...] = ()
     parts: tuple[Tensor, Tensor] | None = None
 
 
@@ -56,16 +57,20 @@ class Dense(Solver):
             if operator.agree(not bool(torch.isfinite(matrix).all())):
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
             parts = state.parts = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+            state.names = tuple(b)
         values, vectors = parts
         error = product_error(operator, b)
         live = values.abs() > n * error * values.abs().max()
         inverse = torch.where(live, 1.0 / torch.where(live, values, 1.0), 0.0)
-        x = vectors @ (inverse * (vectors.T @ tree.flatten(b).to(vectors.dtype)))
-        value = tree.unflatten(x, b)
+        ordered = {name: b[name] for name in state.names}
+        x = tree.unflatten(vectors @ (inverse * (vectors.T @ tree.flatten(ordered).to(vectors.dtype))), ordered)
+        value = {name: x[name] for name in b}
         relative = float(tree.norm(residual(operator, b, value)) / tree.norm(b))
         status = Status.CONVERGED
         if not relative <= error**0.5:
             status = Status.NOT_CONVERGED if bool(live.all()) else Status.INCONSISTENT
+        if operator.agree(not math.isfinite(relative)):
+            status = Status.NON_FINITE
         if relative > 1.0 - error**0.5:
             # b is orthogonal to the range, and the least-squares solution 0 would silence the term.
             value, products = b, products + 1

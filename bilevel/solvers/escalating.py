@@ -9,7 +9,7 @@ from bilevel.operators import LinearOperator, ShiftedOperator
 from bilevel.solution import Solution, Status
 from bilevel.solvers.account import CountedOperator
 from bilevel.solvers.base import Solver, check_count, residual
-from bilevel.solvers.lanczos import ritz_values
+from bilevel.solvers.lanczos import ritz_values, union_of_ranges
 from bilevel.tree import Params
 
 _BREAKDOWNS = (Status.NEGATIVE_CURVATURE, Status.DIVERGED, Status.INCONSISTENT)
@@ -88,7 +88,7 @@ class Escalating(Solver):
             chosen,
             num_hvps=counted.products,
             min_curvature=min((s.min_curvature for s in made if s.min_curvature is not None), default=None),
-            ritz_range=_union([s.ritz_range for s in made]),
+            ritz_range=union_of_ranges([s.ritz_range for s in made]),
             shift=state.shift,
             unshifted_residual=unshifted,
         )
@@ -115,8 +115,3 @@ class Escalating(Solver):
         low = min(values[0], math.inf if failed.min_curvature is None else failed.min_curvature)
         size = max(-low, values[-1])
         return max(-2.0 * low, _SMALLEST_PART * size) if 0.0 < size < math.inf else 1.0
-
-
-def _union(ranges: list[tuple[float, float] | None]) -> tuple[float, float] | None:
-    known = [found for found in ranges if found is not None]
-    return (min(low for low, _ in known), max(high for _, high in known)) if known else None

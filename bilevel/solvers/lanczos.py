@@ -55,6 +55,12 @@ def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:
     return (min(lows), max(highs)) if lows else None
 
 
+def union_of_ranges(ranges: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """The smallest interval that holds all of those known; None if there is none."""
+    known = [found for found in ranges if found is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
 def conjugate_block(pivots: Sequence[Tensor], conjugations: Sequence[Tensor]) -> Block:
     """The Lanczos matrix of a CG run: ``T = L D L'`` with pivots D = d'Ad / r'r (inverse step lengths).
 

@@ -68,21 +68,27 @@ class _MinimalResiduals:
         best, best_relative = x, start
         while True:
             made = account.iterations
-            x, relative, breakdown = self._iterate(x, r, relative)
-            made = account.iterations - made
+            x, carried, breakdown = self._iterate(x, r, relative)
+            relative, made = carried, account.iterations - made
             if made and breakdown is not Status.NON_FINITE and self._must_measure(x, relative):
                 r = account.residual(x)
                 relative = account.relative(r)
+                if breakdown is Status.INCONSISTENT and relative > 2.0 * carried:
+                    # What the recursion took for a null vector is not the residual.
+                    breakdown = None
             if relative <= best_relative:
                 best, best_relative = x, relative
             settled = account.settled(x, relative)
             stop = settled or not account.unfinished(relative) or not math.isfinite(relative)
             if stop or breakdown is not None:
                 break
+        if not math.isfinite(relative):
+            breakdown = Status.NON_FINITE
         if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
-            # Grown beyond what rounding explains: the operator is not the symmetric linear one that it should be.
             grown = relative > start * (1.0 + math.sqrt(account.product_error)) and not settled
-            breakdown = Status.DIVERGED if grown else account.verdict(best_relative, settled)
+            # Beyond what rounding explains, the operator is not the symmetric linear one that it should be.
+            explained = account.rtol is not None and relative <= start + self._rounding()
+            breakdown = Status.DIVERGED if grown and not explained else account.verdict(best_relative, settled)
         if breakdown is Status.INCONSISTENT and account.iterations:
             best = _lift(x, x0, r)
             best_relative = account.relative(account.residual(best))
@@ -148,11 +154,14 @@ class _MinimalResiduals:
         return Status.INCONSISTENT if is_null(curvature, gain, account.norm_a, account.product_error) else None
 
     def _must_measure(self, x: Params, relative: float) -> bool:
-        account = self.account
-        condition = account.norm_a / self.smallest_pivot
-        suspect = account.iterations * account.rounding * condition**2 > 0.1 * relative
+        account, suspect = self.account, self._rounding() > 0.1 * relative
         # A Lanczos run that ended early is measured too, since another one would start from the residual.
         return suspect or account.unfinished(relative) or account.drifted(x, relative)
+
+    def _rounding(self) -> float:
+        """How far rounding may take the recursion's residual from the true one: ``k eps cond(A)^2``."""
+        condition = self.account.norm_a / self.smallest_pivot
+        return self.account.iterations * self.account.rounding * condition**2
 
     def _new_block(self) -> tuple[list[float], list[float]]:
         self.blocks.append(([], []))

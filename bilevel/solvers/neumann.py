@@ -41,7 +41,7 @@ class Neumann(Solver):
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations.
         scale: alpha, or "auto" for ``1 / (1.1 theta)`` with theta the largest Ritz value in modulus after at most 5
             Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
-            state for every later one).
+            state for every later one, and taken anew from one with which the series diverges).
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), a scale that is neither positive nor "auto".
@@ -60,7 +60,7 @@ class Neumann(Solver):
         return _Scale(None if isinstance(self.scale, str) else self.scale)
 
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Scale) -> Solution:
-        products = 0
+        products, kept = 0, state.value is not None and self.scale == "auto"
         if state.value is None:
             state.ritz_values = ritz_values(operator, b, _LANCZOS_STEPS)
             products = len(state.ritz_values)
@@ -70,7 +70,13 @@ class Neumann(Solver):
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
-        return replace(_Series(account, state.value).sum(x0), ritz_range=seen)
+        found = replace(_Series(account, state.value).sum(x0), ritz_range=seen)
+        if kept and found.status is Status.DIVERGED:
+            # The scale is that of an earlier right-hand side, which had no part along the largest eigenvalues.
+            state.value = None
+            again = self._solve(operator, b, x0, state)
+            return replace(again, num_hvps=again.num_hvps + found.num_hvps)
+        return found
 
 
 class _Series:

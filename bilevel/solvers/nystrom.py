@@ -9,7 +9,7 @@ from bilevel.operators import LinearOperator
 from bilevel.solution import Solution, Status
 from bilevel.solvers.account import Account, CountedOperator
 from bilevel.solvers.base import Solver, check_count, check_rtol
-from bilevel.solvers.cg import ConjugateGradients
+from bilevel.solvers.conjugate_gradients import ConjugateGradients
 from bilevel.solvers.sketch import Sketch, check_model, draw_sketch
 from bilevel.tree import Params
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,21 +10,34 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from recipes.bissl.batched_views import (
+    SOLARIZE_THRESHOLD,
+    apply_view_batched,
+    checked_images,
+    move,
+    move_matrices,
+    moves,
+    normalize,
+)
 from recipes.bissl.view_policy import IMAGENET_MEAN, IMAGENET_STD, ViewParameters, ViewPolicy, draw
 
-__all__ = ["EvalView", "RandomView", "ViewParameters", "ViewPolicy", "apply_view", "draw", "eval_resize"]
+__all__ = [
+    "EvalView",
+    "RandomView",
+    "ViewParameters",
+    "ViewPolicy",
+    "apply_view",
+    "apply_view_batched",
+    "draw",
+    "eval_resize",
+]
 
-SOLARIZE_THRESHOLD = 128 / 255
 RESAMPLING = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 
 def _three_channels(images: Tensor) -> Tensor:
-    """Check a uint8 batch [N, 1 or 3, H, W]; one grey channel is repeated, without a copy."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be uint8 of shape [N, 1 or 3, H, W], got {images.dtype} of shape {tuple(images.shape)}"
-        )
-    return images.expand(-1, 3, -1, -1)
+    """Checked images; one grey channel is repeated, without a copy."""
+    return checked_images(images).expand(-1, 3, -1, -1)
 
 
 def _unit_range(images: Tensor) -> Tensor:
@@ -37,12 +49,6 @@ def _resized(images: Tensor, size: list[int], interpolation: str) -> Tensor:
     """Antialiased resize of float images in [0, 1]; a size of [side] is the shorter side."""
     # Bicubic weights are partly negative and overshoot. Float, because 8-bit resizing rounds differently by device.
     return F.resize(images, size, RESAMPLING[interpolation], antialias=True).clamp_(0, 1)
-
-
-def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel, in place."""
-    shape = (1, 3, 1, 1)
-    return images.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
 def _jitter(image: Tensor, parameters: ViewParameters, index: int) -> Tensor:
@@ -120,17 +126,6 @@ def _same_box_no_colour(parameters: ViewParameters) -> bool:
     return bool((boxes == boxes[:, :1]).all()) and not bool((parameters.jitter | parameters.blur).any())
 
 
-def _affine_grid(parameters: ViewParameters, size: int) -> Tensor:
-    """Sampling grid of every sample: output point p reads the input at R(-angle) (p - shift) / zoom."""
-    radians = torch.deg2rad(parameters.angle.double())
-    cos, sin = radians.cos() / parameters.zoom, radians.sin() / parameters.zoom
-    linear = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)
-    # grid_sample's coordinates run over [-1, 1]: a shift by the whole side is 2.
-    offset = -2 * linear @ parameters.translate.double().unsqueeze(-1)
-    theta = torch.cat((linear, offset), dim=-1).float()
-    return torch.nn.functional.affine_grid(theta, [len(parameters), 3, size, size], align_corners=False)
-
-
 def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -> Tensor:
     """The same views, the whole batch at a time; only for `_same_box_no_colour` parameters."""
     views = _cropped(policy, images, parameters, 0)
@@ -140,9 +135,8 @@ def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameter
 
     if parameters.flip.any():
         views = where(parameters.flip, views.flip(-1))
-    if bool((parameters.angle != 0).any() | (parameters.zoom != 1).any() | (parameters.translate != 0).any()):
-        grid = _affine_grid(parameters, policy.size)
-        views = torch.nn.functional.grid_sample(views, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if moves(parameters):
+        views = move(views, move_matrices(parameters))
     if parameters.grey.any():
         views = where(parameters.grey, F.rgb_to_grayscale(views, num_output_channels=3))
     if parameters.solarize.any():
@@ -158,27 +152,34 @@ def apply_view(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -
     channels first. Small images with neither colour changes nor crops go through at once, with the same result.
     Raises ValueError if `images` has another type or shape, or another length than `parameters`.
     """
-    images = _three_channels(images)
-    if len(images) != len(parameters):
-        raise ValueError(f"parameters describe {len(parameters)} views, but images has {len(images)}")
+    images = _three_channels(checked_images(images, parameters))
     if _same_box_no_colour(parameters):
         views = _views_at_once(policy, images, parameters)
     else:
         views = _views_one_by_one(policy, images, parameters)
-    return _normalize(views, policy.mean, policy.std)
+    return normalize(views, policy.mean, policy.std)
 
 
 @dataclass(frozen=True)
 class RandomView:
-    """One random view of every image: `RandomView(policy)(images, generator)`, drawn and applied; see `apply_view`."""
+    """One random view of every image: `RandomView(policy)(images, generator)`, drawn and applied.
+
+    By `apply_view`, image by image through torchvision, or by `apply_view_batched` if `batched` is true or the images
+    are not on the CPU. The draws are the same, and the views but for float32 rounding.
+    """
 
     policy: ViewPolicy
+    batched: bool = False
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Views of uint8 `images` [N, 1 or 3, H, W]: float32 [N, 3, size, size]. Raises ValueError as `apply_view`."""
-        height, width = _three_channels(images).shape[-2:]
+        """Views of uint8 `images` [N, 1 or 3, H, W]: float32 [N, 3, size, size] on their device.
+
+        `generator` is a CPU one. Raises ValueError as `apply_view`.
+        """
+        height, width = checked_images(images).shape[-2:]
         parameters = draw(self.policy, len(images), height, width, generator)
-        return apply_view(self.policy, images, parameters)
+        batched = self.batched or images.device.type != "cpu"
+        return (apply_view_batched if batched else apply_view)(self.policy, images, parameters)
 
 
 def eval_resize(size: int) -> int:
@@ -211,4 +212,4 @@ class EvalView:
     def __call__(self, images: Tensor) -> Tensor:
         """Views of uint8 `images` [N, 1 or 3, H, W]: float32 [N, 3, crop, crop]. Raises ValueError on another type."""
         resized = _resized(_unit_range(_three_channels(images)), [self.resize], self.interpolation)
-        return _normalize(F.center_crop(resized, [self.crop, self.crop]).clone(), self.mean, self.std)
+        return normalize(F.center_crop(resized, [self.crop, self.crop]).clone(), self.mean, self.std)

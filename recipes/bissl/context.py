@@ -1,10 +1,9 @@
 """What every stage needs besides its artifact."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from bilevel.batches import BatchStack, derive_seed
 from recipes.bissl.artifact import ArtifactStore
+from recipes.bissl.compute import Computing
 from recipes.bissl.config import Config, ConfigError
 from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.events import StageEvents
@@ -24,6 +24,7 @@ class Datasets:
 
     def __init__(self, config: Config) -> None:
         self.config = config.data
+        self._settled: dict[str, ImageSet] = {}
 
     @cached_property
     def pretext(self) -> ImageSet:
@@ -55,6 +56,13 @@ class Datasets:
             split_seed=c.split_seed,
         )
 
+    def settled(self, part: Literal["pretext", "train"], computing: Computing) -> ImageSet:
+        """The images of training batches where `computing` wants them, moved once."""
+        if part not in self._settled:
+            images = self.pretext if part == "pretext" else self.downstream.train
+            self._settled[part] = computing.settle(images)
+        return self._settled[part]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -79,26 +87,37 @@ class Context:
         """The same run for another arm and seed."""
         return replace(self, arm=arm, seed=seed)
 
+    @property
+    def computing(self) -> Computing:
+        """How modules, batches and losses are computed with."""
+        return Computing(self.config.compute, self.device)
+
     def writer(self, stage: str) -> StageEvents:
         """Where a stage's events go."""
         return StageEvents(self.metrics_path, {"stage": stage, "arm": self.arm, "seed": self.seed})
 
     def pretext_stack(self, task: PretextTask, purpose: str) -> BatchStack:
         """Pretext batches, the smaller last one of an epoch included."""
-        images, transform = self.data.pretext, task.transform()
+        images, transform = self.data.settled("pretext", self.computing), task.transform()
         size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, len(images), "pretext images")
 
         def load(indices: Tensor, seed: int) -> Any:
-            return to_device(transform(images.images[indices], torch.Generator().manual_seed(seed)), self.device)
+            chosen = images.images[indices.to(images.images.device)]
+            return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
 
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics.
-        return BatchStack(
-            len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
-        )
+        rest = len(images) % size
+        chunk = self.config.compute.micro_batch
+        if chunk is not None and 1 in (size % chunk, rest % chunk if rest > 1 else 0):
+            raise ConfigError(
+                f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
+                f"last one, of {rest or size}; BatchNorm needs two, choose another size"
+            )
+        return BatchStack(len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=rest == 1)
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
         """Labelled training batches."""
-        images, transform = self.data.downstream.train, task.transform(train=True)
+        images, transform = self.data.settled("train", self.computing), task.transform(train=True)
         size = check_batch_size(
             "downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images"
         )
@@ -106,8 +125,8 @@ class Context:
         assert labels is not None
 
         def load(indices: Tensor, seed: int) -> Any:
-            generator = torch.Generator().manual_seed(seed)
-            return to_device(transform(images.images[indices], labels[indices], generator), self.device)
+            generator, chosen = torch.Generator().manual_seed(seed), indices.to(images.images.device)
+            return self.computing.move(transform(images.images[chosen], labels[chosen], generator))
 
         return BatchStack(
             len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
@@ -119,20 +138,9 @@ class Context:
         labels, generator = images.labels, torch.Generator()
         assert labels is not None
         return [
-            to_device(transform(images.images[i : i + size], labels[i : i + size], generator), self.device)
+            self.computing.move(transform(images.images[i : i + size], labels[i : i + size], generator))
             for i in range(0, len(images), size)
         ]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The same nested structure with its tensors on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(item, device) for item in batch)
-    return batch
 
 
 def check_batch_size(field_name: str, size: int, available: int, what: str) -> int:

@@ -88,7 +88,7 @@ def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | Non
         ("‖x − v‖ / ‖v‖", "departure", False, False),
         ("cos(x, v)", "cosine", False, False),
         ("lower stationarity", "stationarity", True, False),
-        ("standard error of the lower gradient", "gradient_noise", True, False),
+        ("lower stationarity / its noise", "stationarity_over_noise", True, False),
         ("smallest Ritz value", "ritz_min", False, False),
         ("largest Ritz value", "ritz_max", False, False),
         ("smallest curvature met", "min_curvature", False, False),

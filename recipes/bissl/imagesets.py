@@ -55,6 +55,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def to(self, device: torch.device) -> ImageSet:
+        """The same set with images and labels on `device`."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageSet(self.images.to(device), labels, self.classes, self.name)
+
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """The images at `indices`, in that order; a copy. Raises IndexError on a position that is not there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

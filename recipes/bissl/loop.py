@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bilevel import Callback, NonFiniteError
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from bilevel.tree import Params
 from recipes.bissl.events import StageEvents
 
 MOST_LINES = 2000
@@ -110,9 +111,34 @@ def optimizer_step(
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    return _apply(loss.detach(), optimizer, scheduler)
+
+
+def gradient_step(
+    loss: Tensor,
+    gradient: Params,
+    variables: Params,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> dict[str, Any]:
+    """As `optimizer_step`, from a gradient over the optimizer's parameters `variables` that is there already.
+
+    Raises:
+        NonFiniteError: before anything has changed.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    for name, variable in variables.items():
+        variable.grad = gradient[name]
+    return _apply(loss, optimizer, scheduler)
+
+
+def _apply(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
+) -> dict[str, Any]:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients))
-    value, rate = float(loss.detach()), float(optimizer.param_groups[0]["lr"])
+    # One read of the device a step: it waits for all that was queued.
+    value, norm = torch.stack((loss, nn.utils.get_total_norm(gradients))).tolist()
+    rate = float(optimizer.param_groups[0]["lr"])
     if not (abs(value) < float("inf") and norm < float("inf")):
         raise NonFiniteError(
             f"loss {value}, gradient norm {norm}; no weight was changed. Lower the learning rate ({rate:g}), or check "

@@ -1,6 +1,6 @@
 """BiSSL as a `bilevel.Problem`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Params, Problem, functional_call, proximal
+from bilevel.modules import in_curvature_pass
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
 
 BACKBONE = "backbone."
+
+PretextLoss = Callable[[Params, Any], Tensor]
+"""L_P, or its outputs, of (lower variables, batch)."""
+
+
+def _as_it_is(loss: PretextLoss) -> PretextLoss:
+    return loss
 
 
 @dataclass
@@ -28,6 +36,8 @@ class BiSSLProblem(Problem):
     Attributes:
         regularization_weight: lambda.
         gamma: weight of the downstream loss of theta_D itself.
+        first_order: what plain steps on the lower loss evaluate it by (autocast, compilation); passes of a
+            hypergradient take the loss as it is.
         implicit_head: phi_P responds to the upper level too, instead of being held fixed (the paper's eq. 6-7).
     """
 
@@ -41,16 +51,27 @@ class BiSSLProblem(Problem):
     gamma: float = 0.01
     curvature_depends_on_upper: bool = False
     implicit_head: bool = False
+    first_order: Callable[[PretextLoss], PretextLoss] = _as_it_is
+
+    def __post_init__(self) -> None:
+        self._first_order_loss = self.first_order(self._pretext_loss)
+        self._first_order_outputs = self.first_order(self._pretext_outputs)
 
     def variables(self) -> tuple[Params, Params]:
         """(upper, lower): the modules' own trainable parameters, so that optimizer steps change the modules."""
         upper = _trainable(self.upper_backbone, BACKBONE) | _trainable(self.head, "head.")
-        lower = _trainable(self.lower_backbone, BACKBONE) | _trainable(self.heads, "heads.")
-        return upper, lower
+        return upper, lower_variables(self.lower_backbone, self.heads)
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        heads = {name: bind(module, lower, f"heads.{name}.") for name, module in self.heads.items()}
-        return self.pretext.loss(bind(self.lower_backbone, lower, BACKBONE), heads, batch)
+        loss = self._pretext_loss if in_curvature_pass() else self._first_order_loss
+        return loss(lower, batch)
+
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        outputs = self._pretext_outputs if in_curvature_pass() else self._first_order_outputs
+        return outputs(lower, batch)
+
+    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.pretext.output_loss(outputs)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         inputs, targets = batch
@@ -90,8 +111,26 @@ class BiSSLProblem(Problem):
             for key, tensor in _fixed(module).items():
                 tensor.copy_(state[name][key])
 
+    def _pretext_loss(self, lower: Params, batch: Any) -> Tensor:
+        return self.pretext.loss(*bind_lower(self.lower_backbone, self.heads, lower), batch)
+
+    def _pretext_outputs(self, lower: Params, batch: Any) -> Tensor:
+        return self.pretext.outputs(*bind_lower(self.lower_backbone, self.heads, lower), batch)
+
     def _parts(self) -> dict[str, nn.Module]:
         return {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
+
+
+def lower_variables(backbone: nn.Module, heads: nn.ModuleDict) -> Params:
+    """theta_P and phi_P: the modules' own trainable parameters, named ``backbone.*`` and ``heads.*``."""
+    return _trainable(backbone, BACKBONE) | _trainable(heads, "heads.")
+
+
+def bind_lower(backbone: nn.Module, heads: nn.ModuleDict, lower: Params) -> tuple[Bound, dict[str, Bound]]:
+    """Backbone and heads as a pretext task takes them, with `lower` in place of their own `lower_variables`."""
+    return bind(backbone, lower, BACKBONE), {
+        name: bind(module, lower, f"heads.{name}.") for name, module in heads.items()
+    }
 
 
 def bind(module: nn.Module, params: Params, prefix: str) -> Bound:

@@ -1,12 +1,14 @@
 """The report of a run: one HTML file that needs nothing but itself, made from the run's artifacts alone."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from bilevel import Status
 from recipes.bissl.figures import (
     Drawing,
     finetune_figure,
@@ -15,7 +17,17 @@ from recipes.bissl.figures import (
     pretext_figure,
     solver_figure,
 )
-from recipes.bissl.records import METRICS_FILE, RESULTS_FILE, Event, RunRecords, arms_of, number, read_run, select
+from recipes.bissl.records import (
+    METRICS_FILE,
+    RESULTS_FILE,
+    Event,
+    RunRecords,
+    alternation_bands,
+    arms_of,
+    number,
+    read_run,
+    select,
+)
 from recipes.bissl.tables import (
     NOT_RECORDED,
     arms_in_order,
@@ -100,8 +112,9 @@ _LEVELS_CAPTION = (
 _SOLVER_CAPTION = (
     "Mean over the upper steps of an alternation; the shade spans smallest to largest. Residual: ‖v − A x‖ / ‖v‖. "
     "‖x − v‖ / ‖v‖ and cos(x, v) say what solving changed against using v as it is: near 0 and 1, the products bought "
-    "little. Stationarity is the norm of the lower gradient: the implicit gradient assumes it is small. A negative "
-    "curvature means that the system was not positive definite there."
+    "little. Stationarity is the norm of the lower gradient: the implicit gradient assumes it is small. Its noise is "
+    "the standard error of that gradient over the batches of the system: up to a few times 1, they cannot tell the "
+    "lower variables from a solution. A negative curvature means that the system was not positive definite there."
 )
 _FINETUNE_CAPTION = "Thick: mean over the seeds, as far as all of them got. Thin: single seeds."
 
@@ -218,19 +231,27 @@ def _figure(drawing: Drawing | None, caption: str) -> str:
 def _solver(events: Sequence[Event], arms: Sequence[str]) -> str:
     upper, ends = select(events, "bissl", "upper"), select(events, "bissl", "alternation")
     figure = _figure(solver_figure(events, arms), _SOLVER_CAPTION)
-    statuses = Counter((record["arm"], str(record["status"])) for record in upper if "status" in record)
+    statuses = Counter((record["arm"], record["seed"], str(record["status"])) for record in upper if "status" in record)
     if not statuses:
         return f"{figure}\n<h3>How the solves ended</h3>\n{_absent()}"
-    status_rows = [[arm, status, f"{count:,}"] for (arm, status), count in sorted(statuses.items())]
-    cost_rows = []
-    for arm in dict.fromkeys(arm for arm, _ in sorted(statuses)):
+    meanings = {status.name: status.value for status in Status}
+    status_rows = [
+        [arm, str(seed), status, meanings.get(status, NOT_RECORDED), f"{count:,}"]
+        for (arm, seed, status), count in sorted(statuses.items())
+    ]
+    status_headings = ["arm", "seed", "status", "what it means and asks for", "solves"]
+    multiples, cost_rows = alternation_bands(upper, "stationarity_over_noise"), []
+    for arm in dict.fromkeys(arm for arm, *_ in sorted(statuses)):
         products = _sum(upper, arm, "num_hvps")
         adaptations = sum(record["arm"] == arm for record in select(events, "bissl", "adaptation"))
-        cost_rows.append([arm, products, _sum(upper, arm, "iterations"), str(adaptations), _sum(ends, arm, "seconds")])
+        costs = [products, _sum(upper, arm, "iterations"), str(adaptations), _sum(ends, arm, "seconds")]
+        last = float(multiples[arm].mean[-1]) if arm in multiples else math.nan
+        cost_rows.append([arm, *costs, NOT_RECORDED if math.isnan(last) else number_text(last)])
     cost_headings = ["arm", "operator products", "iterations", "adaptations", "seconds in alternations"]
+    cost_headings.append("stationarity / its noise, last alternation")
     return (
-        f"{figure}\n<h3>How the solves ended</h3>\n{_table(['arm', 'status', 'upper steps'], status_rows, left=2)}"
-        f"\n<h3>What the stage cost</h3>\n{_table(cost_headings, cost_rows)}"
+        f"{figure}\n<h3>How the solves ended</h3>\n{_table(status_headings, status_rows, left=4)}"
+        f"\n<h3>What the stage cost, and where it ended</h3>\n{_table(cost_headings, cost_rows)}"
     )
 
 

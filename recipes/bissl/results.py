@@ -3,14 +3,16 @@
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
 import torchvision
 
+from bilevel import Status
 from recipes.bissl.significance import Comparison, holm, mean_std, paired, welch
 
 Repeats = Literal["finetune", "pipeline"]
@@ -27,12 +29,15 @@ class ArmResult:
         pretext_steps: Updates on the pretext loss in one repeat, lower-level steps included.
         label_steps: Updates that saw labels in one repeat, upper-level steps included.
         seconds: Wall-clock seconds of the arm.
+        solves: By seed of the bilevel stage, how many of its linear solves ended with which `Status`, by name; empty
+            for an arm without that stage.
     """
 
     metrics: Mapping[str, Sequence[float]]
     pretext_steps: int
     label_steps: int
     seconds: float
+    solves: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 def assemble(
@@ -52,6 +57,7 @@ def assemble(
     whole pipeline was repeated, and Welch's when only fine-tuning was, in which case it measures fine-tuning noise
     alone and says so. ``p_holm`` is the p-value after Holm's correction over the comparisons in the same metric. What
     is undefined is None: the spread and the test of a single seed, and whatever a value that is not finite enters.
+    "solver" counts, for each arm that solved linear systems, the solves and by status those that failed.
 
     Args:
         preset: Name of the configuration.
@@ -74,6 +80,7 @@ def assemble(
         "primary_metric": primary_metric,
         "arms": {name: _arm(arm, higher_is_better) for name, arm in arms.items()},
         "comparisons": _comparisons(repeats, len(seeds), primary_metric, arms),
+        "solver": {name: _solver(arm.solves) for name, arm in arms.items() if arm.solves},
         "environment": dict(environment),
     }
 
@@ -126,6 +133,18 @@ def _check(
 def _arm(arm: ArmResult, higher_is_better: Mapping[str, bool]) -> dict[str, Any]:
     metrics = {name: _summary(values, higher_is_better[name]) for name, values in arm.metrics.items()}
     return {**metrics, "pretext_steps": arm.pretext_steps, "label_steps": arm.label_steps, "seconds": arm.seconds}
+
+
+def _solver(solves: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:
+    """Numbers of solves and of failures, of the arm and of each seed."""
+    total = sum((Counter(counts) for counts in solves.values()), Counter())
+    per_seed = [{"seed": seed, **_failures(counts)} for seed, counts in solves.items()]
+    return {**_failures(total), "per_seed": per_seed}
+
+
+def _failures(counts: Mapping[str, int]) -> dict[str, Any]:
+    failed = {name: count for name, count in counts.items() if not Status[name].ok}
+    return {"solves": sum(counts.values()), "failures": failed}
 
 
 def _summary(values: Sequence[float], higher_is_better: bool) -> dict[str, Any]:

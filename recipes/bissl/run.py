@@ -87,7 +87,10 @@ def summarise(context: Context, tested: dict[str, list[Artifact]]) -> dict:
         infos = [artifact.info for artifact in artifacts]
         metrics = {name: [_number(info["test"][name]) for info in infos] for name in first["higher_is_better"]}
         seconds = sum(info["seconds"] for info in infos) / len(infos)
-        arms[arm] = ArmResult(metrics, infos[0]["pretext_steps"], infos[0]["label_steps"], seconds)
+        # Where only fine-tuning is repeated, all start from the one bilevel stage of the first seed.
+        stages = infos[: config.pipeline_seeds or 1]
+        solves = {info["seed"]: info["solves"] for info in stages if info["solves"]}
+        arms[arm] = ArmResult(metrics, infos[0]["pretext_steps"], infos[0]["label_steps"], seconds, solves)
     results = assemble(
         config.preset,
         [artifact.info["seed"] for artifact in tested["bissl"]],
@@ -130,6 +133,7 @@ def _execute(request: Request) -> int:
         return 0
     store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
     context = Context(config, _device(config), store, directory.path / METRICS, Datasets(config), console)
+    context.computing.set_up()
     # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
     parent = _parent(request)
     estimate.check_data(context)

@@ -28,6 +28,7 @@ SAFE_TO_CHANGE = {
     "arms",
     "device",
     "threads",
+    "compute.data_device",
     "data.root",
     "data.download",
     "downstream.eval_batch_size",

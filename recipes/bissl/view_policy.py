@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Self
 
 import torch
@@ -149,6 +149,10 @@ class ViewParameters:
 
     def __len__(self) -> int:
         return len(self.top)
+
+    def __getitem__(self, part: slice) -> ViewParameters:
+        """The parameters of some of the views."""
+        return ViewParameters(**{field.name: getattr(self, field.name)[part] for field in fields(self)})
 
 
 def _uniform(low: float, high: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 
 from bilevel import AlternatingSchedule, Checkpointing, ProgressBar, Trainer
 from bilevel.batches import derive_seed
+from bilevel.callbacks import Diagnostics
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from bilevel.microbatch import MicroBatched
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context
 from recipes.bissl.events import StageEvents
@@ -30,6 +32,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
         config.pretext.model_dump(include={"task", "options", "batch_size", "weight_decay"}),
         config.downstream.model_dump(exclude={"eval_batch_size"}),
         config.bissl.model_dump(exclude={"checkpoint_every"}),
+        config.compute.model_dump(exclude={"data_device"}),
     )
     finished = context.store.find(STAGE, key)
     if finished is not None:
@@ -52,7 +55,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
         "label_steps": artifact.info["label_steps"] + trainer.steps["upper"],
         "seconds": artifact.info["seconds"] + seconds.total(),
         "seed": context.seed,
-        "failures": dict(trainer.failures),
+        "solves": dict(trainer.solves),
     }
     modules = {
         "backbone": problem.lower_backbone,
@@ -73,7 +76,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
     modules = {"backbone": lower, "heads": heads, "upper_backbone": upper, "head": head}
     artifact.load_into(modules)
     for module in modules.values():
-        module.to(context.device).train()
+        context.computing.place(module).train()
     return BiSSLProblem(
         pretext,
         downstream,
@@ -84,6 +87,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
         regularization_weight=config.bissl.regularization_weight,
         gamma=config.bissl.gamma,
         implicit_head=config.bissl.implicit_head,
+        first_order=context.computing.first_order,
     )
 
 
@@ -115,10 +119,12 @@ def _trainer(
                 c.alternations, c.lower_steps, c.upper_steps, c.adaptation_every, c.adaptation_strength
             ),
             solver=c.make_solver(),
-            hvp=c.make_hvp(),
+            hvp=c.make_hvp() if config.compute.micro_batch is None else MicroBatched(config.compute.micro_batch),
+            micro_batch=config.compute.micro_batch,
             damping=c.damping,
             # The head's block has no lambda I of its own, and null vectors (weights before a norm are scale-invariant).
             shift={name: c.head_shift for name in lower if not name.startswith(BACKBONE)} if c.implicit_head else 0.0,
+            aggregate=c.aggregate,
             hessian_batches=c.hessian_batches,
             lower_scheduler=schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup),
             upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
@@ -127,6 +133,7 @@ def _trainer(
             callbacks=(
                 *callbacks,
                 ProgressBar(context.console, f"BiSSL, seed {context.seed}"),
+                Diagnostics(context.console, every=None),
                 Checkpointing(directory, every=c.checkpoint_every),
             ),
         )

@@ -11,10 +11,12 @@ from torch import nn
 from bilevel.batches import derive_seed
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context
-from recipes.bissl.evaluate import Metric, evaluate
-from recipes.bissl.loop import discard_checkpoints, optimizer_step, run_steps
+from recipes.bissl.evaluate import Metric
+from recipes.bissl.loop import discard_checkpoints, run_steps
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
+from recipes.bissl.supervised import SupervisedModel
+from recipes.bissl.tasks.base import DownstreamTask
 
 STAGE = "finetune"
 
@@ -31,39 +33,26 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     if finished is not None:
         return finished
     torch.manual_seed(derive_seed(context.seed, STAGE))
-    task = config.downstream_task(sets.train.classes)
-    backbone = build_backbone(config.model.backbone)
-    head = task.build(backbone)
-    if artifact is not None:
-        artifact.load_into({"backbone": backbone})
-    model = nn.ModuleDict({"backbone": backbone, "head": head}).to(context.device)
-    model.train()
+    task, model = _build(context, artifact)
     rate, decay = config.finetune.rates(context.arm)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
     stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
     total = config.finetune.epochs * len(stack)
     scheduler = schedule(optimizer, total_steps=total)
-    metrics = task.metrics()
-    best, losses = _Best(model, metrics), _Losses()
+    supervised = SupervisedModel(task, model["backbone"], model["head"], context.computing)
+    best, losses = _Best(model, supervised.metrics), _Losses()
     validation = context.evaluation_batches(sets.val, task)
 
     def step() -> dict[str, Any]:
-        inputs, targets = stack.next()
-        record = optimizer_step(task.loss(task.forward(backbone, head, inputs), targets), optimizer, scheduler)
+        record = supervised.step(stack.next(), optimizer, scheduler)
         losses.values.append(record["loss"])
         return record
-
-    def measure(batches: list[Any]) -> dict[str, float]:
-        model.eval()
-        values = evaluate(lambda x: task.forward(backbone, head, x), batches, metrics, task.loss)
-        model.train()
-        return values
 
     def after(number: int) -> None:
         epoch, rest = divmod(number, len(stack))
         if rest or (epoch % config.finetune.validate_every and number < total):
             return
-        values = measure(validation)
+        values = supervised.measure(validation)
         best.offer(epoch, values)
         named = {f"val_{name}": value for name, value in values.items()}
         writer.write({"event": "epoch", "step": number, "epoch": epoch, "train_loss": losses.take_mean(), **named})
@@ -86,14 +75,23 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         **_costs(artifact, total, seconds),
         "seed": context.seed,
         "arm": context.arm,
-        "primary_metric": best.primary,
-        "higher_is_better": {name: metric.higher_is_better for name, metric in metrics.items()},
-        "best": {"epoch": best.epoch, **best.values},
-        "test": measure(context.evaluation_batches(sets.test, task)),
+        **best.facts(),
+        "test": supervised.measure(context.evaluation_batches(sets.test, task)),
     }
-    result = context.store.save(STAGE, key, {"backbone": backbone, "head": head}, info)
+    result = context.store.save(STAGE, key, dict(model.items()), info)
     discard_checkpoints(directory)
     return result
+
+
+def _build(context: Context, artifact: Artifact | None) -> tuple[DownstreamTask, nn.ModuleDict]:
+    """The task, and the backbone (the artifact's weights, if there is one) with a fresh head, ready to train."""
+    task = context.config.downstream_task(context.data.downstream.train.classes)
+    backbone = build_backbone(context.config.model.backbone)
+    model = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
+    if artifact is not None:
+        artifact.load_into({"backbone": backbone})
+    context.computing.place(model).train()
+    return task, model
 
 
 def _key(context: Context, artifact: Artifact | None) -> str:
@@ -106,17 +104,19 @@ def _key(context: Context, artifact: Artifact | None) -> str:
         config.model.model_dump(),
         config.downstream.model_dump(exclude={"eval_batch_size"}),
         [config.finetune.epochs, config.finetune.validate_every, *config.finetune.rates(context.arm)],
+        config.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )
 
 
 def _costs(artifact: Artifact | None, steps: int, seconds: float) -> dict[str, Any]:
-    """Steps and seconds of this and all earlier stages."""
+    """Steps, linear solves by status and seconds of this and all earlier stages."""
     before: Mapping[str, Any] = {"pretext_steps": 0, "label_steps": 0, "seconds": 0.0}
     before = before if artifact is None else artifact.info
     return {
         "pretext_steps": before["pretext_steps"],
         "label_steps": before["label_steps"] + steps,
         "seconds": before["seconds"] + seconds,
+        "solves": before.get("solves", {}),
     }
 
 
@@ -143,7 +143,7 @@ class _Best:
     """The weights of the best validation epoch so far."""
 
     def __init__(self, model: nn.Module, metrics: Mapping[str, Metric]) -> None:
-        self.model, self.primary = model, next(iter(metrics))
+        self.model, self.metrics, self.primary = model, metrics, next(iter(metrics))
         self.sign = 1.0 if metrics[self.primary].higher_is_better else -1.0
         self.epoch = 0
         self.values: dict[str, float] = {}
@@ -158,6 +158,14 @@ class _Best:
     def restore(self) -> None:
         """Put the best weights back into the model."""
         self.model.load_state_dict(self.weights)
+
+    def facts(self) -> dict[str, Any]:
+        """Which epoch it was by which metric, and its values."""
+        return {
+            "primary_metric": self.primary,
+            "higher_is_better": {name: metric.higher_is_better for name, metric in self.metrics.items()},
+            "best": {"epoch": self.epoch, **self.values},
+        }
 
     def _rank(self, values: dict[str, float]) -> tuple[float, float]:
         """A value that is not a number is worse than any that is."""

@@ -1,16 +1,14 @@
 """Stage 2: the downstream head on the frozen backbone."""
 
-from typing import Any
-
 import torch
 
 from bilevel.batches import derive_seed
 from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import Context
-from recipes.bissl.evaluate import evaluate
-from recipes.bissl.loop import discard_checkpoints, optimizer_step, run_steps
+from recipes.bissl.loop import discard_checkpoints, run_steps
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
+from recipes.bissl.supervised import SupervisedModel
 
 STAGE = "head"
 
@@ -32,32 +30,26 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     heads, head = pretext.build(original), task.build(backbone)
     artifact.load_into({"backbone": original, "heads": heads})
     artifact.load_into({"backbone": backbone})
-    backbone.to(context.device).requires_grad_(False)
-    head.to(context.device)
+    context.computing.place(backbone).requires_grad_(False)
+    context.computing.place(head)
     optimizer = torch.optim.SGD(
         head.parameters(), lr=config.head.lr, momentum=0.9, weight_decay=config.head.weight_decay
     )
     stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
     total = config.head.epochs * len(stack)
     scheduler = schedule(optimizer, "constant", total_steps=total)
-    validation, metrics = context.evaluation_batches(sets.val, task), task.metrics()
+    validation = context.evaluation_batches(sets.val, task)
     backbone.train(config.head.batch_norm == "train")
-
-    def step() -> dict[str, Any]:
-        inputs, targets = stack.next()
-        return optimizer_step(task.loss(task.forward(backbone, head, inputs), targets), optimizer, scheduler)
+    model = SupervisedModel(task, backbone, head, context.computing)
 
     def after(number: int) -> None:
         if number % len(stack) == 0:
-            backbone.eval()
-            values = evaluate(lambda x: task.forward(backbone, head, x), validation, metrics, task.loss)
-            backbone.train(config.head.batch_norm == "train")
-            named = {f"val_{name}": value for name, value in values.items()}
+            named = {f"val_{name}": value for name, value in model.measure(validation).items()}
             writer.write({"event": "epoch", "step": number, "epoch": number // len(stack), **named})
 
     directory = context.store.directory(STAGE, key)
     seconds = run_steps(
-        step,
+        lambda: model.step(stack.next(), optimizer, scheduler),
         total=total,
         parts={"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "stack": stack},
         writer=writer,
@@ -88,4 +80,5 @@ def _key(context: Context, artifact: Artifact) -> str:
         config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
         config.downstream.model_dump(exclude={"eval_batch_size"}),
         config.head.model_dump(),
+        config.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )

@@ -1,19 +1,23 @@
 """Stage 1: self-supervised training of the backbone and the pretext heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.batches import derive_seed
+from bilevel.microbatch import micro_batched_gradient
 from recipes.bissl.artifact import Artifact, make_key
-from recipes.bissl.context import Context, to_device
+from recipes.bissl.compute import chunks
+from recipes.bissl.context import Context
 from recipes.bissl.evaluate import knn_accuracy
-from recipes.bissl.loop import discard_checkpoints, optimizer_step, run_steps
+from recipes.bissl.loop import discard_checkpoints, gradient_step, optimizer_step, run_steps
 from recipes.bissl.losses import embedding_spread
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
 from recipes.bissl.plan import make_plan
+from recipes.bissl.problem import bind_lower, lower_variables
 from recipes.bissl.tasks.base import PretextTask
 
 STAGE = "pretext"
@@ -31,6 +35,7 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         config.model.model_dump(),
         config.pretext.model_dump(include={"task", "options", "batch_size", "weight_decay"}),
         [plan.pretext, plan.pretext_lr, plan.warmup],
+        config.compute.model_dump(exclude={"data_device"}),
     )
     finished = context.store.find(STAGE, key)
     if finished is not None:
@@ -39,8 +44,8 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     task = config.pretext_task()
     backbone = build_backbone(config.model.backbone)
     heads = task.build(backbone)
-    backbone.to(context.device)
-    heads.to(context.device)
+    context.computing.place(backbone)
+    context.computing.place(heads)
     parameters = [*backbone.parameters(), *heads.parameters()]
     optimizer = task.optimizer(parameters, plan.pretext_lr, config.pretext.weight_decay)
     scheduler = schedule(optimizer, total_steps=plan.pretext, warmup_steps=plan.warmup)
@@ -49,17 +54,15 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     backbone.train()
     heads.train()
 
-    def step() -> dict[str, Any]:
-        return optimizer_step(task.loss(backbone, dict(heads.items()), stack.next()), optimizer, scheduler)
-
     def after(number: int) -> None:
         task.after_step(backbone, heads, number)
         if number % (config.pretext.monitor_every * len(stack)) == 0 or number == plan.pretext:
             seen = _look(context, task, backbone, heads)
             writer.write({"event": "monitor", "step": number, "epoch": number / len(stack), **seen})
 
+    update = _update(context, task, backbone, heads, optimizer, scheduler)
     seconds = run_steps(
-        step,
+        lambda: update(stack.next()),
         total=plan.pretext,
         parts={"backbone": backbone, "heads": heads, "optimizer": optimizer, "scheduler": scheduler, "stack": stack},
         writer=writer,
@@ -75,6 +78,31 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     return artifact
 
 
+def _update(
+    context: Context,
+    task: PretextTask,
+    backbone: nn.Module,
+    heads: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> Callable[[Any], dict[str, Any]]:
+    """One step on a batch, in chunks of compute.micro_batch or at once; returns its event."""
+    size = context.config.compute.micro_batch
+    if size is None:
+        loss = context.computing.first_order(lambda batch: task.loss(backbone, dict(heads.items()), batch))
+        return lambda batch: optimizer_step(loss(batch), optimizer, scheduler)
+    outputs = context.computing.first_order(
+        lambda lower, chunk: task.outputs(*bind_lower(backbone, heads, lower), chunk)
+    )
+    variables = lower_variables(backbone, heads)
+
+    def update(batch: Any) -> dict[str, Any]:
+        value, gradient = micro_batched_gradient(outputs, task.output_loss, variables, chunks(batch, size))
+        return gradient_step(value, gradient, variables, optimizer, scheduler)
+
+    return update
+
+
 @torch.no_grad()
 def _look(context: Context, task: PretextTask, backbone: nn.Module, heads: nn.ModuleDict) -> dict[str, float | None]:
     """k-NN accuracy of the features on the labelled sets, and the spread of the embeddings (0: collapse)."""
@@ -82,7 +110,7 @@ def _look(context: Context, task: PretextTask, backbone: nn.Module, heads: nn.Mo
     heads.eval()
     # Always the same images and the same draws, so that only the weights make a difference.
     images = context.data.pretext.images[:512]
-    batch = to_device(task.transform()(images, torch.Generator().manual_seed(0)), context.device)
+    batch = context.computing.move(task.transform()(images, torch.Generator().manual_seed(0)))
     embeddings = task.embed(backbone, dict(heads.items()), batch)
     spread = None if embeddings is None else embedding_spread(embeddings)
     accuracy = _nearest_neighbours(context, backbone)

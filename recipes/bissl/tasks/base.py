@@ -6,7 +6,7 @@ ones by a short name) and its options are checked when the config is. Nothing in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +26,10 @@ class Task(BaseModel):
 
     image_size: int = Field(ge=1, description="side of the square input (px); filled in from data.image_size")
 
+    views: Literal["per-image", "batched"] = Field(
+        default="per-image", description="how random views are applied; filled in from compute.views"
+    )
+
     def describe(self) -> list[str]:
         """Sentences for the report on choices that a reader of the results must know, such as what a crop means."""
         return []
@@ -43,12 +47,24 @@ class PretextTask(Task, ABC):
         """``(images uint8 [N, C, H, W], generator) -> batch``; everything random in a batch is drawn here.
 
         The batch is a tensor or nested tuples, lists and dicts of tensors. Masks of a masked autoencoder belong in it:
-        they then travel with the stored batch and stay fixed within one linear solve.
+        they then travel with the stored batch and stay fixed within one linear solve. Images are on the CPU or, with
+        compute.data_device=device, on the compute device; the generator is the CPU's.
         """
 
     @abstractmethod
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor:
         """The mean loss on a batch, 0-d. `backbone` and `heads` are bound to the parameters in question."""
+
+    def outputs(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor:
+        """Outputs [n, ...] with ``loss = output_loss(outputs)``, row i made from sample i; for micro-batching."""
+        raise TypeError(
+            f"{type(self).__name__} does not define outputs, which micro-batching and GaussNewton need; define outputs "
+            "and output_loss in the task, or switch micro-batching off"
+        )
+
+    def output_loss(self, outputs: Tensor) -> Tensor:
+        """The loss as a function of `outputs`, the only place where samples meet; 0-d."""
+        raise TypeError(f"{type(self).__name__} defines outputs but not output_loss; define both")
 
     def embed(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor | None:
         """Embeddings [N, d] whose spread shows a collapse; None where the notion does not apply."""
@@ -74,7 +90,10 @@ class DownstreamTask(Task, ABC):
 
     @abstractmethod
     def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[Any, Any]]:
-        """``(images uint8 [N, C, H, W], targets, generator) -> (inputs, targets)``, changing both together."""
+        """``(images uint8 [N, C, H, W], targets, generator) -> (inputs, targets)``, changing both together.
+
+        For training, devices are as in `PretextTask.transform`; for evaluation everything is on the CPU.
+        """
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor:

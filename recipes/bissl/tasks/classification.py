@@ -51,7 +51,7 @@ class Classification(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         if train:
-            view = RandomView(self.view)
+            view = RandomView(self.view, self.views == "batched")
             return lambda images, targets, generator: (view(images, generator), targets)
         plain = EvalView(self.eval_resize or self.image_size, self.image_size, self.view.mean, self.view.std)
         return lambda images, targets, generator: (plain(images), targets)

@@ -44,16 +44,21 @@ class SimCLR(PretextTask):
         return nn.ModuleDict({"projector": projector(int(backbone.num_features), self.projector_widths)})  # type: ignore[arg-type]
 
     def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        first, second = RandomView(self.view1), RandomView(self.view2)
+        first, second = (RandomView(view, self.views == "batched") for view in (self.view1, self.view2))
         return lambda images, generator: (first(images, generator), second(images, generator))
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.output_loss(self.outputs(backbone, heads, batch))
+
+    def outputs(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Projections of both views, [n, 2, d]."""
         project = heads["projector"]
         if self.joint_pass:
-            first, second = project(backbone(torch.cat(batch))).chunk(2)
-        else:
-            first, second = project(backbone(batch[0])), project(backbone(batch[1]))
-        return nt_xent(first, second, temperature=self.temperature)
+            return torch.stack(project(backbone(torch.cat(batch))).chunk(2), dim=1)
+        return torch.stack([project(backbone(view)) for view in batch], dim=1)
+
+    def output_loss(self, outputs: Tensor) -> Tensor:
+        return nt_xent(outputs[:, 0], outputs[:, 1], temperature=self.temperature)
 
     def embed(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return heads["projector"](backbone(batch[0]))

@@ -6,21 +6,24 @@ batches, and right-hand sides are gradients of a classification loss on the same
 """
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from benchmarks.measuring import Timing, interleaved
 from bilevel import GaussNewton, Params, Problem, functional_call, linearize, proximal
 from bilevel.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.solvers import CG, MINRES, Diagonal, Escalating, Identity, Neumann, Nystrom, Solver
 
 WEIGHTS = (10.0, 1.0, 0.1)
+RIGHT_HAND_SIDES = 8
 
-REVERSE = ReverseOverReverse()
+# The same products as with graphs that are built anew, in half the time.
+REVERSE = ReverseOverReverse(keep_graph=True)
 SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
     "Identity()": (Identity(), REVERSE),
     "CG(1, None)": (CG(1, None), REVERSE),
@@ -46,8 +49,8 @@ SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
 }
 
 PROVIDERS: dict[str, HVPProvider] = {
-    "ReverseOverReverse()": REVERSE,
-    "ReverseOverReverse(keep_graph=True)": ReverseOverReverse(keep_graph=True),
+    "ReverseOverReverse()": ReverseOverReverse(),
+    "ReverseOverReverse(keep_graph=True)": REVERSE,
     "ForwardOverReverse()": ForwardOverReverse(),
     "FiniteDifference()": FiniteDifference(),
     "FiniteDifference(central=False)": FiniteDifference(central=False),
@@ -114,7 +117,7 @@ class Setting:
         self._train(views, steps)
         self.batches = [views() for _ in range(batches)]
         self.other_batches = [views() for _ in range(batches)]
-        self.labelled = [(images[i::200], labels[i::200]) for i in range(3)]
+        self.labelled = [(images[i::40], labels[i::40]) for i in range(RIGHT_HAND_SIDES)]
 
     def _train(self, views: Callable[[], Tensor], steps: int) -> None:
         variables = {name: value.requires_grad_() for name, value in self.lower.items()}
@@ -136,6 +139,13 @@ class Setting:
             values = torch.autograd.grad(problem.upper_objective({}, y, batch), list(y.values()))
             gradients.append(dict(zip(y, values, strict=True)))
         return gradients
+
+    def product(self, batch: Tensor, vector: Tensor) -> Tensor:
+        """H w on one batch by plain double backward."""
+        y = joined(self.lower).requires_grad_()
+        loss = self.problem(0.0).lower_objective({}, split(y, self.lower), batch)
+        (g,) = torch.autograd.grad(loss, y, create_graph=True)
+        return torch.autograd.grad(g, y, vector)[0]
 
     def hessian(self, batches: Sequence[Tensor]) -> Tensor:
         """H by plain double backward, many columns at a time."""
@@ -166,17 +176,30 @@ def relative(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).norm() / reference.norm())
 
 
-def measure_solvers(setting: Setting) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Spectra:
+    """Dense Hessians of the two disjoint sets of batches."""
+
+    first: Tensor
+    second: Tensor
+
+    def solutions(self, c: float, rights: Sequence[Params]) -> tuple[list[Tensor], float]:
+        """Exact x of (I + H/c) x = b for every b, and the median distance to those of the other batches."""
+        identity = torch.eye(len(self.first), dtype=self.first.dtype)
+        exact = [torch.linalg.solve(identity + self.first / c, joined(b)) for b in rights]
+        others = [torch.linalg.solve(identity + self.second / c, joined(b)) for b in rights]
+        return exact, statistics.median(relative(x, y) for x, y in zip(others, exact, strict=True))
+
+
+def measure_solvers(setting: Setting, spectra: Spectra, weights: Sequence[float]) -> dict[str, Any]:
     """Median error over the right-hand sides, products and the worst status, for every solver and every c."""
-    rights = setting.right_hand_sides()
-    first, second = setting.hessian(setting.batches), setting.hessian(setting.other_batches)
+    rights = setting.right_hand_sides()[:3]
+    first = spectra.first
     identity = torch.eye(len(first), dtype=torch.float64)
     rows, systems = [], []
-    for c in WEIGHTS:
-        exact = [torch.linalg.solve(identity + first / c, joined(b)) for b in rights]
-        others = [torch.linalg.solve(identity + second / c, joined(b)) for b in rights]
+    for c in weights:
+        exact, noise = spectra.solutions(c, rights)
         spectrum = torch.linalg.eigvalsh(identity + first / c)
-        noise = statistics.median(relative(x, y) for x, y in zip(others, exact, strict=True))
         systems.append({"c": c, "smallest": float(spectrum[0]), "largest": float(spectrum[-1]), "noise": noise})
         for name, (solver, hvp) in SOLVERS.items():
             system = linearize(
@@ -203,7 +226,7 @@ def measure_providers(settings: dict[str, Setting], repeats: int) -> list[dict[s
     """Error of a product with H in float64 and float32, and its time in plain gradients of the same objective."""
     rows = []
     for activation, setting in settings.items():
-        exact = setting.hessian(setting.batches[:1]) @ joined(setting.right_hand_sides()[0])
+        exact = setting.product(setting.batches[0], joined(setting.right_hand_sides()[0]))
         for dtype in (torch.float64, torch.float32):
             values, times = products(setting, dtype, repeats)
             for name, value in values.items():
@@ -213,13 +236,13 @@ def measure_providers(settings: dict[str, Setting], repeats: int) -> list[dict[s
                         "dtype": str(dtype).removeprefix("torch."),
                         "provider": name,
                         "error": relative(value, exact),
-                        "gradients": times[name],
+                        "gradients": times[name].record(),
                     }
                 )
     return rows
 
 
-def products(setting: Setting, dtype: torch.dtype, repeats: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+def products(setting: Setting, dtype: torch.dtype, repeats: int) -> tuple[dict[str, Tensor], dict[str, Timing]]:
     """Each provider's product on the first batch, and its time in gradients."""
     lower = {name: value.to(dtype) for name, value in setting.lower.items()}
     w = {name: value.to(dtype) for name, value in setting.right_hand_sides()[0].items()}
@@ -230,7 +253,7 @@ def products(setting: Setting, dtype: torch.dtype, repeats: int) -> tuple[dict[s
         functions[name] = lambda operator=operator: operator(w)
     values = {name: joined(functions[name]()).double() for name in PROVIDERS}
     seconds = interleaved(functions, repeats)
-    return values, {name: seconds[name] / seconds["gradient"] for name in PROVIDERS}
+    return values, {name: seconds[name].over(seconds["gradient"]) for name in PROVIDERS}
 
 
 def gradient(problem: Problem, lower: Params, batch: Tensor) -> Params:
@@ -239,23 +262,15 @@ def gradient(problem: Problem, lower: Params, batch: Tensor) -> Params:
     return dict(zip(y, torch.autograd.grad(problem.lower_objective({}, y, batch), list(y.values())), strict=True))
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, taken in turn so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def measure(*, quick: bool) -> dict[str, Any]:
-    size = {"batch_size": 32, "batches": 2, "steps": 20} if quick else {"batch_size": 96, "batches": 4, "steps": 300}
-    width = 2 if quick else 4
-    relu = Setting(width=width, activation=nn.ReLU, **size)
-    smooth = Setting(width=width, activation=nn.SiLU, **size)
+def settings(*, quick: bool) -> dict[str, Setting]:
+    """One network for each activation."""
+    size = {"batch_size": 8, "batches": 2, "steps": 5} if quick else {"batch_size": 48, "batches": 4, "steps": 300}
+    width = 1 if quick else 4
     return {
-        "system": measure_solvers(relu),
-        "providers": measure_providers({"ReLU": relu, "SiLU": smooth}, repeats=3 if quick else 31),
+        "ReLU": Setting(width=width, activation=nn.ReLU, **size),
+        "SiLU": Setting(width=width, activation=nn.SiLU, **size),
     }
+
+
+def spectra(setting: Setting) -> Spectra:
+    return Spectra(setting.hessian(setting.batches), setting.hessian(setting.other_batches))

@@ -1,0 +1,156 @@
+"""What every benchmark needs: the machine, interleaved timings, peak memory, kept figures, the common options."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bilevel import __version__
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One number for each repeat: seconds, or multiples of another timing of the same repeats."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def q1(self) -> float:
+        return self._quartile(0)
+
+    @property
+    def q3(self) -> float:
+        return self._quartile(2)
+
+    def over(self, other: "Timing") -> "Timing":
+        """Multiples of `other`, repeat by repeat, so that a slow moment of the machine divides out."""
+        return Timing(tuple(a / b for a, b in zip(self.samples, other.samples, strict=True)))
+
+    def record(self) -> dict[str, float]:
+        return {"median": self.median, "q1": self.q1, "q3": self.q3}
+
+    def _quartile(self, index: int) -> float:
+        if len(self.samples) == 1:
+            return self.samples[0]
+        return statistics.quantiles(self.samples, n=4, method="inclusive")[index]
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, Timing]:
+    """Seconds of each function, all of them once in every repeat, after `warm_up` rounds that do not count."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(-warm_up, repeats):
+        for name, function in functions.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if repeat >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that tensors take up at the most while `function` runs, above those that exist when it starts.
+
+    On the CPU it is counted from the allocations that the profiler records, which neither the operating system's page
+    cache nor what the allocator keeps for later disturbs; scratch space inside a kernel is not in it.
+    """
+    if torch.device(device).type == "cuda":
+        synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        function()
+        synchronize()
+        return torch.cuda.max_memory_allocated(device) - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda moment: moment[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", information.read_text(encoding="utf-8"), re.M)
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    place = torch.device(device)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "bilevel": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+    }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options all benchmarks share; `description` is the module's docstring, of which the first line is shown."""
+    options = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    options.add_argument("--json", type=Path, help="write the figures here")
+    options.add_argument("--quick", action="store_true", help="smaller and fewer runs, for a try")
+    options.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    options.add_argument("--threads", type=int, help="torch threads on the CPU (default: torch's own choice)")
+    return options
+
+
+def use_threads(threads: int | None) -> None:
+    """Apply ``--threads``."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def write_json(path: Path | None, payload: Mapping[str, Any]) -> None:
+    """Keep the figures; without a path nothing is written."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,294 @@
+"""Images a second of the pretext stage: of its input pipeline alone, and of its steps, beside lightly's SimCLR.
+
+    pip install -e ".[bench]"
+    python benchmarks/pretext.py --json benchmarks/results/pretext.json
+    python benchmarks/pretext.py --device cuda --bf16 --channels-last --json benchmarks/results/pretext-cuda.json
+
+An image counts once, though two views are made of it. Images are synthetic, uint8, of the size of the views, and lie on
+the device. Measured, in turns:
+
+- the input pipeline: both views of a batch by the per-image path (always on the CPU) and by the batched path;
+- the step: two forward passes, loss, backward pass and optimizer (LARS), on views that are ready; ours and lightly's
+  (its projection head, NTXentLoss and LARS) with the same backbone, widths, batch and views;
+- the whole: drawing, views and step, each side with its own input pipeline; lightly's is SimCLRTransform on PIL images,
+  in this process, with the nearest values that it has (bilinear crop, the same blur chance for both views, no
+  solarisation).
+
+lightly comes with the extra `bench`; where it is missing a line says so and ours is measured alone.
+"""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # As a script: the repository's root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import measuring
+from recipes.bissl.augment import RandomView
+from recipes.bissl.models import BACKBONES, build_backbone
+from recipes.bissl.tasks.simclr import SimCLR
+
+Views = tuple[Tensor, Tensor]
+Figures = dict[str, Any]
+LEARNING_RATE, WEIGHT_DECAY = 0.1, 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, on what. `images` lie on the device, `batch` of them make a step, `pipeline_batch` a draw."""
+
+    backbone: str
+    size: int
+    batch: int
+    pipeline_batch: int
+    images: int
+    repeats: int
+    device: torch.device
+    bf16: bool = False
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, module: nn.Module) -> nn.Module:
+        return module.to(device=self.device, memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+
+
+class Source:
+    """Synthetic uint8 images on the device, and views of random batches of them."""
+
+    def __init__(self, setting: Setting, task: SimCLR) -> None:
+        self.setting, self.task = setting, task
+        self.generator = torch.Generator().manual_seed(0)
+        noise = torch.Generator(setting.device).manual_seed(0)
+        shape = (setting.images, 3, setting.size, setting.size)
+        self.images = torch.randint(256, shape, dtype=torch.uint8, device=setting.device, generator=noise)
+
+    def batch(self, count: int) -> Tensor:
+        rows = torch.randint(len(self.images), (count,), generator=self.generator)
+        if self.images.device.type == "cuda":
+            rows = rows.pin_memory().to(self.images.device, non_blocking=True)
+        return self.images.index_select(0, rows)
+
+    def views(self, images: Tensor, *, batched: bool = True) -> Views:
+        first, second = (RandomView(policy, batched) for policy in (self.task.view1, self.task.view2))
+        return first(images, self.generator), second(images, self.generator)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation of the step: its network, loss and optimizer."""
+
+    setting: Setting
+    modules: nn.Module
+    loss: Callable[[Views], Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def step(self, views: Views) -> Tensor:
+        device = self.setting.device.type
+        first, second = (view.contiguous(memory_format=self.setting.memory_format) for view in views)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16) if self.setting.bf16 else nullcontext():
+            loss = self.loss((first, second))
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def our_side(setting: Setting, task: SimCLR, backbone: nn.Module) -> Side:
+    modules = setting.place(nn.ModuleDict({"backbone": deepcopy(backbone), "heads": task.build(backbone)}))
+    network, heads = modules.get_submodule("backbone"), modules.get_submodule("heads")
+    assert isinstance(heads, nn.ModuleDict)
+    optimizer = task.optimizer(modules.parameters(), LEARNING_RATE, WEIGHT_DECAY)
+    return Side(setting, modules, lambda views: task.loss(network, dict(heads.items()), views), optimizer)
+
+
+def lightly_side(setting: Setting, task: SimCLR, backbone: nn.Module) -> Side:
+    """The same backbone under lightly's head, loss and optimizer. Raises ImportError without lightly."""
+    loss_module = importlib.import_module("lightly.loss")
+    heads = importlib.import_module("lightly.models.modules.heads")
+    lars = importlib.import_module("lightly.utils.lars")
+    *hidden, outputs = task.projector_widths
+    head = heads.SimCLRProjectionHead(
+        int(backbone.num_features),  # type: ignore[arg-type]
+        hidden[0],
+        outputs,
+        num_layers=len(task.projector_widths),
+    )
+    network = setting.place(nn.Sequential(deepcopy(backbone), head))
+    criterion = loss_module.NTXentLoss(temperature=task.temperature)
+    optimizer = lars.LARS(network.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    return Side(setting, network, lambda views: criterion(network(views[0]), network(views[1])), optimizer)
+
+
+def lightly_views(setting: Setting, task: SimCLR) -> Callable[[Tensor], Views]:
+    """lightly's transform of every image, as PIL images on the CPU, then both batches on the device."""
+    module = importlib.import_module("lightly.transforms.simclr_transform")
+    policy = task.view1
+    transform = module.SimCLRTransform(
+        input_size=setting.size,
+        cj_prob=policy.jitter_probability,
+        cj_strength=1.0,
+        cj_bright=policy.brightness,
+        cj_contrast=policy.contrast,
+        cj_sat=policy.saturation,
+        cj_hue=policy.hue,
+        min_scale=policy.crop_scale[0],
+        random_gray_scale=policy.grey_probability,
+        gaussian_blur=(task.view1.blur_probability + task.view2.blur_probability) / 2,
+        sigmas=policy.blur_sigma,
+    )
+
+    def views(images: Tensor) -> Views:
+        pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy())
+        first, second = zip(*(transform(picture) for picture in pictures), strict=True)
+        return torch.stack(first).to(setting.device), torch.stack(second).to(setting.device)
+
+    return views
+
+
+def speeds(timings: Mapping[str, measuring.Timing], images: int, base: str) -> Figures:
+    """Images a second of each, and how many times those of `base`."""
+    return {
+        name: {
+            "images_per_second": measuring.Timing(tuple(images / t for t in timing.samples)).record(),
+            "ratio": timings[base].over(timing).record(),
+        }
+        for name, timing in timings.items()
+    }
+
+
+def measure_pipeline(setting: Setting, source: Source) -> Figures:
+    """Both views of one batch by either path, the per-image one from the CPU."""
+    batch = source.batch(setting.pipeline_batch)
+    on_cpu = batch.cpu()
+    functions = {
+        "per image": lambda: source.views(on_cpu, batched=False),
+        "batched": lambda: source.views(batch),
+    }
+    timings = measuring.interleaved(functions, setting.repeats)
+    return speeds(timings, setting.pipeline_batch, "per image")
+
+
+def measure_steps(setting: Setting, source: Source) -> Figures:
+    """The step on ready views, the whole with each side's own views, peak memory and the last losses."""
+    torch.manual_seed(0)
+    backbone = build_backbone(setting.backbone)
+    sides = {"bilevel": our_side(setting, source.task, backbone)}
+    transforms: dict[str, Callable[[Tensor], Views]] = {"bilevel": source.views}
+    missing = None
+    try:
+        sides["lightly"] = lightly_side(setting, source.task, backbone)
+        transforms["lightly"] = lightly_views(setting, source.task)
+    except ImportError as error:
+        missing = str(error)
+    ready = source.views(source.batch(setting.batch))
+    functions = {name: lambda side=side: side.step(ready) for name, side in sides.items()}
+    warm_up = 3 if setting.device.type == "cuda" else 1
+    steps = measuring.interleaved(functions, setting.repeats, warm_up=warm_up)
+    wholes = measuring.interleaved(
+        {
+            name: lambda side=side, name=name: side.step(transforms[name](source.batch(setting.batch)))
+            for name, side in sides.items()
+            if name in transforms  # lightly's transforms need more packages than its loss
+        },
+        setting.repeats,
+    )
+    return {
+        "missing": missing,
+        "step": speeds(steps, setting.batch, "lightly" if "lightly" in sides else "bilevel"),
+        "whole": speeds(wholes, setting.batch, "lightly" if "lightly" in wholes else "bilevel"),
+        "peak_memory_mib": {
+            name: measuring.peak_memory(function, setting.device) / 2**20 for name, function in functions.items()
+        },
+        "loss": {name: _finite(name, side.step(ready)) for name, side in sides.items()},
+    }
+
+
+def _finite(name: str, loss: Tensor) -> float:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss of {name} is {value}: its times mean nothing")
+    return value
+
+
+def setting_of(options: Any) -> Setting:
+    """The defaults of the device (or of --quick), replaced by what was asked for."""
+    if options.quick:
+        defaults = ("resnet-tiny", 32, 16, 32, 64, 2)
+    elif options.device.type == "cuda":
+        defaults = ("resnet18", 96, 1024, 1024, 100_000, 20)
+    else:
+        defaults = ("resnet18", 96, 64, 256, 512, 7)
+    names = ("backbone", "size", "batch", "pipeline_batch", "images", "repeats")
+    given = {name: getattr(options, name) for name in names}
+    values: dict[str, Any] = {
+        name: default if given[name] is None else given[name] for name, default in zip(names, defaults, strict=True)
+    }
+    return Setting(**values, device=options.device, bf16=options.bf16, channels_last=options.channels_last)
+
+
+def rows(figures: Figures) -> Iterable[tuple[str, str, str, str, str]]:
+    for part in ("pipeline", "step", "whole"):
+        for name, row in figures[part].items():
+            speed, memory = row["images_per_second"], ""
+            if part == "step":
+                memory = f"{figures['peak_memory_mib'][name]:.0f}"
+            quartiles = f"{speed['q1']:.0f} to {speed['q3']:.0f}"
+            yield f"{part}: {name}", f"{speed['median']:.0f}", quartiles, f"{row['ratio']['median']:.2f}", memory
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = measuring.parser(__doc__)
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), help="default: resnet18")
+    parser.add_argument("--size", type=int, help="side of images and views in px (default: 96)")
+    parser.add_argument("--batch", type=int, help="images a step (default: 64 on the CPU, 1024 on a GPU)")
+    parser.add_argument("--pipeline-batch", type=int, help="images a draw of the input pipeline (default: 256, 1024)")
+    parser.add_argument("--images", type=int, help="images on the device (default: 512, 100000)")
+    parser.add_argument("--repeats", type=int, help="repeats of each measurement (default: 7, 20)")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 in the forward passes, both sides")
+    parser.add_argument("--channels-last", action="store_true", help="channels-last memory, both sides")
+    options = parser.parse_args(arguments)
+    measuring.use_threads(options.threads)
+    setting = setting_of(options)
+    task = SimCLR.model_validate({"image_size": setting.size})
+    source = Source(setting, task)
+    figures = {
+        "quick": options.quick,
+        "environment": measuring.environment(setting.device),
+        "setting": {
+            "backbone": setting.backbone,
+            "size": setting.size,
+            "batch": setting.batch,
+            "pipeline_batch": setting.pipeline_batch,
+            "images": setting.images,
+            "repeats": setting.repeats,
+            "bf16": setting.bf16,
+            "channels_last": setting.channels_last,
+        },
+        "pipeline": measure_pipeline(setting, source),
+        **measure_steps(setting, source),
+    }
+    measuring.write_json(options.json, figures)
+    title = f"{setting.backbone}, {setting.size} px, batch {setting.batch}, {setting.device}"
+    measuring.show(title, ("what", "images/s", "quartiles", "ratio", "peak MiB"), list(rows(figures)))
+    if figures["missing"]:
+        print(f"lightly is left out where it is needed: {figures['missing']}; it comes with the extra bench")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What tensors looked like, to tell later whether anything has changed since."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.tree import Params
+
+_SAMPLES = 4096
+
+
+class StaleSystemError(RuntimeError):
+    """A `System` was used after something that it was built from changed."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most."""
+
+    name: str
+    identity: int
+    version: int
+    checksum: str
+
+
+def take_marks(named: Iterable[tuple[str, Tensor]]) -> tuple[Mark, ...]:
+    """A mark of each tensor; the checksums are read back once a device."""
+    named = list(named)
+    sums = _checksums([tensor for _, tensor in named])
+    versions = [-1 if tensor.is_inference() else tensor._version for _, tensor in named]
+    rows = zip(named, versions, sums, strict=True)
+    return tuple(Mark(name, id(tensor), version, checksum) for (name, tensor), version, checksum in rows)
+
+
+def check_marks(before: Sequence[Mark], now: Sequence[Mark]) -> None:
+    """Raise StaleSystemError, naming the tensor, where two rows of marks differ."""
+    if [mark.name for mark in before] != [mark.name for mark in now]:
+        raise StaleSystemError("lower_batches: tensors were added or taken away after linearize; call linearize again")
+    for old, new in zip(before, now, strict=True):
+        if old.identity != new.identity:
+            raise StaleSystemError(f"{new.name} is another tensor than at linearize; call linearize again")
+        if old != new:
+            raise StaleSystemError(
+                f"{new.name} changed after linearize (version {old.version} -> {new.version}, checksum "
+                f"{old.checksum} -> {new.checksum}); call linearize again"
+            )
+
+
+def check_given(argument: str, given: Params, own: Params, *, others_of_same_shape: bool = False) -> None:
+    """Raise StaleSystemError unless `given` are the tensors of `own`, or others of the same names and shapes."""
+    if others_of_same_shape:
+        same = {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in own.items()}
+    else:
+        same = given.keys() == own.keys() and all(given[n] is own[n] for n in own)
+    if not same:
+        raise StaleSystemError(
+            f"{argument}: not the tensors that the system was built from; call linearize again for these"
+        )
+
+
+def _checksums(tensors: Sequence[Tensor]) -> list[str]:
+    """Sums over samples, read back once a device; as text, so that a NaN equals itself."""
+    sums: dict[int, str] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        values = torch.stack([_sample_sum(tensors[index]) for index in here]).tolist()
+        sums.update(zip(here, map(float.hex, values), strict=True))
+    return [sums[index] for index in range(len(tensors))]
+
+
+def _sample_sum(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    # In the order of memory, so that flattening a channels-last batch copies nothing.
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    flat = tensor.permute(order).reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float64).sum()

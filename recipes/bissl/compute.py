@@ -1,0 +1,123 @@
+"""How a run computes: precision, memory layout, compilation, and where its data lie."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.tree import tensors_in
+from recipes.bissl.config import ConfigError
+from recipes.bissl.config_sections import ComputeConfig
+from recipes.bissl.imagesets import ImageSet
+
+Loss = Callable[..., Tensor]
+"""A loss as a function of whatever a stage gives it, 0-d."""
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What the section `compute` means for modules, batches and losses on a device."""
+
+    fields: ComputeConfig
+    device: torch.device
+
+    def set_up(self) -> None:
+        """Set the precision of float32 arithmetic for the whole process; only CUDA has a choice."""
+        if self.device.type == "cuda":
+            precision = "tf32" if self.fields.tf32 else "ieee"
+            torch.backends.cuda.matmul.fp32_precision = precision
+            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """The same module, its tensors on the device and its 4-d ones in the memory layout of batches."""
+        if self.fields.channels_last:
+            return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.to(self.device)
+
+    def move(self, batch: Any) -> Any:
+        """The same nested structure with its tensors on the device, 4-d ones in the memory layout of modules."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            images = self.fields.channels_last and tensor.dim() == 4
+            layout = torch.channels_last if images else torch.preserve_format
+            return tensor.to(self.device, non_blocking=True, memory_format=layout)
+
+        return _mapped(moved, batch)
+
+    def first_order(self, loss: Loss) -> Loss:
+        """`loss` as first-order steps evaluate it: compiled and under autocast where the fields say so, else itself.
+
+        Only for losses that are differentiated once. At most one stage's result is in use at a time: making the next
+        one forgets what was compiled before.
+
+        Raises:
+            ConfigError: when the result is called and cannot be compiled.
+        """
+        evaluate = _compiled(loss) if self.fields.compile else loss
+        if self.fields.precision == "float32":
+            return evaluate
+
+        def under_autocast(*args: Any) -> Tensor:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return evaluate(*args)
+
+        return under_autocast
+
+    def settle(self, images: ImageSet) -> ImageSet:
+        """The images where batches are drawn from them: on the device or where they are.
+
+        Raises:
+            ConfigError: the device has not as much memory left.
+        """
+        if self.fields.data_device == "cpu" or self.device.type == "cpu":
+            return images
+        if self.device.type == "cuda":
+            free, needed = torch.cuda.mem_get_info(self.device)[0], images.images.nbytes
+            if needed >= free:
+                raise ConfigError(
+                    f"compute.data_device: {images.name} takes {needed // MIB} MiB, but {self.device} has "
+                    f"{free // MIB} MiB left; set it to cpu, or use fewer images"
+                )
+        return images.to(self.device)
+
+
+def chunks(batch: Any, size: int) -> list[Any]:
+    """A batch as parts of `size` samples, in order; the last one holds the rest."""
+    count = max(len(tensor) for tensor in tensors_in(batch))
+    return [_mapped(lambda tensor, i=start: tensor[i : i + size], batch) for start in range(0, count, size)]
+
+
+def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The same nested structure with `function` of its tensors."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_mapped(function, item) for item in batch)
+    return batch
+
+
+def _compiled(loss: Loss) -> Loss:
+    # Every stage and seed compiles the same code for other modules, and torch allows few versions of one code.
+    torch.compiler.reset()
+    # A run has few shapes: whole batches and an epoch's last one.
+    compiled = torch.compile(loss, dynamic=False)
+
+    def evaluate(*args: Any) -> Tensor:
+        try:
+            return compiled(*args)
+        except RuntimeError as error:
+            # An error of the loss itself comes out here, as it would without compilation.
+            loss(*args)
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"compute.compile: torch.compile failed ({cause}); it needs a C++ compiler on a CPU and Triton on a "
+                "GPU. Set it to false"
+            ) from error
+
+    return evaluate
