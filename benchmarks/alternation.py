@@ -17,15 +17,21 @@ clock starts, on both sides.
 """
 
 import copy
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, final
 
+if not __package__:
+    # As a script: the repository's root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
-from alternation_setup import GAMMA, HESSIAN_BATCHES, LAMBDA, LOWER_STEPS, UPPER_STEPS, C, Setup, make_setup
-from measuring import environment, interleaved, parser, peak_memory, show, use_threads, write_json
 from torch import Tensor
 
+from benchmarks.alternation_setup import GAMMA, LAMBDA, QUICK, C, Setup, Sizes, make_setup
+from benchmarks.measuring import environment, interleaved, parser, peak_memory, show, use_threads, write_json
 from bilevel import (
     CG,
     AlternatingSchedule,
@@ -76,19 +82,20 @@ class Recorder(Solver):
 
 @dataclass(frozen=True)
 class Setting:
-    """How the upper level is computed."""
+    """How the upper level is computed; None takes the setup's size."""
 
     solver: Solver
     hvp: HVPProvider
     aggregate: bool = False
-    hessian_batches: int = HESSIAN_BATCHES
+    hessian_batches: int | None = None
     gamma: float = GAMMA
     momentum: float = 0.9
     max_grad_norm: float | None = 10.0
-    lower_steps: int = LOWER_STEPS
+    lower_steps: int | None = None
+    upper_steps: int | None = None
 
 
-REFERENCE = CG(80, 1e-7, recycle=80)
+REFERENCE = CG(80, 1e-6, recycle=80)
 KEPT = ReverseOverReverse(keep_graph=True)
 SETTINGS = {
     "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse()),
@@ -114,6 +121,7 @@ def prepare(setup: Setup, setting: Setting) -> Alternation:
     """A fresh trainer at the pinned weights."""
     problem = copy.deepcopy(setup.problem)
     problem.gamma = setting.gamma
+    sizes = setup.sizes
     upper, lower = problem.variables()
     recorder = Recorder(setting.solver)
     trainer = Trainer(
@@ -124,12 +132,14 @@ def prepare(setup: Setup, setting: Setting) -> Alternation:
         upper_optimizer=torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=setting.momentum),
         lower_data=setup.lower_batches,
         upper_data=setup.upper_batches,
-        schedule=AlternatingSchedule(1, setting.lower_steps, UPPER_STEPS),
+        schedule=AlternatingSchedule(
+            1, setting.lower_steps or sizes.lower_steps, setting.upper_steps or sizes.upper_steps
+        ),
         solver=recorder,
         hvp=setting.hvp,
         damping=C - problem.regularization_weight,
         aggregate=setting.aggregate,
-        hessian_batches=setting.hessian_batches,
+        hessian_batches=setting.hessian_batches or sizes.hessian_batches,
         max_grad_norm=setting.max_grad_norm,
     )
     return Alternation(trainer, recorder)
@@ -140,7 +150,7 @@ def plain_training(setup: Setup) -> None:
     problem = copy.deepcopy(setup.problem)
     upper, lower = problem.variables()
     pretext = LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0)
-    for batch in setup.lower_batches:
+    for batch in setup.lower_batches[: setup.sizes.lower_steps]:
         pretext.zero_grad()
         problem.pretext.loss(problem.lower_backbone, dict(problem.heads.items()), batch).backward()
         pretext.step()
@@ -161,18 +171,24 @@ def double(tree: Any) -> Any:
     return type(tree)(double(item) for item in tree)
 
 
-def exact_solutions(alternation: Alternation, batches: list[Any], rights: list[Params]) -> list[Params]:
-    """A^-1 b at the alternation's end point, in float64, to a residual of 1e-7."""
-    problem = copy.deepcopy(alternation.trainer.problem)
-    for module in (problem.lower_backbone, problem.upper_backbone, problem.heads, problem.head):  # type: ignore[attr-defined]
-        module.double()
-    upper, lower = problem.variables()  # type: ignore[attr-defined]
-    system = linearize(
-        problem, upper, lower, double(batches), solver=CG(80, 1e-7, recycle=80), hvp=KEPT, damping=C - LAMBDA
-    )
-    return [system.solve(double(b)).value for b in rights]
+class Reference:
+    """A^-1 b at an alternation's end point, in float64, to a residual of 1e-6; what was solved helps what comes."""
+
+    def __init__(self, alternation: Alternation, batches: list[Any]) -> None:
+        problem = copy.deepcopy(alternation.trainer.problem)
+        for module in (problem.lower_backbone, problem.upper_backbone, problem.heads, problem.head):  # type: ignore[attr-defined]
+            module.double()
+        upper, lower = problem.variables()  # type: ignore[attr-defined]
+        self.system = linearize(problem, upper, lower, double(batches), solver=REFERENCE, hvp=KEPT, damping=C - LAMBDA)
+
+    def solve(self, b: Params) -> Params:
+        solution = self.system.solve(double(b))
+        if not solution.status.ok:
+            raise RuntimeError(f"the reference solve failed: {solution.status.value}")
+        return solution.value
 
 
+@torch.no_grad()
 def distance(x: Params, reference: Params) -> float:
     """||x - reference|| / ||reference||, in float64."""
     return float(norm(sub(double(x), double(reference))) / norm(double(reference)))
@@ -185,32 +201,32 @@ def total(parts: list[Params]) -> Params:
     return result
 
 
-def measure_error(setup: Setup, alternation: Alternation) -> dict[str, Any]:
+def measure_error(reference: Reference, alternation: Alternation) -> dict[str, Any]:
     """The record of one setting but for its time."""
     solved = alternation.recorder.solved
-    exact = exact_solutions(alternation, setup.lower_batches[:HESSIAN_BATCHES], [b for b, _ in solved])
+    exact = [reference.solve(b) for b, _ in solved]
     errors = sorted(distance(s.value, x) for (_, s), x in zip(solved, exact, strict=True))
-    batches = alternation.trainer.hessian_batches
+    products = sum(s.num_hvps for _, s in solved)
     return {
         "error": distance(total([s.value for _, s in solved]), total(exact)),
         "solve_error": errors[len(errors) // 2] if len(errors) > 1 else None,
-        "products": sum(s.num_hvps for _, s in solved),
-        "hvps": sum(s.num_hvps for _, s in solved) * batches,
+        "products": products,
+        "hvps": products * alternation.trainer.hessian_batches,
         "noise": next((s.noise for _, s in solved if s.noise is not None), None),
         "cosine": min(s.cosine for _, s in solved),
         "departure": max(s.departure for _, s in solved),
     }
 
 
-def noise_floor(setup: Setup, alternation: Alternation) -> float:
+def noise_floor(setup: Setup, reference: Reference, alternation: Alternation) -> float:
     """Distance of the summed update between two disjoint sets of K batches."""
-    right = [total([b for b, _ in alternation.recorder.solved])]
-    sets = (setup.lower_batches[:HESSIAN_BATCHES], setup.lower_batches[HESSIAN_BATCHES : 2 * HESSIAN_BATCHES])
-    one, other = (exact_solutions(alternation, list(batches), right)[0] for batches in sets)
-    return distance(one, other)
+    count = setup.sizes.hessian_batches
+    other = Reference(alternation, setup.lower_batches[count : 2 * count])
+    right = total([b for b, _ in alternation.recorder.solved])
+    return distance(other.solve(right), reference.solve(right))
 
 
-def aggregation_bias(setup: Setup) -> list[dict[str, Any]]:
+def aggregation_bias(setup: Setup, *, quick: bool) -> list[dict[str, Any]]:
     """How far aggregation alone moves the upper weights' change over one alternation."""
     rows = []
     start, _ = setup.problem.variables()
@@ -235,11 +251,12 @@ def aggregation_bias(setup: Setup) -> list[dict[str, Any]]:
     return rows
 
 
+@torch.no_grad()
 def _lengths(separate: Params, aggregated: Params) -> float:
     return float(norm(aggregated) / norm(separate))
 
 
-def measure(setup: Setup, repeats: int, names: list[str]) -> dict[str, Any]:
+def measure(setup: Setup, repeats: int, names: list[str], *, quick: bool) -> dict[str, Any]:
     """All figures."""
     made: dict[str, Alternation] = {}
 
@@ -251,25 +268,30 @@ def measure(setup: Setup, repeats: int, names: list[str]) -> dict[str, Any]:
         return run
 
     cheap = [name for name in names if name != "paper"]
-    times = interleaved({"plain": lambda: plain_training(setup), **{n: alternate(n) for n in cheap}}, repeats)
+    functions = {"plain": lambda: plain_training(setup), **{n: alternate(n) for n in cheap}}
+    times = interleaved(functions, repeats, warm_up=min(1, repeats - 1))
     if "paper" in names:
         # It takes as long as all others together: a plain run before and after, and fewer repeats.
         few = interleaved(
             {"plain": lambda: plain_training(setup), "paper": alternate("paper")}, max(1, repeats // 3), warm_up=0
         )
         times["paper"] = few["paper"].over(few["plain"])
+    # The lower steps are the same in all settings, and so are the weights and the batches of the system.
+    reference = Reference(made[names[0]], setup.lower_batches[: setup.sizes.hessian_batches])
     overhead = {}
     for name in names:
         ratio = times[name] if name == "paper" else times[name].over(times["plain"])
-        memory = peak_memory(prepare(setup, SETTINGS[name]).run, setup.device)
+        # The peak of an upper step does not depend on how many there are.
+        short = replace(SETTINGS[name], lower_steps=1, upper_steps=2)
+        memory = peak_memory(prepare(setup, short).run, setup.device)
         overhead[name] = {"ratio": ratio.median, "quartiles": [ratio.q1, ratio.q3], "repeats": len(ratio.samples)}
-        overhead[name] |= measure_error(setup, made[name]) | {"peak_memory_mib": memory / 2**20}
+        overhead[name] |= measure_error(reference, made[name]) | {"peak_memory_mib": memory / 2**20}
     plain_memory = peak_memory(lambda: plain_training(setup), setup.device) / 2**20
     return {
         "overhead": overhead,
-        "noise_floor": noise_floor(setup, made[names[0]]),
+        "noise_floor": noise_floor(setup, reference, made[names[0]]),
         "plain": {"seconds": times["plain"].record(), "peak_memory_mib": plain_memory},
-        "aggregation": aggregation_bias(setup),
+        "aggregation": aggregation_bias(setup, quick=quick),
     }
 
 
@@ -302,8 +324,9 @@ def main() -> None:
     options.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="which to run")
     arguments = options.parse_args()
     use_threads(arguments.threads)
-    setup = make_setup(arguments.images, arguments.device, quick=arguments.quick)
-    figures = measure(setup, 1 if arguments.quick else arguments.repeats, arguments.settings)
+    setup = make_setup(arguments.images, arguments.device, QUICK if arguments.quick else Sizes())
+    repeats = 1 if arguments.quick else arguments.repeats
+    figures = measure(setup, repeats, arguments.settings, quick=arguments.quick)
     report(figures)
     write_json(arguments.json, {"environment": environment(arguments.device), "setup": setup.describe(), **figures})
 

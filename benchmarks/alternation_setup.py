@@ -1,6 +1,6 @@
 """The pinned BiSSL point that alternation.py measures at."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,14 +12,27 @@ from recipes.bissl.config_sections import ComputeConfig
 from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.imagesets import ImageSet
 from recipes.bissl.models import build_backbone
-from recipes.bissl.optim import LARS
 from recipes.bissl.problem import BiSSLProblem
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
 
-SIDE, LOWER_BATCH, UPPER_BATCH = 32, 96, 48
-LOWER_STEPS, UPPER_STEPS, HESSIAN_BATCHES = 20, 8, 5
+SIDE = 32
 C, GAMMA, LAMBDA = 10.001, 0.01, 0.001
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long the warm-up is, and what one alternation takes."""
+
+    warm_up: int = 150
+    lower_batch: int = 96
+    upper_batch: int = 48
+    lower_steps: int = 20
+    upper_steps: int = 8
+    hessian_batches: int = 5
+
+
+QUICK = Sizes(warm_up=60, lower_batch=48, upper_batch=24, lower_steps=4, upper_steps=3, hessian_batches=2)
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class Setup:
 
     Attributes:
         source: of the images.
-        warm_up: SimCLR steps from random weights to the pinned point.
+        sizes: of the warm-up to the pinned point and of the alternation.
     """
 
     problem: BiSSLProblem
@@ -36,21 +49,15 @@ class Setup:
     upper_batches: list[Any]
     device: torch.device
     source: str
-    warm_up: int
+    sizes: Sizes
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "images": self.source.partition(":")[0],
-            "warm_up_steps": self.warm_up,
-            "parameters": sum(p.numel() for p in self.problem.lower_backbone.parameters()),
-            "lower_batch": len(self.lower_batches[0][0]),
-            "upper_batch": len(self.upper_batches[0][0]),
-            "side": SIDE,
-        }
+        parameters = sum(p.numel() for p in self.problem.lower_backbone.parameters())
+        return {"images": self.source.partition(":")[0], "parameters": parameters, "side": SIDE, **asdict(self.sizes)}
 
 
-def make_setup(source: str, device: torch.device, *, quick: bool) -> Setup:
-    """Train to the pinned point; `quick` takes a twentieth of the steps and an eighth of the batches."""
+def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
+    """Train to the pinned point, and draw the batches of one alternation."""
     torch.manual_seed(0)
     pretext_images, labelled = _images(source)
     assert labelled.labels is not None
@@ -61,27 +68,33 @@ def make_setup(source: str, device: torch.device, *, quick: bool) -> Setup:
     for module in (lower, upper, heads, head):
         module.to(device).train()
     move = Computing(ComputeConfig(), device).move
-    share, warm_up = (8, 8) if quick else (1, 150)
     generator = torch.Generator().manual_seed(1)
     views = pretext.transform()
 
     def batch() -> Any:
-        rows = torch.randint(len(pretext_images), (LOWER_BATCH // share,), generator=generator)
+        rows = torch.randint(len(pretext_images), (sizes.lower_batch,), generator=generator)
         return move(views(pretext_images.images[rows], generator))
 
-    optimizer = LARS([*lower.parameters(), *heads.parameters()], lr=0.5, weight_decay=1e-6)
-    for _ in range(warm_up):
+    optimizer = torch.optim.SGD([*lower.parameters(), *heads.parameters()], lr=0.05, momentum=0.9)
+    for _ in range(sizes.warm_up):
         optimizer.zero_grad()
         pretext.loss(lower, dict(heads.items()), batch()).backward()
         optimizer.step()
     upper.load_state_dict(lower.state_dict())
     transform = downstream.transform(train=True)
     upper_batches = []
-    for _ in range(UPPER_STEPS):
-        rows = torch.randint(len(labelled), (UPPER_BATCH // min(share, 4),), generator=generator)
+    for _ in range(sizes.upper_steps):
+        rows = torch.randint(len(labelled), (sizes.upper_batch,), generator=generator)
         upper_batches.append(move(transform(labelled.images[rows], labelled.labels[rows], generator)))
     problem = BiSSLProblem(pretext, downstream, lower, upper, heads, head, regularization_weight=LAMBDA, gamma=GAMMA)
-    return Setup(problem, [batch() for _ in range(LOWER_STEPS)], upper_batches, device, source, warm_up)
+    return Setup(
+        problem,
+        [batch() for _ in range(max(sizes.lower_steps, 2 * sizes.hessian_batches))],
+        upper_batches,
+        device,
+        source,
+        sizes,
+    )
 
 
 def _images(source: str) -> tuple[ImageSet, ImageSet]:

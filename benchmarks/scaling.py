@@ -51,16 +51,16 @@ class Size:
     batch_size: int = 32
     hessian_batches: int = 2
     upper_steps: int = 1
-    iterations: int = 3
-    pixels: int = 12
+    iterations: int = 2
+    pixels: int = 16
 
 
 def grids(*, quick: bool) -> dict[str, Sequence[int]]:
     if quick:
         return {"width": (1, 2, 4), "batch_size": (2, 4, 8), "hessian_batches": (1, 2, 3), "upper_steps": (1, 2, 3)}
     return {
-        "width": (4, 8, 16, 32),
-        "batch_size": (16, 32, 64, 128),
+        "width": (8, 16, 32, 64),
+        "batch_size": (32, 64, 128, 256),
         "hessian_batches": (1, 2, 4, 8),
         "upper_steps": (1, 2, 4, 8),
     }
@@ -108,7 +108,9 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     """Exponent b of ``y = a x^b`` by least squares of the logarithms, with its 95% interval."""
     # Its stub does not name the fields of what comes back.
     found: Any = stats.linregress([math.log(value) for value in x], [math.log(value) for value in y])
-    half = float(stats.t.ppf(0.975, len(x) - 2)) * float(found.stderr)
+    # A straight line without any deviation, as of a memory that does not grow, has an error of 0 / 0.
+    error = 0.0 if math.isnan(found.stderr) else float(found.stderr)
+    half = float(stats.t.ppf(0.975, len(x) - 2)) * error
     return {"exponent": float(found.slope), "low": float(found.slope) - half, "high": float(found.slope) + half}
 
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from benchmarks.measuring import Timing, interleaved
 from bilevel import GaussNewton, Params, Problem, functional_call, linearize, proximal
 from bilevel.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
+from bilevel.operators import FunctionOperator, LinearOperator
 from bilevel.solvers import CG, MINRES, Diagonal, Escalating, Identity, Neumann, Nystrom, Solver
 
-WEIGHTS = (10.0, 1.0, 0.1)
+WEIGHTS = (10.0, 3.0, 1.0)
 RIGHT_HAND_SIDES = 8
 
-# The same products as with graphs that are built anew, in half the time.
 REVERSE = ReverseOverReverse(keep_graph=True)
 SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
     "Identity()": (Identity(), REVERSE),
@@ -37,7 +37,7 @@ SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
     "CG(20, None, layerwise=True)": (CG(20, None, layerwise=True), REVERSE),
     "MINRES(5, None)": (MINRES(5, None), REVERSE),
     "MINRES(20, None)": (MINRES(20, None), REVERSE),
-    "MINRES(200, 1e-2)": (MINRES(200, 1e-2), REVERSE),
+    "MINRES(100, 1e-2)": (MINRES(100, 1e-2), REVERSE),
     "Neumann(5)": (Neumann(5), REVERSE),
     "Neumann(20)": (Neumann(20), REVERSE),
     "Neumann(5, scale=1.0)": (Neumann(5, scale=1.0), REVERSE),
@@ -202,10 +202,9 @@ def measure_solvers(setting: Setting, spectra: Spectra, weights: Sequence[float]
         spectrum = torch.linalg.eigvalsh(identity + first / c)
         systems.append({"c": c, "smallest": float(spectrum[0]), "largest": float(spectrum[-1]), "noise": noise})
         for name, (solver, hvp) in SOLVERS.items():
-            system = linearize(
-                setting.problem(c), setting.lower, setting.lower, setting.batches, solver=solver, hvp=hvp
-            )
-            solutions = [system.solve(b) for b in rights]
+            operator = _operator(setting, identity + first / c, c, hvp)
+            state = solver.prepare(operator)
+            solutions = [solver.solve(operator, b, state=state) for b in rights]
             errors = [relative(joined(s.value), x) for s, x in zip(solutions, exact, strict=True)]
             statuses = {s.status.name for s in solutions}
             rows.append(
@@ -220,6 +219,13 @@ def measure_solvers(setting: Setting, spectra: Spectra, weights: Sequence[float]
                 }
             )
     return {"variables": len(first), "systems": systems, "solvers": rows}
+
+
+def _operator(setting: Setting, matrix: Tensor, c: float, hvp: HVPProvider) -> LinearOperator:
+    """A by its dense matrix, which gives the exact providers' products in a fraction of their time."""
+    if hvp == REVERSE:
+        return FunctionOperator(lambda x: split(matrix @ joined(x), x))
+    return linearize(setting.problem(c), setting.lower, setting.lower, setting.batches, hvp=hvp).operator
 
 
 def measure_providers(settings: dict[str, Setting], repeats: int) -> list[dict[str, Any]]:
@@ -264,7 +270,7 @@ def gradient(problem: Problem, lower: Params, batch: Tensor) -> Params:
 
 def settings(*, quick: bool) -> dict[str, Setting]:
     """One network for each activation."""
-    size = {"batch_size": 8, "batches": 2, "steps": 5} if quick else {"batch_size": 48, "batches": 4, "steps": 300}
+    size = {"batch_size": 8, "batches": 2, "steps": 5} if quick else {"batch_size": 32, "batches": 4, "steps": 300}
     width = 1 if quick else 4
     return {
         "ReLU": Setting(width=width, activation=nn.ReLU, **size),

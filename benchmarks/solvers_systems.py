@@ -22,16 +22,17 @@ from bilevel.solvers import (
 )
 
 RTOL = 1e-8
+ITERATIONS = 130
 
 SOLVERS: dict[str, Solver] = {
-    "CG": CG(200, RTOL),
-    "CG, diagonal preconditioner": CG(200, RTOL, preconditioner=Diagonal()),
-    "CG, Nystrom preconditioner": CG(200, RTOL, preconditioner=NystromPreconditioner(10)),
-    "MINRES": MINRES(200, RTOL),
-    "Escalating(CG)": Escalating(CG(200, RTOL)),
-    "layer-wise CG": CG(200, RTOL, layerwise=True),
-    "Neumann": Neumann(200, RTOL),
-    "Nystrom": Nystrom(10, max_refinements=200, rtol=RTOL),
+    "CG": CG(ITERATIONS, RTOL),
+    "CG, diagonal preconditioner": CG(ITERATIONS, RTOL, preconditioner=Diagonal()),
+    "CG, Nystrom preconditioner": CG(ITERATIONS, RTOL, preconditioner=NystromPreconditioner(10)),
+    "MINRES": MINRES(ITERATIONS, RTOL),
+    "Escalating(CG)": Escalating(CG(ITERATIONS, RTOL)),
+    "layer-wise CG": CG(ITERATIONS, RTOL, layerwise=True),
+    "Neumann": Neumann(ITERATIONS, RTOL),
+    "Nystrom": Nystrom(10, max_refinements=ITERATIONS, rtol=RTOL),
     "Dense": Dense(),
     "Identity": Identity(),
 }

@@ -102,8 +102,8 @@ def _plain(value: float) -> str:
 
 CURVES_HEADER = (
     "solver",
-    *(f"first, to {tolerance:.0e}: {what}" for tolerance in TOLERANCES for what in ("products", "gradients")),
-    *(f"later, to {TOLERANCES[1]:.0e}: {what}" for what in ("products", "gradients")),
+    *(f"first, to {number(tolerance)}: {what}" for tolerance in TOLERANCES for what in ("products", "gradients")),
+    *(f"later, to {number(TOLERANCES[1])}: {what}" for what in ("products", "gradients")),
     "smallest error",
 )
 
@@ -118,8 +118,9 @@ def curves(rows: Sequence[Figures], system: str) -> list[list[str]]:
             found = to_tolerance(row, tolerance)
             cells += ["–", "–"] if found is None else [spread(found["products"]), spread(found["gradients"])]
         smallest = min(point["error"]["median"] for point in first["points"])
-        status = next((p["status"] for p in reversed(first["points"]) if p["status"] not in SUCCESSES), None)
-        body.append([solver, *cells, number(smallest) + (f", {words(status)}" if status else "")])
+        status = first["points"][-1]["status"]
+        remark = "" if status in SUCCESSES else f", {words(status)}"
+        body.append([solver, *cells, number(smallest) + remark])
     return body
 
 

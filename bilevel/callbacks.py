@@ -54,7 +54,7 @@ class Callback:
 
 
 class JSONLWriter(Callback):
-    """Appends one JSON object per event to a file; numbers that are not finite become null.
+    """Appends one JSON object per event to a file; numbers that are not finite become null, in lists too.
 
     The checkpoint holds the file's length, and resuming cuts the file back to it, so that no event is there twice.
 
@@ -147,8 +147,9 @@ class Diagnostics(Callback):
     residual; iterations and operator products, summed; the smallest curvature and the extreme Ritz values met; the mean
     of ``||x - v|| / ||v||`` and of cos(x, v), near 0 and 1 where solving changed little; and, of the last step, the
     stationarity of the lower level and its multiple of the noise of the mini-batches
-    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. The summary counts the run's solves
-    by status, and says what each status means and asks to do.
+    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. Where `Escalating` shifted systems,
+    the status ends with the largest shift and the largest residual without it. The summary counts the run's solves by
+    status, and says what each status means and asks to do.
 
     Args:
         console: where to print; share it with a `ProgressBar`, and place this callback after the bar.
@@ -208,7 +209,10 @@ def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, s
         return sum(met(name)) / len(met(name)) if met(name) else None
 
     ritz = f"{_short(min(met('ritz_min')))} .. {_short(max(met('ritz_max')))}" if met("ritz_min") else "-"
-    statuses = Counter(record["status"] for record in solves)
+    statuses = [f"{count} {status}" for status, count in Counter(record["status"] for record in solves).items()]
+    if any(met("shift")):
+        without = _short(max(met("unshifted_residual"), default=None))
+        statuses.append(f"shift {_short(max(met('shift')))} (residual without it {without})")
     return {
         "alternation": str(alternation),
         "residual": _short(max(met("residual"), default=None)),
@@ -220,7 +224,7 @@ def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, s
         "cos(x, v)": _short(mean("cosine")),
         "stationarity": _short(solves[-1]["stationarity"]),
         "x noise": _short(solves[-1]["stationarity_over_noise"]),
-        "status": ", ".join(f"{count} {status}" for status, count in statuses.items()),
+        "status": ", ".join(statuses),
     }
 
 
@@ -241,4 +245,6 @@ def _short(value: float | None) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

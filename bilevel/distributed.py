@@ -29,10 +29,23 @@ def agree(flag: bool) -> bool:
     """Whether the flag is set on any rank, so that a decision to stop is taken by all or by none."""
     if world_size() == 1:
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    vote = torch.tensor(float(flag), device=device)
+    vote = torch.tensor(float(flag), device=_device())
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def from_first_rank(number: int) -> int:
+    """Rank 0's number on every rank, so that a choice made from timings is the same one everywhere."""
+    if world_size() == 1:
+        return number
+    sent = torch.tensor(number, device=_device())
+    dist.broadcast(sent, src=0)
+    return int(sent.item())
+
+
+def _device() -> torch.device:
+    """Where the backend takes its tensors from."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 class _Gather(torch.autograd.Function):

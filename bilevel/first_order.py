@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.hvp import FiniteDifference, HVPProvider
+from bilevel.automatic import HVP
+from bilevel.hvp import FiniteDifference
 from bilevel.hypergradient import Hypergradient, OnFailure, check_on_failure, through_system
 from bilevel.problem import Problem
 from bilevel.solvers import ApproximateInverse, Identity
@@ -27,7 +28,7 @@ def darts_hypergradient(
     upper_batch: Any,
     lower_batches: Sequence[Any],
     step_size: float,
-    hvp: HVPProvider | None = None,
+    hvp: HVP | None = None,
     implicit: Implicit | None = None,
     on_failure: OnFailure = "warn",
 ) -> Hypergradient:
@@ -80,7 +81,7 @@ def sama_hypergradient(
     lower_batches: Sequence[Any],
     update: Update,
     state: State | None = None,
-    hvp: HVPProvider | None = None,
+    hvp: HVP | None = None,
     implicit: Implicit | None = None,
     on_failure: OnFailure = "warn",
 ) -> Hypergradient:
@@ -136,7 +137,7 @@ def _cross_terms(
     upper: Params,
     lower: Params,
     lower_batches: Sequence[Any],
-    hvp: HVPProvider | None,
+    hvp: HVP | None,
     implicit: Implicit | None,
 ) -> System:
     """The system, of which only the gradient, the scale and the cross term are used."""

@@ -140,6 +140,10 @@ class ForwardOverReverse(HVPProvider):
 
     The order matters: jvp of jacrev gives wrong products through BatchNorm in train mode, jvp of grad is exact.
     Every operation of the objective needs a forward-mode rule.
+
+    Gradients and products of one system see the same random masks, but not always those of the other providers with
+    the same seed: torch fills a dropout mask in the order in which the activations lie in memory, and its transforms
+    in the order of their indices. Where the two differ (attention layers), so do the draws, not their distribution.
     """
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
@@ -234,6 +238,12 @@ class _Forward(Linearization):
     def cross(self, vector: Params, upper: Params) -> Params:
         x = tree.detach(upper)
         return self._derivative(lambda y: torch.func.grad(lambda z: self.objective(z, y))(x), vector)[1]
+
+    @torch.enable_grad()
+    def gradient_at(self, upper: Params) -> Params:
+        # By the same transform as the products: random masks are drawn in another order without it.
+        point = tree.detach(upper)
+        return tree.detach(torch.func.grad(lambda y: self.objective(point, y))(tree.detach(self.lower)))
 
     def _derivative(self, gradient: Callable[[Params], Params], vector: Params) -> tuple[Params, Params]:
         """A gradient as a function of y, and its directional derivative, at the point."""

@@ -103,8 +103,8 @@ def hypergradient(
             the Problem's). With `system` they may be left out; giving another value than the system's raises.
         system: the result of `linearize`, reused; it must still be fresh.
         x0: first iterate of the solve, for example a former ``solution.value``.
-        on_failure: what to do when the solve's status is not a success: "warn" (`SolverWarning`), "raise"
-            (`SolverError`) or "ignore".
+        on_failure: what to do when the solve's status is not a success, or the hypergradient is not finite: "warn"
+            (`SolverWarning`), "raise" (`SolverError`) or "ignore".
 
     Raises:
         TypeError, ValueError: bad arguments, as for `linearize`.
@@ -153,8 +153,11 @@ def through_system(
         message = f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
         report_failure(message, solution, on_failure, stacklevel=4)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
+    grad = tree.add(direct, implicit_part)
+    if solution.status.ok and not tree.all_finite(grad):
+        report_failure(_not_finite(direct, implicit_part), solution, on_failure, stacklevel=4)
     return Hypergradient(
-        grad=tree.add(direct, implicit_part),
+        grad=grad,
         direct=direct,
         implicit=implicit_part,
         loss=loss,
@@ -162,6 +165,20 @@ def through_system(
         stationarity=system.stationarity(upper),
         noise=system.gradient_noise(upper),
     )
+
+
+def _not_finite(direct: Params, implicit_part: Params) -> str:
+    """Which part of a hypergradient is not finite though its solve succeeded, and what to check."""
+    causes = []
+    if not tree.all_finite(direct):
+        causes.append("the direct part dF/dx is not finite; check how upper_objective depends on the upper variables")
+    if not tree.all_finite(implicit_part):
+        causes.append(
+            "the cross term (d2G/dxdy) x is not finite; check how lower_objective and regularizer depend on the upper "
+            "variables"
+        )
+    cause = "; ".join(causes) or "the direct part and the cross term are finite but their sum is not"
+    return f"non-finite: {cause} (square roots, norms and logarithms have no finite derivative at 0)"
 
 
 def check_on_failure(on_failure: OnFailure) -> None:

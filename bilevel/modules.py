@@ -1,10 +1,12 @@
 """Modules as functions of their parameters, safe in curvature passes."""
 
 import inspect
+import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -102,7 +104,10 @@ def functional_call(
 
     In an ordinary pass buffers update as always. In every pass that `hypergradient` and `linearize` make, nothing is
     written: BatchNorm and InstanceNorm in train mode use batch statistics without touching running statistics or
-    counters (eval mode stays eval), and every other buffer is replaced by a copy for the length of the call.
+    counters (eval mode stays eval), and every other buffer is replaced by a copy for the length of the call. There
+    attention takes torch's plain kernel, since the fused ones do not differentiate twice: slower, and with memory that
+    grows with the square of the sequence length. The logger "bilevel" says so once a process, at level INFO, where the
+    module holds an `nn.MultiheadAttention`; direct calls of ``scaled_dot_product_attention`` are switched unannounced.
 
     Args:
         params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
@@ -129,11 +134,22 @@ def functional_call(
         return torch.func.functional_call(module, dict(params), args, keywords)
     with ExitStack() as stack:
         if curvature:
+            if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
+                _announce_plain_attention()
             stack.enter_context(_without_running_statistics(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
         copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)
+
+
+@cache
+def _announce_plain_attention() -> None:
+    """The cache lets it speak once."""
+    logging.getLogger("bilevel").info(
+        "attention takes torch's plain (MATH) kernel in the passes of a hypergradient: the fused kernels have no "
+        "second derivative; training passes keep them"
+    )
 
 
 @contextmanager

@@ -82,7 +82,11 @@ class Problem(ABC):
         return None
 
     def reset_lower(self, upper: Params) -> Params | None:
-        """New lower values at the start of an alternation (iMAML restarts from x), or None to go on from the old."""
+        """New lower values at the start of an alternation (iMAML restarts from x), or None to go on from the old.
+
+        With new values the trainer clears the lower optimizer's state, and leaves the lower scheduler where it is: a
+        learning rate that decays goes on decaying over the alternations.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from bilevel import distributed, tree
 from bilevel.automatic import HVP, as_provider
 from bilevel.gauss_newton import ComposedObjective
 from bilevel.hvp import HVPProvider, Objective, ReverseOverReverse
-from bilevel.microbatch import check_rows
+from bilevel.microbatch import MicroBatched, check_rows
 from bilevel.modules import chunk_seeds, curvature_pass
 from bilevel.operators import (
     FunctionOperator,
@@ -73,7 +73,7 @@ class System:
         self.weight = total if self.regularized else 1.0
         objectives = [self._objective(batch, self._seed + k) for k, batch in enumerate(self.lower_batches)]
         if hvp.needs_outputs:
-            self._check_composition(objectives[0], point)
+            self._check_composition(point)
         living = [*self._all.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
         self.operator = self._build_operator(point)
@@ -187,12 +187,14 @@ class System:
         return ComposedObjective(partial(outputs, batch, seed), loss, split)
 
     @torch.no_grad()
-    def _check_composition(self, composed: Objective, point: Params) -> None:
-        """Raise unless the loss of the outputs is the lower objective, on the first batch."""
+    def _check_composition(self, point: Params) -> None:
+        """Raise unless the loss of the outputs is the lower objective, on the first batch or on its first chunk."""
         upper, batch = tree.detach(self.upper), self.lower_batches[0]
+        if isinstance(self.hvp, MicroBatched):
+            batch = self.problem.split_batch(batch, self.hvp.chunk_size)[0]
+        parts = self._composed(batch, self._seed)(upper, point)
         with curvature_pass(self._seed):
             whole = check_scalar("lower_objective", self.problem.lower_objective(upper, {**self._all, **point}, batch))
-        parts = composed(upper, point)
         if not torch.isclose(parts, whole, rtol=torch.finfo(whole.dtype).eps ** 0.5, equal_nan=True):
             raise ValueError(
                 f"lower_output_loss(lower_outputs(...)) = {float(parts):.6g}, but lower_objective = {float(whole):.6g} "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
-from bilevel.automatic import HVP, as_provider
+from bilevel.automatic import HVP, Automatic, as_provider
 from bilevel.batches import BatchSource, Cycle
 from bilevel.callbacks import Callback, Record
 from bilevel.checkpoint import random_state, set_random_state
@@ -239,12 +239,15 @@ class Trainer:
         return {
             "status": solution.status.name,
             "residual": solution.residual_norms[1],
+            "residual_curve": list(solution.residual_curve),
             "departure": solution.departure,
             "cosine": solution.cosine,
             "min_curvature": solution.min_curvature,
             "ritz_min": ritz_min,
             "ritz_max": ritz_max,
             "shift": solution.shift,
+            "unshifted_residual": solution.unshifted_residual,
+            "solver_noise": solution.noise,
             "iterations": solution.iterations,
             "num_hvps": solution.num_hvps,
             "stationarity": result.stationarity,
@@ -302,6 +305,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact continuation needs; taken between two alternations."""
+        hvp = self.system_options["hvp"]
         return {
             "alternation": self.alternation,
             "steps": dict(self.steps),
@@ -313,6 +317,7 @@ class Trainer:
             },
             "schedulers": {level: s.state_dict() for level, s in self.schedulers.items() if s is not None},
             "data": {level: source.state_dict() for level, source in self.data.items()},
+            "hvp": hvp.state_dict() if isinstance(hvp, Automatic) else None,
             "problem": self.problem.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
             "random": random_state(),
@@ -341,6 +346,8 @@ class Trainer:
             if scheduler is not None:
                 scheduler.load_state_dict(state["schedulers"][level])
             self.data[level].load_state_dict(state["data"][level])
+        if isinstance(hvp := self.system_options["hvp"], Automatic) and (chosen := state["hvp"]) is not None:
+            hvp.load_state_dict(chosen)
         self.problem.load_state_dict(state["problem"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(saved)

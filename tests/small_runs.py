@@ -40,6 +40,7 @@ SMALL = {
     "bissl.solver": "cg",
     "bissl.solver-iterations": 2,
     "bissl.solver-rtol": "null",
+    "bissl.aggregate": "false",
     "bissl.adaptation-every": 2,
     "bissl.checkpoint-every": 1,
     "bissl.lower-warmup-epochs": 1,

@@ -40,6 +40,14 @@ def test_metrics_are_one_object_a_line_with_context_and_no_nan(tmp_path: Path) -
     ]
 
 
+def test_lists_are_written_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    JSONLWriter(tmp_path / "metrics.jsonl").write({"residual_curve": [0.5, math.inf, (1.0, math.nan)], "none": []})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "residual_curve": [0.5, None, [1.0, None]],
+        "none": [],
+    }
+
+
 def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JSONLWriter(path)
@@ -48,7 +56,7 @@ def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
     state = writer.state_dict()
     kept = path.read_bytes()
     writer.write({"event": "b"})
-    path.open("ab").write(b'{"event": "torn')
+    path.write_bytes(path.read_bytes() + b'{"event": "torn')
     resumed = JSONLWriter(path)
     resumed.load_state_dict(state)
     assert path.read_bytes() == kept

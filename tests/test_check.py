@@ -1,5 +1,6 @@
 """`check_hypergradient` passes what is right and catches every planted defect, on three problems."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,6 +180,155 @@ def test_the_report_prints_its_numbers() -> None:
     text = str(check_hypergradient(s.problem, s.upper, s.lower, directions=2, **s.options()))
     assert len(re.findall(r"^ +\d  [+-]", text, re.MULTILINE)) == 2
     assert "relative error" in text
+
+
+class RawWeight(Problem):
+    """The ridge weight itself is the upper variable: a step of its size makes the lower problem indefinite."""
+
+    def __init__(self) -> None:
+        (self.X, self.t), (self.X_val, self.t_val) = data(20, 30, 5), data(15, 30, 6)
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return 0.5 * (self.X @ lower["y"] - self.t).square().mean() + 0.5 * upper["w"] * lower["y"].square().sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return 0.5 * (self.X_val @ lower["y"] - self.t_val).square().mean()
+
+
+def exactly(problem: Any, upper: Params, lower: Params, batches: Sequence[Any]) -> Params:
+    H = problem.X.T @ problem.X / 20 + upper["w"] * torch.eye(30)
+    return {"y": torch.linalg.solve(H, problem.X.T @ problem.t / 20)}
+
+
+@pytest.mark.parametrize("weight", [1e-5, 1e-4, 1e-3, 1e-2, 1.0])
+def test_a_weight_that_must_stay_positive(weight: float) -> None:
+    problem, upper, lower = RawWeight(), {"w": torch.tensor(weight)}, {"y": torch.zeros(30)}
+    options: dict[str, Any] = {
+        "upper_batch": None,
+        "lower_batches": [None],
+        "lower_solver": exactly,
+        "solver": CG(2000, 1e-12),
+    }
+    right = check_hypergradient(problem, upper, lower, **options)
+    assert right.agrees
+    assert right.relative_error < 1e-5
+    assert right.verdict.startswith("right")
+    # The derivative of the closed form, by hand: dF/dw = -v' H^-1 y.
+    y, H = exactly(problem, upper, lower, [])["y"], problem.X.T @ problem.X / 20 + weight * torch.eye(30)
+    v = problem.X_val.T @ (problem.X_val @ y - problem.t_val) / 15
+    assert right.measured[0] == pytest.approx(-float(v @ torch.linalg.solve(H, y)), rel=1e-4)
+    off = check_hypergradient(problem, upper, lower, gradient={"w": 1.01 * right.hypergradient.grad["w"]}, **options)
+    assert off.verdict.startswith("wrong")
+    assert off.relative_error == pytest.approx(0.01, rel=1e-2)
+
+
+class Wave(Problem):
+    """y* = sin(k x)."""
+
+    def __init__(self, wavenumber: float) -> None:
+        self.wavenumber = wavenumber
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return 0.5 * (lower["y"] - torch.sin(self.wavenumber * upper["x"])).square()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"]
+
+
+def check_wave(wavenumber: float, x: Tensor) -> tuple[Any, int]:
+    """The check's report, and how often it solved the lower problem."""
+    solves = [0]
+
+    def solve(problem: Problem, upper: Params, lower: Params, batches: Sequence[Any]) -> Params:
+        solves[0] += 1
+        return {"y": torch.sin(wavenumber * upper["x"])}
+
+    options: dict[str, Any] = {"upper_batch": None, "lower_batches": [None], "lower_solver": solve}
+    return check_hypergradient(Wave(wavenumber), {"x": x}, {"y": torch.zeros_like(x)}, **options), solves[0]
+
+
+@pytest.mark.parametrize(
+    ("wavenumber", "x"), [(1.0, 0.0), (1e3, 0.0), (1e3, 3e-4), (1e6, 3e-4), (1e3, 1.0), (1.0, 1e-12), (1e3, 100.0)]
+)
+def test_steps_far_from_the_scale_of_the_function(wavenumber: float, x: float) -> None:
+    report, _ = check_wave(wavenumber, torch.tensor(x))
+    assert report.verdict.startswith("right")
+    assert report.measured[0] == pytest.approx(wavenumber * math.cos(wavenumber * x), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_no_step_resolves_is_undecided(dtype: torch.dtype) -> None:
+    report, _ = check_wave(1e8, torch.tensor(1.0, dtype=dtype))
+    assert not report.agrees
+    assert report.verdict.startswith("undecided")
+
+
+def test_a_smooth_function_takes_few_solves() -> None:
+    assert check_wave(1.0, torch.tensor(0.7))[1] <= 1 + 2 * 6
+    assert check_wave(1.0, torch.tensor(0.7, dtype=torch.float32))[1] <= 1 + 2 * 6
+
+
+def test_a_direction_without_effect_is_measured_beside_the_others() -> None:
+    class Idle(Wave):
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return 0.5 * (lower["y"] - torch.sin(upper["x"][1] + 1e-30 * upper["x"][0])).square()
+
+    report = check_hypergradient(
+        Idle(1.0),
+        {"x": torch.tensor([0.4, 0.5])},
+        {"y": torch.tensor(0.0)},
+        upper_batch=None,
+        lower_batches=[None],
+        lower_solver=lambda problem, upper, lower, batches: {"y": torch.sin(upper["x"][1] + 1e-30 * upper["x"][0])},
+    )
+    assert report.agrees
+    assert report.measured == pytest.approx((0.0, math.cos(0.5)), abs=1e-8)
+
+
+class ByProperty(Proximal):
+    def __init__(self) -> None:
+        self.t = 1.0
+
+    @property
+    def regularization_weight(self) -> float:  # type: ignore[override]
+        return 0.7
+
+
+@dataclass(frozen=True)
+class ByField(Proximal):
+    t: float = 1.0
+    regularization_weight: float = 0.7
+
+
+class ByAttribute(Proximal):
+    def __init__(self) -> None:
+        self.t, self.regularization_weight = 1.0, 0.7
+
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return batch[0] @ lower["y"]
+
+    def reset_lower(self, upper: Params) -> Params:
+        return {"y": upper["x"]}
+
+
+@pytest.mark.parametrize("kind", [ByProperty, ByField, ByAttribute])
+def test_the_damped_problem_is_the_users_but_for_its_weight(kind: type[Any]) -> None:
+    s, problem, weights = setting("proximal"), kind(), set[float]()
+
+    def solve(problem: Any, upper: Params, lower: Params, batches: Sequence[Any]) -> Params:
+        assert isinstance(problem, kind)
+        assert problem.t == 1.0
+        if isinstance(problem, ByAttribute):
+            assert problem.lower_outputs(upper, lower, batches[0]).shape == (15,)
+            assert problem.reset_lower(upper) == {"y": upper["x"]}
+        assert [len(chunk[0]) for chunk in problem.split_batch(batches[0], 8)] == [8, 7]
+        weights.add(problem.regularization_weight)
+        return newton(problem, upper, lower, batches)
+
+    report = check_hypergradient(problem, s.upper, s.lower, damping=2.0, **{**s.options(), "lower_solver": solve})
+    assert report.agrees
+    assert weights == {0.7 + 2.0, 0.7}
+    assert problem.regularization_weight == 0.7
 
 
 @pytest.mark.parametrize(("field", "value"), [("directions", 0), ("tolerance", 0.0)])

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import bilevel
 from benchmarks import solvers as benchmark
 from benchmarks import (
-    solvers_curves,
-    solvers_figure,
     solvers_network,
     solvers_systems,
     solvers_tables,
@@ -87,55 +84,10 @@ def test_page_without_markers_is_refused() -> None:
             solvers_tables.insert(page, {"systems": "| a |"})
 
 
-def test_picture(tmp_path: Path) -> None:
-    """The kept picture is drawn from the kept figures: the same texts, whatever the version that draws."""
-    solvers_figure.draw(FIGURES["curves"], tmp_path / "again.svg")
-    drawn, kept = (path.read_text(encoding="utf-8") for path in (tmp_path / "again.svg", PICTURE))
-    texts = [re.findall(r"<text[^>]*>(?:<tspan[^>]*>)?([^<]*)", svg) for svg in (drawn, kept)]
-    assert texts[0] == texts[1]
-    assert {row["system"] for row in FIGURES["curves"]["curves"]} <= {text.split(":")[0] for text in texts[1]}
-    assert PICTURE.stat().st_size < 250_000
-
-
-def test_labels_stay_apart_and_inside() -> None:
-    for wanted in ([1.4, 1.2, 0.1, 0.1, 0.1, -0.2], [0.5], [0.9, 0.5, 0.2], [0.0] * 11):
-        placed = solvers_figure.apart(wanted, 0.09)
-        assert all(a - b >= 0.09 - 1e-12 for a, b in pairwise(placed))
-        assert all(0.0 <= value <= 1.0 for value in placed)
-    assert solvers_figure.apart([0.9, 0.5, 0.2], 0.1) == [0.9, 0.5, 0.2]
-
-
 def test_spread() -> None:
     assert solvers_tables.spread(Timing((12.0, 12.0, 12.0))) == "12"
     assert solvers_tables.spread(Timing((1.0, 2.0, 3.0, 4.0, 5.0))) == "3 (2 to 4)"
     assert solvers_tables.spread_of({"median": 3.0, "q1": 2.0, "q3": 4.0}) == "3 (2 to 4)"
-
-
-def test_to_tolerance() -> None:
-    points = [
-        {"errors": [0.5, 0.009], "products": [1, 2], "gradients": [3.0, 4.0]},
-        {"errors": [0.01, 0.001], "products": [5, 6], "gradients": [7.0, 8.0]},
-    ]
-    found = solvers_curves.to_tolerance({"points": points}, 0.01)
-    assert found is not None
-    assert (found["products"].samples, found["gradients"].samples) == ((5, 2), (7.0, 4.0))
-    assert solvers_curves.to_tolerance({"points": points}, 0.005) is None
-
-
-def test_curves_are_those_of_the_dense_solution() -> None:
-    """A small system measured anew: its exact solutions solve it, and Dense finds them."""
-    for bench in solvers_curves.matrices(quick=True, device=torch.device("cpu")):
-        assert isinstance(bench.problem, solvers_curves.Quadratic)
-        for b, x in zip(bench.rights, bench.exact, strict=True):
-            assert torch.allclose(bench.problem.matrix @ x, torch.cat(list(b.values())), atol=1e-8)
-    (well, *_) = solvers_curves.matrices(quick=True, device=torch.device("cpu"))
-    rows = solvers_curves.measure_bench(well, 2)
-    dense = next(row for row in rows if row["solver"] == "Dense")
-    assert max(dense["points"][0]["errors"]) < 1e-12
-    assert [(row["solver"], row["use"]) for row in rows] == [
-        (name, use) for name in solvers_curves.methods(1, None) for use in ("first", "later")
-    ]
-    solvers_tables.all_curves(rows)
 
 
 def test_verdicts() -> None:
@@ -195,7 +147,10 @@ class TestSmallSystems:
         assert system("singular, inconsistent", "CG")["status"] == "INCONSISTENT"
         assert system(FEW, "CG")["status"] == "CONVERGED"
         assert system(FEW, "CG")["products"] < 2 * system("well-conditioned (8)", "CG")["products"]
-        assert (system(EVEN, "CG")["status"], system(EVEN, "CG")["products"]) == ("NOT_CONVERGED", 200)
+        assert (system(EVEN, "CG")["status"], system(EVEN, "CG")["products"]) == (
+            "NOT_CONVERGED",
+            solvers_systems.ITERATIONS,
+        )
 
     def test_minres(self) -> None:
         for case in (*DEFINITE, "singular, consistent", FEW):
@@ -209,7 +164,8 @@ class TestSmallSystems:
         for solver in MODELS:
             for case in (FEW, EVEN):
                 assert system(case, solver)["status"] == "CONVERGED"
-                assert system(case, solver)["products"] < 0.7 * system(case, "CG")["products"]
+            assert system(FEW, solver)["products"] < 0.7 * system(FEW, "CG")["products"]
+            assert system(EVEN, "CG")["status"] == "NOT_CONVERGED"
             well = "well-conditioned (8)"
             assert system(well, solver)["products"] >= 10 + 0.9 * system(well, "CG")["products"] - 1
             for case in ("singular, consistent", "unused variables, b = 0 there"):
@@ -280,26 +236,26 @@ class TestNetwork:
         assert twenty > 0.5 * two
         assert network("CG(20, None)", 10.0)["error"] < 1e-6 * twenty
         assert (
-            network("CG(20, None, layerwise=True)", 1.0)["error"] > network("CG(2, None, layerwise=True)", 1.0)["error"]
+            network("CG(20, None, layerwise=True)", 3.0)["error"] > network("CG(2, None, layerwise=True)", 3.0)["error"]
         )
 
     def test_neumann(self) -> None:
         assert network("CG(5, None)", 10.0)["error"] < network("Neumann(5)", 10.0)["error"]
         assert network("Neumann(20)", 10.0)["error"] < network("CG(5, None)", 10.0)["error"]
-        for c in (10.0, 1.0, 0.1):
+        for c in solvers_network.WEIGHTS:
             assert network("Neumann(5, scale=1.0)", c)["status"] == "DIVERGED"
             assert network("Neumann(5, scale=1.0)", c)["error"] >= 0.99 * network("Identity()", c)["error"]
 
     def test_indefinite(self) -> None:
-        (row,) = (r for r in FIGURES["network"]["system"]["systems"] if r["c"] == 0.1)
+        (row,) = (r for r in FIGURES["network"]["system"]["systems"] if r["c"] == 1.0)
         assert row["smallest"] < 0.0
-        assert network("CG(20, None)", 0.1)["status"] == "NEGATIVE_CURVATURE"
-        assert network("CG(20, None)", 0.1)["error"] > 0.9
-        assert network("MINRES(200, 1e-2)", 0.1)["status"] == "NOT_CONVERGED"
+        assert network("CG(20, None)", 1.0)["status"] == "NEGATIVE_CURVATURE"
+        assert network("CG(20, None)", 1.0)["error"] > 0.9
+        assert network("MINRES(100, 1e-2)", 1.0)["status"] == "NOT_CONVERGED"
 
     def test_minres_equals_cg(self) -> None:
         for iterations in (5, 20):
-            cg, minres = (network(f"{name}({iterations}, None)", 1.0)["error"] for name in ("CG", "MINRES"))
+            cg, minres = (network(f"{name}({iterations}, None)", 3.0)["error"] for name in ("CG", "MINRES"))
             assert minres < 2 * cg
 
     def test_identity_is_above_the_noise(self) -> None:
@@ -315,14 +271,15 @@ class TestNetwork:
         assert network("CG(5, None, preconditioner=Diagonal())", 10.0)["error"] > network("CG(5, None)", 10.0)["error"]
 
     def test_gauss_newton(self) -> None:
-        for c in (10.0, 1.0, 0.1):
+        for c in solvers_network.WEIGHTS:
             assert network("CG(20, None) with GaussNewton()", c)["status"] in ("BUDGET", "CONVERGED")
         error = network("CG(20, None) with GaussNewton()", 10.0)["error"]
-        assert noise(10.0) < 0.5 * error
-        assert 0.7 < error / network("Identity()", 10.0)["error"] < 1.0
+        assert noise(10.0) < 1.1 * error
+        assert 0.6 < error / network("Identity()", 10.0)["error"] < 1.0
 
-    def test_noise_rises(self) -> None:
-        assert noise(10.0) < noise(1.0) < noise(0.1)
+    def test_small_weights_drown_in_noise(self) -> None:
+        assert noise(10.0) < 0.5
+        assert min(noise(3.0), noise(1.0)) > 1.0
 
 
 class TestProducts:
@@ -335,15 +292,14 @@ class TestProducts:
     def test_kept_graph_saves_time(self) -> None:
         for activation in ("ReLU", "SiLU"):
             for dtype in ("float64", "float32"):
-                kept, plain = (product(EXACT[k], activation, dtype)["gradients"] for k in (1, 0))
+                kept, plain = (product(EXACT[k], activation, dtype)["gradients"]["median"] for k in (1, 0))
                 assert kept < 0.8 * plain
 
     def test_differences(self) -> None:
         assert product("FiniteDifference()", "SiLU", "float32")["error"] < 0.02
         assert product("FiniteDifference()", "ReLU", "float32")["error"] > 0.1
-        assert product("FiniteDifference()", "ReLU", "float64")["error"] > 0.01
-        one_sided = product("FiniteDifference(central=False)", "ReLU", "float64")["error"]
-        assert one_sided < 1e-5
+        for provider in ("FiniteDifference()", "FiniteDifference(central=False)"):
+            assert product(provider, "ReLU", "float64")["error"] < 1e-5
         assert product("FiniteDifference(central=False)", "ReLU", "float32")["error"] > 0.1
 
 

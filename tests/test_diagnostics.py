@@ -77,6 +77,7 @@ def test_every_solve_is_counted_by_its_status() -> None:
 def record(status: str = "CONVERGED", **numbers: Any) -> dict[str, Any]:
     plain = {"residual": 0.5, "iterations": 2, "num_hvps": 3, "departure": 0.25, "cosine": 0.75, "stationarity": 6.0}
     rest = {"min_curvature": None, "ritz_min": None, "ritz_max": None, "stationarity_over_noise": None}
+    rest |= {"shift": 0.0, "unshifted_residual": None}
     return {"event": "upper", "status": status, **plain, **rest, **numbers}
 
 
@@ -93,6 +94,12 @@ def test_a_line_is_over_the_solves_since_the_last() -> None:
     bare = diagnostics_cells(1, [record(residual=math.nan, stationarity=math.nan, stationarity_over_noise=math.inf)])
     assert [bare[title] for title in ("residual", "curvature", "Ritz values")] == ["-", "-", "-"]
     assert (bare["stationarity"], bare["x noise"]) == ("nan", "inf")
+
+
+def test_a_line_names_the_shift_of_systems_that_were_shifted() -> None:
+    shifted = [record(shift=0.5, unshifted_residual=0.25), record(shift=2.0, unshifted_residual=0.125)]
+    cells = diagnostics_cells(1, [record(), *shifted])
+    assert cells["status"] == "3 CONVERGED, shift 2 (residual without it 0.25)"
 
 
 def trainer(alternations: int, solves: dict[str, int] | None = None) -> Any:

@@ -26,7 +26,8 @@ from bilevel import (
     linearize,
     proximal,
 )
-from bilevel.distributed import agree, gather, mean_over_ranks, world_size
+from bilevel.automatic import Automatic
+from bilevel.distributed import agree, from_first_rank, gather, mean_over_ranks, world_size
 from bilevel.first_order import darts_hypergradient, sama_hypergradient
 from bilevel.penalty import penalty_hypergradient
 from bilevel.unrolled import unrolled_hypergradient
@@ -161,11 +162,26 @@ def refusals() -> list[str]:
     return messages
 
 
+def chosen_by_time(rank: int) -> str:
+    """What "auto" chooses where rank 0 is slow in reverse mode, and the other ranks in forward mode."""
+
+    def objective(upper: Params, lower: Params) -> Tensor:
+        forward = torch.func.debug_unwrap(lower["w"], recurse=True) is not lower["w"]
+        time.sleep(0.02 if forward == (rank == 1) else 0.0)
+        return lower["w"].square().sum()
+
+    upper, lower = variables()
+    automatic = Automatic()
+    automatic.linearize(objective, upper, lower)
+    return str(automatic.chosen)
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     gathered = gather(vector(6, 80 + rank).reshape(3, 2))
     votes = [agree(False), agree(rank == 1), agree(True)]
+    chosen = from_first_rank(3 + rank)
     mixed = mean_over_ranks({"a": torch.full((2,), float(rank)), "b": torch.tensor(float(rank), dtype=torch.float64)})
     torch.save(
         {
@@ -173,6 +189,8 @@ def worker(rank: int, port: int, folder: str) -> None:
             "trained": trained(),
             "gathered": gathered,
             "votes": votes,
+            "chosen": chosen,
+            "provider": chosen_by_time(rank),
             "mixed": mixed,
             "refusals": refusals(),
         },
@@ -216,6 +234,8 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for rank in ranks:
         assert torch.equal(rank["gathered"], expected)
         assert rank["votes"] == [False, True, True]
+        assert rank["chosen"] == 3
+        assert rank["provider"] == str(ForwardOverReverse())
         assert torch.equal(rank["mixed"]["a"], torch.full((2,), 0.5))
         assert (rank["mixed"]["b"].item(), rank["mixed"]["b"].dtype) == (0.5, torch.float64)
         assert rank["mixed"]["a"].dtype == torch.float32
@@ -230,3 +250,4 @@ def test_one_process_is_its_own_mean() -> None:
     assert gather(x["a"]) is x["a"]
     assert agree(True)
     assert not agree(False)
+    assert from_first_rank(5) == 5

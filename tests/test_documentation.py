@@ -75,6 +75,11 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir()), "an example left files behind"
 
 
+def test_the_readmes_ridge_example_is_short() -> None:
+    (code,) = (body for _, language, body in examples(ROOT / "README.md") if "class Ridge" in body)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
 def test_a_wrong_example_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nn = 1\n```\n\n```pycon\n>>> n + 1\n3\n```\n", encoding="utf-8")

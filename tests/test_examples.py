@@ -1,8 +1,9 @@
-"""The examples run, keep their form, and show what they claim, in their quick versions."""
+"""The examples run, keep their form, and show what they claim: in their quick versions, and as the README prints it."""
 
 import ast
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from sklearn.metrics import roc_auc_score
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+# Full runs of a few seconds; the others are made with -m slow.
+BRIEF = ("hyper_cleaning", "logistic")
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -33,13 +38,36 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def quick(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> dict[str, Any]:
-    """What the example's main returns; its numbers are finite, it prints, and it leaves no file behind."""
+    """What the example's main returns; its numbers are finite, it prints what the README shows but for the numbers, and
+    it leaves no file behind."""
     monkeypatch.chdir(tmp_path)
     result = load(name, monkeypatch).main(["--quick"])
     assert all(math.isfinite(number) for number in numbers(result))
-    assert len(capsys.readouterr().out.splitlines()) >= 3
+    assert words(capsys.readouterr().out) == words(documented_output(name))
     assert list(tmp_path.iterdir()) == []
     return result
+
+
+def documented_output(name: str) -> str:
+    (output,) = re.findall(rf"^```\n\$ python examples/{name}\.py\n(.*?)^```$", README, re.M | re.S)
+    assert len(output.splitlines()) >= 3
+    return output
+
+
+def words(output: str) -> list[list[str]]:
+    """Each line with a sign for each number, or list of numbers, and one space for several."""
+    return [re.sub(r"#(, #)+", "#", NUMBER.sub("#", line)).split() for line in output.splitlines()]
+
+
+def agree(found: str, documented: str) -> bool:
+    """Whether two printed numbers may be those of one program on two machines: 2% and three units of the last digit, or
+    a factor of 30 where all is rounding."""
+    mantissa, _, exponent = documented.replace(",", "").partition("e")
+    a, b = (float(text.replace(",", "")) for text in (found, documented))
+    if exponent and abs(b) < 1e-7:
+        return abs(a) < 1e-12 if b == 0.0 else 1 / 30 < a / b < 30
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return abs(a - b) <= 0.02 * abs(b) + 3.0 * unit
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -63,10 +91,33 @@ def test_form(name: str) -> None:
 
 
 def test_readme_lists_every_example() -> None:
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
     for name in NAMES:
-        assert text.count(f"[{name}.py]({name}.py)") == 1
-        assert f"$ python examples/{name}.py\n" in text
+        assert README.count(f"[{name}.py]({name}.py)") == 1
+        assert f"$ python examples/{name}.py\n" in README
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in BRIEF else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_readme_shows_what_the_command_prints(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load(name, monkeypatch).main([])
+    output, documented = capsys.readouterr().out, documented_output(name)
+    assert words(output) == words(documented)
+    for line, expected in zip(output.splitlines(), documented.splitlines(), strict=True):
+        for found, shown in zip(NUMBER.findall(line), NUMBER.findall(expected), strict=True):
+            assert agree(found, shown), (line, expected)
+
+
+def test_numbers_of_another_program_are_noticed() -> None:
+    same = [("94.2", "94.1"), ("6.64e-09", "3.1e-09"), ("-2.9", "-3.0"), ("2.2e-04", "2.1e-04"), ("1,003", "1,000")]
+    other = [("90.2", "94.1"), ("6.6e-05", "3.1e-09"), ("+3.0", "-3.0"), ("4.1e-04", "2.1e-04"), ("1e-9", "0.0e+00")]
+    assert all(agree(*pair) for pair in same)
+    assert not any(agree(*pair) for pair in other)
+    assert words("a +1.2, -3.0; 1,000 b(10) x1 2e-05%") == [["a", "#;", "#", "b(#)", "x1", "#%"]]
+    assert words("a  1") == words("a 2") != words("b 1")
 
 
 def test_ridge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

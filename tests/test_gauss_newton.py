@@ -102,3 +102,31 @@ def test_a_problem_without_outputs_is_refused_with_the_remedy() -> None:
     upper, lower, batch = point()
     with pytest.raises(TypeError, match="define lower_outputs"):
         linearize(Opaque(), upper, lower, [batch], hvp=GaussNewton())
+
+
+@pytest.mark.parametrize("changed", ["factor", "term", "mask"])
+def test_outputs_that_do_not_compose_to_the_objective_are_refused(changed: str) -> None:
+    class Other(Network):
+        def lower_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+            if changed == "mask":
+                z = self.lower_outputs(upper, lower, batch)
+                return self.lower_output_loss(z * torch.rand_like(z).round(), batch)
+            loss = super().lower_objective(upper, lower, batch)
+            return 1.001 * loss if changed == "factor" else loss + 1e-3 * lower["a"].square().sum()
+
+    upper, lower, batch = point()
+    with pytest.raises(
+        ValueError, match=r"lower_output_loss\(lower_outputs.*lower_objective.*must be the same function"
+    ):
+        linearize(Other(), upper, lower, [batch], hvp=GaussNewton())
+    linearize(Other(), upper, lower, [batch])
+
+
+def test_random_masks_drawn_alike_compose() -> None:
+    class Masked(Network):
+        def lower_outputs(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+            z = super().lower_outputs(upper, lower, batch)
+            return torch.nn.functional.dropout(z, 0.5)
+
+    upper, lower, batch = point()
+    linearize(Masked(), upper, lower, [batch], hvp=GaussNewton())

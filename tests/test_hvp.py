@@ -7,8 +7,17 @@ import torch
 from cases import joined, vector
 from torch import Tensor
 
-from bilevel import FiniteDifference, ForwardOverReverse, HVPProvider, Params, ReverseOverReverse, tree
+from bilevel import (
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPProvider,
+    Params,
+    ReverseOverReverse,
+    functional_call,
+    tree,
+)
 from bilevel.hvp import Linearization
+from bilevel.modules import curvature_pass
 
 EXACT = [ReverseOverReverse(), ReverseOverReverse(keep_graph=True), ForwardOverReverse()]
 ALL: list[HVPProvider] = [*EXACT, FiniteDifference(), FiniteDifference(step=1e-5), FiniteDifference(central=False)]
@@ -186,6 +195,28 @@ def test_difference_steps_have_the_length_that_was_asked_for() -> None:
     FiniteDifference(step=0.25).linearize(objective, UPPER, LOWER).hessian(LOWER)
     assert [float((p - joined(LOWER)).norm()) for p in points] == pytest.approx([0.25, 0.25], rel=1e-12)
     torch.testing.assert_close((points[0] + points[1]) / 2, joined(LOWER))
+
+
+@pytest.mark.parametrize("provider", EXACT, ids=str)
+def test_gradients_and_products_see_the_same_random_masks(provider: HVPProvider) -> None:
+    # Attention lays its activations out otherwise than their indices say, which is the order that dropout goes by.
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True, activation=torch.tanh).double()
+    lower = {name: vector(p.numel(), k).reshape(p.shape) for k, (name, p) in enumerate(layer.named_parameters())}
+    tokens = vector(2 * 5 * 8, 99).reshape(2, 5, 8)
+
+    def objective(upper: Params, lower: Params) -> Tensor:
+        with curvature_pass(seed=7):
+            return functional_call(layer, lower, tokens).sin().mean() * upper["rate"].exp()
+
+    w, step = split(vector(joined(lower).numel(), 98), lower), 1e-5
+    linearization = provider.linearize(objective, UPPER, lower)
+    before, product = linearization.gradient_at(UPPER), linearization.hessian(w)
+    # The gradient that the product has met on its way.
+    torch.testing.assert_close(joined(linearization.gradient()), joined(before), rtol=0.0, atol=1e-12)
+    ahead, behind = (
+        joined(provider.linearize(objective, UPPER, tree.axpy(h, w, lower)).gradient()) for h in (step, -step)
+    )
+    torch.testing.assert_close((ahead - behind) / (2.0 * step), joined(product), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0])

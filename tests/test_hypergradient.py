@@ -1,11 +1,10 @@
 """Hypergradients against the closed forms of quadratic, ridge and proximal problems."""
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from cases import DEFINITE, Case, dense, joined, vector, with_spectrum
+from cases import joined, vector
 from closed_forms import (
     NO_BATCH,
     PROVIDERS,
@@ -18,8 +17,6 @@ from closed_forms import (
     relative_error,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import (
@@ -252,32 +249,3 @@ def test_a_problem_without_state_refuses_a_state() -> None:
     problem.load_state_dict({})
     with pytest.raises(ValueError, match="Proximal has no load_state_dict"):
         problem.load_state_dict({"target": 1})
-
-
-@settings(max_examples=20, derandomize=True, deadline=None, database=None)
-@given(cuts=st.lists(st.integers(0, 9), max_size=4), seed=st.integers(0, 50), shift=st.floats(0.01, 3.0))
-def test_global_solvers_do_not_see_how_variables_are_split(cuts: list[int], seed: int, shift: float) -> None:
-    matrix = with_spectrum([0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.0, 5.0], seed) + shift * torch.eye(
-        9, dtype=torch.float64
-    )
-    edges = [0, *sorted(cuts), 9]
-    shapes = tuple((b - a,) for a, b in itertools.pairwise(edges))
-    whole = Case("whole", matrix, vector(9, seed), ((9,),), DEFINITE)
-    parts = Case("parts", matrix, vector(9, seed), shapes, DEFINITE)
-    for solver in (CG(6, rtol=None), CG(60, rtol=1e-8), Neumann(7), Dense()):
-        one, other = (solver.solve(dense(matrix, case.split), case.b) for case in (whole, parts))
-        assert relative_error(joined(other.value), joined(one.value)) <= 1e-8
-        assert one.status is other.status
-        assert one.iterations == other.iterations
-
-
-@settings(max_examples=20, derandomize=True, deadline=None, database=None)
-@given(exponent=st.integers(-300, 300), seed=st.integers(0, 50))
-def test_solutions_scale_with_the_right_hand_side(exponent: int, seed: int) -> None:
-    matrix = with_spectrum([0.3, 0.7, 1.0, 2.0, 5.0], seed)
-    case = Case("case", matrix, vector(5, seed), ((2,), (3,)), DEFINITE)
-    scaled = Case("scaled", matrix, vector(5, seed) * 10.0**exponent, ((2,), (3,)), DEFINITE)
-    for solver in (CG(4, rtol=None), CG(layerwise=True), Neumann(5), Dense(), Identity()):
-        one = joined(solver.solve(dense(matrix, case.split), case.b).value)
-        other = joined(solver.solve(dense(matrix, scaled.split), scaled.b).value)
-        assert relative_error(other / 10.0**exponent, one) <= 1e-8

@@ -19,12 +19,15 @@ from bilevel import (
     Identity,
     Neumann,
     Params,
+    ReverseOverReverse,
     Solver,
     SolverError,
     SolverWarning,
     Status,
     hypergradient,
 )
+from bilevel.first_order import darts_hypergradient, sama_hypergradient
+from bilevel.updates import SGDUpdate
 
 
 class Broken(Proximal):
@@ -115,3 +118,45 @@ def test_missing_and_bad_arguments() -> None:
 
     with pytest.raises(ValueError, match="upper_objective must return a 0-d tensor"):
         run(Many(), upper, lower)
+
+
+class RootOfX(Proximal):
+    """F has a term sqrt(|x|^2), whose gradient at x = 0 is 0/0."""
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return super().upper_objective(upper, lower, batch) + joined(upper).square().sum().sqrt()
+
+
+class CoupledByRoot(Proximal):
+    """The same term couples the levels; the curvature in y is finite."""
+
+    regularization_weight = 0.0
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        y = joined(lower)
+        return 0.5 * y.square().sum() - joined(upper).square().sum().sqrt() * y.sum()
+
+
+@pytest.mark.parametrize(
+    ("problem", "part", "other"), [(RootOfX(), "dF/dx", "cross term"), (CoupledByRoot(), "cross term", "dF/dx")]
+)
+def test_a_nan_outside_the_solve_is_a_failure_that_names_its_part(problem: Proximal, part: str, other: str) -> None:
+    _, upper, lower = proximal_point()
+    upper = {name: torch.zeros_like(leaf) for name, leaf in upper.items()}
+    with pytest.raises(SolverError, match=f"non-finite: the .*{part}.*upper variables") as raised:
+        run(problem, upper, lower, on_failure="raise")
+    assert other not in str(raised.value)
+    assert raised.value.solution is not None
+    assert raised.value.solution.status is Status.CONVERGED
+    with pytest.warns(SolverWarning, match=part) as caught:
+        warned = run(problem, upper, lower)
+    assert caught[0].filename == inspect.getfile(run)
+    assert joined(warned.grad).isnan().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(problem, upper, lower, on_failure="ignore")
+    batches: dict[str, Any] = {"upper_batch": None, "lower_batches": [None], "on_failure": "raise"}
+    with pytest.raises(SolverError, match=part):
+        darts_hypergradient(problem, upper, lower, step_size=0.1, hvp=ReverseOverReverse(), **batches)
+    with pytest.raises(SolverError, match=part):
+        sama_hypergradient(problem, upper, lower, update=SGDUpdate(0.1), hvp="auto", **batches)

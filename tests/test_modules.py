@@ -1,7 +1,9 @@
 """Modules in curvature passes: right products, and nothing written."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
-from bilevel.modules import curvature_pass
+from bilevel.modules import _announce_plain_attention, curvature_pass
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -210,6 +212,33 @@ def test_masks_are_those_of_the_seeded_objective() -> None:
     torch.testing.assert_close(joined(system.operator(split(w, lower))), reference, rtol=0.0, atol=1e-12)
 
 
+class DroppedElsewhere(nn.Module):
+    """Masks from Python's and from NumPy's global generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = torch.tensor([random.random(), np.random.rand()], dtype=x.dtype)
+        return torch.tanh(self.linear(x)) * keep
+
+
+@pytest.mark.parametrize("hvp", [*EXACT, FiniteDifference()], ids=str)
+def test_masks_of_other_generators_are_frozen_and_their_states_restored(hvp: HVPProvider) -> None:
+    module, batch = double(DroppedElsewhere()), vector(30, 52).reshape(10, 3)
+    problem, lower = Fit(module), parameters(module)
+    u = split(vector(joined(lower).numel(), 0), lower)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    system = linearize(problem, lower, lower, [batch], hvp=hvp)
+    first, second = joined(system.operator(u)), joined(system.operator(u))
+    assert torch.equal(first, second)
+    assert random.getstate() == python_state
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
+    other = joined(linearize(problem, lower, lower, [batch], hvp=hvp).operator(u))
+    assert float((other - first).abs().max()) > 1e-6
+
+
 class Attentive(nn.Module):
     """Multi-head attention as torch's module writes it, weights not asked for: the fused kernels' path."""
 
@@ -229,6 +258,22 @@ class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.project(x).chunk(3, dim=-1)
         return F.scaled_dot_product_attention(query, key, value)
+
+
+def test_the_switch_of_attentions_kernel_is_said_once_a_process(caplog: pytest.LogCaptureFixture) -> None:
+    _announce_plain_attention.cache_clear()
+    attention, plain = double(Attentive()), nn.Linear(4, 4).double()
+    with caplog.at_level("INFO", logger="bilevel"):
+        functional_call(attention, parameters(attention), TOKENS)
+        with curvature_pass():
+            functional_call(plain, parameters(plain), TOKENS)
+        assert not caplog.records
+        for _ in range(2):
+            with curvature_pass():
+                functional_call(attention, parameters(attention), TOKENS)
+    ((name, level, message),) = caplog.record_tuples
+    assert (name, level) == ("bilevel", 20)
+    assert "fused kernels have no second derivative" in message
 
 
 def attention_by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

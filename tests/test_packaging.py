@@ -32,6 +32,7 @@ CORE_ORDER = (
     "system",
     "objectives",
     "hypergradient",
+    "differences",
     "check",
     "updates",
     "torch_updates",

@@ -211,9 +211,11 @@ def test_config_files(tmp_path: Path) -> None:
     toml, other = tmp_path / "a.toml", tmp_path / "b.json"
     toml.write_text(
         'seeds = 4\n[pretext]\nlr = 0.3\n[pretext.options.view1]\nrotation = 3.0\n[bissl]\nsolver = "neumann"\n'
+        "solver_rtol = 0.1\n"
     )
     other.write_text(
-        '{"seeds": 4, "pretext": {"lr": 0.3, "options": {"view1": {"rotation": 3.0}}}, "bissl": {"solver": "neumann"}}'
+        '{"seeds": 4, "pretext": {"lr": 0.3, "options": {"view1": {"rotation": 3.0}}}, "bissl": '
+        '{"solver": "neumann", "solver_rtol": 0.1}}'
     )
     first, second = (parse(["--config", str(file)]).config for file in (toml, other))
     assert first == second

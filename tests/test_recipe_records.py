@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from recipes.bissl.records import Curve, alternation_bands, curves, mean_curve, select, thin
+from recipes.bissl.records import Curve, alternation_bands, curves, last_solves, mean_curve, select, thin
 
 
 def test_resumed_steps_count_once() -> None:
@@ -25,6 +25,19 @@ def test_band_skips_nulls_and_keeps_gaps() -> None:
     band = alternation_bands(rows, "residual")["a"]
     np.testing.assert_array_equal(band.x, [0, 1])
     np.testing.assert_array_equal(band.mean, [1.0, math.nan])
+
+
+def test_the_last_solve_of_each_seed_over_its_iterations() -> None:
+    def solve(seed: int, step: int, curve: list[float | None] | None) -> dict[str, object]:
+        rest = {} if curve is None else {"residual_curve": curve}
+        return {"stage": "bissl", "arm": "a", "seed": seed, "event": "upper", "step": step, "residual": 9.0, **rest}
+
+    # An empty curve is that of a method without iterations, none at all that of a step without a solve.
+    rows = [solve(0, 1, [0.5]), solve(0, 2, [0.5, None, 0.1]), solve(0, 3, []), solve(0, 4, None), solve(1, 1, [0.2])]
+    by_seed = curves(last_solves(rows), "residual", x="iteration")["a"]
+    np.testing.assert_array_equal(by_seed[0].x, [1, 2, 3])
+    np.testing.assert_array_equal(by_seed[0].y, [0.5, math.nan, 0.1])
+    np.testing.assert_array_equal(by_seed[1].y, [0.2])
 
 
 def test_mean_over_seeds_covers_their_common_steps() -> None:

@@ -94,7 +94,7 @@ EVENTS = {
     ("bissl", "upper"): {
         *("alternation", "loss", "lr", "grad_norm", "status", "residual", "departure", "cosine", "min_curvature"),
         *("iterations", "num_hvps", "stationarity", "gradient_noise", "stationarity_over_noise"),
-        *("ritz_min", "ritz_max", "shift"),
+        *("ritz_min", "ritz_max", "shift", "residual_curve", "unshifted_residual", "solver_noise"),
     },
     ("bissl", "alternation"): {"alternation", "seconds"},
     ("finetune", "train"): {"loss", "lr", "grad_norm"},

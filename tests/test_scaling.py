@@ -71,6 +71,7 @@ def test_fit_finds_the_exponent() -> None:
     found = scaling.fit(x, [3.0 * value**1.5 for value in x])
     assert found["exponent"] == pytest.approx(1.5)
     assert found["high"] - found["low"] < 1e-6
+    assert scaling.fit(x, [7.0] * 5) == pytest.approx({"exponent": 0.0, "low": 0.0, "high": 0.0}, abs=1e-9)
     rough = scaling.fit(x, [value * math.exp(0.1 * (-1) ** index) for index, value in enumerate(x)])
     assert rough["low"] < 1.0 < rough["high"]
 
@@ -84,8 +85,7 @@ def test_a_step_makes_its_products() -> None:
     assert all(torch.equal(before[name], value) for name, value in step.lower.items())
 
 
-def test_quick_figures_fill_the_tables() -> None:
-    """Kept figures of a few sizes go through fits and tables."""
+def test_kept_exponents_are_those_of_the_kept_times() -> None:
     found = scaling.fits(FIGURES["sizes"])
     for row, kept in zip(found, FIGURES["fits"], strict=True):
         assert row["time"]["exponent"] == pytest.approx(kept["time"]["exponent"])

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cases import joined, vector
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from smooth import BATCHES, Separable, Smooth, variables
 from torch import Tensor
 
@@ -270,25 +268,3 @@ def test_stationarity_is_that_of_the_undamped_problem_over_the_implicit_variable
             system = linearize(problem, upper, lower, BATCHES, damping=9.0, implicit=implicit, hvp=hvp)
             reference = float(torch.cat([gradient[name] for name in implicit]).norm())
             assert system.stationarity() == pytest.approx(reference, rel=1e-12)
-
-
-NUMBERS = st.floats(-3.0, 3.0, allow_nan=False)
-
-
-@settings(max_examples=15, derandomize=True, deadline=None, database=None)
-@given(a=NUMBERS, seed=st.integers(0, 99), hvp=st.sampled_from(EXACT), damping=st.floats(0.0, 10.0))
-def test_the_operator_is_linear_and_symmetric_and_providers_agree(
-    a: float, seed: int, hvp: Any, damping: float
-) -> None:
-    upper, lower = variables()
-    system = linearize(Smooth(0.1), upper, lower, BATCHES, hvp=hvp, damping=damping)
-    u, v = vector(5, seed), vector(5, seed + 100)
-
-    def apply(x: Tensor) -> Tensor:
-        return joined(system.operator(split(x, lower)))
-
-    size = float(apply(u).norm() + apply(v).norm()) + 1.0
-    assert float((apply(a * u + v) - (a * apply(u) + apply(v))).abs().max()) <= 1e-13 * size * (1.0 + abs(a))
-    assert float(u @ apply(v) - v @ apply(u)) == pytest.approx(0.0, abs=1e-12 * size)
-    other = linearize(Smooth(0.1), upper, lower, BATCHES, damping=damping).operator(split(u, lower))
-    torch.testing.assert_close(joined(other), apply(u), rtol=0.0, atol=1e-12 * size)

@@ -89,6 +89,16 @@ def test_other_lower_variables_are_stale_whatever_their_values() -> None:
         use(system, upper, {**lower, "more": torch.ones(1)})
 
 
+def test_another_regularization_weight_is_stale() -> None:
+    system, upper, lower, _ = fresh_system()
+    system.problem.regularization_weight = 0.25
+    for used in (lambda: use(system, upper, lower), lambda: system.solve(system.variables(lower))):
+        with pytest.raises(StaleSystemError, match=r"regularization_weight changed after linearize \(0\.5 -> 0\.25\)"):
+            used()
+    system.problem.regularization_weight = 0.5
+    use(system, upper, lower)
+
+
 def test_invalidate_by_hand() -> None:
     system, upper, lower, _ = fresh_system()
     system.invalidate()

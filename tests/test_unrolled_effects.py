@@ -212,6 +212,12 @@ def test_what_is_not_finite_is_told_apart() -> None:
         unroll(Rooted(), x, y, SGDUpdate(0.25), lower_batches=[False, True])
 
 
+def name_of(value: Any) -> str:
+    if isinstance(value, type):
+        return value.__name__
+    return "+".join(value) if isinstance(value, dict) else value
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -225,7 +231,9 @@ def test_what_is_not_finite_is_told_apart() -> None:
         ({"update": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "update must be an Update or a function"),
         ({"update": lambda x: 0.1}, TypeError, "update must make an Update"),
     ],
-    ids=lambda value: value.__name__ if isinstance(value, type) else "+".join(value) if isinstance(value, dict) else value,
+    ids=lambda value: (
+        value.__name__ if isinstance(value, type) else "+".join(value) if isinstance(value, dict) else value
+    ),
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     problem, upper, lower = smooth()

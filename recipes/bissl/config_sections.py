@@ -16,6 +16,8 @@ from bilevel import (
     ReverseOverReverse,
     Solver,
 )
+from bilevel.automatic import Automatic
+from bilevel.solvers import Escalating
 from recipes.bissl.models import BACKBONES
 
 V = TypeVar("V")
@@ -155,8 +157,19 @@ class BilevelConfig(Section):
     layerwise: bool = Field(
         default=False, description="CG with step lengths per tensor, the paper's variant (not exact)"
     )
-    hvp: Literal["reverse", "reverse-kept", "forward", "finite-difference"] = Field(
-        default="reverse", description="Hessian-vector products; reverse-kept keeps K graphs in memory"
+    escalate: bool = Field(
+        default=False, description="answer a breakdown of the solver (negative curvature, ...) by a growing shift"
+    )
+    hvp: Literal["auto", "reverse", "reverse-kept", "forward", "finite-difference"] = Field(
+        default="reverse",
+        description="Hessian-vector products; reverse-kept keeps graphs in memory, auto takes what is measured fastest "
+        "(timings decide, so that the last digits may differ between runs)",
+    )
+    graph_memory: float | None = Field(
+        default=None,
+        gt=0,
+        description="with hvp=reverse-kept or auto: memory for the kept graphs of a system's K batches (GiB); null: no "
+        "limit for reverse-kept, none kept by auto",
     )
     max_grad_norm: float | None = Field(
         default=10.0, gt=0, description="norm limit of each level's gradient; null: none"
@@ -173,7 +186,7 @@ class BilevelConfig(Section):
     def _consistent(self) -> "BilevelConfig":
         if self.layerwise and self.solver != "cg":
             raise ValueError(f"layerwise is a variant of cg, but solver is {self.solver!r}; set solver to cg")
-        if self.solver != "cg" and (self.solver_rtol == "noise" or self.recycle):
+        if self.solver in ("minres", "neumann") and (self.solver_rtol == "noise" or self.recycle):
             raise ValueError(
                 f"solver_rtol=noise and recycle belong to cg, but solver is {self.solver!r}; set solver to cg, or give "
                 "a number for solver_rtol and 0 for recycle"
@@ -185,6 +198,13 @@ class BilevelConfig(Section):
             )
         if self.solver_rtol == "noise" and self.hessian_batches < 2:
             raise ValueError("solver_rtol=noise compares Hessian batches: hessian_batches must be at least 2, got 1")
+        if self.escalate and self.solver == "identity":
+            raise ValueError("escalate answers breakdowns, and solver identity has none; set escalate to false")
+        if self.graph_memory is not None and self.hvp not in ("reverse-kept", "auto"):
+            raise ValueError(
+                f"graph_memory limits kept graphs, and hvp={self.hvp} keeps none; set hvp to reverse-kept or auto, or "
+                "graph_memory to null"
+            )
         if self.hessian_batches > self.lower_steps:
             raise ValueError(
                 f"hessian_batches={self.hessian_batches} exceeds lower_steps={self.lower_steps}, whose first batches "
@@ -196,6 +216,9 @@ class BilevelConfig(Section):
 
     def make_solver(self) -> Solver:
         """The solver that the fields describe."""
+        return Escalating(self._plain_solver()) if self.escalate else self._plain_solver()
+
+    def _plain_solver(self) -> Solver:
         if self.solver == "identity":
             return Identity()
         if self.solver == "minres":
@@ -210,9 +233,11 @@ class BilevelConfig(Section):
 
     def make_hvp(self) -> HVPProvider:
         """The provider that the fields describe."""
+        budget = None if self.graph_memory is None else int(self.graph_memory * 2**30)
         return {
+            "auto": Automatic(budget),
             "reverse": ReverseOverReverse(),
-            "reverse-kept": ReverseOverReverse(keep_graph=True),
+            "reverse-kept": ReverseOverReverse(keep_graph=True, memory_budget=budget),
             "forward": ForwardOverReverse(),
             "finite-difference": FiniteDifference(),
         }[self.hvp]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from recipes.bissl.config import Config
+from recipes.bissl.config import BilevelConfig, Config
 from recipes.bissl.context import Context, Datasets, check_batch_size
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.models import build_backbone
@@ -53,8 +53,7 @@ def describe(config: Config) -> str:
         plan = make_plan(config, arm, images, labelled)
         pretext_batch = 2 * unit * min(config.pretext.batch_size, images)
         labelled_batch = unit * min(config.downstream.batch_size, labelled)
-        solve = config.bissl.hessian_batches * config.bissl.solver_iterations * (config.bissl.solver != "identity")
-        seconds = pretext_batch * (plan.pretext + plan.lower + HVP_COST * solve * plan.upper)
+        seconds = pretext_batch * (plan.pretext + plan.lower + HVP_COST * _products(config.bissl, plan.upper))
         seconds += labelled_batch * (plan.head + 2 * plan.upper + tunings * plan.finetune)
         total += seconds
         lines.append(
@@ -68,6 +67,14 @@ def describe(config: Config) -> str:
         "assumed"
     )
     return "\n".join(lines + note)
+
+
+def _products(fields: BilevelConfig, upper_steps: int) -> int:
+    """At most this many Hessian-vector products on single batches, all solves together."""
+    if fields.solver == "identity":
+        return 0
+    solves = upper_steps // fields.upper_steps if fields.aggregate else upper_steps
+    return solves * fields.solver_iterations * fields.hessian_batches
 
 
 def _sizes(config: Config) -> tuple[int, int, list[str]]:

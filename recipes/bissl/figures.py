@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.bissl.records import Band, Curve, Event, alternation_bands, curves, mean_curve, select, thin
+from recipes.bissl.records import (
+    Band,
+    Curve,
+    Event,
+    alternation_bands,
+    curves,
+    last_solves,
+    mean_curve,
+    select,
+    thin,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,7 +91,8 @@ def levels_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | Non
 
 
 def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """How well the linear systems were solved, what the solution changed, and what it cost, over alternations."""
+    """How well the linear systems were solved, what the solution changed, and what it cost, over alternations; and the
+    last solve's residual over its iterations."""
     upper = select(events, "bissl", "upper")
     shown = (
         ("relative residual", "residual", True, False),
@@ -98,6 +109,8 @@ def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | Non
         Panel(title, "alternation", bands=alternation_bands(upper, name), logarithmic=logarithmic, integer=integer)
         for title, name, logarithmic, integer in shown
     ]
+    last = curves(last_solves(upper), "residual", x="iteration")
+    panels.append(Panel("residual within the last solve", "iteration", last, logarithmic=True))
     return draw("solver", panels, arms, columns=3)
 
 

@@ -116,6 +116,16 @@ def alternation_bands(events: Sequence[Event], field: str) -> dict[str, Band]:
     return {arm: _band(by_alternation) for arm, by_alternation in groups.items()}
 
 
+def last_solves(upper: Sequence[Event]) -> list[Event]:
+    """The iterations of each arm's and seed's last solve as events with `iteration` (from 1) and `residual`."""
+    latest = {(record["arm"], record["seed"]): record for record in upper if record.get("residual_curve")}
+    return [
+        {**record, "iteration": number, "residual": residual}
+        for record in latest.values()
+        for number, residual in enumerate(record["residual_curve"], start=1)
+    ]
+
+
 def mean_curve(by_seed: dict[int, Curve]) -> Curve:
     """Mean over seeds at the steps that all of them recorded, so that no seed's absence shows as a jump."""
     common = set.intersection(*(set(curve.x.tolist()) for curve in by_seed.values())) if by_seed else set()

@@ -114,7 +114,8 @@ _SOLVER_CAPTION = (
     "‖x − v‖ / ‖v‖ and cos(x, v) say what solving changed against using v as it is: near 0 and 1, the products bought "
     "little. Stationarity is the norm of the lower gradient: the implicit gradient assumes it is small. Its noise is "
     "the standard error of that gradient over the batches of the system: up to a few times 1, they cannot tell the "
-    "lower variables from a solution. A negative curvature means that the system was not positive definite there."
+    "lower variables from a solution. A negative curvature means that the system was not positive definite there. The "
+    "residual within the last solve is the one that the iterations carry along."
 )
 _FINETUNE_CAPTION = "Thick: mean over the seeds, as far as all of them got. Thin: single seeds."
 
@@ -231,7 +232,9 @@ def _figure(drawing: Drawing | None, caption: str) -> str:
 def _solver(events: Sequence[Event], arms: Sequence[str]) -> str:
     upper, ends = select(events, "bissl", "upper"), select(events, "bissl", "alternation")
     figure = _figure(solver_figure(events, arms), _SOLVER_CAPTION)
-    statuses = Counter((record["arm"], record["seed"], str(record["status"])) for record in upper if "status" in record)
+    statuses = Counter(
+        (record["arm"], record["seed"], record["status"]) for record in upper if record.get("status") is not None
+    )
     if not statuses:
         return f"{figure}\n<h3>How the solves ended</h3>\n{_absent()}"
     meanings = {status.name: status.value for status in Status}

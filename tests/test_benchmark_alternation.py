@@ -1,0 +1,40 @@
+"""The alternation benchmark in small: its figures mean what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import alternation
+from benchmarks.alternation_setup import Sizes, make_setup
+
+TINY = Sizes(warm_up=25, lower_batch=24, upper_batch=8, lower_steps=2, upper_steps=2, hessian_batches=2)
+KEPT = Path(__file__).parents[1] / "benchmarks" / "results" / "alternation.json"
+
+
+def test_the_figures_of_a_small_alternation() -> None:
+    setup = make_setup("photographs", torch.device("cpu"), TINY)
+    found = alternation.measure(setup, 1, ["default", "identity"], quick=True)
+    default, identity = found["overhead"]["default"], found["overhead"]["identity"]
+    assert identity["hvps"] == 0
+    assert default["hvps"] == default["products"] * 2 > 0
+    # Identity's error is the part of the update that the solve is for; a solve to the noise leaves less.
+    assert default["error"] < 0.5 * identity["error"]
+    assert identity["error"] == pytest.approx(identity["departure"], rel=0.5)
+    assert 0.0 < found["noise_floor"] < 1.0
+    # Without gamma, momentum and norm limit aggregation changes nothing but rounding and the solver's 1e-5.
+    assert found["aggregation"][0]["gamma"] == found["aggregation"][0]["momentum"] == 0.0
+    assert found["aggregation"][0]["bias"] < 1e-3
+    assert default["ratio"] > 0.0
+    assert default["peak_memory_mib"] > found["plain"]["peak_memory_mib"] > 0.0
+
+
+def test_the_kept_figures_meet_what_the_documentation_says() -> None:
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    overhead, floor = kept["overhead"], kept["noise_floor"]
+    assert overhead["global_cg"]["ratio"] <= 10.0
+    assert overhead["global_cg"]["error"] <= overhead["paper"]["error"]
+    assert overhead["default"]["ratio"] <= 4.0
+    assert overhead["default"]["error"] <= floor
+    assert overhead["paper"]["ratio"] > overhead["global_cg"]["ratio"] > overhead["default"]["ratio"]
