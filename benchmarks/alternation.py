@@ -328,7 +328,9 @@ def main() -> None:
     repeats = 1 if arguments.quick else arguments.repeats
     figures = measure(setup, repeats, arguments.settings, quick=arguments.quick)
     report(figures)
-    write_json(arguments.json, {"environment": environment(arguments.device), "setup": setup.describe(), **figures})
+    machine = environment(arguments.device)
+    kept = {"quick": arguments.quick, "environment": machine, "setup": setup.describe(), **figures}
+    write_json(arguments.json, kept)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ class System:
         self.regularized = self.regularized and total > 0.0
         self.weight = total if self.regularized else 1.0
         objectives = [self._objective(batch, self._seed + k) for k, batch in enumerate(self.lower_batches)]
-        if hvp.needs_outputs:
+        # Not of a whole batch that is too large for the memory.
+        if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
             self._check_composition(point)
         living = [*self._all.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
@@ -188,10 +189,8 @@ class System:
 
     @torch.no_grad()
     def _check_composition(self, point: Params) -> None:
-        """Raise unless the loss of the outputs is the lower objective, on the first batch or on its first chunk."""
+        """Raise unless the loss of the outputs is the lower objective, on the first batch."""
         upper, batch = tree.detach(self.upper), self.lower_batches[0]
-        if isinstance(self.hvp, MicroBatched):
-            batch = self.problem.split_batch(batch, self.hvp.chunk_size)[0]
         parts = self._composed(batch, self._seed)(upper, point)
         with curvature_pass(self._seed):
             whole = check_scalar("lower_objective", self.problem.lower_objective(upper, {**self._all, **point}, batch))

@@ -33,8 +33,7 @@ class Wide(Problem):
     def lower_output_loss(self, outputs, batch):
         return (outputs @ outputs.T).logsumexp(dim=1).mean()
     def lower_objective(self, upper, lower, batch):
-        assert len(batch) <= 4 or len(batch) == 64 == SIZE, "only a chunk fits into the memory of one"
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        raise AssertionError
     upper_objective = lower_objective
 
 torch.set_num_threads(1)
@@ -42,8 +41,6 @@ problem, images = Wide(), torch.randn(64, 8, 48, 48)
 upper, lower = {"scale": torch.ones(())}, {n: p.detach() for n, p in problem.net.named_parameters()}
 
 def peak(samples, size):
-    global SIZE
-    SIZE = size
     system = linearize(problem, upper, lower, [images[:samples]], hvp=MicroBatched(size))
     system.cross(system.operator(lower))
     system.gradient()

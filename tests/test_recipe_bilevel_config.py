@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bilevel import CG, MINRES, ReverseOverReverse
+from bilevel import CG, MINRES, Nystrom, ReverseOverReverse
 from bilevel.automatic import Automatic
 from bilevel.solvers import Escalating
 from recipes.bissl.command_line import parse
@@ -27,6 +27,9 @@ def test_options_of_the_system() -> None:
     )
     escalating = with_fields(solver="minres", solver_iterations=3, solver_rtol=0.5, escalate=True).make_solver()
     assert escalating == Escalating(MINRES(3, 0.5))
+    model = {"solver": "nystrom", "nystrom_rank": 6, "solver_iterations": 2, "solver_rtol": 0.1}
+    assert with_fields(**model).make_solver() == Nystrom(6, 1.0, 2, 0.1)
+    assert with_fields(**model, implicit_head=True).make_solver() == Nystrom(6, None, 2, 0.1)
     kept = with_fields(hvp="reverse-kept", graph_memory=1.5).make_hvp()
     assert kept == ReverseOverReverse(keep_graph=True, memory_budget=GIB + GIB // 2)
     automatic = [with_fields(hvp="auto", graph_memory=memory).make_hvp() for memory in (None, 2.0)]

@@ -13,6 +13,7 @@ from bilevel import (
     HVPProvider,
     Identity,
     Neumann,
+    Nystrom,
     ReverseOverReverse,
     Solver,
 )
@@ -127,8 +128,11 @@ class BilevelConfig(Section):
     damping: float = Field(default=10.0, ge=0, description="added to lambda in the linear system (appendix B.3)")
     gamma: float = Field(default=0.01, ge=0, description="weight of the downstream loss of theta_D itself")
     hessian_batches: int = Field(default=5, ge=1, description="K, lower batches in the Hessian's mean")
-    solver: Literal["cg", "minres", "neumann", "identity"] = Field(
+    solver: Literal["cg", "minres", "neumann", "nystrom", "identity"] = Field(
         default="cg", description="solver of the linear system"
+    )
+    nystrom_rank: int = Field(
+        default=20, ge=1, description="with solver nystrom: products for its model, made once an alternation"
     )
     solver_iterations: int = Field(default=5, ge=1, description="N_c, most iterations of the solver")
     solver_rtol: Annotated[float, Field(ge=0, lt=1)] | Literal["noise"] | None = Field(
@@ -186,7 +190,7 @@ class BilevelConfig(Section):
     def _consistent(self) -> "BilevelConfig":
         if self.layerwise and self.solver != "cg":
             raise ValueError(f"layerwise is a variant of cg, but solver is {self.solver!r}; set solver to cg")
-        if self.solver in ("minres", "neumann") and (self.solver_rtol == "noise" or self.recycle):
+        if self.solver in ("minres", "neumann", "nystrom") and (self.solver_rtol == "noise" or self.recycle):
             raise ValueError(
                 f"solver_rtol=noise and recycle belong to cg, but solver is {self.solver!r}; set solver to cg, or give "
                 "a number for solver_rtol and 0 for recycle"
@@ -225,6 +229,10 @@ class BilevelConfig(Section):
             return MINRES(self.solver_iterations, self._number())
         if self.solver == "neumann":
             return Neumann(self.solver_iterations, self._number())
+        if self.solver == "nystrom":
+            # The regularizer's identity is known to be in A, but has no part in phi_P's block.
+            identity = None if self.implicit_head else 1.0
+            return Nystrom(self.nystrom_rank, identity, self.solver_iterations, self._number())
         return CG(self.solver_iterations, self.solver_rtol, self.layerwise, recycle=self.recycle)
 
     def _number(self) -> float | None:
