@@ -21,10 +21,34 @@ from rich.progress import (
 from rich.table import Table
 
 from bilevel.checkpoint import save_checkpoint
-from bilevel.solution import Status
+from bilevel.hypergradient import Hypergradient
+from bilevel.solution import Solution, Status
 
 Record = dict[str, Any]
 """One event: ``event`` ("lower", "adaptation", "upper", "alternation"), ``step``, ``alternation``, and its numbers."""
+
+
+def solve_record(result: Hypergradient, solution: Solution) -> Record:
+    """The numbers of an upper event that say how far its hypergradient can be trusted."""
+    ritz_min, ritz_max = solution.ritz_range or (None, None)
+    return {
+        "status": solution.status.name,
+        "residual": solution.residual_norms[1],
+        "residual_curve": list(solution.residual_curve),
+        "departure": solution.departure,
+        "cosine": solution.cosine,
+        "min_curvature": solution.min_curvature,
+        "ritz_min": ritz_min,
+        "ritz_max": ritz_max,
+        "shift": solution.shift,
+        "unshifted_residual": solution.unshifted_residual,
+        "solver_noise": solution.noise,
+        "iterations": solution.iterations,
+        "num_hvps": solution.num_hvps,
+        "stationarity": result.stationarity,
+        "gradient_noise": result.noise,
+        "stationarity_over_noise": result.stationarity_over_noise,
+    }
 
 
 class Callback:

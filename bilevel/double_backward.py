@@ -45,6 +45,9 @@ def _convolution(
 ) -> Tensor | None:
     if isinstance(padding, str) or input.dim() != 4 or not _plain(input, weight):
         return None
+    # Broadcasting and promotion would take biases that torch refuses.
+    if bias is not None and (bias.dtype != input.dtype or bias.shape != weight.shape[:1]):
+        return None
     output = _Convolution.apply(input, weight, (_pair(stride), _pair(padding), _pair(dilation), groups))
     return output if bias is None else output + bias.view(-1, 1, 1)
 

@@ -13,6 +13,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bilevel import tree
 from bilevel.gauss_newton import ComposedObjective
@@ -154,14 +155,15 @@ class _MicroBatched(Linearization):
 
     def _slopes(self, vector: Params, upper: Params) -> list[tuple[Tensor, Tensor]]:
         """u and its tangent for every chunk."""
-        x, y = tree.detach(upper), tree.detach(self.lower)
-        direction = {name: vector[name] for name in y}
+        x = tree.detach(upper)
         z, z_dot = [], []
-        for outputs in self.chunks:
-            with torch.no_grad():
-                value, tangent, *_ = torch.func.jvp(lambda y, outputs=outputs: outputs(x, y), (y,), (direction,))
-            z.append(value)
-            z_dot.append(tangent)
+        # Not torch.func.jvp: it hides the tensors' memory layout, in whose order a plain pass fills random masks.
+        with torch.no_grad(), forward_ad.dual_level():
+            y = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in self.lower.items()}
+            for outputs in self.chunks:
+                value, tangent = forward_ad.unpack_dual(outputs(x, y))
+                z.append(value)
+                z_dot.append(torch.zeros_like(value) if tangent is None else tangent)
         point = {"z": torch.cat(z).requires_grad_()}
         slope = tree.gradients(self.loss(point["z"]), point, create_graph=True)
         curved = tree.pullback(slope, {"z": torch.cat(z_dot)}, [point])[0]

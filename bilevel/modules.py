@@ -3,11 +3,11 @@
 import inspect
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from bilevel.distributed import world_size
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
+
+_buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
 _NORM_LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -40,18 +42,25 @@ def in_curvature_pass() -> bool:
     return _in_curvature_pass.get()
 
 
+class BufferNotes(Protocol):
+    """Takes note of the buffers that a pass reads."""
+
+    def note(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
+
+
 @contextmanager
-def curvature_pass(seed: int | None = None) -> Iterator[None]:
+def curvature_pass(seed: int | None = None, notes: BufferNotes | None = None) -> Iterator[None]:
     """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
 
     Args:
         seed: seeds the default generators for the length of the pass and restores them afterwards; None leaves them.
+        notes: is told the buffers that `functional_call` reads.
     """
     with ExitStack() as stack:
         if seed is not None:
             stack.enter_context(_seeded(seed))
-        token = _in_curvature_pass.set(True)
-        stack.callback(_in_curvature_pass.reset, token)
+        stack.callback(_in_curvature_pass.reset, _in_curvature_pass.set(True))
+        stack.callback(_buffer_notes.reset, _buffer_notes.set(notes))
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -138,7 +147,11 @@ def functional_call(
                 _announce_plain_attention()
             stack.enter_context(_without_running_statistics(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
-        copies = {name: buffer.detach().clone() for name, buffer in module.named_buffers() if name not in params}
+        read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
+        notes = _buffer_notes.get() if curvature else None
+        if notes is not None:
+            notes.note(read)
+        copies = {name: buffer.detach().clone() for name, buffer in read}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)
 

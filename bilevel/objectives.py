@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.lower_objectives import check_scalar
 from bilevel.modules import curvature_pass
 from bilevel.problem import Problem
-from bilevel.system import check_scalar
 from bilevel.tree import Params
 
 

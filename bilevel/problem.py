@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -56,14 +55,12 @@ class Problem(ABC):
     def split_batch(self, batch: Any, size: int) -> list[Any]:
         """A lower batch as chunks of `size` samples and a last one of at most as many, in order, for micro-batching.
 
-        The default cuts every tensor inside nested mappings (which become dicts), lists, tuples and dataclasses along
-        dimension 0, and hands everything else to each chunk.
+        The default is `split`.
 
         Raises:
             ValueError: tensors of different lengths, or no tensor that has a length.
         """
-        count = _length(batch)
-        return [_rows(batch, slice(start, start + size)) for start in range(0, count, size)]
+        return split(batch, size)
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
         """r(x, y), unweighted and 0-d; None (the default) where the problem has none."""
@@ -99,6 +96,22 @@ class Problem(ABC):
             raise ValueError(
                 f"{type(self).__name__} has no load_state_dict for the keys {sorted(state)}; define both methods"
             )
+
+
+def split(batch: Any, size: int) -> list[Any]:
+    """A batch as chunks of `size` samples and a last one of at most as many, in order.
+
+    Every tensor inside nested mappings (which become dicts), lists, tuples and dataclasses is cut along dimension 0;
+    everything else goes into each chunk.
+
+    Raises:
+        ValueError: tensors of different lengths, or no tensor that has a length.
+    """
+
+    def chunk(start: int) -> Any:
+        return tree.map_tensors(lambda tensor: tensor[start : start + size], batch)
+
+    return [chunk(start) for start in range(0, _length(batch), size)]
 
 
 def proximal(upper: Params, lower: Params, pairs: Mapping[str, str] | None = None) -> Tensor:
@@ -140,24 +153,9 @@ def _length(batch: Any) -> int:
     for index, length in enumerate(lengths):
         if length == 0 or length != lengths[0]:
             raise ValueError(
-                f"split_batch: tensor {index} of the batch has {length} samples along dimension 0 and tensor 0 has "
+                f"split: tensor {index} of the batch has {length} samples along dimension 0 and tensor 0 has "
                 f"{lengths[0]}; give every tensor one row per sample, or define split_batch in the Problem"
             )
     if not lengths:
-        raise ValueError(f"split_batch: no tensor in the batch, a {type(batch).__name__}; define it in the Problem")
+        raise ValueError(f"split: no tensor in the batch, a {type(batch).__name__}; define split_batch in the Problem")
     return lengths[0]
-
-
-def _rows(batch: Any, rows: slice) -> Any:
-    """The batch with these rows of each of its tensors."""
-    if isinstance(batch, Tensor):
-        return batch[rows]
-    if isinstance(batch, Mapping):
-        return {key: _rows(item, rows) for key, item in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        items = [_rows(item, rows) for item in batch]
-        # A named tuple takes its fields one by one, other sequences take one iterable.
-        return type(batch)(*items) if isinstance(batch, tuple) and type(batch) is not tuple else type(batch)(items)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{field.name: _rows(getattr(batch, field.name), rows) for field in fields(batch)})
-    return batch

@@ -59,7 +59,7 @@ class Solution:
             preconditioned CG, Neumann with a given scale).
         shift: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status, iterations,
             residual_norms and residual_curve are those of ``(A + shift I) x = b``; the other numbers stay those of A.
-        noise: relative standard error of a product with A from the choice of its batches, where the solver measured it
+        noise: standard error of A x, relative to b, from the choice of A's batches, where the solver measured it
             (``CG(rtol="noise")``); None otherwise.
         unshifted_residual: ``||b - A x|| / ||b||`` where shift is not 0; None otherwise, residual_norms saying it.
     """

@@ -48,6 +48,24 @@ def check_marks(before: Sequence[Mark], now: Sequence[Mark]) -> None:
             )
 
 
+class BufferWatch:
+    """The buffers that passes have read, as they were when first read."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Tensor, Mark]] = {}
+
+    def note(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Take note of buffers not met before."""
+        new = [(f"buffer {name!r}", tensor) for name, tensor in named if id(tensor) not in self._seen]
+        for (_, tensor), mark in zip(new, take_marks(new), strict=True):
+            self._seen[id(tensor)] = tensor, mark
+
+    def check(self) -> None:
+        """Raise StaleSystemError if one of them has changed."""
+        marks = [mark for _, mark in self._seen.values()]
+        check_marks(marks, take_marks([(mark.name, tensor) for tensor, mark in self._seen.values()]))
+
+
 def check_given(argument: str, given: Params, own: Params, *, others_of_same_shape: bool = False) -> None:
     """Raise StaleSystemError unless `given` are the tensors of `own`, or others of the same names and shapes."""
     if others_of_same_shape:

@@ -1,7 +1,7 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.automatic import HVP, as_provider
-from bilevel.gauss_newton import ComposedObjective
-from bilevel.hvp import HVPProvider, Objective, ReverseOverReverse
-from bilevel.microbatch import MicroBatched, check_rows
-from bilevel.modules import chunk_seeds, curvature_pass
+from bilevel.hvp import HVPProvider, ReverseOverReverse
+from bilevel.lower_objectives import LowerObjectives
+from bilevel.microbatch import MicroBatched
 from bilevel.operators import (
     FunctionOperator,
     LinearOperator,
@@ -24,7 +23,7 @@ from bilevel.operators import (
 from bilevel.problem import Problem
 from bilevel.solution import Solution
 from bilevel.solvers import CG, Solver
-from bilevel.staleness import StaleSystemError, check_given, check_marks, take_marks
+from bilevel.staleness import BufferWatch, StaleSystemError, check_given, check_marks, take_marks
 from bilevel.tree import Params
 
 Shift = float | Mapping[str, float]
@@ -57,11 +56,11 @@ class System:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
         self.lower_batches = tuple(lower_batches)
         self.solver, self.hvp, self.damping, self.shift, self.implicit = solver, hvp, damping, shift, implicit
-        self._seed = int(torch.randint(2**31 - 1, ()))
-        # The whole of the lower variables, so that objectives meet them in their own order.
-        self._all = tree.detach(lower)
+        seed = int(torch.randint(2**31 - 1, ()))
+        self._buffers = BufferWatch()
+        self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.regularized = self._regularizer(tree.detach(upper), point) is not None
+        self.regularized = self._objectives.regularizer(tree.detach(upper), point) is not None
         if not self.regularized and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
@@ -71,11 +70,12 @@ class System:
         total = problem.regularization_weight + damping
         self.regularized = self.regularized and total > 0.0
         self.weight = total if self.regularized else 1.0
-        objectives = [self._objective(batch, self._seed + k) for k, batch in enumerate(self.lower_batches)]
+        make = self._objectives.composed if hvp.needs_outputs else self._objectives.whole
+        objectives = [make(batch, seed + k) for k, batch in enumerate(self.lower_batches)]
         # Not of a whole batch that is too large for the memory.
         if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
-            self._check_composition(point)
-        living = [*self._all.values(), *tree.tensors_in(self.lower_batches)]
+            self._objectives.check_composition(self.lower_batches[0], upper, point)
+        living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
@@ -113,7 +113,7 @@ class System:
             total = tree.zeros_like(point)
         if self.regularized:
             # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
-            exact = ReverseOverReverse().linearize(self._penalty, point, self.variables(self.lower))
+            exact = ReverseOverReverse().linearize(self._objectives.penalty, point, self.variables(self.lower))
             total = tree.add(exact.cross(x, point), total)
         return total
 
@@ -129,12 +129,12 @@ class System:
         if self.regularized and weight > 0.0:
             y = tree.as_variables(self.variables(self.lower))
             with torch.enable_grad():
-                value = self._penalty(upper, y)
+                value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
         return gradient
 
     def invalidate(self) -> None:
-        """Declare the system stale by hand, for changes that it cannot see (buffers, data behind a pointer)."""
+        """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
         self._invalidated = True
 
     def check_fresh(self, upper: Params | None = None, lower: Params | None = None) -> None:
@@ -157,55 +157,7 @@ class System:
         if lower is not None:
             check_given("lower", lower, self.lower)
         check_marks(self._marks, take_marks(self._named_tensors()))
-
-    def _objective(self, batch: Any, seed: int) -> Objective:
-        if self.hvp.needs_outputs:
-            return self._composed(batch, seed)
-
-        def objective(upper: Params, variables: Params) -> Tensor:
-            with curvature_pass(seed):
-                loss = self.problem.lower_objective(upper, {**self._all, **variables}, batch)
-            return check_scalar("lower_objective", loss)
-
-        return objective
-
-    def _composed(self, batch: Any, seed: int) -> ComposedObjective:
-        def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Tensor:
-            with curvature_pass(seed):
-                return self.problem.lower_outputs(upper, {**self._all, **variables}, batch)
-
-        def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Tensor:
-            return check_rows(outputs(chunk, seed, upper, variables), chunk)
-
-        def split(size: int) -> list[Objective]:
-            chunks = self.problem.split_batch(batch, size)
-            return [partial(rows, *one) for one in zip(chunks, chunk_seeds(seed, len(chunks)), strict=True)]
-
-        def loss(z: Tensor) -> Tensor:
-            with curvature_pass(seed):
-                return check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch))
-
-        return ComposedObjective(partial(outputs, batch, seed), loss, split)
-
-    @torch.no_grad()
-    def _check_composition(self, point: Params) -> None:
-        """Raise unless the loss of the outputs is the lower objective, on the first batch."""
-        upper, batch = tree.detach(self.upper), self.lower_batches[0]
-        parts = self._composed(batch, self._seed)(upper, point)
-        with curvature_pass(self._seed):
-            whole = check_scalar("lower_objective", self.problem.lower_objective(upper, {**self._all, **point}, batch))
-        if not torch.isclose(parts, whole, rtol=torch.finfo(whole.dtype).eps ** 0.5, equal_nan=True):
-            raise ValueError(
-                f"lower_output_loss(lower_outputs(...)) = {float(parts):.6g}, but lower_objective = {float(whole):.6g} "
-                "on lower_batches[0]; the two must be the same function, random masks included"
-            )
-
-    def _regularizer(self, upper: Params, variables: Params) -> Tensor | None:
-        with curvature_pass(self._seed):
-            return self.problem.regularizer(upper, {**self._all, **variables})
-
-    def _penalty(self, upper: Params, variables: Params) -> Tensor:
-        return check_scalar("regularizer", self._regularizer(upper, variables))
+        self._buffers.check()
 
     @cached_property
     def _loss_uses_upper(self) -> bool:
@@ -216,7 +168,7 @@ class System:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
         if self.regularized:
-            exact = ReverseOverReverse().linearize(self._penalty, self.upper, point)
+            exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
         if isinstance(self.shift, Mapping) or self.shift != 0.0:
             operator = ShiftedOperator(operator, self.shift)
@@ -323,17 +275,6 @@ def linearize(
         shift=shift,
         implicit=names,
     )
-
-
-def check_scalar(name: str, value: Tensor | None) -> Tensor:
-    """Raise unless an objective returned a 0-d tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must return a 0-d tensor, got {type(value).__name__}")
-    if value.dim() != 0:
-        raise ValueError(
-            f"{name} must return a 0-d tensor, got shape {tuple(value.shape)}; take the mean over the batch"
-        )
-    return value
 
 
 def check_batches(lower_batches: Sequence[Any]) -> None:

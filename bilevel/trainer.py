@@ -5,6 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, get_args
 
 import torch
@@ -13,16 +14,17 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.automatic import HVP, Automatic, as_provider
 from bilevel.batches import BatchSource, Cycle
-from bilevel.callbacks import Callback, Record
+from bilevel.callbacks import Callback, Record, solve_record
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.hypergradient import Hypergradient, OnFailure, through_system
+from bilevel.lower_objectives import check_scalar
 from bilevel.microbatch import check_size, micro_batched_gradient
 from bilevel.objectives import upper_derivatives
 from bilevel.problem import Problem
 from bilevel.schedule import AlternatingSchedule
 from bilevel.solution import Solution, Status
 from bilevel.solvers import Solver
-from bilevel.system import Shift, System, check_scalar, linearize
+from bilevel.system import Shift, System, linearize
 from bilevel.tree import Params
 
 
@@ -36,6 +38,14 @@ class LRSchedule(Protocol):
     def step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """Right-hand sides of earlier steps, each by its learning rate, and the sum of these."""
+
+    right: Params
+    rates: float
 
 
 class Trainer:
@@ -55,8 +65,8 @@ class Trainer:
             implicit part. Needs ``curvature_depends_on_upper = False``. The summed update is that of separate solves
             where dF/dx does not depend on the upper variables that the implicit part moves, the optimizer is SGD and
             no norm limit binds; otherwise the implicit part is seen up to upper_steps - 1 steps later: a bias of the
-            order of gamma in BiSSL, and with momentum the same total displacement, later. The norm limit of the last
-            step is upper_steps times as wide.
+            order of gamma in BiSSL, and with momentum a displacement that comes later (the same in total at a constant
+            rate). The norm limit of the last step is wider by the sum of the rates over its own.
         hessian_batches: K, how many lower batches make the system's mean.
         lower_scheduler, upper_scheduler: learning-rate schedules.
         micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
@@ -106,12 +116,8 @@ class Trainer:
             "lower": lower_data if isinstance(lower_data, BatchSource) else Cycle(lower_data),
             "upper": upper_data if isinstance(upper_data, BatchSource) else Cycle(upper_data),
         }
-        self.system_options: dict[str, Any] = {
-            "solver": solver,
-            "hvp": as_provider(hvp),
-            "damping": damping,
-            "shift": shift,
-        }
+        options = {"solver": solver, "hvp": as_provider(hvp), "damping": damping, "shift": shift}
+        self.system_options: dict[str, Any] = options
         self.hessian_batches, self.max_grad_norm, self.aggregate = hessian_batches, max_grad_norm, aggregate
         self.micro_batch = micro_batch
         self.adaptation_pairs = dict(adaptation_pairs or {})
@@ -192,7 +198,7 @@ class Trainer:
         data, steps = self.data["upper"], self.schedule.upper_steps
         data.begin_stage(steps)
         system: System | None = None
-        carried: Params | None = None
+        carried: _Carried | None = None
         for number in range(1, steps + 1):
             if system is None or self.problem.curvature_depends_on_upper:
                 system = linearize(self.problem, self.upper, self.lower, stored, **self.system_options)
@@ -202,26 +208,32 @@ class Trainer:
             else:
                 self._upper_step(system, batch, carried)
 
-    def _direct_step(self, system: System, batch: Any, carried: Params | None) -> Params:
+    def _direct_step(self, system: System, batch: Any, carried: "_Carried | None") -> "_Carried":
         """A step along dF/dx alone; the sum of the right-hand sides so far, each by its learning rate."""
         loss, direct, v = upper_derivatives(self.problem, self.upper, self.lower, system.implicit, batch)
         rate = self._rate("upper")
         record = self._update("upper", direct, float(loss))
         self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
         self._emit({**record, "status": None})
-        return tree.scale(rate, v) if carried is None else tree.axpy(rate, v, carried)
+        if carried is None:
+            return _Carried(tree.scale(rate, v), rate)
+        return _Carried(tree.axpy(rate, v, carried.right), carried.rates + rate)
 
-    def _upper_step(self, system: System, batch: Any, carried: Params | None) -> None:
+    def _upper_step(self, system: System, batch: Any, carried: "_Carried | None") -> None:
         """A hypergradient step; `carried` right-hand sides are solved for with its own."""
+        rate, shares = self._rate("upper"), 1.0
+        if carried is not None:
+            if rate == 0.0 and carried.rates > 0.0:
+                raise ValueError(
+                    f"upper_scheduler: the learning rate is 0 in upper step {self.steps['upper'] + 1}, which takes the "
+                    "implicit part of its whole alternation; end above 0, or leave aggregate out"
+                )
+            shares += carried.rates / rate if rate > 0.0 else 0.0
 
         def solve(v: Params) -> Solution:
-            if carried is not None:
-                # A rate of 0 moves nothing, whatever the right-hand side.
-                v = tree.axpy(1.0 / (self._rate("upper") or 1.0), carried, v)
-            return system.solve(v)
+            return system.solve(v if carried is None or rate == 0.0 else tree.axpy(1.0 / rate, carried.right, v))
 
         result = through_system(system, self.upper, self.lower, batch, solve=solve, on_failure=self._on_failure)
-        shares = 1 if carried is None else self.schedule.upper_steps
         record = self._update("upper", result.grad, float(result.loss), shares=shares)
         self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
         self._emit({**record, **self._diagnose(result)})
@@ -235,30 +247,12 @@ class Trainer:
         self.solves[solution.status.name] += 1
         if not solution.status.ok:
             self._on_failure = "ignore" if self._on_failure == "warn" else self._on_failure
-        ritz_min, ritz_max = solution.ritz_range or (None, None)
-        return {
-            "status": solution.status.name,
-            "residual": solution.residual_norms[1],
-            "residual_curve": list(solution.residual_curve),
-            "departure": solution.departure,
-            "cosine": solution.cosine,
-            "min_curvature": solution.min_curvature,
-            "ritz_min": ritz_min,
-            "ritz_max": ritz_max,
-            "shift": solution.shift,
-            "unshifted_residual": solution.unshifted_residual,
-            "solver_noise": solution.noise,
-            "iterations": solution.iterations,
-            "num_hvps": solution.num_hvps,
-            "stationarity": result.stationarity,
-            "gradient_noise": result.noise,
-            "stationarity_over_noise": result.stationarity_over_noise,
-        }
+        return solve_record(result, solution)
 
-    def _update(self, level: str, gradient: Params, loss: float, *, shares: int = 1) -> Record:
+    def _update(self, level: str, gradient: Params, loss: float, *, shares: float = 1.0) -> Record:
         """Apply one optimizer step, after checking that every number is finite; the event's record.
 
-        A gradient that stands for those of several steps has that many `shares` in the norm limit.
+        A gradient that stands for those of several steps has as many `shares` in the norm limit.
         """
         variables = self.lower if level == "lower" else self.upper
         optimizer, scheduler = self.optimizers[level], self.schedulers[level]
@@ -384,6 +378,11 @@ class Trainer:
                 "aggregate=True: one solve serves several upper steps only where the curvature does not depend on the "
                 "upper variables; set curvature_depends_on_upper = False in the Problem if that is so, or leave "
                 "aggregate out"
+            )
+        if self.aggregate and len({group["lr"] for group in self.optimizers["upper"].param_groups}) > 1:
+            raise ValueError(
+                "aggregate=True: the upper optimizer's parameter groups have different learning rates, but the steps "
+                "of an alternation are summed by one; give all groups one rate, or leave aggregate out"
             )
         if self._on_failure not in get_args(OnFailure):
             raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {self._on_failure!r}")

@@ -1,15 +1,17 @@
 """Arithmetic on `Params`: a dictionary of tensors treated as one vector.
 
 Functions return new dictionaries and never write to their arguments. Both arguments of a binary operation must have the
-same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one.
+same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one; inner
+products, and products with a 0-d tensor, run leaf by leaf.
 """
 
 # torch has no public name for its foreach operations.
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +44,8 @@ def scale(alpha: Scalar, x: Params) -> Params:
     if isinstance(alpha, Mapping):
         return dict(zip(x, torch._foreach_mul(leaves, [alpha[name] for name in x]), strict=True))
     if isinstance(alpha, Tensor):
-        return {name: leaf * alpha for name, leaf in x.items()}
+        # The foreach product with a tensor has no derivative with respect to it. A 0-d leaf takes on a wider dtype.
+        return {name: (leaf * alpha).to(leaf.dtype) for name, leaf in x.items()}
     return dict(zip(x, torch._foreach_mul(leaves, alpha), strict=True))
 
 
@@ -176,6 +179,25 @@ def tensors_in(batch: object) -> Iterator[Tensor]:
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
             yield from tensors_in(getattr(batch, field.name))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The same structure with `function` of each of `tensors_in`; mappings become dicts.
+
+    Dataclasses are made anew from the fields that their constructor takes, and compute the others again.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, item) for key, item in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        # A named tuple's own constructor takes its fields one by one.
+        make = getattr(batch, "_make", type(batch))
+        return make([map_tensors(function, item) for item in batch])
+    if is_dataclass(batch) and not isinstance(batch, type):
+        taken = [field.name for field in fields(batch) if field.init]
+        return replace(batch, **{name: map_tensors(function, getattr(batch, name)) for name in taken})
+    return batch
 
 
 def check_params(argument: str, value: object) -> None:

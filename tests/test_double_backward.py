@@ -105,6 +105,22 @@ def test_everything_else_is_left_to_torch() -> None:
             functional.batch_norm(x[:1, :, 0, 0], None, None, ones, ones, training=True)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()], ids=str)
+def test_biases_of_another_shape_are_refused_as_by_torch(shape: tuple[int, ...]) -> None:
+    x, w, bias = tensor((1, 1, 3, 3), 0), tensor((2, 1, 2, 2), 1), tensor(shape, 2)
+    for function in (functional.conv2d, cheap(functional.conv2d)):
+        with pytest.raises(RuntimeError, match="bias"):
+            function(x, w, bias)
+
+
+def test_biases_of_another_dtype_are_refused_as_by_torch() -> None:
+    x, w, bias = tensor((1, 1, 3, 3), 0).float(), tensor((2, 1, 2, 2), 1).float(), tensor((2,), 2)
+    for function in (functional.conv2d, cheap(functional.conv2d)):
+        with pytest.raises(RuntimeError, match="type"):
+            function(x, w, bias)
+    assert node(cheap(functional.conv2d)(x, w, bias.float())) == "AddBackward0"
+
+
 def third(value: Tensor, variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for _ in range(2):
         slopes = torch.autograd.grad(value, variables, create_graph=True)

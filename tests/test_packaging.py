@@ -29,6 +29,7 @@ CORE_ORDER = (
     "solution",
     "solvers",
     "staleness",
+    "lower_objectives",
     "system",
     "objectives",
     "hypergradient",

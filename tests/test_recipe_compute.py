@@ -3,7 +3,9 @@
 import re
 import shutil
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from bilevel import MINRES, hypergradient, linearize
 from bilevel.microbatch import MicroBatched
 from bilevel.modules import curvature_pass, in_curvature_pass
 from recipes.bissl.artifact import Artifact
-from recipes.bissl.compute import Computing, chunks
+from recipes.bissl.compute import Computing
 from recipes.bissl.config import Config, ConfigError, build_config
 from recipes.bissl.config_sections import ComputeConfig
 from recipes.bissl.context import Context
@@ -303,13 +305,24 @@ def test_data_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         Computing(resident, torch.device("cuda")).settle(sample)
 
 
-def test_chunks() -> None:
-    batch = {"views": (torch.arange(10).reshape(5, 2), torch.arange(5)), "note": "kept"}
-    parts = chunks(batch, 2)
-    assert [len(chunk["views"][1]) for chunk in parts] == [2, 2, 1]
-    assert {chunk["note"] for chunk in parts} == {"kept"}
-    for index, tensor in enumerate(batch["views"]):
-        assert torch.equal(torch.cat([chunk["views"][index] for chunk in parts]), tensor)
+@dataclass
+class Labelled:
+    images: Tensor
+    name: str
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def test_batches_of_every_kind_are_moved() -> None:
+    computing = Computing(ComputeConfig(channels_last=True), CPU)
+    images = torch.arange(96.0).reshape(2, 3, 4, 4)
+    labelled = computing.move(Labelled(images, "a"))
+    pair = computing.move(Pair(images, [3]))
+    assert (type(labelled), labelled.name, type(pair), pair.second) == (Labelled, "a", Pair, [3])
+    for tensor in (labelled.images, pair.first):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(tensor, images)
 
 
 class Plain(nn.Module):

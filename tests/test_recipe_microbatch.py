@@ -1,6 +1,9 @@
 """Micro-batching of BiSSL's lower level through its pretext task."""
 
+from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,11 @@ from bilevel import Params, ReverseOverReverse, linearize
 from bilevel.microbatch import MicroBatched, micro_batched_gradient
 from recipes.bissl.losses import nt_xent
 from recipes.bissl.problem import BiSSLProblem
+from recipes.bissl.stages import pretext
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
+from tests.small_runs import small_config, small_context
 
 Loss = Callable[[Params, Any], Tensor]
 
@@ -114,3 +119,39 @@ def test_a_task_without_outputs_says_what_to_define() -> None:
         PretextTask.outputs(problem.pretext, problem.lower_backbone, {}, views())
     with pytest.raises(TypeError, match="SimCLR defines outputs but not output_loss"):
         PretextTask.output_loss(problem.pretext, torch.ones(1))
+
+
+@dataclass
+class Views:
+    both: Tensor
+    name: str
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+@pytest.mark.parametrize("wrap", [lambda first, second: Views(torch.stack((first, second), 1), "a"), Pair])
+def test_a_pretext_step_takes_each_sample_of_a_batch_of_any_kind_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Tensor, Tensor], Any]
+) -> None:
+    plain, seen = SimCLR.outputs, []
+
+    def outputs(self: SimCLR, backbone: Any, heads: Any, batch: Any) -> Tensor:
+        assert isinstance(batch, (Views, Pair))
+        first, second = batch.both.unbind(1) if isinstance(batch, Views) else batch
+        seen.append((first, second))
+        return plain(self, backbone, heads, (first, second))
+
+    monkeypatch.setattr(SimCLR, "outputs", outputs)
+    context = small_context(tmp_path, small_config("--compute.micro-batch=4"))
+    task, backbone = context.config.pretext_task(), Backbone()
+    heads = task.build(backbone)
+    optimizer = torch.optim.SGD([*backbone.parameters(), *heads.parameters()], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    batch = [view.float() for view in views(7)]
+    pretext._update(context, task, backbone, heads, optimizer, scheduler)(wrap(*batch))
+    # Once for the outputs and once for their gradient.
+    assert [len(first) for first, _ in seen] == [4, 3, 4, 3]
+    for chunks in (seen[:2], seen[2:]):
+        for view, parts in zip(batch, zip(*chunks, strict=True), strict=True):
+            assert torch.equal(torch.cat(parts), view)

@@ -14,6 +14,7 @@ from bilevel.operators import FunctionOperator, MeanOperator, ScaledOperator, Sh
 from bilevel.solvers import Diagonal
 from bilevel.solvers.account import Account
 from bilevel.solvers.conjugate_gradients import ConjugateGradients
+from bilevel.solvers.recycling import Directions
 
 SIZE = 40
 
@@ -227,3 +228,50 @@ def synchronisations(iterations: int) -> int:
 def test_a_fixed_budget_reads_nothing_between_its_products() -> None:
     # A row of readings comes back at the end in one transfer (tolist copies a CPU tensor without a read per scalar).
     assert synchronisations(12) == synchronisations(4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_noise_rule_does_not_depend_on_the_units(scale: float) -> None:
+    operator, _ = noisy_mean(4, 0.02)
+    b = split(random_right(1)[0])
+    plain = CG(40, "noise").solve(operator, b)
+    scaled = CG(40, "noise").solve(ScaledOperator(scale, operator), b)
+    assert scaled.noise == pytest.approx(plain.noise, rel=1e-6)
+    assert scaled.iterations == plain.iterations
+    torch.testing.assert_close(joined(scaled.value) * scale, joined(plain.value), rtol=1e-6, atol=0.0)
+
+
+def test_batches_that_agree_ask_for_rounding_and_get_it() -> None:
+    matrix = spd()
+    operator = MeanOperator([FunctionOperator(dense(matrix, split)) for _ in range(3)])
+    solution = CG(60, "noise").solve(operator, split(random_right(1)[0]))
+    assert solution.status is Status.CONVERGED
+    assert error(solution, matrix, random_right(1)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "read at the end"])
+def test_a_breakdown_after_a_projection_that_was_of_no_use_gives_b(watched: bool) -> None:
+    operator = dense(torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)), lambda v: {"a": v})
+    solver = CG(5, 1e-8, recycle=5) if watched else CG(5, None, recycle=5)
+    state = solver.prepare(operator)
+    first = {"a": torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)}
+    last = {"a": torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)}
+    assert solver.solve(operator, first, state=state).status is Status.CONVERGED
+    for _ in range(2):
+        solution = solver.solve(operator, last, state=state)
+        assert solution.status is Status.NEGATIVE_CURVATURE
+        assert torch.equal(solution.value["a"], last["a"])
+    assert len(state.directions) == 1
+
+
+def test_directions_of_a_broken_run_are_not_kept_where_nothing_is_read_on_the_way() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 2.0, -1.0, 1.0], dtype=torch.float64))
+    b = {"a": torch.ones(4, dtype=torch.float64) / 2}
+    kept = []
+    for watched in (True, False):
+        directions = Directions(10)
+        account = Account(dense(matrix, lambda v: {"a": v}), b, 4, None)
+        with torch.no_grad():
+            ConjugateGradients(account, directions=directions, watched=watched).solve(None, b, 1.0)
+        kept.append(len(directions))
+    assert kept[0] == kept[1] < 4

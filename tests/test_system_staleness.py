@@ -1,5 +1,7 @@
 """When a system may be used again, and when it says that it must not."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from bilevel import (
     ReverseOverReverse,
     StaleSystemError,
     System,
+    functional_call,
     hypergradient,
     linearize,
 )
@@ -161,3 +164,56 @@ def test_parameters_given_again_with_a_system_must_be_the_same() -> None:
             again(lower_batches=batches)
     with pytest.raises(ValueError, match="problem"):
         hypergradient(Smooth(0.5), upper, lower, upper_batch=BATCHES[0], system=system)
+
+
+class _Frozen(Problem):
+    """A regression through a batch normalisation in eval mode, whose statistics are read."""
+
+    def __init__(self) -> None:
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+        self.net.eval()
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return functional_call(self.net, lower, (batch,)).square().mean()
+
+    upper_objective = lower_objective
+
+
+def _frozen(**options: Any) -> tuple[_Frozen, System]:
+    torch.manual_seed(0)
+    problem = _Frozen()
+    lower = {name: p.detach() for name, p in problem.net.named_parameters()}
+    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
+    return problem, linearize(problem, {}, lower, batches, shift=1.0, **options)
+
+
+@pytest.mark.parametrize("keep_graph", [False, True], ids=["recomputed", "kept"])
+def test_a_changed_buffer_that_was_read_is_noticed(keep_graph: bool) -> None:
+    problem, system = _frozen(hvp=ReverseOverReverse(keep_graph=keep_graph))
+    b = {name: torch.ones_like(leaf) for name, leaf in system.lower.items()}
+    system.solve(b)
+    system.solve(b)
+    problem.net[1].running_var.mul_(0.01)  # type: ignore[union-attr]
+    with pytest.raises(StaleSystemError, match="running_var' changed after linearize"):
+        system.solve(b)
+
+
+def test_buffers_that_are_not_read_may_change() -> None:
+    problem, system = _frozen()
+    problem.net.train()
+    b = {name: torch.ones_like(leaf) for name, leaf in system.lower.items()}
+    system.solve(b)
+    problem.net[1].running_var.mul_(0.01)  # type: ignore[union-attr]
+    system.solve(b)
+
+
+def test_a_dropped_system_is_gone_at_once() -> None:
+    _, system = _frozen(hvp=ReverseOverReverse(keep_graph=True), solver=CG(5, recycle=5))
+    system.solve({name: torch.ones_like(leaf) for name, leaf in system.lower.items()})
+    gone = weakref.ref(system)
+    gc.disable()
+    try:
+        del system
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -99,7 +99,30 @@ def test_the_last_norm_limit_is_as_wide_as_the_steps_it_stands_for() -> None:
     assert 0.0 < moved <= 0.05 * STEPS * limit * (1 + 1e-12)
 
 
-def test_a_rate_of_zero_is_no_division_by_zero() -> None:
+@pytest.mark.parametrize("rates", [(3.0, 2.0, 1.0), (16.0, 4.0, 1.0)], ids=str)
+def test_a_norm_limit_that_binds_no_separate_step_binds_no_aggregated_one(rates: tuple[float, ...]) -> None:
+    ends = []
+    for aggregate in (False, True):
+        heard = Counting()
+        made = trainer(Frozen(), aggregate=aggregate, max_grad_norm=30.0, callbacks=[heard])
+        optimizer = made.optimizers["upper"]
+        made.schedulers["upper"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-3 * rates[min(step, 2)])
+        made.run()
+        ends.append(joined(made.upper))
+        if not aggregate:
+            assert all(record["grad_norm"] < 30.0 for record in heard.records)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
+
+
+def test_a_last_rate_of_zero_would_lose_the_implicit_part_and_is_refused() -> None:
+    made = trainer(Frozen(), aggregate=True)
+    optimizer = made.optimizers["upper"]
+    made.schedulers["upper"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 2)
+    with pytest.raises(ValueError, match="upper_scheduler: the learning rate is 0 in upper step 3"):
+        made.run()
+
+
+def test_rates_of_zero_throughout_move_nothing() -> None:
     made = trainer(Frozen(), aggregate=True)
     made.optimizers["upper"].param_groups[0]["lr"] = 0.0
     before = joined(made.upper).clone()

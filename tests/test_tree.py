@@ -3,8 +3,8 @@
 import itertools
 import math
 from collections import namedtuple
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -51,6 +51,17 @@ def test_coefficients_per_leaf() -> None:
     factors = np.repeat([0.0, 1.0, 2.0, 3.0], [6, 1, 0, 5])
     np.testing.assert_allclose(array(tree.scale(alpha, X)), factors * array(X))
     np.testing.assert_allclose(array(tree.axpy(alpha, X, Y)), factors * array(X) + array(Y))
+
+
+def test_a_tensor_coefficient_keeps_each_dtype_and_its_own_derivative() -> None:
+    mixed = {"half": torch.tensor([3.0, -1.0], dtype=torch.bfloat16), "single": torch.tensor(2.0)}
+    mixed["double"] = torch.ones(3, dtype=torch.float64)
+    alpha = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    result = tree.scale(alpha, mixed)
+    assert [leaf.dtype for leaf in result.values()] == [torch.bfloat16, torch.float32, torch.float64]
+    assert [leaf.tolist() for leaf in result.values()] == [[1.5, -0.5], 1.0, [0.5, 0.5, 0.5]]
+    total = torch.stack([leaf.sum().double() for leaf in result.values()]).sum()
+    assert float(torch.autograd.grad(total, alpha)[0]) == 3.0 - 1.0 + 2.0 + 3.0
 
 
 def test_products_and_norms() -> None:
@@ -175,6 +186,34 @@ def test_tensors_in_nested_batches() -> None:
     batch = {"x": a, "rest": [b, (c, "text", 3)], "pair": pair(d, None), "batch": Batch(e)}
     assert [float(t) for t in tree.tensors_in(batch)] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert list(tree.tensors_in(Batch)) == []
+
+
+class Measured(NamedTuple):
+    value: torch.Tensor
+    unit: str = "m"
+
+
+@dataclass(frozen=True)
+class Counted:
+    rows: torch.Tensor
+    name: str = "a"
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", len(self.rows))
+
+
+def test_map_tensors_keeps_the_kind_of_every_container() -> None:
+    one = torch.ones(3)
+    batch = {"list": [one, 2.0], "tuple": (one,), "named": Measured(one), "size": one.shape, "kind": Counted}
+    found = tree.map_tensors(lambda tensor: 2.0 * tensor[:2], batch | {"data": Counted(one, "b")})
+    data = found.pop("data")
+    assert (type(data), data.name, data.count, data.rows.tolist()) == (Counted, "b", 2, [2.0, 2.0])
+    assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in batch.items()}
+    assert (found["named"].unit, found["list"][1], found["size"], found["kind"]) == ("m", 2.0, (3,), Counted)
+    for tensor in (found["list"][0], found["tuple"][0], found["named"].value):
+        assert tensor.tolist() == [2.0, 2.0]
+    assert one.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

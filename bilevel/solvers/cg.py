@@ -23,6 +23,7 @@ class _Prepared:
     directions: Directions
     inverse: Inverse | None = None
     noise: float | None = None
+    norm_a: float = 0.0
     min_curvature: float | None = None
     ritz_range: tuple[float, float] | None = None
 
@@ -36,9 +37,10 @@ class CG(Solver):
         max_iterations: at most this many iterations, one product each.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
             solve ends early where the residual has reached the rounding level, below which no iteration helps.
-            "noise" takes for rtol the standard error of the product itself, ``se(A d) / ||d||``, that comes from the
-            choice of the batches whose mean A is: it is measured on the first product of a state, for nothing, and
-            reported as `Solution.noise`. No product is then spent on digits that other batches would change.
+            "noise" takes for rtol the standard error of ``A x / ||b||`` that comes from the choice of the batches whose
+            mean A is, ``se(A d) ||x|| / (||d|| ||b||)`` with d the first direction and x the first iterate of a state:
+            it is measured on the first product, for nothing, kept for later right-hand sides and reported as
+            `Solution.noise`. No product is then spent on digits that other batches would change.
         layerwise: take step lengths and conjugation coefficients per leaf while the product stays the full one. This
             is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it
             converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the block-diagonal matrix of step lengths, which is
@@ -104,9 +106,12 @@ class CG(Solver):
         if operator.agree(not math.isfinite(start)):
             return account.close(Status.NON_FINITE, b, (start, math.nan))
         relative = start
+        account.norm_a = state.norm_a
         if len(state.directions):
-            x0, r = state.directions.project(tree.zeros_like(b) if x0 is None else x0, r)
-            relative = account.relative(r)
+            ahead = state.directions.project(tree.zeros_like(b) if x0 is None else x0, r)
+            projected = account.relative(ahead[1])
+            if projected < start:
+                (x0, r), relative = ahead, projected
         run = ConjugateGradients(
             account,
             layerwise=self.layerwise,
@@ -116,7 +121,7 @@ class CG(Solver):
             watched=self.rtol is not None or not next(iter(b.values())).is_cuda,
         )
         found = run.solve(x0, r, relative)
-        state.noise = account.noise
+        state.noise, state.norm_a = account.noise, account.norm_a if self.recycle else 0.0
         solution = replace(found, residual_norms=(start, found.residual_norms[1]), noise=account.noise)
         return self._with_kept_estimates(solution, state) if self.recycle else solution
 

@@ -103,6 +103,9 @@ class ConjugateGradients:
         while account.unfinished(relative):
             step.multiply()
             ahead = step.advance(x, r)
+            if step.gain_noise is not None and account.noise is None:
+                relative_noise = step.gain_noise * float(tree.norm(ahead[0])) / account.norm_b
+                account.noise = account.rtol = max(relative_noise, account.rounding)
             readings = step.readings(ahead[1]).tolist()
             verdict = self._judge(readings, start)
             if account.operator.agree(verdict is not None):
@@ -139,7 +142,7 @@ class ConjugateGradients:
         live = [row for row in torch.stack(rows).tolist() if row[-2]] if rows else []
         for *readings, _, was_sound in live:
             verdict = self._judge(readings, start)
-            if not was_sound:
+            if verdict is not None or not was_sound:
                 verdict = verdict or Status.NON_FINITE
                 break
             relative, made = readings[-1], made + 1
@@ -184,6 +187,8 @@ class _Step:
         self.direction, self.rho = run.directions.conjugate(z), self._inner(r, z)
         self.pivots: list[Tensor] = []
         self.conjugations: list[Tensor] = []
+        self.gain_noise: float | None = None
+        self._kept_before = len(run.directions)
 
     def multiply(self) -> None:
         """A d and d'A d."""
@@ -195,7 +200,7 @@ class _Step:
                     'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
                     "lower_batches, or a number for rtol"
                 )
-            account.noise = account.rtol = error / float(tree.norm(direction))
+            self.gain_noise = error / float(tree.norm(direction))
             self.run.stop_at_noise = False
         else:
             self.product = account.operator(direction)
@@ -244,6 +249,7 @@ class _Step:
     def cut(self, made: int, directions: int) -> None:
         """Forget the coefficients that came after `made` sound steps, out of `directions` that mean something."""
         del self.pivots[directions:], self.conjugations[made:]
+        self.run.directions.truncate(self._kept_before + made)
 
     def _precondition(self, r: Params) -> Params:
         return r if self.run.inverse is None else self.run.inverse(r)

@@ -39,6 +39,10 @@ class Directions:
             self._kept.append((direction, product, energy))
         return room
 
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` directions."""
+        del self._kept[count:]
+
     def project(self, x: Params, r: Params) -> tuple[Params, Params]:
         """x and its residual r after the Galerkin correction."""
         for direction, product, energy in self._twice():

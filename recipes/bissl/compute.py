@@ -1,13 +1,13 @@
 """How a run computes: precision, memory layout, compilation, and where its data lie."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.tree import tensors_in
+from bilevel.tree import map_tensors
 from recipes.bissl.config import ConfigError
 from recipes.bissl.config_sections import ComputeConfig
 from recipes.bissl.imagesets import ImageSet
@@ -46,7 +46,7 @@ class Computing:
             layout = torch.channels_last if images else torch.preserve_format
             return tensor.to(self.device, non_blocking=True, memory_format=layout)
 
-        return _mapped(moved, batch)
+        return map_tensors(moved, batch)
 
     def first_order(self, loss: Loss) -> Loss:
         """`loss` as first-order steps evaluate it: compiled and under autocast where the fields say so, else itself.
@@ -83,23 +83,6 @@ class Computing:
                     f"{free // MIB} MiB left; set it to cpu, or use fewer images"
                 )
         return images.to(self.device)
-
-
-def chunks(batch: Any, size: int) -> list[Any]:
-    """A batch as parts of `size` samples, in order; the last one holds the rest."""
-    count = max(len(tensor) for tensor in tensors_in(batch))
-    return [_mapped(lambda tensor, i=start: tensor[i : i + size], batch) for start in range(0, count, size)]
-
-
-def _mapped(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The same nested structure with `function` of its tensors."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: _mapped(function, value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_mapped(function, item) for item in batch)
-    return batch
 
 
 def _compiled(loss: Loss) -> Loss:

@@ -20,7 +20,7 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
     ``log(1 + (2N - 2) exp(-2 / temperature))`` and equals ``log(2N - 1)`` when all embeddings coincide. It is smooth
     wherever no embedding is zero, and differentiable twice in reverse and in forward mode. An embedding shorter than
     1e-12 has no direction: it counts as the zero vector and receives no gradient. Half-precision embeddings are
-    compared in float32.
+    compared in float32, under autocast too.
 
     Args:
         first: Embeddings of view 1, ``[N, d]``, N at least 2.
@@ -42,14 +42,16 @@ def nt_xent(first: Tensor, second: Tensor, *, temperature: float = 0.5) -> Tenso
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
-    z1, z2 = _unit_rows(first), _unit_rows(second)
-    positive = (z1 * z2).sum(dim=1) / temperature
-    z = torch.cat([z1, z2])
-    s = z @ z.T / temperature
-    # Finite, so that every intermediate of a derivative stays finite; exp still turns it into 0.
-    itself = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
-    s = s.masked_fill(itself, torch.finfo(s.dtype).min)
-    return torch.logsumexp(s, dim=1).mean() - positive.mean()
+    # Autocast would round the similarities to half precision again.
+    with torch.autocast(first.device.type, enabled=False):
+        z1, z2 = _unit_rows(first), _unit_rows(second)
+        positive = (z1 * z2).sum(dim=1) / temperature
+        z = torch.cat([z1, z2])
+        s = z @ z.T / temperature
+        # Finite, so that every intermediate of a derivative stays finite; exp still turns it into 0.
+        itself = torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
+        s = s.masked_fill(itself, torch.finfo(s.dtype).min)
+        return torch.logsumexp(s, dim=1).mean() - positive.mean()
 
 
 def embedding_spread(embeddings: Tensor) -> float:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bilevel.batches import derive_seed
 from bilevel.microbatch import micro_batched_gradient
+from bilevel.problem import split
 from recipes.bissl.artifact import Artifact, make_key
-from recipes.bissl.compute import chunks
 from recipes.bissl.context import Context
 from recipes.bissl.evaluate import knn_accuracy
 from recipes.bissl.loop import discard_checkpoints, gradient_step, optimizer_step, run_steps
@@ -97,7 +97,7 @@ def _update(
     variables = lower_variables(backbone, heads)
 
     def update(batch: Any) -> dict[str, Any]:
-        value, gradient = micro_batched_gradient(outputs, task.output_loss, variables, chunks(batch, size))
+        value, gradient = micro_batched_gradient(outputs, task.output_loss, variables, split(batch, size))
         return gradient_step(value, gradient, variables, optimizer, scheduler)
 
     return update
