@@ -6,7 +6,7 @@ python benchmarks/cost_page.py [--check]
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "cost.md"
 Figures = Mapping[str, Any]
 
 
-def load(name: str) -> Figures:
-    """Kept figures."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def shown(name: str, write: Callable[[Figures], str]) -> str:
+    """What `write` makes of kept figures, or that there are none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet: run the command above."
+    return write(json.loads(path.read_text(encoding="utf-8")))
 
 
 def spread(row: Mapping[str, float]) -> str:
@@ -127,13 +130,12 @@ def main() -> int:
 
 def tables() -> dict[str, str]:
     """Every table of the page."""
-    over, hvp = load("alternation"), load("hvp")
     return {
-        "alternation": alternation(over),
-        "aggregation": aggregation(over),
-        "products": products(hvp),
-        "kept": kept(hvp),
-        "pretext": pretext(load("pretext")),
+        "alternation": shown("alternation", alternation),
+        "aggregation": shown("alternation", aggregation),
+        "products": shown("hvp", products),
+        "kept": shown("hvp", kept),
+        "pretext": shown("pretext", pretext),
     }
 
 
