@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "pretext": {"task": f"{module}:Uncover", "options": {"side": 4}, "batch_size": 128},
         "downstream": {"task": f"{module}:Parity"},
     }
-    bissl = {"damping": 5.0, "upper_steps": 3, "hessian_batches": 1, "solver_rtol": 0.05, "aggregate": False}
+    bissl = {"damping": 5.0, "upper_steps": 3, "hessian_batches": 1, "solver_rtol": 0.05, "solver_iterations": 8}
     length = QUICK if parser.parse_args(arguments).quick else FULL
     config = build_config(digits(), tasks, {"arms": ("bissl", "baseline", "scratch"), "bissl": bissl}, length)
     with tempfile.TemporaryDirectory() as folder:
