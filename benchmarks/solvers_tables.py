@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import Timing
+from benchmarks.pages import number, table
 from benchmarks.solvers_curves import TOLERANCES, to_tolerance
 from benchmarks.solvers_systems import verdict
 
@@ -12,22 +13,8 @@ Figures = dict[str, Any]
 SUCCESSES = ("CONVERGED", "BUDGET")
 
 
-def number(value: float) -> str:
-    """Two digits from 0.01 on, else one and the power of ten."""
-    if value == 0.0:
-        return "0"
-    if 0.01 <= value < 100.0:
-        return f"{value:.2g}"
-    return re.sub(r"e([+-])0*(\d)", lambda m: f"e{'-' if m[1] == '-' else ''}{m[2]}", f"{value:.0e}")
-
-
 def words(status: str) -> str:
     return status.lower().replace("_", " ")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _names(rows: Sequence[Figures], key: str) -> list[Any]:

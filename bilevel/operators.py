@@ -62,15 +62,7 @@ class MeanOperator(LinearOperator):
         return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
 
     def sampled(self, vector: Params) -> tuple[Params, float | None]:
-        products = [op(vector) for op in self.operators]
-        own = tree.scale(1.0 / len(products), reduce(tree.add, products))
-        mean = distributed.mean_over_ranks(own)
-        count = len(products) * distributed.world_size()
-        if count < 2:
-            return mean, None
-        deviations = torch.stack([tree.norm(tree.sub(product, mean)).square() for product in products])
-        spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
-        return mean, float((spread / (count - 1)).sqrt())
+        return mean_and_error([op(vector) for op in self.operators])
 
     def agree(self, flag: bool) -> bool:
         return distributed.agree(flag)
@@ -144,6 +136,22 @@ class ShiftedOperator(_Combined):
             return tree.axpy(self.shift, vector, product)
         shift = self.shift
         return {name: leaf + shift.get(name, 0.0) * vector[name] for name, leaf in product.items()}
+
+
+def batch_mean(parts: Sequence[Params]) -> Params:
+    """Mean over the batches and the ranks."""
+    return distributed.mean_over_ranks(tree.scale(1.0 / len(parts), reduce(tree.add, parts)))
+
+
+def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:
+    r"""Mean over the n batches of all ranks, and its standard error
+    :math:`(\sum_k \|p_k - \bar p\|^2 / (n (n - 1)))^{1/2}`; None for a single batch."""
+    mean, count = batch_mean(parts), len(parts) * distributed.world_size()
+    if count < 2:
+        return mean, None
+    deviations = torch.stack([tree.norm(tree.sub(part, mean)).square() for part in parts])
+    spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
+    return mean, float((spread / (count - 1)).sqrt())
 
 
 def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> LinearOperator:

@@ -1,13 +1,13 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import distributed, tree
+from bilevel import tree
 from bilevel.automatic import HVP, as_provider
 from bilevel.hvp import HVPProvider, ReverseOverReverse
 from bilevel.lower_objectives import LowerObjectives
@@ -19,6 +19,8 @@ from bilevel.operators import (
     ScaledOperator,
     ShiftedOperator,
     SumOperator,
+    batch_mean,
+    mean_and_error,
 )
 from bilevel.problem import Problem
 from bilevel.solution import Solution
@@ -179,17 +181,10 @@ class System:
         / (n (n - 1)))^{1/2}` over all n batches on all ranks; None for a single one. A `stationarity` of a few times
         this is as stationary as the batches can tell."""
         upper = tree.detach(self.upper if upper is None else upper)
-        gradients = self._batch_gradients(upper)
-        mean = _mean(gradients)
-        count = len(gradients) * distributed.world_size()
-        if count < 2:
-            return None
-        deviations = torch.stack([tree.norm(tree.sub(g, mean)).square() for g in gradients])
-        spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
-        return float((spread / (count - 1)).sqrt())
+        return mean_and_error(self._batch_gradients(upper))[1]
 
     def _loss_gradient(self, upper: Params) -> Params:
-        return _mean(self._batch_gradients(upper))
+        return batch_mean(self._batch_gradients(upper))
 
     def _batch_gradients(self, upper: Params) -> list[Params]:
         moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
@@ -203,11 +198,6 @@ class System:
         for k, batch in enumerate(self.lower_batches):
             named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
         return named
-
-
-def _mean(gradients: Sequence[Params]) -> Params:
-    """Mean over the batches and the ranks."""
-    return distributed.mean_over_ranks(tree.scale(1.0 / len(gradients), reduce(tree.add, gradients)))
 
 
 def linearize(
