@@ -36,6 +36,11 @@ def axpy(alpha: Scalar, x: Params, y: Params) -> Params:
     return dict(zip(x, torch._foreach_add(list(scaled.values()), _values(y, x)), strict=True))
 
 
+def where(flag: Tensor, x: Params, y: Params) -> Params:
+    """x where the 0-d `flag` is true, else y; nothing is read from the device."""
+    return {name: torch.where(flag, leaf, y[name]) for name, leaf in x.items()}
+
+
 def scale(alpha: Scalar, x: Params) -> Params:
     """``alpha * x``; `alpha` as in `axpy`."""
     if not x:

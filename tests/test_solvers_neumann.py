@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     BY_NAME,
+    CASES,
     DEFINITE,
     INDEFINITE,
     Case,
@@ -13,11 +14,15 @@ from cases import (
     with_spectrum,
 )
 
+from torch.profiler import ProfilerActivity, profile
+
 from bilevel import (
     Neumann,
+    Solution,
     Status,
 )
-from bilevel.solvers.neumann import ritz_values
+from bilevel.solvers.account import Account
+from bilevel.solvers.neumann import _Series, ritz_values
 
 
 @pytest.mark.parametrize("scale", [0.11, 0.3, 0.45])
@@ -82,3 +87,35 @@ def test_ritz_values_of_a_full_krylov_space_are_the_eigenvalues() -> None:
     assert len(operator.asked) == 3
     eye = dense(torch.eye(3, dtype=torch.float64), case.split)
     assert ritz_values(eye, case.b, 8) == pytest.approx((1.0,))
+
+
+def series(case: Case, terms: int, *, watched: bool) -> Solution:
+    b = case.split(case.right / case.length)
+    account = Account(dense(case.matrix, case.split), b, terms, None)
+    with torch.no_grad():
+        return _Series(account, 0.05, watched=watched).sum(None)
+
+
+@pytest.mark.parametrize("terms", [1, 3, 12])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reading_at_the_end_changes_nothing(case: Case, terms: int) -> None:
+    if not bool(case.right.isfinite().all()):
+        pytest.skip("refused before any term")
+    seen, blind = series(case, terms, watched=True), series(case, terms, watched=False)
+    assert blind.status is seen.status
+    assert blind.iterations == seen.iterations
+    assert blind.residual_curve == seen.residual_curve
+    assert blind.residual_norms == pytest.approx(seen.residual_norms, nan_ok=True)
+    assert blind.min_curvature == seen.min_curvature
+    assert torch.equal(joined(blind.value), joined(seen.value))
+
+
+def test_a_fixed_number_of_terms_reads_nothing_between_its_products() -> None:
+    case = BY_NAME["well-conditioned"]
+
+    def reads(terms: int) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            assert series(case, terms, watched=False).iterations == terms
+        return sum(event.count for event in recorded.key_averages() if event.key == "aten::_local_scalar_dense")
+
+    assert reads(12) == reads(4)

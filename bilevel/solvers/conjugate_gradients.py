@@ -131,9 +131,9 @@ class ConjugateGradients:
             scale = torch.fmax(scale, torch.where(torch.isfinite(gain), gain, 0.0))
             sound = torch.isfinite(readings).all() & (curvature > 4.0 * account.product_error * scale)
             sound = alive & sound & (now <= start * self._limit)
-            x, r = _where(sound, ahead[0], x), _where(sound, ahead[1], r)
+            x, r = tree.where(sound, ahead[0], x), tree.where(sound, ahead[1], r)
             better = sound & (now <= smallest)
-            best_x, smallest = _where(better, x, best_x), torch.where(better, now, smallest)
+            best_x, smallest = tree.where(better, x, best_x), torch.where(better, now, smallest)
             rows.append(torch.cat([readings, torch.stack([alive, sound]).to(readings)]))
             alive = sound & (now > account.rounding)
             step.mask(sound)
@@ -242,8 +242,8 @@ class _Step:
         """Where the step was not sound its direction counts for nothing."""
         if self.run.directions.limit:
             nothing = tree.zeros_like(self.direction)
-            self.direction = _where(sound, self.direction, nothing)
-            self.product = _where(sound, self.product, nothing)
+            self.direction = tree.where(sound, self.direction, nothing)
+            self.product = tree.where(sound, self.product, nothing)
             self.energy = torch.where(sound, self.energy, 1.0)
 
     def cut(self, made: int, directions: int) -> None:
@@ -256,10 +256,6 @@ class _Step:
 
     def _inner(self, x: Params, y: Params) -> Tensor | Params:
         return tree.leaf_dots(x, y) if self.run.layerwise else tree.dot(x, y)
-
-
-def _where(flag: Tensor, x: Params, y: Params) -> Params:
-    return {name: torch.where(flag, leaf, y[name]) for name, leaf in x.items()}
 
 
 def _ratio(numerator: Tensor | Params, denominator: Tensor | Params) -> Tensor | Params:

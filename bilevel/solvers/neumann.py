@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.operators import LinearOperator
@@ -13,6 +14,9 @@ from bilevel.solvers.account import Account
 from bilevel.solvers.base import Solver, check_iterations
 from bilevel.solvers.lanczos import ritz_values
 from bilevel.tree import Params
+
+_End = tuple[Params, float, Status | None]
+"""x, its relative residual by the recursion, and what ended the series early."""
 
 _LANCZOS_STEPS = 5
 _SAFETY = 1.1
@@ -43,6 +47,9 @@ class Neumann(Solver):
             Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
             state for every later one, and taken anew from one with which the series diverges).
 
+    On a GPU a fixed number of terms (rtol=None) is summed without a synchronisation between the first and the last; a
+    breakdown freezes the sum there and is read at the end.
+
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), a scale that is neither positive nor "auto".
     """
@@ -70,7 +77,8 @@ class Neumann(Solver):
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
-        found = replace(_Series(account, state.value).sum(x0), ritz_range=seen)
+        watched = self.rtol is not None or not next(iter(b.values())).is_cuda
+        found = replace(_Series(account, state.value, watched=watched).sum(x0), ritz_range=seen)
         if kept and found.status is Status.DIVERGED:
             # The scale is that of an earlier right-hand side, which had no part along the largest eigenvalues.
             state.value = None
@@ -80,10 +88,15 @@ class Neumann(Solver):
 
 
 class _Series:
-    """One solve: the partial sum x, its residual r, and what must be known to report on them."""
+    """One solve: the partial sum x, its residual r, and what must be known to report on them.
 
-    def __init__(self, account: Account, alpha: float) -> None:
-        self.account, self.alpha = account, alpha
+    Args:
+        watched: read every term's numbers at once and stop at a breakdown; otherwise none is read before the last.
+    """
+
+    def __init__(self, account: Account, alpha: float, *, watched: bool) -> None:
+        self.account, self.alpha, self.watched = account, alpha, watched
+        self.first_product: Params | None = None
         # Exact residuals have convex logarithms in k: one that grew once grows for ever.
         self.growth = 1.0 + (math.sqrt(account.rounding) if account.operator.exact else 0.1)
 
@@ -94,36 +107,70 @@ class _Series:
         start = relative = account.relative(r)
         if account.operator.agree(not math.isfinite(start)):
             return account.close(Status.NON_FINITE, b, (start, math.nan))
-        breakdown = None
-        while account.unfinished(relative):
-            product, breakdown = self._product(r)
-            new_x, new_r = tree.axpy(self.alpha, r, x), tree.axpy(-self.alpha, product, r)
-            new_relative = account.relative(new_r)
-            breakdown = breakdown or self._classify_step(relative, new_relative)
-            if breakdown is not None:
-                if account.iterations == 0 and x0 is None:
-                    x, r = b, tree.sub(b, product)
-                    relative = account.relative(r)
-                break
-            x, r, relative = new_x, new_r, new_relative
-            account.curve.append(relative)
-        if account.drifted(x, relative):
+        loop = self._watched if self.watched else self._unwatched
+        x, relative, breakdown = loop(x, r, relative)
+        if breakdown is not None and account.iterations == 0 and x0 is None:
+            x = b
+            assert self.first_product is not None
+            relative = account.relative(tree.sub(b, self.first_product))
+        elif account.drifted(x, relative):
             relative = account.relative(account.residual(x))
         settled = account.settled(x, relative)
         if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
             breakdown = account.verdict(relative, settled)
         return account.close(breakdown, x, (start, relative))
 
-    def _product(self, r: Params) -> tuple[Params, Status | None]:
-        """A r and what it says about A."""
-        product = self.account.operator(r)
-        rr = tree.dot(r, r)
-        curvature, gain = torch.stack([tree.dot(r, product) / rr, tree.norm(product) / rr.sqrt()]).tolist()
-        verdict = self.account.meet(curvature, gain)
-        agreed = self.account.operator.agree(verdict is not None)
-        return product, (verdict or Status.NON_FINITE) if agreed else None
+    def _watched(self, x: Params, r: Params, relative: float) -> _End:
+        """Reads every term's numbers in one transfer, and stops where they say so."""
+        account = self.account
+        while account.unfinished(relative):
+            ahead, readings = self._term(x, r)
+            numbers = readings.tolist()
+            verdict = self._judge(numbers, relative)
+            if account.operator.agree(verdict is not None):
+                return x, relative, verdict or Status.NON_FINITE
+            (x, r), relative = ahead, numbers[-1]
+            account.curve.append(relative)
+        return x, relative, None
 
-    def _classify_step(self, old: float, new: float) -> Status | None:
-        if self.account.operator.agree(not math.isfinite(new)):
+    def _unwatched(self, x: Params, r: Params, relative: float) -> _End:
+        """All terms of the budget; one that is not sound freezes the sum, and is read at the end."""
+        account, rows = self.account, []
+        last = torch.full_like(tree.norm(r), relative)
+        alive, scale = torch.ones_like(last, dtype=torch.bool), torch.full_like(last, account.norm_a)
+        for _ in range(account.max_iterations):
+            ahead, readings = self._term(x, r)
+            curvature, gain, now = readings.unbind()
+            scale = torch.fmax(scale, torch.where(torch.isfinite(gain), gain, 0.0))
+            sound = torch.isfinite(readings).all() & (curvature > 4.0 * account.product_error * scale)
+            sound = alive & sound & (now <= last * self.growth)
+            x, r, last = tree.where(sound, ahead[0], x), tree.where(sound, ahead[1], r), torch.where(sound, now, last)
+            rows.append(torch.cat([readings, torch.stack([alive, sound]).to(readings)]))
+            alive = sound & (now > account.rounding)
+        for *numbers, was_alive, was_sound in torch.stack(rows).tolist():
+            if not was_alive:
+                break
+            verdict = self._judge(numbers, relative)
+            if verdict is not None or not was_sound:
+                return x, relative, verdict or Status.NON_FINITE
+            relative = numbers[-1]
+            account.curve.append(relative)
+        return x, relative, None
+
+    def _term(self, x: Params, r: Params) -> tuple[tuple[Params, Params], Tensor]:
+        """Sum and residual with one more term; curvature and gain of A along r, and the new relative residual."""
+        product, square = self.account.operator(r), tree.dot(r, r)
+        self.first_product = product if self.first_product is None else self.first_product
+        ahead = tree.axpy(self.alpha, r, x), tree.axpy(-self.alpha, product, r)
+        gain, relative = tree.norm(product) / square.sqrt(), tree.norm(ahead[1]) / self.account.norm_b
+        return ahead, torch.stack([tree.dot(r, product) / square, gain, relative])
+
+    def _judge(self, readings: list[float], before: float) -> Status | None:
+        """What one term's numbers say; takes note of them."""
+        curvature, gain, relative = readings
+        verdict = self.account.meet(curvature, gain)
+        if verdict is not None:
+            return verdict
+        if not math.isfinite(relative):
             return Status.NON_FINITE
-        return Status.DIVERGED if new > old * self.growth else None
+        return Status.DIVERGED if relative > before * self.growth else None
