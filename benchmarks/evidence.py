@@ -144,8 +144,10 @@ def _arm(row: Mapping[str, Any], metric: str) -> Figures:
 def tables(figures: Figures) -> dict[str, str]:
     """The tables of the page."""
     arms = [
-        [f"`{arm}`", f"{r['mean']:.2f} ± {r['std']:.2f}", str(r["pretext_steps"]), str(r["label_steps"])]
-        + [f"{r['seconds']:.0f}"]
+        [
+            *(f"`{arm}`", f"{r['mean']:.2f} ± {r['std']:.2f}"),
+            *(str(r["pretext_steps"]), str(r["label_steps"]), f"{r['seconds']:.0f}"),
+        ]
         for arm, r in figures["arms"].items()
     ]
     comparisons = [
@@ -159,9 +161,12 @@ def tables(figures: Figures) -> dict[str, str]:
         for c in figures["comparisons"]
     ]
     solved = [
-        [f"`{arm}`", str(r["solves"]), *(f"{r['cosine'][k]:.3f}" for k in ("min", "median", "max"))]
-        + [f"{r['departure']['median']:.3f}", f"{r['products']:.1f}"]
-        + [", ".join(f"{n} {s}" for s, n in r["statuses"].items())]
+        [
+            *(f"`{arm}`", str(r["solves"])),
+            *(f"{r['cosine'][key]:.3f}" for key in ("min", "median", "max")),
+            *(f"{r['departure']['median']:.3f}", f"{r['products']:.1f}"),
+            ", ".join(f"{count} {status}" for status, count in r["statuses"].items()),
+        ]
         for arm, r in figures["solves"].items()
     ]
     header = ["arm", "top-1 (%)", "pretext steps", "label steps", "seconds"]
@@ -201,7 +206,10 @@ def report(folder: Path, json_path: Path | None, page: Path | None) -> int:
     results = json.loads((folder / "all" / "results.json").read_text(encoding="utf-8"))
     events = [event for part in sorted(folder.glob("from-seed-*")) for event in read_run(part).events]
     figures = {"quick": False, "environment": environment("cpu"), **analyse(results, events)}
-    rows = [[c["a"], c["b"], f"{c['difference']:+.2f}", str(c["ci95"]), str(c["p_holm"])] for c in figures["comparisons"]]
+    rows = [
+        [c["a"], c["b"], f"{c['difference']:+.2f}", "{:+.2f} to {:+.2f}".format(*c["ci95"]), f"{c['p_holm']:.3f}"]
+        for c in figures["comparisons"]
+    ]
     show("Paired differences of top-1", ["a", "b", "points", "95% interval", "p after Holm"], rows)
     if json_path is not None:
         write_json(json_path, figures)

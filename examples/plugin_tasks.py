@@ -10,23 +10,19 @@ Here a Config is made from the digits preset with overrides and goes through the
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from recipes.bissl.artifact import ArtifactStore
 from recipes.bissl.config import build_config
-from recipes.bissl.context import Context, Datasets
 from recipes.bissl.evaluate import Metric, State
 from recipes.bissl.presets import digits
-from recipes.bissl.run import run_pipeline, summarise
+from recipes.bissl.scripting import plain_lines, results_of
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
 
 
@@ -103,16 +99,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     bissl = {"damping": 5.0, "upper_steps": 3, "hessian_batches": 1, "solver_rtol": 0.05, "solver_iterations": 8}
     length = QUICK if parser.parse_args(arguments).quick else FULL
     config = build_config(digits(), tasks, {"arms": ("bissl", "baseline", "scratch"), "bissl": bissl}, length)
-    with tempfile.TemporaryDirectory() as folder:
-        path, data, quiet = Path(folder), Datasets(config), Console(quiet=True)
-        context = Context(config, torch.device("cpu"), ArtifactStore(path), path / "metrics.jsonl", data, quiet)
-        results = summarise(context, run_pipeline(context))
-    print("arm         test AUROC           pretext steps   label steps")
-    for name, arm in results["arms"].items():
-        score = f"{arm['auroc']['mean']:.1f}% +- {arm['auroc']['std']:.1f}"
-        print(f"{name:<12}{score:<20}{arm['pretext_steps']:>14}{arm['label_steps']:>14}")
-    c = results["comparisons"][0]
-    print(f"bissl less baseline: {c['difference']:+.1f}, p = {c['p_value']:.2f}, {c['test']}; {config.seeds} seeds")
+    results = results_of(config)
+    print("\n".join(plain_lines(results)))
     return results
 
 

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
-from recipes.bissl import run
 from recipes.bissl.artifact import Artifact, ArtifactStore
 from recipes.bissl.command_line import parse
 from recipes.bissl.config import Config
 from recipes.bissl.context import Context, Datasets
+from recipes.bissl.execution import compute_device
 from recipes.bissl.run import main
 from recipes.bissl.stages import bissl, finetune, head, pretext
 
@@ -59,7 +59,7 @@ def small_context(folder: Path, config: Config) -> Context:
     metrics = folder / "metrics.jsonl"
     data = Datasets(config)
     return Context(
-        config, run._device(config), ArtifactStore(folder / "checkpoints"), metrics, data, Console(quiet=True)
+        config, compute_device(config), ArtifactStore(folder / "checkpoints"), metrics, data, Console(quiet=True)
     )
 
 

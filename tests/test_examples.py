@@ -193,6 +193,20 @@ def test_plugin_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
 
 
+def test_masked_autoencoder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    result = quick("masked_autoencoder", monkeypatch, capsys, tmp_path)
+    assert result["primary_metric"] == "top1"
+    assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
+
+
+def test_segmentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("segmentation", monkeypatch, capsys, tmp_path)
+    assert result["primary_metric"] == "miou"
+    assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
+
+
 def test_plugin_metric_is_the_area_under_the_roc_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("plugin_tasks", monkeypatch)
     generator = torch.Generator().manual_seed(0)

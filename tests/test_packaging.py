@@ -44,6 +44,7 @@ CORE_ORDER = (
     "batches",
     "checkpoint",
     "callbacks",
+    "trackers",
     "trainer",
 )
 

@@ -328,7 +328,7 @@ def test_batches_of_every_kind_are_moved() -> None:
 class Plain(nn.Module):
     """A backbone whose samples do not meet."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, image_size: int | None = None) -> None:
         super().__init__()
         self.num_features, self.conv = 4, nn.Conv2d(3, 4, 3)
 

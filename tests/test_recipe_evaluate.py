@@ -4,10 +4,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import mean_absolute_error as sklearn_mae
+from sklearn.metrics import r2_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from recipes.bissl.evaluate import Metric, evaluate, knn_accuracy, map11, top_k
+from recipes.bissl.evaluate import Metric, evaluate, knn_accuracy, map11, mean_absolute_error, r_squared, top_k
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -112,6 +113,45 @@ def test_map11_refuses() -> None:
         map11().accumulate(None, torch.zeros(3, 2), torch.zeros(3))
     with pytest.raises(ValueError, match="no class has a positive"):
         over(map11(), torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e6])
+@pytest.mark.parametrize("size", [3, 40])
+def test_regression_metrics_agree_with_scikit_learn(size: int, shift: float) -> None:
+    rng = np.random.default_rng(2)
+    true = rng.normal(size=(40, 3)) * [1.0, 20.0, 0.1] + shift
+    found = true + rng.normal(size=(40, 3)) * [0.5, 30.0, 0.02]
+    outputs, targets = torch.from_numpy(found), torch.from_numpy(true)
+    value = over(mean_absolute_error(), outputs, targets, size=size)
+    assert value == pytest.approx(sklearn_mae(true, found), rel=1e-9)
+    # A far-off target has a negative share in the mean; a mean over batches of three would be another number.
+    assert np.min(r2_score(true, found, multioutput="raw_values")) < 0
+    assert over(r_squared(), outputs, targets, size=size) == pytest.approx(r2_score(true, found), rel=1e-6)
+    assert not mean_absolute_error().higher_is_better
+    assert r_squared().higher_is_better
+
+
+def test_r_squared_leaves_out_constant_targets() -> None:
+    # 0.1 has no exact mean in binary: its spread about a computed one would not be 0.
+    targets = torch.tensor([[0.1, 1.0], [0.1, 2.0], [0.1, 3.0]], dtype=torch.float64)
+    outputs = targets + torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
+    assert over(r_squared(), outputs, targets, size=2) == pytest.approx(1 - 0.25 / 2, rel=1e-12)
+    assert np.isnan(over(r_squared(), outputs[:, :1], targets[:, :1]))
+    assert over(mean_absolute_error(), outputs[:, :1], targets[:, :1]) == pytest.approx(1 / 3)
+
+
+def test_regression_metrics_do_not_hide_nan() -> None:
+    outputs, targets = torch.tensor([[float("nan")], [1.0]]), torch.tensor([[0.0], [1.0]])
+    for metric in (mean_absolute_error(), r_squared()):
+        assert np.isnan(over(metric, outputs, targets))
+
+
+def test_regression_metrics_refuse() -> None:
+    for metric in (mean_absolute_error(), r_squared()):
+        with pytest.raises(ValueError, match=r"one shape \[N, T\], got \(3, 1\) and \(3,\)"):
+            metric.accumulate(None, torch.zeros(3, 1), torch.zeros(3))
+        with pytest.raises(ValueError, match="empty set"):
+            metric.compute(metric.accumulate(None, torch.zeros(0, 2), torch.zeros(0, 2)))
 
 
 def features(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ import pytest
 
 from recipes.bissl import context as context_module
 from recipes.bissl.config import Config, ConfigError, build_config
-from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.estimate import describe
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.plan import batches_per_epoch, make_plan
@@ -90,30 +89,53 @@ def test_estimate_prints_the_plan() -> None:
     assert "scratch" not in text
 
 
-def test_estimate_of_the_paper_needs_no_data_and_downloads_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_estimate_of_a_known_set_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = preset("paper-stl10", data={"root": str(tmp_path)})
-    assert config.data.download
-    asked: list[bool] = []
 
-    def never(load: Any) -> Any:
-        def guarded(source: str, **options: Any) -> Any:
-            asked.append(options["download"])
-            return load(source, **{**options, "download": False})
+    def never(*given: Any, **options: Any) -> Any:
+        raise AssertionError("the data were read")
 
-        return guarded
-
-    monkeypatch.setattr(context_module, "load_pretext", never(load_pretext))
-    monkeypatch.setattr(context_module, "load_downstream", never(load_downstream))
-    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config: 0.01)
+    monkeypatch.setattr(context_module, "load_pretext", never)
+    monkeypatch.setattr(context_module, "load_downstream", never)
+    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config, device: 0.01)
     text = describe(config)
-    assert asked == [False, False]
     assert "49000 + lower 10000 = 59000 pretext steps" in text
     assert "58800 + lower 0 = 58800 pretext steps" in text
     assert "labelled images 4000" in text
-    assert text.count("note: STL-10 cannot be read") == 2
+    assert text.count("is its published one; no file was opened") == 2
     assert not list(tmp_path.iterdir())
+    # 7 of each of 10 classes; half of the 100,000.
+    fewer = build_config(
+        config, {"data": {"labels_per_class": 7, "pretext_limit": 50_000}, "downstream": {"batch_size": 70}}
+    )
+    assert "pretext images 50000, batches an epoch 49; labelled images 70, batches an epoch 1" in describe(fewer)
+
+
+def test_estimate_reads_the_data_where_the_split_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config, device: 0.01)
+    data = {"root": str(tmp_path), "val_fraction": 0.3}
+    with pytest.raises(DataError, match="STL-10 cannot be read"):
+        describe(preset("paper-stl10", data=data))
+    # Flowers have a validation part of their own.
+    assert "labelled images 1020" in describe(preset("paper-flowers", data=data))
+
+
+def test_estimate_bounds_the_products_of_each_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config, device: 0.01)
+
+    def products(**fields: Any) -> str:
+        text = describe(preset("paper-stl10", bissl={"alternations": 10, "layerwise": False, **fields}))
+        line = next(line for line in text.splitlines() if line.startswith("bissl: "))
+        return line.partition("labelled steps")[2]
+
+    said = " Hessian-vector products on single batches"
+    # 10 alternations of 8 solves, each of 5 iterations on 5 batches; layer-wise CG measures its residual by one more.
+    assert products() == f"; 2000{said}"
+    assert products(layerwise=True) == f"; 2400{said}"
+    assert products(solver_rtol="noise") == f"; at most 2000{said}"
+    assert products(solver_rtol=0.01, aggregate=True, hessian_batches=2) == f"; at most 100{said}"
+    assert products(solver="nystrom", nystrom_rank=7) == f"; {2000 + 10 * 7 * 5}{said}"
+    assert products(solver="identity") == ""
 
 
 def test_estimate_refuses_what_the_run_would(tmp_path: Path) -> None:
@@ -126,7 +148,7 @@ def test_estimate_refuses_what_the_run_would(tmp_path: Path) -> None:
 
 
 def test_estimate_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config: 3600.0)
+    monkeypatch.setattr("recipes.bissl.estimate._seconds_per_image", lambda config, device: 3600.0)
 
     def hours(*arguments: str) -> float:
         found = re.search(r"about ([\d.]+) days", describe(small_config(*arguments)))

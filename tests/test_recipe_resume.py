@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bilevel import Trainer
-from recipes.bissl import run
+from recipes.bissl import execution, run
 from recipes.bissl.stages import pretext
 from recipes.bissl.supervised import SupervisedModel
 from tests.small_runs import STAGES, events, execute, files, results, weights, without
@@ -17,7 +17,7 @@ from tests.small_runs import STAGES, events, execute, files, results, weights, w
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    monkeypatch.setattr(run, "write_report", lambda folder: folder)
+    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_report", lambda folder: folder)
+        patch.setattr(execution, "write_report", lambda folder: folder)
         assert execute("--output-dir", str(folder)) == 0
     return folder
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.bissl import run
+from recipes.bissl import execution, run
 from recipes.bissl.config import Config
 from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.models import build_backbone
@@ -35,7 +35,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    monkeypatch.setattr(run, "write_report", lambda folder: folder)
+    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
 
 
 def test_every_file_is_there(reference: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_report_that_cannot_be_written_is_said_at_the_end(
     def fails(folder: Path) -> Path:
         raise ValueError("the report needs matplotlib")
 
-    monkeypatch.setattr(run, "write_report", fails)
+    monkeypatch.setattr(execution, "write_report", fails)
     message = refused(capsys, "--output-dir", str(tmp_path), "--seeds", "1")
     assert "report.html was not written, all other files were: the report needs matplotlib" in message
     assert (tmp_path / "results.json").exists()

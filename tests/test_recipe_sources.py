@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torchvision.datasets import STL10
 
-from recipes.bissl import sources
 from recipes.bissl.data import DataError, ImageSet, load_downstream, load_pretext
+from recipes.bissl.datasets import archives
+from recipes.bissl.datasets import stl10 as stl10_reader
+from recipes.bissl.datasets.catalog import DATASETS
 from tests.image_trees import counts, downstream, pretext, rows, same_labels
 
 COUNTS = {"train": 50, "test": 30, "unlabeled": 40}
@@ -28,7 +31,9 @@ def stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         generator.integers(0, 256, count * 3 * 96 * 96, dtype=np.uint8).tofile(folder / f"{split}_X.bin")
         if split != "unlabeled":
             (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
-        monkeypatch.setitem(sources.STL10_COUNTS, split, count)
+        monkeypatch.setitem(stl10_reader.STL10_COUNTS, split, count)
+    fixed = {part: COUNTS[part] for part in ("train", "test")}
+    monkeypatch.setitem(DATASETS, "stl10", replace(DATASETS["stl10"], counts=fixed, pretext=COUNTS["unlabeled"]))
     return tmp_path
 
 
@@ -44,7 +49,7 @@ def torchvision_stl10(root: Path, split: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_stl10_is_read_as_torchvision_reads_it(stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CHUNK", 7)
+    monkeypatch.setattr(stl10_reader, "CHUNK", 7)
     sets = downstream("stl10", stl10, image_size=96)
     reference = {split: torchvision_stl10(stl10, split, monkeypatch) for split in ("train", "test", "unlabeled")}
     offsets = {"train": ("train", 0), "val": ("train", 0), "test": ("test", COUNTS["train"])}
@@ -94,20 +99,22 @@ def test_stl10_label_out_of_range(stl10: Path) -> None:
 
 
 def test_stl10_download_only_when_asked_and_needed(stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+    calls: list[tuple[object, ...]] = []
 
-    def failing(self: STL10) -> None:
-        calls.append(str(self.root))
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
         raise URLError("no network")
 
-    monkeypatch.setattr(STL10, "download", failing)
+    monkeypatch.setattr(archives, "download_url", failing)
     load_pretext("stl10", image_size=96, root=stl10, download=True)
     assert calls == []
     (stl10 / "stl10_binary" / "train_y.bin").unlink()
-    with pytest.raises(DataError, match=r"download of STL-10 failed .*no network.*unpack it inside"):
+    with pytest.raises(
+        DataError, match=r"train_y\.bin is missing; the download of STL-10 failed.*no network.*unpack it inside"
+    ):
         load_downstream("stl10", image_size=96, root=stl10, download=True)
-    assert calls == [str(stl10)]
+    assert calls == [(STL10.url, stl10, "stl10_binary.tar.gz", STL10.tgz_md5)]
 
 
 def test_stl10_counts_are_the_published_ones() -> None:
-    assert sources.STL10_COUNTS == {"train": 5000, "test": 8000, "unlabeled": 100000}
+    assert stl10_reader.STL10_COUNTS == {"train": 5000, "test": 8000, "unlabeled": 100000}

@@ -13,7 +13,6 @@ from cases import (
     vector,
     with_spectrum,
 )
-
 from torch.profiler import ProfilerActivity, profile
 
 from bilevel import (

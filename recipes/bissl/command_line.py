@@ -13,19 +13,23 @@ from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
+from recipes.bissl import compatibility
+from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.config import Config, ConfigError, build_config, read_config_file
-from recipes.bissl.presets import PRESETS, PaperVersion
+from recipes.bissl.presets import PRESETS, PaperVersion, describe_preset
 from recipes.bissl.run_directory import RunDirectory
 
-COMMANDS = ("all", "pretext", "head", "bissl", "finetune")
-ARMS = ("bissl", "baseline", "scratch")
+COMMANDS = ("all", "pretext", "restart", "head", "bissl", "finetune")
 DEFAULT_PRESET = "digits"
+SHORT_NAMES = {"--init-backbone": "--model.init-backbone"}
 
 _DESCRIPTION = """\
 BiSSL: self-supervised pre-training, bilevel training and fine-tuning, beside the same without the bilevel stage.
 
 Without a command the whole pipeline runs. A preset gives every field a value; a config file (TOML or JSON, such as a
 run's own config.json) changes some; options change single fields. The defaults shown are those of the chosen preset.
+
+Further commands, each with its own --help: data, search, table, figure2, features, export.
 """
 
 
@@ -66,6 +70,7 @@ def parse(arguments: Sequence[str]) -> Request:
     file = read_config_file(Path(early.config)) if early.config else {}
     base = _base_config(early, file)
     parser = _base_parser(add_help=True)
+    parser.description = f"{_DESCRIPTION}\nPreset {base.preset}: {describe_preset(base.preset)}"
     # Not among the early options, where it would swallow the value of a field; its choices are checked below.
     parser.add_argument("command", nargs="?", default="all", help=f"one of {', '.join(COMMANDS)} (default: all)")
     source = _field_options(parser, base)
@@ -77,15 +82,15 @@ def parse(arguments: Sequence[str]) -> Request:
     except SettingsError as error:
         problem = str(error).removeprefix("Parsing error encountered for ")
         raise ConfigError(f"--{problem}; give JSON, or key=value for options") from error
-    config = build_config(base, file, values)
-    _check_options(given)
+    config = compatibility.apply(build_config(base, file, values))
+    _check_options(given, config)
     return Request(
         command=given.command,
         config=config,
         directory=_directory(given, base.preset),
         artifacts=Path(given.artifacts) if given.artifacts else None,
         parent=Path(given.from_artifact) if given.from_artifact else None,
-        arm=given.arm,
+        arm=_arm(given),
         resume=given.resume,
         overwrite=given.overwrite,
         dry_run=given.dry_run,
@@ -121,7 +126,7 @@ def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
         "--from", dest="from_artifact", metavar="ARTIFACT", help="folder of the artifact that one stage starts from"
     )
     parser.add_argument(
-        "--arm", choices=ARMS, default="bissl", help="whose steps and rates a single stage takes (default: bissl)"
+        "--arm", metavar="NAME", help="whose steps and rates a single stage takes (default: bissl, or restart)"
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
@@ -143,21 +148,36 @@ def _field_options(parser: argparse.ArgumentParser, base: Config) -> CliSettings
     return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
 
 
-def _check_options(given: argparse.Namespace) -> None:
+def _check_options(given: argparse.Namespace, config: Config) -> None:
     """Refuse options that do not go together."""
     if given.resume and given.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     if given.from_artifact is not None and given.command in ("all", "pretext"):
         raise ConfigError(f"--from: the command {given.command!r} starts from nothing; leave it out")
-    arms = {"pretext": ("bissl", "baseline"), "finetune": ARMS}.get(given.command, ("bissl",))
-    if given.arm not in arms:
+    arms = _arms_of(given.command, config)
+    if _arm(given) not in arms:
         raise ConfigError(f"--arm: the command {given.command!r} knows {', '.join(arms)}, not {given.arm!r}")
-    if given.command == "finetune" and given.arm == "scratch":
+    if given.command == "finetune" and arm_of(_arm(given)).start == "random":
         if given.from_artifact is not None:
-            raise ConfigError("--from: the arm 'scratch' starts from random weights; leave out one of the two")
-    elif given.command in ("head", "bissl", "finetune") and given.from_artifact is None and not given.dry_run:
+            raise ConfigError(f"--from: the arm {given.arm!r} starts from random weights; leave out one of the two")
+    elif given.command not in ("all", "pretext") and given.from_artifact is None and not given.dry_run:
         remedy = " (or --arm scratch, from random weights)" if given.command == "finetune" else ""
         raise ConfigError(f"{given.command}: needs --from ARTIFACT, the folder of an earlier stage's artifact{remedy}")
+
+
+def _arm(given: argparse.Namespace) -> str:
+    return given.arm or ("restart" if given.command == "restart" else "bissl")
+
+
+def _arms_of(command: str, config: Config) -> list[str]:
+    """The arms that have the stage."""
+    names = [*ARMS, *config.variants]
+    if command == "pretext":
+        # How long the arm of equal time trains is known only after others.
+        return [name for name in names if arm_of(name).start != "random" and name != "baseline-time"]
+    if command in ("head", "bissl", "restart"):
+        return [name for name in names if arm_of(name).then == ("restart" if command == "restart" else "bissl")]
+    return names
 
 
 def _base_config(early: argparse.Namespace, file: Mapping[str, Any]) -> Config:
@@ -180,16 +200,12 @@ def _directory(given: argparse.Namespace, preset: str) -> RunDirectory:
 
 
 def _hyphenated(argument: str) -> str:
-    """``--pretext.batch_size=4`` as ``--pretext.batch-size=4``: both spellings are accepted."""
+    """``--pretext.batch_size=4`` as ``--pretext.batch-size=4``: both spellings are accepted; so are short names."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def show_presets() -> str:
-    """Names and docstrings of the presets."""
-    return "\n\n".join(f"{name}\n    {(function.__doc__ or '').strip()}" for name, function in PRESETS.items())
+    hyphenated = name.replace("_", "-")
+    return SHORT_NAMES.get(hyphenated, hyphenated) + equals + value
 
 
 def show_config(config: Config) -> str:

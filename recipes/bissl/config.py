@@ -2,13 +2,15 @@
 
 import inspect
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
+from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.config_sections import (
     BilevelConfig,
     ComputeConfig,
@@ -20,13 +22,22 @@ from recipes.bissl.config_sections import (
     PretextConfig,
     Section,
 )
+from recipes.bissl.models import check_backbone
 from recipes.bissl.plugins import PluginError, resolve
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask, Task
+from recipes.bissl.tasks.byol import BYOL
 from recipes.bissl.tasks.classification import Classification
+from recipes.bissl.tasks.multilabel import MultiLabel
+from recipes.bissl.tasks.regression import Regression
 from recipes.bissl.tasks.simclr import SimCLR
+from recipes.bissl.tasks.vicreg import VICReg
 
-PRETEXT_TASKS: dict[str, type[PretextTask]] = {"simclr": SimCLR}
-DOWNSTREAM_TASKS: dict[str, type[DownstreamTask]] = {"classification": Classification}
+PRETEXT_TASKS: dict[str, type[PretextTask]] = {"simclr": SimCLR, "byol": BYOL, "vicreg": VICReg}
+DOWNSTREAM_TASKS: dict[str, type[DownstreamTask]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+}
 
 
 T = TypeVar("T", bound=Task)
@@ -45,13 +56,25 @@ class Config(Section):
     pipeline_seeds: int | None = Field(
         default=None, ge=1, description="repeat the whole pipeline this often, one fine-tuning each; overrides seeds"
     )
-    arms: tuple[Literal["bissl", "baseline", "scratch"], ...] = Field(
-        default=("bissl", "baseline"), description="arms to run; bissl and baseline always are"
+    arms: tuple[str, ...] = Field(
+        default=("bissl", "baseline"),
+        description=f"arms to run; bissl and baseline always are. Of {', '.join(ARMS)} and the names in variants",
+    )
+    variants: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        description="further arms, as bissl with other fields of the bissl section: JSON name -> field -> value",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where to compute; auto: cuda where there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="torch's CPU threads; null: torch's choice")
+    tracking: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="viewers that metrics go to beside metrics.jsonl: tensorboard, wandb (docs/tracking.md)"
+    )
+    compat: tuple[str, ...] = Field(
+        default=(),
+        description="departures of the authors' code to follow, made after all other fields: names, or official",
+    )
     data: DataConfig
     model: ModelConfig
     pretext: PretextConfig
@@ -65,6 +88,21 @@ class Config(Section):
     def _arms(self) -> "Config":
         if not {"bissl", "baseline"} <= set(self.arms) or len(set(self.arms)) != len(self.arms):
             raise ValueError(f"arms must hold bissl and baseline, and each arm once; got {list(self.arms)}")
+        for name in self.variants:
+            if name in ARMS or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+                raise ValueError(
+                    f"variants: {name!r} must be no bundled arm's name, and of lower-case letters, digits, - and ."
+                )
+        unknown = set(self.arms) - ARMS.keys() - self.variants.keys()
+        if unknown:
+            raise ValueError(
+                f"arms: unknown arm {', '.join(sorted(unknown))}; there are {', '.join((*ARMS, *self.variants))}"
+            )
+        for name in {*self.arms, *self.variants}:
+            self.for_arm(name)
+        check_backbone(self.model.backbone, self.data.image_size)
+        if self.pretext.epochs == 0 and self.model.init_backbone is None:
+            raise ValueError("pretext.epochs: 0 is for weights that are trained already; give model.init_backbone")
         # Made here so that a bad option is found before anything runs.
         pretext = self.pretext_task()
         self.downstream_task(("a", "b"))
@@ -79,6 +117,21 @@ class Config(Section):
                 f"{self.bissl.hvp!r}; set bissl.hvp to reverse, or compute.micro_batch to null"
             )
         return self
+
+    def for_arm(self, name: str) -> "Config":
+        """This config with the bilevel stage as the arm has it.
+
+        Raises:
+            ValueError: a variant's fields are unknown, or do not fit the others.
+        """
+        changes = self.variants.get(name) or arm_of(name).bissl
+        if not changes:
+            return self
+        try:
+            section = BilevelConfig.model_validate({**self.bissl.model_dump(), **changes})
+        except ValidationError as error:
+            raise ValueError("; ".join(explain(error, f"arm {name!r}: bissl."))) from error
+        return self.model_copy(update={"bissl": section})
 
     def pretext_task(self) -> PretextTask:
         """The pretext task with its options."""

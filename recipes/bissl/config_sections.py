@@ -19,7 +19,8 @@ from bilevel import (
 )
 from bilevel.automatic import Automatic
 from bilevel.solvers import Escalating
-from recipes.bissl.models import BACKBONES
+from recipes.bissl.arms import arm_of
+from recipes.bissl.models import BACKBONES, check_backbone
 
 V = TypeVar("V")
 
@@ -66,26 +67,44 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network."""
 
-    backbone: str = Field(description="backbone: " + ", ".join(sorted(BACKBONES)))
+    backbone: str = Field(
+        description=f"{', '.join(BACKBONES)}, any classification network of torchvision by its name in "
+        "torchvision.models, or module:Class of an own one (docs/weights.md)"
+    )
+    init_backbone: str | None = Field(
+        default=None,
+        description="weights to start from instead of random ones: a .safetensors or torch.save file, or an artifact's "
+        "folder, in the naming of torchvision, lightly, solo-learn or the BiSSL authors; null: random weights",
+    )
+    projector_epochs: int = Field(
+        default=10,
+        ge=0,
+        description="with init_backbone: pretext epochs in which heads that the file lacks are fitted to the frozen "
+        "backbone first",
+    )
 
     @field_validator("backbone")
     @classmethod
     def _known(cls, backbone: str) -> str:
-        if backbone not in BACKBONES:
-            raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(sorted(BACKBONES))}")
+        check_backbone(backbone)
         return backbone
 
 
 class PretextConfig(Section):
     """Stage 1: self-supervised training on unlabelled images."""
 
-    task: str = Field(default="simclr", description='"simclr" or module:Class of a PretextTask')
+    task: str = Field(default="simclr", description='"simclr", "byol", "vicreg" or module:Class of a PretextTask')
     options: Options = Field(default_factory=dict, description="the task's own fields, as JSON or key=value")
-    epochs: int = Field(ge=1, description="length of the BiSSL arm's warm-up (epochs)")
+    epochs: int = Field(
+        ge=0, description="length of the BiSSL arm's warm-up (epochs); 0 only where model.init_backbone is given"
+    )
     batch_size: int = Field(ge=2, description="images a step")
     lr: float = Field(gt=0, description="peak learning rate of the BiSSL arm's warm-up")
     weight_decay: float = Field(default=1e-6, ge=0, description="weight decay, also in the lower level")
     warmup_epochs: float = Field(default=10.0, ge=0, description="linear warm-up of the learning rate (epochs)")
+    lr_floor: float = Field(
+        default=0.0, ge=0, le=1, description="where the cosine ends, also in the lower level (fraction of the peak)"
+    )
     baseline_epochs: int | None = Field(
         default=None, ge=1, description="length of the baseline (epochs); null: exactly the BiSSL arm's pretext steps"
     )
@@ -93,11 +112,19 @@ class PretextConfig(Section):
     monitor_every: int = Field(default=10, ge=1, description="epochs between two k-NN and embedding-spread checks")
     checkpoint_every: int = Field(default=10, ge=1, description="epochs between two checkpoints")
 
+    def step_settings(self) -> dict[str, Any]:
+        """What shapes a pretext step besides its rate; a floor of 0 is left out, as older artifacts know none."""
+        kept = self.model_dump(include={"task", "options", "batch_size", "weight_decay"})
+        return kept | self.model_dump(include={"lr_floor"}, exclude_defaults=True)
+
 
 class DownstreamConfig(Section):
     """The downstream task, shared by stages 2 to 4."""
 
-    task: str = Field(default="classification", description='"classification" or module:Class of a DownstreamTask')
+    task: str = Field(
+        default="classification",
+        description='"classification", "multilabel", "regression" or module:Class of a DownstreamTask',
+    )
     options: Options = Field(default_factory=dict, description="the task's own fields, as JSON or key=value")
     batch_size: int = Field(ge=2, description="labelled images a step; at most the labelled set")
     eval_batch_size: int = Field(default=512, ge=1, description="images a pass in evaluation")
@@ -127,6 +154,12 @@ class BilevelConfig(Section):
     regularization_weight: float = Field(default=0.001, ge=0, description="lambda of lambda/2 ||theta_P - theta_D||^2")
     damping: float = Field(default=10.0, ge=0, description="added to lambda in the linear system (appendix B.3)")
     gamma: float = Field(default=0.01, ge=0, description="weight of the downstream loss of theta_D itself")
+    pretext_fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the pretext images that the lower level draws from, chosen by data.split_seed",
+    )
     hessian_batches: int = Field(default=5, ge=1, description="K, lower batches in the Hessian's mean")
     solver: Literal["cg", "minres", "neumann", "nystrom", "identity"] = Field(
         default="cg", description="solver of the linear system"
@@ -270,10 +303,13 @@ class FinetuneConfig(Section):
 
     def rates(self, arm: str) -> tuple[float, float]:
         """(learning rate, weight decay) of an arm."""
+        whose = arm_of(arm).rates
+        if whose == "bissl":
+            return self.lr, self.weight_decay
         baseline = _first(self.baseline_lr, self.lr), _first(self.baseline_weight_decay, self.weight_decay)
-        if arm == "scratch":
-            return _first(self.scratch_lr, baseline[0]), _first(self.scratch_weight_decay, baseline[1])
-        return baseline if arm == "baseline" else (self.lr, self.weight_decay)
+        if whose == "baseline":
+            return baseline
+        return _first(self.scratch_lr, baseline[0]), _first(self.scratch_weight_decay, baseline[1])
 
 
 class ComputeConfig(Section):

@@ -10,13 +10,19 @@ from rich.console import Console
 from torch import Tensor
 
 from bilevel.batches import BatchStack, derive_seed
+from bilevel.trackers import TrackerError
 from recipes.bissl.artifact import ArtifactStore
 from recipes.bissl.compute import Computing
 from recipes.bissl.config import Config, ConfigError
 from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.events import StageEvents
 from recipes.bissl.imagesets import DownstreamSets, ImageSet
+from recipes.bissl.run_directory import TRACKING
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask
+from recipes.bissl.tracking import make_trackers
+
+LOWER_DATA = "bissl lower"
+"""Purpose of the lower level's batches: a restart without an upper level sees the same ones."""
 
 
 class Datasets:
@@ -84,8 +90,8 @@ class Context:
     seed: int = 0
 
     def at(self, arm: str, seed: int) -> "Context":
-        """The same run for another arm and seed."""
-        return replace(self, arm=arm, seed=seed)
+        """The same run for another arm, with the arm's own bilevel stage, and seed."""
+        return replace(self, config=self.config.for_arm(arm), arm=arm, seed=seed)
 
     @property
     def computing(self) -> Computing:
@@ -94,26 +100,36 @@ class Context:
 
     def writer(self, stage: str) -> StageEvents:
         """Where a stage's events go."""
-        return StageEvents(self.metrics_path, {"stage": stage, "arm": self.arm, "seed": self.seed})
+        fields = {"stage": stage, "arm": self.arm, "seed": self.seed}
+        folder, config = self.metrics_path.parent / TRACKING, self.config.model_dump(mode="json")
+        try:
+            trackers = make_trackers(self.config.tracking, folder, fields, config)
+        except TrackerError as error:
+            raise ConfigError(f"tracking: {error}") from error
+        return StageEvents(self.metrics_path, fields, trackers)
 
-    def pretext_stack(self, task: PretextTask, purpose: str) -> BatchStack:
-        """Pretext batches, the smaller last one of an epoch included."""
+    def pretext_stack(self, task: PretextTask, purpose: str, fraction: float = 1.0) -> BatchStack:
+        """Batches of a random `fraction` of the pretext images, the smaller last one of an epoch included."""
         images, transform = self.data.settled("pretext", self.computing), task.transform()
-        size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, len(images), "pretext images")
+        count = round(fraction * len(images))
+        size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, count, "pretext images")
+        order = torch.Generator().manual_seed(derive_seed(self.config.data.split_seed, "pretext fraction"))
+        members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
 
         def load(indices: Tensor, seed: int) -> Any:
+            indices = indices if members is None else members[indices]
             chosen = images.images[indices.to(images.images.device)]
             return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
 
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics.
-        rest = len(images) % size
+        rest = count % size
         chunk = self.config.compute.micro_batch
         if chunk is not None and 1 in (size % chunk, rest % chunk if rest > 1 else 0):
             raise ConfigError(
                 f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
                 f"last one, of {rest or size}; BatchNorm needs two, choose another size"
             )
-        return BatchStack(len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=rest == 1)
+        return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=rest == 1)
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
         """Labelled training batches."""

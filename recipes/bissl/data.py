@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from recipes.bissl.datasets.catalog import DATASETS
+from recipes.bissl.datasets.dataset import open_dataset
 from recipes.bissl.imagesets import DataError, DownstreamSets, ImageSet
+from recipes.bissl.label_file import LABEL_FILE, open_label_file
 from recipes.bissl.plugins import PluginError, resolve
-from recipes.bissl.sources import Request, Source, open_digits, open_folder, open_stl10
+from recipes.bissl.sources import Request, Source, open_digits, open_folder
+from recipes.bissl.splits import (
+    TEST_STREAM,
+    TRAIN_CAP_STREAM,
+    VAL_CAP_STREAM,
+    VAL_STREAM,
+    Cap,
+    hold_out,
+    limited,
+    stream,
+)
 
 __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
 
-BUNDLED: dict[str, Callable[[Request], Source]] = {"digits": open_digits, "stl10": open_stl10}
+DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
-
-# One stream of random numbers for each purpose, so that no choice shifts another one.
-TEST_STREAM, VAL_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, LIMIT_STREAM = range(5)
 
 
 @runtime_checkable
@@ -53,91 +61,40 @@ def _custom(source: str) -> CustomSource:
 
 def _open(source: str, request: Request) -> Source | CustomSource:
     """The source by its name. Raises DataError, with all the forms there are, on an unknown one."""
-    if source in BUNDLED:
-        return BUNDLED[source](request)
+    if source == DIGITS:
+        return open_digits(request)
+    if source in DATASETS:
+        return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
-        return open_folder(source.removeprefix(FOLDER_PREFIX), request)
+        path = source.removeprefix(FOLDER_PREFIX)
+        return open_label_file(path, request) if (Path(path) / LABEL_FILE).is_file() else open_folder(path, request)
     if ":" in source and not source.startswith(FOLDER_PREFIX):
         return _custom(source)
     raise DataError(
-        f"there is no data source {source!r}; there are: {', '.join(sorted(BUNDLED))}, "
-        "folder:PATH (class folders of images) and module:Class (your own)"
+        f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
+        "folder:PATH (class folders of images, or images with labels.csv) and module:Class (your own)"
     )
-
-
-def _stream(split_seed: int, stream: int) -> np.random.Generator:
-    """The random numbers for one purpose."""
-    return np.random.default_rng([split_seed, stream])
-
-
-def _shuffled_classes(positions: Tensor, labels: Tensor, count: int, generator: np.random.Generator) -> list[Tensor]:
-    """For each class its members among `positions`, shuffled."""
-    here = labels[positions]
-    members = [positions[here == label] for label in range(count)]
-    return [group[torch.from_numpy(generator.permutation(len(group)))] for group in members]
-
-
-def _stratified_counts(sizes: list[int], fraction: float, keep: int) -> list[int]:
-    """How many of each class make `fraction` of the whole: largest remainders, at least 1, leaving at least `keep`."""
-    quotas = np.asarray(sizes) * fraction
-    counts = np.floor(quotas).astype(int)
-    missing = round(float(quotas.sum())) - int(counts.sum())
-    counts[np.argsort(counts - quotas, kind="stable")[:missing]] += 1
-    return np.clip(counts, 1, np.asarray(sizes) - keep).tolist()
-
-
-def _hold_out(
-    source: Source, labels: Tensor, positions: Tensor, fraction: float, keep: int, generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Split `positions` into a stratified `fraction` and the rest, of which each class keeps at least `keep`."""
-    groups = _shuffled_classes(positions, labels, len(source.classes), generator)
-    for name, group in zip(source.classes, groups, strict=True):
-        if len(group) <= keep:
-            raise DataError(
-                f"{source.name}: class {name!r} has too few images for the split into train, val and test: "
-                f"{len(group)} where at least {keep + 1} are needed; add images or remove the class"
-            )
-    counts = _stratified_counts([len(group) for group in groups], fraction, keep)
-    held = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)])
-    rest = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)])
-    return held.sort().values, rest.sort().values
 
 
 def _without_test(source: Source, labels: Tensor, test_fraction: float, split_seed: int) -> tuple[Tensor, Tensor]:
     """Positions of the test set and of the train part without it; the same for either purpose."""
     if "test" in source.parts:
         return source.parts["test"], source.parts["train"]
-    keep = 1 if "val" in source.parts else 2
-    stream = _stream(split_seed, TEST_STREAM)
-    return _hold_out(source, labels, source.parts["train"], test_fraction, keep, stream)
+    return hold_out(
+        source.parts["train"],
+        labels,
+        source.classes,
+        name=source.name,
+        fraction=test_fraction,
+        keep=1 if "val" in source.parts else 2,
+        generator=stream(split_seed, TEST_STREAM),
+    )
 
 
-@dataclass(frozen=True)
-class _Cap:
-    """How many images of each class a set may keep (None: all), and the option's name for the error."""
-
-    per_class: int | None
-    option: str
-    stream: int
-
-    def kept(self, positions: Tensor, labels: Tensor, classes: tuple[str, ...], name: str, split_seed: int) -> Tensor:
-        """Sorted `positions` (into `labels`) of `per_class` images of each class, nested for growing `per_class`."""
-        if self.per_class is None:
-            return positions
-        groups = _shuffled_classes(positions, labels, len(classes), _stream(split_seed, self.stream))
-        for class_name, group in zip(classes, groups, strict=True):
-            if len(group) < self.per_class:
-                raise DataError(
-                    f"{name}: class {class_name!r} has too few images for {self.option} = {self.per_class}: "
-                    f"{len(group)} are left for this part; lower {self.option} or add images"
-                )
-        return torch.cat([group[: self.per_class] for group in groups]).sort().values
-
-
-def _capped_sets(sets: DownstreamSets, train_cap: _Cap, val_cap: _Cap, split_seed: int) -> DownstreamSets:
+def _capped_sets(sets: DownstreamSets, train_cap: Cap, val_cap: Cap, split_seed: int) -> DownstreamSets:
     """The sets of a custom source with the caps applied."""
 
-    def kept(images: ImageSet, cap: _Cap) -> list[int]:
+    def kept(images: ImageSet, cap: Cap) -> list[int]:
         assert images.labels is not None  # checked by DownstreamSets
         return cap.kept(torch.arange(len(images)), images.labels, images.classes, images.name, split_seed).tolist()
 
@@ -175,8 +132,9 @@ def load_downstream(
 ) -> DownstreamSets:
     """The labelled sets of `source`, split once and for all by `split_seed`; images are `image_size` px square.
 
-    `source` is "digits", "stl10" (below `root`, fetched if `download`), "folder:PATH" (class folders of images, or
-    train/ and optionally val/ and test/ of them) or "module:Class" (a `CustomSource`, taken at its own image size).
+    `source` is "digits", a published set of `datasets.catalog` such as "stl10" (below `root`, fetched if `download`),
+    "folder:PATH" (class folders of images; or train/ and optionally val/ and test/ of them; or images with labels.csv,
+    see `label_file`) or "module:Class" (a `CustomSource`, taken at its own image size).
     Where the source fixes no test set, the stratified `test_fraction` of all images is held out; where it fixes no
     validation set, the stratified `val_fraction` of the remaining ones (20% in the paper, appendix B.1). Then
     `labels_per_class` and `val_per_class` keep that many images of each class, smaller choices within larger ones;
@@ -187,9 +145,9 @@ def load_downstream(
         {"val_fraction": val_fraction, "test_fraction": test_fraction},
         {"image_size": image_size, "labels_per_class": labels_per_class, "val_per_class": val_per_class},
     )
-    train_cap = _Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
-    val_cap = _Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
-    opened = _open(source, Request(image_size, Path(root), download, "downstream"))
+    train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
+    val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
+    opened = _open(source, Request(image_size, Path(root), download, "downstream", split_seed))
     if not isinstance(opened, Source):
         sets = opened.downstream()
         if not isinstance(sets, DownstreamSets):
@@ -202,7 +160,16 @@ def load_downstream(
     if "val" in opened.parts:
         val = opened.parts["val"]
     else:
-        val, train = _hold_out(opened, labels, train, val_fraction, 1, _stream(split_seed, VAL_STREAM))
+        val, train = hold_out(
+            train,
+            labels,
+            opened.classes,
+            name=opened.name,
+            fraction=val_fraction,
+            keep=1,
+            generator=stream(split_seed, VAL_STREAM),
+            rounding=opened.val_rounding,
+        )
     train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed)
     val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed)
 
@@ -231,13 +198,13 @@ def load_pretext(
     those of `load_downstream`.
     """
     _check_numbers(split_seed, {"test_fraction": test_fraction}, {"image_size": image_size, "limit": limit})
-    opened = _open(source, Request(image_size, Path(root), download, "pretext"))
+    opened = _open(source, Request(image_size, Path(root), download, "pretext", split_seed))
     if not isinstance(opened, Source):
         images = opened.pretext()
         if not isinstance(images, ImageSet):
             raise DataError(f"{source}: pretext() must return an ImageSet, got {type(images).__name__}")
         if limit is not None:
-            images = images.subset(_limited(len(images), limit, split_seed))
+            images = images.subset(limited(len(images), limit, split_seed))
         return replace(images, labels=None)
     if opened.labels is None:
         positions = opened.parts["unlabelled"]
@@ -245,11 +212,5 @@ def load_pretext(
         _, train = _without_test(opened, opened.labels, test_fraction, split_seed)
         positions = torch.cat((train, opened.parts["val"])) if "val" in opened.parts else train
     if limit is not None:
-        positions = positions[_limited(len(positions), limit, split_seed)]
+        positions = positions[limited(len(positions), limit, split_seed)]
     return ImageSet(opened.read(positions), None, opened.classes, opened.name)
-
-
-def _limited(count: int, limit: int, split_seed: int) -> Tensor:
-    """Sorted positions of at most `limit` of `count` images."""
-    chosen = _stream(split_seed, LIMIT_STREAM).permutation(count)[:limit]
-    return torch.from_numpy(np.sort(chosen))

@@ -1,5 +1,6 @@
 """Metrics over a whole set, and the loop that evaluates a model with them."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,60 @@ def _mean_average_precision(state: State) -> float:
     best = [torch.where(10 * tp >= i * positives, precision, 0.0).amax(dim=0) for i in range(11)]
     average_precision = torch.stack(best).mean(dim=0)
     return 100.0 * average_precision[positives > 0].mean().item()
+
+
+def mean_absolute_error() -> Metric:
+    """Mean of |output - target| over all examples and targets, in the unit of the targets; lower is better.
+
+    Outputs and targets are ``[N, T]``. Accumulating raises ValueError when the shapes differ; computing does when there
+    were no examples.
+    """
+    return Metric(_accumulate_values, _mean_absolute_error, higher_is_better=False)
+
+
+def r_squared() -> Metric:
+    """Coefficient of determination over the whole set, the mean over the targets; at most 1.
+
+    Outputs and targets are ``[N, T]``. For target t with mean m_t over the set::
+
+        R2_t = 1 - sum_i (y_it - o_it)^2 / sum_i (y_it - m_t)^2
+
+    A target that is constant over the set has none and is left out of the mean; where every target is constant the
+    value is NaN. Accumulating raises ValueError when the shapes differ; computing does when there were no examples.
+    """
+    return Metric(_accumulate_values, _coefficient_of_determination)
+
+
+def _accumulate_values(state: State | None, outputs: Tensor, targets: Tensor) -> State:
+    """Outputs and targets of the whole set, whose squares cancel too well to be summed batch by batch."""
+    if outputs.ndim != 2 or outputs.shape != targets.shape:
+        raise ValueError(
+            f"metrics of regression need outputs and targets of one shape [N, T], got {tuple(outputs.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
+    found, true = outputs.detach().cpu().double(), targets.detach().cpu().double()
+    return (found, true) if state is None else (torch.cat([state[0], found]), torch.cat([state[1], true]))
+
+
+def _mean_absolute_error(state: State) -> float:
+    found, true = _not_empty(state)
+    return (found - true).abs().mean().item()
+
+
+def _coefficient_of_determination(state: State) -> float:
+    found, true = _not_empty(state)
+    varies = (true != true[0]).any(dim=0)
+    if not varies.any():
+        return math.nan
+    residual = (true - found)[:, varies].square().sum(dim=0)
+    total = (true - true.mean(dim=0))[:, varies].square().sum(dim=0)
+    return (1 - residual / total).mean().item()
+
+
+def _not_empty(state: State) -> State:
+    if state[0].numel() == 0:
+        raise ValueError("metrics of an empty set are undefined; accumulate at least one example")
+    return state
 
 
 def knn_accuracy(

@@ -1,4 +1,4 @@
-"""A stage's lines in the run's `metrics.jsonl`."""
+"""A stage's lines in the run's `metrics.jsonl`, and in the viewers beside it."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any
 
 from bilevel import Callback, JSONLWriter
 from bilevel.checkpoint import write_atomic
+from bilevel.trackers import Tracker, TrackerError
+from recipes.bissl.config import ConfigError
 
 
 class StageEvents(Callback):
@@ -18,29 +20,61 @@ class StageEvents(Callback):
     Args:
         path: the file; its folder must exist.
         context: fields that tell the stage's lines from all others.
+        trackers: viewers that get the events too, by name. One that is added on resume gets what comes from then on.
+
+    `restart` and `load_state_dict` raise ConfigError where a tracker cannot be started.
     """
 
-    def __init__(self, path: Path, context: Mapping[str, Any]) -> None:
-        self.path, self.context = path, dict(context)
+    def __init__(self, path: Path, context: Mapping[str, Any], trackers: Mapping[str, Tracker] | None = None) -> None:
+        self.path, self.context, self.trackers = path, dict(context), dict(trackers or {})
         self._writer, self._lines = JSONLWriter(path, context), 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
         self._writer.write(record)
         self._lines += 1
+        for tracker in self.trackers.values():
+            tracker.write(record)
 
     def restart(self) -> None:
         """Drop what an earlier run of the stage wrote."""
         self._keep(0)
+        for tracker in self.trackers.values():
+            tracker.restart()
+        self._start()
+
+    def close(self) -> None:
+        """Send what is pending."""
+        for tracker in self.trackers.values():
+            tracker.close()
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
         self.write(record)
 
+    def on_run_end(self, trainer: Any) -> None:
+        self.close()
+
     def state_dict(self) -> dict[str, Any]:
-        return {"lines": self._lines}
+        states = {name: tracker.state_dict() for name, tracker in self.trackers.items()}
+        return {"lines": self._lines, "trackers": states} if states else {"lines": self._lines}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._keep(state["lines"])
+        saved = state.get("trackers", {})
+        for name, tracker in self.trackers.items():
+            if name in saved:
+                tracker.load_state_dict(saved[name])
+            else:
+                tracker.restart()
+        self._start()
+
+    def _start(self) -> None:
+        """Now rather than at the first event, so that what is wrong shows before anything is computed."""
+        try:
+            for tracker in self.trackers.values():
+                tracker.start()
+        except TrackerError as error:
+            raise ConfigError(f"tracking: {error}") from error
 
     def _keep(self, count: int) -> None:
         """Keep the first `count` lines of this stage and everything of the others."""

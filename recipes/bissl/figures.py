@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,7 +145,7 @@ def draw(name: str, panels: Sequence[Panel], arms: Sequence[str], *, columns: in
         return None
     rows = math.ceil(len(panels) / columns)
     width = columns * (WIDE_PANEL_WIDTH if columns == 2 else PANEL_WIDTH)
-    figure_class, rc_context = _matplotlib()
+    figure_class, rc_context = matplotlib_parts("the report")
     # Names of arms may hold any character, so nothing is read as a formula; glyphs stay text in the page's fonts.
     with rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}):
         figure = figure_class(figsize=(width, rows * PANEL_HEIGHT + 0.45))
@@ -163,13 +164,23 @@ def draw(name: str, panels: Sequence[Panel], arms: Sequence[str], *, columns: in
     return Drawing(_embeddable(buffer.getvalue()), int(sum(np.isnan(y).sum() for y in values)))
 
 
-def _matplotlib() -> tuple[type["Figure"], Any]:
+def shown_name(source: str) -> str:
+    """A data source's name for a picture: of a folder, its last part."""
+    return PurePath(source.removeprefix("folder:")).name if source.startswith("folder:") else source
+
+
+def matplotlib_parts(what: str) -> tuple[type["Figure"], Any]:
+    """matplotlib's Figure and rc_context.
+
+    Raises:
+        ValueError: matplotlib is not installed, which `what` needs.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
-            f'the report needs matplotlib, which cannot be imported ({error}); run: pip install "bilevel[demo]"'
+            f'{what} needs matplotlib, which cannot be imported ({error}); run: pip install "bilevel[demo]"'
         ) from error
     return Figure, rc_context
 

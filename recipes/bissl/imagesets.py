@@ -4,31 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+LabelKind = Literal["single-label", "multi-label", "regression", "segmentation"]
+
+KINDS: dict[torch.dtype, LabelKind] = {
+    torch.int64: "single-label",
+    torch.bool: "multi-label",
+    torch.float32: "regression",
+    torch.uint8: "segmentation",
+}
+
+IGNORED = 255
+"""In the masks of a segmentation: a pixel that belongs to no class and counts nowhere."""
 
 
 class DataError(ValueError):
     """A data set that is missing, damaged or too small for what was asked; the message says what to do."""
 
 
-def check_labels(labels: Tensor, count: int, name: str) -> None:
-    """Raise DataError, naming the first image at fault, unless every label lies in 0 .. count - 1."""
-    wrong = ((labels < 0) | (labels >= count)).nonzero()
-    if len(wrong):
-        position = int(wrong[0])
+def check_labels(labels: Tensor, count: int, name: str) -> LabelKind:
+    """The kind of `labels`, by their type: int64 [N], bool [N, count], float32 [N, count] or uint8 [N, H, W].
+
+    Raises DataError on another type or shape, and, naming the first image at fault, on a class that is not in
+    0 .. count - 1 (nor `IGNORED`, in a mask) or a target that is not finite.
+    """
+    if labels.dtype == torch.uint8 and labels.ndim == 3:
+        wrong = ((labels >= count) & (labels != IGNORED)).nonzero()
+        if len(wrong):
+            position, row, column = wrong[0].tolist()
+            raise DataError(
+                f"{name}: the mask of image {position} has class {int(labels[position, row, column])} in row {row}, "
+                f"column {column}, but {count} classes run from 0 to {count - 1}; {IGNORED} marks pixels of no class"
+            )
+        return "segmentation"
+    if labels.dtype == torch.int64 and labels.ndim == 1:
+        wrong = ((labels < 0) | (labels >= count)).nonzero()
+        if len(wrong):
+            position = int(wrong[0])
+            raise DataError(
+                f"{name}: image {position} has label {int(labels[position])}, "
+                f"but the labels of {count} classes run from 0 to {count - 1}"
+            )
+        return "single-label"
+    if labels.dtype not in (torch.bool, torch.float32) or labels.ndim != 2 or labels.shape[1] != count or count == 0:
         raise DataError(
-            f"{name}: image {position} has label {int(labels[position])}, "
-            f"but the labels of {count} classes run from 0 to {count - 1}"
+            f"{name}: labels must be int64 of shape [N], one class an image, or bool of shape [N, {count}], any number "
+            f"of classes an image, or float32 of shape [N, {count}], targets of a regression, or uint8 of shape "
+            "[N, H, W], a class for each pixel; "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    if labels.dtype == torch.bool:
+        return "multi-label"
+    wrong = (~labels.isfinite()).nonzero()
+    if len(wrong):
+        position, target = wrong[0].tolist()
+        raise DataError(f"{name}: target {target} of image {position} is {float(labels[position, target])}, not finite")
+    return "regression"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """`images`: uint8 [N, C, H, W] with C 1 or 3; `labels`: int64 [N] of positions in `classes`, or None.
+    """`images`: uint8 [N, C, H, W] with C 1 or 3, and their `labels`, or None.
 
-    Raises DataError on another type or shape, or on a label that is not in 0 .. len(classes) - 1.
+    `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each image, maybe none;
+    or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W], a class for each
+    pixel of the images, or `IGNORED`. `kind` says which. Raises DataError on another type or shape, on a class out of
+    range and on a target that is not finite.
     """
 
     images: Tensor
@@ -45,15 +90,27 @@ class ImageSet:
             )
         if labels is None:
             return
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise DataError(
-                f"{self.name}: labels must be int64 of shape [{len(images)}], one an image, "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
-            )
         check_labels(labels, len(self.classes), self.name)
+        if len(labels) != len(images):
+            raise DataError(
+                f"{self.name}: labels must be int64, bool, float32 or uint8 with one row for each of the {len(images)} "
+                f"images, got {len(labels)} rows"
+            )
+        if labels.ndim == 3 and labels.shape[1:] != images.shape[2:]:
+            raise DataError(
+                f"{self.name}: masks of {labels.shape[1]}x{labels.shape[2]} px do not fit images of "
+                f"{images.shape[2]}x{images.shape[3]} px; every pixel of an image needs a class"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def kind(self) -> LabelKind | None:
+        """What the labels are; None without labels."""
+        if self.labels is None:
+            return None
+        return KINDS[self.labels.dtype]
 
     def to(self, device: torch.device) -> ImageSet:
         """The same set with images and labels on `device`."""
@@ -69,10 +126,10 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class DownstreamSets:
-    """Labelled `train`, `val` and `test` sets over the same classes.
+    """Labelled `train`, `val` and `test` sets of one kind over the same classes.
 
     `indices` maps "train", "val" and "test" to the positions of their images in the source, so that a run can store
-    its split. Raises DataError if a set has no labels or no images, or if the classes differ.
+    its split. Raises DataError if a set has no labels or no images, or if the kinds of labels or the classes differ.
     """
 
     train: ImageSet
@@ -84,7 +141,17 @@ class DownstreamSets:
         for part, images in (("train", self.train), ("val", self.val), ("test", self.test)):
             if images.labels is None or len(images) == 0:
                 raise DataError(f"{images.name}: the {part} set needs images and labels")
+            if images.kind != self.train.kind:
+                raise DataError(
+                    f"{images.name}: the {part} set has {images.kind} labels, but the train set {self.train.kind} ones"
+                )
             if images.classes != self.train.classes:
                 raise DataError(f"{images.name}: the classes of the {part} set differ from those of the train set")
             if len(self.indices.get(part, ())) != len(images):
                 raise DataError(f"{images.name}: indices[{part!r}] must hold one position for each image of that set")
+
+    @property
+    def kind(self) -> LabelKind:
+        """What the labels of all three sets are."""
+        assert self.train.kind is not None  # checked above
+        return self.train.kind

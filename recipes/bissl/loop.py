@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +82,7 @@ def run_steps(
             part.load_state_dict(state[name])
         set_random_state(state["random"])
     every = math.ceil(total / MOST_LINES)
-    with _progress(console) as bar:
+    with closing(writer), _progress(console) as bar:
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
             record = step()

@@ -1,16 +1,29 @@
 """Backbones, the projector of the pretext stage and the linear head of the downstream tasks.
 
 A backbone is a module with ``num_features`` whose ``forward(x, feature_map=False)`` gives pooled features
-``[N, num_features]`` or, on request, the feature map ``[N, num_features, h, w]`` they are the mean of. Weights are
-drawn from torch's global generator, so the caller's seed decides them.
+``[N, num_features]`` or, on request, the feature map ``[N, num_features, h, w]`` they are made from: its mean, unless
+the class says otherwise. Weights are drawn from torch's global generator, so the caller's seed decides them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
+
+from recipes.bissl.plugins import PluginError, resolve
+from recipes.bissl.torchvision_backbones import (
+    ChainBackbone,
+    TransformerBackbone,
+    check_torchvision,
+    torchvision_backbone,
+)
+
+RESNETS = models.list_models(module=models, include=("resnet*", "resnext*", "wide_resnet*"))
+"""Residual networks of torchvision."""
 
 
 class ResNetBackbone(nn.Module):
@@ -29,9 +42,8 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name: str = "resnet18", *, small_images: bool = False):
         super().__init__()
-        known = models.list_models(module=models, include=("resnet*", "resnext*", "wide_resnet*"))
-        if name not in known:
-            raise ValueError(f"name must be a ResNet of torchvision, got {name!r}; choose one of {', '.join(known)}")
+        if name not in RESNETS:
+            raise ValueError(f"name must be a ResNet of torchvision, got {name!r}; choose one of {', '.join(RESNETS)}")
         network = models.get_model(name, weights=None)
         assert isinstance(network, ResNet)
         self.num_features = network.fc.in_features
@@ -109,18 +121,68 @@ BACKBONES: dict[str, Callable[[], ResNetBackbone | SmallResNet]] = {
     "resnet-small": partial(SmallResNet, (32, 64, 128)),
     "resnet-tiny": partial(SmallResNet, (16, 32, 64)),
 }
-"""The backbones that a configuration can name."""
+"""The short names that come with the recipe; every classification network of torchvision has one too."""
+
+Backbone = ResNetBackbone | SmallResNet | ChainBackbone | TransformerBackbone
 
 
-def build_backbone(name: str) -> ResNetBackbone | SmallResNet:
-    """A freshly initialised backbone: one of the names in `BACKBONES`.
+def build_backbone(name: str, *, image_size: int | None = None) -> Backbone:
+    """A freshly initialised backbone.
+
+    Args:
+        name: One of `BACKBONES`, a classification network of torchvision by its name there, or ``module:Class`` of an
+            own one, made without arguments.
+        image_size: Side of the images (px), which a transformer's position embeddings depend on; None: 224.
 
     Raises:
-        ValueError: The name is unknown; the message lists the known ones.
+        ValueError: as `check_backbone`.
+        PluginError: as `check_backbone`, or the module that the class makes has no integer `num_features`.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {name!r}")
-    return BACKBONES[name]()
+    check_backbone(name, image_size)
+    if ":" in name:
+        # Not of these classes, but it has their interface.
+        return cast(Backbone, _own_backbone(name))
+    if name in BACKBONES:
+        return BACKBONES[name]()
+    return ResNetBackbone(name) if name in RESNETS else torchvision_backbone(name, image_size=image_size)
+
+
+def check_backbone(name: str, image_size: int | None = None) -> None:
+    """Refuse what `build_backbone` cannot build, as far as that is seen without building it.
+
+    Raises:
+        ValueError: the name is unknown, or the network does not take images of this size.
+        PluginError: ``module:Class`` names no class of modules whose forward pass takes `feature_map`.
+    """
+    if name in BACKBONES:
+        return
+    if ":" in name:
+        _own_class(name)
+        return
+    try:
+        check_torchvision(name, image_size)
+    except ValueError as error:
+        raise ValueError(f"{error}. Short names are {', '.join(BACKBONES)}; an own backbone is module:Class") from error
+
+
+def _own_class(name: str) -> type[nn.Module]:
+    made = resolve(name)
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise PluginError(f"backbone {name!r} is not a subclass of torch.nn.Module")
+    if "feature_map" not in inspect.signature(made.forward).parameters:
+        raise PluginError(f"backbone {name!r}: its forward must be forward(self, x, feature_map=False)")
+    return made
+
+
+def _own_backbone(name: str) -> nn.Module:
+    try:
+        backbone = _own_class(name)()
+    except TypeError as error:
+        raise PluginError(f"backbone {name!r} cannot be made without arguments: {error}") from error
+    features = getattr(backbone, "num_features", None)
+    if not isinstance(features, int) or isinstance(features, bool) or features < 1:
+        raise PluginError(f"backbone {name!r}: num_features must be a positive int, got {features!r}; set it")
+    return backbone
 
 
 def projector(in_features: int, widths: Sequence[int] = (256, 256, 256), *, last_bias: bool = True) -> nn.Sequential:
@@ -135,8 +197,7 @@ def projector(in_features: int, widths: Sequence[int] = (256, 256, 256), *, last
         ValueError: `widths` is empty or a number is below 1.
 
     Source: BiSSL, section 4.2.1: two fully connected layers with batch normalisation and ReLU, then a linear one, all
-        of
-    256 neurons.
+    of 256 neurons.
     """
     if not widths or min(widths) < 1 or in_features < 1:
         raise ValueError(f"in_features and widths must be positive, got {in_features} and {tuple(widths)}")

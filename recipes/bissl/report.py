@@ -1,5 +1,6 @@
 """The report of a run: one HTML file that needs nothing but itself, made from the run's artifacts alone."""
 
+import base64
 import json
 import math
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import Status
+from recipes.bissl.features.record import read_features
 from recipes.bissl.figures import (
     Drawing,
     finetune_figure,
@@ -45,7 +47,7 @@ from recipes.bissl.tables import (
 REPORT_FILE = "report.html"
 
 # The policy makes the browser refuse any request, should a string from the data ever get past the escaping.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2126; --page: #ffffff; --line: #d4d9df; --soft: #f3f5f7; --warn: #fff1cf; }
@@ -64,7 +66,7 @@ th { background: var(--soft); font-weight: 600; }
 .banner { background: var(--warn); padding: 0.6rem 1rem; border-radius: 4px; }
 .absent { opacity: 0.7; font-style: italic; }
 figure { margin: 0.8rem 0; }
-figure svg { width: 100%; height: auto; }
+figure svg, figure img { width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { opacity: 0.85; max-width: 60rem; }
 pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 13px; }
@@ -73,7 +75,8 @@ summary { cursor: pointer; }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into `run_dir` from its `config.json`, `metrics.jsonl` and `results.json`.
+    """Write `report.html` into `run_dir` from its `config.json`, `metrics.jsonl` and `results.json`, and from what the
+    command `features` left there, if it did.
 
     The file holds its own style and drawings and asks nothing of the network. A piece that the run has not (yet)
     recorded is shown as "not recorded"; without `results.json` a banner says that the run is not finished.
@@ -97,6 +100,7 @@ def write_report(run_dir: Path) -> Path:
         _section("BiSSL stage: both levels", _figure(levels_figure(run.events, arms), _LEVELS_CAPTION)),
         _section("BiSSL stage: the linear systems", _solver(run.events, arms)),
         _section("Fine-tuning", _figure(finetune_figure(run.events, arms), _FINETUNE_CAPTION)),
+        *_features(run_dir),
         _section("Environment", _pairs((run.results or {}).get("environment"))),
         _section("Configuration", _configuration(run.config)),
     ]
@@ -264,6 +268,32 @@ def _sum(records: Sequence[Event], arm: str, field: str) -> str:
     if not finite:
         return NOT_RECORDED
     return f"{sum(finite):,.1f}" if field == "seconds" else f"{sum(finite):,.0f}"
+
+
+def _features(run_dir: Path) -> list[str]:
+    """The section of the features' picture, where the run has one."""
+    found = read_features(run_dir)
+    if found is None:
+        return []
+    record, picture = found
+    caption = escape(f"{record.caption()} Statistics of BatchNorm: {record.batch_norm}.")
+    # Drawn on white, so that the page's colours do not matter to it.
+    source = base64.b64encode(picture).decode()
+    figure = f'<figure>\n<img alt="{caption}" src="data:image/png;base64,{source}">\n'
+    rows = [
+        [
+            arm,
+            *(
+                NOT_RECORDED if (value := entry.scores.get(name)) is None else f"{value:.3g}"
+                for name in record.definitions
+            ),
+        ]
+        for arm, entry in record.arms.items()
+    ]
+    meanings = "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in record.definitions.items())
+    content = f"{figure}<figcaption>{caption}</figcaption>\n</figure>\n"
+    content += f"{_table(['arm', *record.definitions], rows)}<ul>{meanings}</ul>"
+    return [_section("Features before fine-tuning", content)]
 
 
 def _pairs(mapping: Mapping[str, Any] | None) -> str:

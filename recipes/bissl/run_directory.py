@@ -9,16 +9,19 @@ from typing import Any
 from bilevel.checkpoint import write_atomic
 from recipes.bissl.config import Config, ConfigError, differences, read_config_file
 
-CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS = (
+CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS, TRACKING = (
     "config.json",
     "metrics.jsonl",
     "results.json",
     "report.html",
     "checkpoints",
     "splits.json",
+    "tracking",
 )
 
-FILES = (CONFIG, METRICS, RESULTS, REPORT, SPLITS)
+FEATURES, FEATURES_PICTURE = "features.json", "features.png"
+
+FILES = (CONFIG, METRICS, RESULTS, REPORT, SPLITS, FEATURES, FEATURES_PICTURE)
 
 _MARKS = {"preset", "pretext", "downstream", "bissl", "finetune"}
 """Fields by which a saved config is recognised as one of this program."""
@@ -28,6 +31,7 @@ SAFE_TO_CHANGE = {
     "arms",
     "device",
     "threads",
+    "tracking",
     "compute.data_device",
     "data.root",
     "data.download",
@@ -95,7 +99,7 @@ class RunDirectory:
 
     def _check_own(self) -> None:
         """Refuse a folder in which somebody else's files have the names of ours."""
-        found = [name for name in (*FILES, CHECKPOINTS) if (self.path / name).exists()]
+        found = [name for name in (*FILES, CHECKPOINTS, TRACKING) if (self.path / name).exists()]
         if found and self.saved_config() is None:
             raise ConfigError(
                 f"output-dir: {self.path} holds {', '.join(found)}, but no {CONFIG} of a run; name another folder, or "
@@ -116,5 +120,6 @@ class RunDirectory:
         """Delete the files of a run, and nothing else that may lie there."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        if (self.path / CHECKPOINTS).is_dir():
-            shutil.rmtree(self.path / CHECKPOINTS)
+        for name in (CHECKPOINTS, TRACKING):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)

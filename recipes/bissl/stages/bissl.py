@@ -11,7 +11,7 @@ from bilevel.callbacks import Diagnostics
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.microbatch import MicroBatched
 from recipes.bissl.artifact import Artifact, make_key
-from recipes.bissl.context import Context
+from recipes.bissl.context import LOWER_DATA, Context
 from recipes.bissl.events import StageEvents
 from recipes.bissl.loop import Seconds, discard_checkpoints
 from recipes.bissl.models import build_backbone
@@ -29,7 +29,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
         context.seed,
         artifact,
         config.data.model_dump(exclude={"root", "download"}),
-        config.pretext.model_dump(include={"task", "options", "batch_size", "weight_decay"}),
+        config.pretext.step_settings(),
         config.downstream.model_dump(exclude={"eval_batch_size"}),
         config.bissl.model_dump(exclude={"checkpoint_every"}),
         config.compute.model_dump(exclude={"data_device"}),
@@ -71,7 +71,8 @@ def run(context: Context, artifact: Artifact) -> Artifact:
 def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
     config = context.config
     pretext, downstream = config.pretext_task(), config.downstream_task(context.data.downstream.train.classes)
-    lower, upper = build_backbone(config.model.backbone), build_backbone(config.model.backbone)
+    name, size = config.model.backbone, config.data.image_size
+    lower, upper = build_backbone(name, image_size=size), build_backbone(name, image_size=size)
     heads, head = pretext.build(lower), downstream.build(upper)
     modules = {"backbone": lower, "heads": heads, "upper_backbone": upper, "head": head}
     artifact.load_into(modules)
@@ -96,7 +97,7 @@ def _trainer(
 ) -> Trainer:
     config, c = context.config, context.config.bissl
     upper, lower = problem.variables()
-    lower_data = context.pretext_stack(problem.pretext, f"{STAGE} lower")
+    lower_data = context.pretext_stack(problem.pretext, LOWER_DATA, c.pretext_fraction)
     upper_data = context.labelled_stack(problem.downstream, f"{STAGE} upper")
     lower_optimizer = problem.pretext.optimizer(lower.values(), c.lower_lr, config.pretext.weight_decay)  # type: ignore[arg-type]
     upper_optimizer = torch.optim.SGD(
@@ -126,7 +127,9 @@ def _trainer(
             shift={name: c.head_shift for name in lower if not name.startswith(BACKBONE)} if c.implicit_head else 0.0,
             aggregate=c.aggregate,
             hessian_batches=c.hessian_batches,
-            lower_scheduler=schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup),
+            lower_scheduler=schedule(
+                lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=config.pretext.lr_floor
+            ),
             upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
             max_grad_norm=c.max_grad_norm,
             adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},

@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,29 @@ from recipes.bissl.evaluate import Metric
 from recipes.bissl.loop import discard_checkpoints, run_steps
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
+from recipes.bissl.plan import finetune_steps
 from recipes.bissl.supervised import SupervisedModel
 from recipes.bissl.tasks.base import DownstreamTask
 
 STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished training, before any test.
+
+    Attributes:
+        modules: "backbone" and "head" with the weights of the best validation epoch.
+        supervised: the same modules under the task.
+        facts: which epoch that was, by which metric, and its validation values.
+        steps, seconds: what it took.
+    """
+
+    modules: nn.ModuleDict
+    supervised: SupervisedModel
+    facts: dict[str, Any]
+    steps: int
+    seconds: float
 
 
 def run(context: Context, artifact: Artifact | None = None) -> Artifact:
@@ -27,23 +48,53 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     The weights of the best validation epoch by the task's primary metric (the lower loss, then the earlier epoch,
     where epochs tie) are evaluated on the test split; only that is called test.
     """
-    config, sets = context.config, context.data.downstream
     key = _key(context, artifact)
     finished = context.store.find(STAGE, key)
     if finished is not None:
         return finished
+    directory = context.store.directory(STAGE, key)
+    fitted = fit(context, artifact, directory)
+    info = {
+        **_costs(artifact, fitted.steps, fitted.seconds),
+        "seed": context.seed,
+        "arm": context.arm,
+        **fitted.facts,
+        "test": fitted.supervised.measure(
+            context.evaluation_batches(context.data.downstream.test, fitted.supervised.task)
+        ),
+    }
+    result = context.store.save(STAGE, key, dict(fitted.modules.items()), info)
+    discard_checkpoints(directory)
+    return result
+
+
+def fit(
+    context: Context, artifact: Artifact | None, directory: Path, *, check: Callable[[], None] | None = None
+) -> Fitted:
+    """Train as `run` does, up to the best validation epoch; the test split is not touched.
+
+    Args:
+        directory: where checkpoints lie; they are left there.
+        check: called before each step; what it raises stops the training, which a later call continues.
+
+    Raises:
+        NonFiniteError: a training loss or gradient is not finite.
+    """
+    config, sets = context.config, context.data.downstream
     torch.manual_seed(derive_seed(context.seed, STAGE))
     task, model = _build(context, artifact)
     rate, decay = config.finetune.rates(context.arm)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
     stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
-    total = config.finetune.epochs * len(stack)
+    total = finetune_steps(config, context.arm, len(sets.train))
     scheduler = schedule(optimizer, total_steps=total)
     supervised = SupervisedModel(task, model["backbone"], model["head"], context.computing)
     best, losses = _Best(model, supervised.metrics), _Losses()
     validation = context.evaluation_batches(sets.val, task)
 
     def step() -> dict[str, Any]:
+        if check is not None:
+            check()
         record = supervised.step(stack.next(), optimizer, scheduler)
         losses.values.append(record["loss"])
         return record
@@ -57,7 +108,6 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         named = {f"val_{name}": value for name, value in values.items()}
         writer.write({"event": "epoch", "step": number, "epoch": epoch, "train_loss": losses.take_mean(), **named})
 
-    directory = context.store.directory(STAGE, key)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "stack": stack}
     seconds = run_steps(
         step,
@@ -71,22 +121,13 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
         after=after,
     )
     best.restore()
-    info = {
-        **_costs(artifact, total, seconds),
-        "seed": context.seed,
-        "arm": context.arm,
-        **best.facts(),
-        "test": supervised.measure(context.evaluation_batches(sets.test, task)),
-    }
-    result = context.store.save(STAGE, key, dict(model.items()), info)
-    discard_checkpoints(directory)
-    return result
+    return Fitted(model, supervised, best.facts(), total, seconds)
 
 
 def _build(context: Context, artifact: Artifact | None) -> tuple[DownstreamTask, nn.ModuleDict]:
     """The task, and the backbone (the artifact's weights, if there is one) with a fresh head, ready to train."""
     task = context.config.downstream_task(context.data.downstream.train.classes)
-    backbone = build_backbone(context.config.model.backbone)
+    backbone = build_backbone(context.config.model.backbone, image_size=context.config.data.image_size)
     model = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
     if artifact is not None:
         artifact.load_into({"backbone": backbone})
@@ -96,14 +137,15 @@ def _build(context: Context, artifact: Artifact | None) -> tuple[DownstreamTask,
 
 def _key(context: Context, artifact: Artifact | None) -> str:
     config = context.config
+    steps = finetune_steps(config, context.arm, len(context.data.downstream.train))
     return make_key(
         STAGE,
         context.seed,
         artifact,
         config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        config.model.model_dump(),
+        config.model.model_dump(include={"backbone"}),
         config.downstream.model_dump(exclude={"eval_batch_size"}),
-        [config.finetune.epochs, config.finetune.validate_every, *config.finetune.rates(context.arm)],
+        [steps, config.finetune.validate_every, *config.finetune.rates(context.arm)],
         config.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )
 

@@ -1,17 +1,19 @@
 """Stage 1: self-supervised training of the backbone and the pretext heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bilevel.batches import derive_seed
+from bilevel.batches import BatchStack, derive_seed
 from bilevel.microbatch import micro_batched_gradient
 from bilevel.problem import split
 from recipes.bissl.artifact import Artifact, make_key
-from recipes.bissl.context import Context
+from recipes.bissl.context import LOWER_DATA, Context
 from recipes.bissl.evaluate import knn_accuracy
+from recipes.bissl.foreign_weights import ForeignWeights, load_backbone, load_heads
 from recipes.bissl.loop import discard_checkpoints, gradient_step, optimizer_step, run_steps
 from recipes.bissl.losses import embedding_spread
 from recipes.bissl.models import build_backbone
@@ -19,63 +21,126 @@ from recipes.bissl.optim import schedule
 from recipes.bissl.plan import make_plan
 from recipes.bissl.problem import bind_lower, lower_variables
 from recipes.bissl.tasks.base import PretextTask
+from recipes.bissl.warm_start import HeadsFirst, initial_weights
 
-STAGE = "pretext"
+STAGE, RESTART = "pretext", "restart"
 
 
-def run(context: Context, artifact: Artifact | None = None) -> Artifact:
-    """Train from random weights for as long as the context's arm asks; `artifact` is not used."""
-    config, images = context.config, context.data.pretext
-    plan = make_plan(config, context.arm, len(images), 0)
-    key = make_key(
-        STAGE,
-        context.seed,
-        None,
-        config.data.model_dump(include={"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}),
-        config.model.model_dump(),
-        config.pretext.model_dump(include={"task", "options", "batch_size", "weight_decay"}),
-        [plan.pretext, plan.pretext_lr, plan.warmup],
-        config.compute.model_dump(exclude={"data_device"}),
-    )
-    finished = context.store.find(STAGE, key)
+@dataclass(frozen=True)
+class _Length:
+    """Steps, peak learning rate, steps of warm-up, and steps before them in which heads alone are fitted."""
+
+    steps: int
+    lr: float
+    warmup: int
+    projector: int = 0
+
+
+def run(context: Context, artifact: Artifact | None = None, *, steps: int | None = None) -> Artifact:
+    """Train for as long as the context's arm asks, or for `steps`; `artifact` is not used.
+
+    Weights are random, or those of model.init_backbone; then heads that the file lacks are fitted to them first.
+    """
+    plan = make_plan(context.config, context.arm, len(context.data.pretext), 0)
+    length = _Length(steps or plan.pretext, plan.pretext_lr, plan.warmup, plan.projector)
+    return _train(context, STAGE, None, length, context.pretext_stack(context.config.pretext_task(), STAGE))
+
+
+def restart(context: Context, artifact: Artifact) -> Artifact:
+    """Go on from a pretext artifact with the lower level's steps, schedule and batches, without an upper level."""
+    c = context.config.bissl
+    stack = context.pretext_stack(context.config.pretext_task(), LOWER_DATA, c.pretext_fraction)
+    steps = c.alternations * c.lower_steps
+    length = _Length(steps, c.lower_lr, min(round(c.lower_warmup_epochs * len(stack)), steps - 1))
+    return _train(context, RESTART, artifact, length, stack)
+
+
+def _train(context: Context, stage: str, parent: Artifact | None, length: _Length, stack: BatchStack) -> Artifact:
+    config = context.config
+    weights = initial_weights(config.model) if parent is None else None
+    key = _key(context, stage, parent, length, weights)
+    finished = context.store.find(stage, key)
     if finished is not None:
         return finished
-    torch.manual_seed(derive_seed(context.seed, STAGE))
+    torch.manual_seed(derive_seed(context.seed, stage))
     task = config.pretext_task()
-    backbone = build_backbone(config.model.backbone)
-    heads = task.build(backbone)
-    context.computing.place(backbone)
-    context.computing.place(heads)
+    backbone, heads, heads_fit = _modules(context, task, weights)
+    fitting = 0 if heads_fit else length.projector
+    if parent is not None:
+        parent.load_into({"backbone": backbone, "heads": heads})
+    context.computing.place(backbone).train()
+    context.computing.place(heads).train()
     parameters = [*backbone.parameters(), *heads.parameters()]
-    optimizer = task.optimizer(parameters, plan.pretext_lr, config.pretext.weight_decay)
-    scheduler = schedule(optimizer, total_steps=plan.pretext, warmup_steps=plan.warmup)
-    stack = context.pretext_stack(task, STAGE)
-    directory, writer = context.store.directory(STAGE, key), context.writer(STAGE)
-    backbone.train()
-    heads.train()
+    optimizer = task.optimizer(parameters, length.lr, config.pretext.weight_decay)
+    floor = config.pretext.lr_floor
+    scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
+    directory, writer = context.store.directory(stage, key), context.writer(stage)
 
     def after(number: int) -> None:
         task.after_step(backbone, heads, number)
-        if number % (config.pretext.monitor_every * len(stack)) == 0 or number == plan.pretext:
+        if number % (config.pretext.monitor_every * len(stack)) == 0 or number == fitting + length.steps:
             seen = _look(context, task, backbone, heads)
             writer.write({"event": "monitor", "step": number, "epoch": number / len(stack), **seen})
 
     update = _update(context, task, backbone, heads, optimizer, scheduler)
+    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "stack": stack}
+    if fitting:
+        parts["heads first"] = update = HeadsFirst(fitting, context, task, backbone, heads, update)
     seconds = run_steps(
         lambda: update(stack.next()),
-        total=plan.pretext,
-        parts={"backbone": backbone, "heads": heads, "optimizer": optimizer, "scheduler": scheduler, "stack": stack},
+        total=fitting + length.steps,
+        parts={"backbone": backbone, "heads": heads, **parts},
         writer=writer,
         directory=directory,
         checkpoint_every=config.pretext.checkpoint_every * len(stack),
         console=context.console,
-        description=f"pretext, {context.arm}, seed {context.seed}",
+        description=f"{stage}, {context.arm}, seed {context.seed}",
         after=after,
     )
-    info = {"pretext_steps": plan.pretext, "label_steps": 0, "seconds": seconds, "seed": context.seed}
-    artifact = context.store.save(STAGE, key, {"backbone": backbone, "heads": heads}, info)
+    before: Mapping[str, Any] = {"pretext_steps": 0, "seconds": 0.0} if parent is None else parent.info
+    info = {
+        "pretext_steps": before["pretext_steps"] + fitting + length.steps,
+        "label_steps": 0,
+        "seconds": before["seconds"] + seconds,
+        "seed": context.seed,
+        "initial_weights": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
+    }
+    artifact = context.store.save(stage, key, {"backbone": backbone, "heads": heads}, info)
     discard_checkpoints(directory)
     return artifact
+
+
+def _modules(
+    context: Context, task: PretextTask, weights: ForeignWeights | None
+) -> tuple[nn.Module, nn.ModuleDict, bool]:
+    """Backbone and heads, fresh or from `weights`, and whether the heads fit the backbone as well as they should."""
+    model = context.config.model
+    backbone = build_backbone(model.backbone, image_size=context.config.data.image_size)
+    if weights is None:
+        return backbone, task.build(backbone), True
+    # Before the heads are made, which may hold a copy of the backbone.
+    line = load_backbone(weights, backbone, model.backbone)
+    context.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    heads = task.build(backbone)
+    return backbone, heads, load_heads(weights, heads)
+
+
+def _key(context: Context, stage: str, parent: Artifact | None, length: _Length, weights: ForeignWeights | None) -> str:
+    config = context.config
+    sources = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
+    shared = [] if stage == STAGE else [config.bissl.pretext_fraction]
+    # By its content: the same file elsewhere makes the same artifact.
+    start = [] if weights is None else [weights.sha256, length.projector]
+    return make_key(
+        stage,
+        context.seed,
+        parent,
+        config.data.model_dump(include=sources),
+        config.model.model_dump(include={"backbone"}),
+        config.pretext.step_settings(),
+        [length.steps, length.lr, length.warmup, *shared, *start],
+        config.compute.model_dump(exclude={"data_device"}),
+    )
 
 
 def _update(

@@ -6,13 +6,14 @@ ones by a short name) and its options are checked when the config is. Nothing in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from recipes.bissl.evaluate import Metric
+from recipes.bissl.imagesets import LabelKind
 from recipes.bissl.optim import LARS
 
 Bound = Callable[..., Any]
@@ -37,6 +38,10 @@ class Task(BaseModel):
 
 class PretextTask(Task, ABC):
     """L_P(theta_P, phi_P): a self-supervised objective on unlabelled images."""
+
+    lars_excludes_1d: bool = Field(
+        default=True, description="LARS neither scales nor decays biases and norms; of no effect on another optimizer"
+    )
 
     @abstractmethod
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
@@ -76,13 +81,22 @@ class PretextTask(Task, ABC):
 
     def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """The optimizer of pretext steps and of the lower level; LARS (the paper's) unless a task wants another."""
-        return LARS(list(parameters), lr=lr, weight_decay=weight_decay)
+        return LARS(list(parameters), lr=lr, weight_decay=weight_decay, exclude_1d=self.lars_excludes_1d)
 
 
 class DownstreamTask(Task, ABC):
-    """L_D(theta, phi_D): a supervised objective on labelled images."""
+    """L_D(theta, phi_D): a supervised objective on labelled images.
 
-    classes: tuple[str, ...] = Field(description="names of the classes; filled in from the data")
+    Attributes:
+        labels: what it takes as labels: "single-label" is int64 [N], "multi-label" bool [N, classes], "regression"
+            float32 [N, targets]; None is any.
+    """
+
+    labels: ClassVar[LabelKind | None] = None
+
+    classes: tuple[str, ...] = Field(
+        description="names of the classes, for a regression those of the targets; filled in from the data"
+    )
 
     @abstractmethod
     def build(self, backbone: nn.Module) -> nn.Module:

@@ -1,60 +1,19 @@
 """Single-label image classification."""
 
-from collections.abc import Callable
-from typing import Any, final
+from typing import ClassVar, final
 
-import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.augment import EvalView, RandomView
 from recipes.bissl.evaluate import Metric, top_k
-from recipes.bissl.models import linear_head
-from recipes.bissl.tasks.base import DownstreamTask
-from recipes.bissl.view_policy import ViewPolicy
+from recipes.bissl.imagesets import LabelKind
+from recipes.bissl.tasks.linear import LinearTask
 
 
 @final
-class Classification(DownstreamTask):
+class Classification(LinearTask):
     """A linear layer on the pooled features under cross-entropy (paper, section 4.1); top-1 and top-5 accuracy."""
 
-    view: ViewPolicy = Field(description="distribution of a training view; size defaults to image_size")
-    eval_resize: int | None = Field(
-        default=None, ge=1, description="resize the shorter side before the centre crop (px); null: image_size, no crop"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _size(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        no_colour = {"jitter_probability": 0.0, "grey_probability": 0.0}
-        view = data.get("view", no_colour)
-        view = {"size": data.get("image_size"), **view} if isinstance(view, dict) else view
-        return {**data, "view": view}
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> "Classification":
-        if self.eval_resize is not None and self.eval_resize < self.image_size:
-            raise ValueError(f"eval_resize={self.eval_resize} px is smaller than the crop of {self.image_size} px")
-        return self
-
-    def describe(self) -> list[str]:
-        resize = self.eval_resize or self.image_size
-        return [
-            f"downstream training view: {self.view.describe_crop()}",
-            f"downstream evaluation: shorter side to {resize} px, central {self.image_size} px",
-        ]
-
-    def build(self, backbone: nn.Module) -> nn.Module:
-        return linear_head(int(backbone.num_features), len(self.classes))  # type: ignore[arg-type]
-
-    def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        if train:
-            view = RandomView(self.view, self.views == "batched")
-            return lambda images, targets, generator: (view(images, generator), targets)
-        plain = EvalView(self.eval_resize or self.image_size, self.image_size, self.view.mean, self.view.std)
-        return lambda images, targets, generator: (plain(images), targets)
+    labels: ClassVar[LabelKind] = "single-label"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets)

@@ -1,68 +1,28 @@
 """SimCLR (Chen et al. 2020), the paper's pretext task."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, final
+from collections.abc import Mapping
+from typing import final
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from recipes.bissl.augment import RandomView
 from recipes.bissl.losses import nt_xent
-from recipes.bissl.models import projector
-from recipes.bissl.tasks.base import Bound, PretextTask
-from recipes.bissl.view_policy import ViewPolicy
+from recipes.bissl.tasks.base import Bound
+from recipes.bissl.tasks.two_views import TwoViewTask
 
 
 @final
-class SimCLR(PretextTask):
+class SimCLR(TwoViewTask):
     """NT-Xent between two random views through a three-layer projector (paper, section 4.1 and appendix B.1)."""
 
     temperature: float = Field(default=0.5, gt=0, description="NT-Xent temperature")
-    projector_widths: tuple[int, ...] = Field(
-        default=(256, 256, 256), description="output widths of the projector's layers"
-    )
-    joint_pass: bool = Field(
-        default=False,
-        description="both views in one forward pass (joint BatchNorm statistics) instead of one pass a view",
-    )
-    view1: ViewPolicy = Field(description="distribution of the first view; size defaults to image_size")
-    view2: ViewPolicy = Field(description="distribution of the second view; size defaults to image_size")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sizes(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        vicreg = {"view1": {"blur_probability": 1.0}, "view2": {"blur_probability": 0.1, "solarize_probability": 0.2}}
-        return {**data, **{name: _sized(data.get(name, default), data) for name, default in vicreg.items()}}
-
-    def describe(self) -> list[str]:
-        return [f"pretext view {i}: {view.describe_crop()}" for i, view in enumerate((self.view1, self.view2), 1)]
 
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
-        return nn.ModuleDict({"projector": projector(int(backbone.num_features), self.projector_widths)})  # type: ignore[arg-type]
-
-    def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        first, second = (RandomView(view, self.views == "batched") for view in (self.view1, self.view2))
-        return lambda images, generator: (first(images, generator), second(images, generator))
-
-    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.output_loss(self.outputs(backbone, heads, batch))
+        return nn.ModuleDict({"projector": self.fresh_projector(backbone)})
 
     def outputs(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Projections of both views, [n, 2, d]."""
-        project = heads["projector"]
-        if self.joint_pass:
-            return torch.stack(project(backbone(torch.cat(batch))).chunk(2), dim=1)
-        return torch.stack([project(backbone(view)) for view in batch], dim=1)
+        return self.both(lambda view: heads["projector"](backbone(view)), batch)
 
     def output_loss(self, outputs: Tensor) -> Tensor:
         return nt_xent(outputs[:, 0], outputs[:, 1], temperature=self.temperature)
-
-    def embed(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return heads["projector"](backbone(batch[0]))
-
-
-def _sized(view: Any, options: dict[str, Any]) -> Any:
-    return {"size": options.get("image_size"), **view} if isinstance(view, dict) else view

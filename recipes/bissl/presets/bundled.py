@@ -1,7 +1,4 @@
-"""Presets: functions that return a full configuration."""
-
-from collections.abc import Callable
-from typing import Any, Literal
+"""Presets that need no download: the bundled digits, and any folder of images."""
 
 from recipes.bissl.config import (
     BilevelConfig,
@@ -13,14 +10,8 @@ from recipes.bissl.config import (
     ModelConfig,
     PretextConfig,
 )
-
-PaperVersion = Literal["v2", "v1"]
-
-_TO_THE_NOISE: dict[str, Any] = {"solver_iterations": 10, "solver_rtol": "noise"}
-"""Solves go no further than the batches' noise: what all but the paper's presets do."""
-
-_ONE_SOLVE: dict[str, Any] = {**_TO_THE_NOISE, "aggregate": True}
-"""And there is one an alternation. Over a dozen short ones, as in digits, what comes late is not made up for."""
+from recipes.bissl.paper import PaperVersion
+from recipes.bissl.presets.solves import ONE_SOLVE, TO_THE_NOISE
 
 
 def digits(paper_version: PaperVersion = "v2") -> Config:
@@ -76,7 +67,7 @@ def digits(paper_version: PaperVersion = "v2") -> Config:
             lower_lr=3.0,
             lower_warmup_epochs=2,
             hessian_batches=2,
-            **_TO_THE_NOISE,
+            **TO_THE_NOISE,
             upper_lr=0.05,
             upper_weight_decay=0.001,
         ),
@@ -123,7 +114,7 @@ def images(paper_version: PaperVersion = "v2") -> Config:
             damping=10.0,
             lower_warmup_epochs=1,
             hessian_batches=2,
-            **_ONE_SOLVE,
+            **ONE_SOLVE,
             hvp="reverse-kept",
             upper_lr=0.03,
             upper_weight_decay=0.001,
@@ -131,99 +122,3 @@ def images(paper_version: PaperVersion = "v2") -> Config:
         ),
         finetune=FinetuneConfig(epochs=40, lr=0.02, weight_decay=0.001, validate_every=2),
     )
-
-
-def stl10(paper_version: PaperVersion = "v2") -> Config:
-    """STL-10 at 96x96 px with ResNet-18, at a tenth of the paper's length and global CG; both arms at equal steps.
-
-    Command: ``python recipes/bissl/run.py --preset stl10``; a day on one ordinary GPU is a guess, not a measurement.
-    """
-    paper = paper_stl10(paper_version)
-    return paper.model_copy(
-        update={
-            "preset": "stl10",
-            "pretext": paper.pretext.model_copy(
-                update={
-                    "epochs": 50,
-                    "batch_size": 512,
-                    "warmup_epochs": 5,
-                    "baseline_epochs": None,
-                    "baseline_lr": None,
-                }
-            ),
-            "bissl": paper.bissl.model_copy(
-                update={
-                    "alternations": 50,
-                    "adaptation_every": 10,
-                    "layerwise": False,
-                    **_ONE_SOLVE,
-                    "lower_warmup_epochs": 1.0,
-                }
-            ),
-            "finetune": paper.finetune.model_copy(update={"epochs": 100}),
-        }
-    )
-
-
-def paper_stl10(paper_version: PaperVersion = "v2") -> Config:
-    """The paper's values for STL-10 (Tables 2 to 4, appendix B): ResNet-18, 96x96 px, batch 1024, layer-wise CG-5.
-
-    Command: ``python recipes/bissl/run.py --preset paper-stl10``; for a GPU cluster. The paper reports 90.2 +- 0.1
-    top-1 with BiSSL and 90.3 +- 0.1 without (Table 1 of its second version). ``--paper-version v1`` takes the first
-    version's values (warm-up at 4.8, other fine-tuning rates).
-    """
-    first = paper_version == "v1"
-    view = {"crop_scale": (0.5, 1.0)}
-    return Config(
-        preset="paper-stl10",
-        seeds=10,
-        data=DataConfig(pretext="stl10", downstream="stl10", image_size=96),
-        model=ModelConfig(backbone="resnet18"),
-        pretext=PretextConfig(
-            options={
-                "view1": {**view, "blur_probability": 1.0},
-                "view2": {**view, "blur_probability": 0.1, "solarize_probability": 0.2},
-            },
-            epochs=500,
-            batch_size=1024,
-            lr=4.8 if first else 1.0,
-            baseline_epochs=600,
-            baseline_lr=4.8,
-        ),
-        downstream=DownstreamConfig(options={"view": _downstream_view(), "eval_resize": 109}, batch_size=256),
-        head=HeadConfig(epochs=20, lr=0.015, weight_decay=0.01),
-        bissl=BilevelConfig(alternations=500, layerwise=True, upper_lr=0.015, upper_weight_decay=0.01),
-        finetune=FinetuneConfig(
-            epochs=400,
-            lr=0.0008 if first else 0.0005,
-            weight_decay=0.00641 if first else 0.00043,
-            baseline_lr=0.0136,
-            baseline_weight_decay=0.001,
-        ),
-    )
-
-
-def paper_literal(paper_version: PaperVersion = "v2") -> Config:
-    """As paper-stl10, with the lower level's learning rate read literally from the text: it follows the 4.8 of the
-    pretext stage instead of the 1.0 of the authors' code.
-
-    Command: ``python recipes/bissl/run.py --preset paper-literal``; cost as paper-stl10.
-    """
-    paper = paper_stl10(paper_version)
-    return paper.model_copy(
-        update={"preset": "paper-literal", "bissl": paper.bissl.model_copy(update={"lower_lr": 4.8})}
-    )
-
-
-def _downstream_view() -> dict[str, Any]:
-    return {"crop_scale": (0.5, 1.0), "jitter_probability": 0.0, "grey_probability": 0.0}
-
-
-PRESETS: dict[str, Callable[[PaperVersion], Config]] = {
-    "digits": digits,
-    "images": images,
-    "stl10": stl10,
-    "paper-stl10": paper_stl10,
-    "paper-literal": paper_literal,
-}
-"""Name on the command line -> preset."""

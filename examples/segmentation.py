@@ -1,0 +1,120 @@
+"""BiSSL for a segmentation: which pixels belong to which of four handwritten digits on a noisy background.
+
+    python examples/segmentation.py [--quick]
+
+No file of the recipe knows the task or its images; from the repository's root its command line takes them by name:
+
+    python recipes/bissl/run.py --data.{pretext,downstream}=examples.segmentation:PastedDigits --data.image-size 20 \
+        --downstream.task examples.segmentation:Segmentation --data.{labels,val}-per-class=null
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
+
+from recipes.bissl.config import build_config
+from recipes.bissl.evaluate import Metric
+from recipes.bissl.imagesets import IGNORED, DownstreamSets, ImageSet, LabelKind
+from recipes.bissl.mean_iou import mean_iou
+from recipes.bissl.presets import digits
+from recipes.bissl.scripting import plain_lines, results_of
+from recipes.bissl.tasks.base import Bound, DownstreamTask
+
+SIDE, CLASSES = 20, ("background", "0", "1", "2", "3")
+PARTS = {"train": (0, 40), "val": (40, 60), "test": (60, 260), "pretext": (260, 500)}
+
+
+class PastedDigits:
+    """scikit-learn's digits 0 to 3 at 16 px, somewhere on a texture of 20 px; pixels at a digit's edge are no class."""
+
+    def part(self, name: str) -> ImageSet:
+        pixels, labels = (torch.from_numpy(array) for array in load_digits(n_class=4, return_X_y=True))
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))[slice(*PARTS[name])]
+        drawn = interpolate(pixels[chosen].view(-1, 1, 8, 8).float() / 16, 16, mode="bilinear")
+        generator = torch.Generator().manual_seed(PARTS[name][0])
+        texture = 0.4 * interpolate(torch.rand(len(chosen), 1, 5, 5, generator=generator), SIDE, mode="bilinear")
+        ink = torch.zeros_like(texture)
+        for i, (y, x) in enumerate(torch.randint(SIDE - 15, (len(chosen), 2), generator=generator).tolist()):
+            ink[i, :, y : y + 16, x : x + 16] = drawn[i]
+        masks = torch.where(ink > 0.5, labels[chosen][:, None, None, None] + 1, torch.where(ink > 0.25, IGNORED, 0))
+        images = torch.maximum(ink, texture + 0.2 * torch.rand(texture.shape, generator=generator))
+        return ImageSet((255 * images).to(torch.uint8), masks[:, 0].to(torch.uint8), CLASSES, "pasted digits")
+
+    def pretext(self) -> ImageSet:
+        return self.part("pretext")
+
+    def downstream(self) -> DownstreamSets:
+        names = "train", "val", "test"
+        return DownstreamSets(*map(self.part, names), indices={name: list(range(*PARTS[name])) for name in names})
+
+
+class Segmentation(DownstreamTask):
+    """A 1x1 convolution on the feature map, brought to the image's size; cross-entropy and mean IoU over pixels."""
+
+    labels: ClassVar[LabelKind] = "segmentation"
+    smallest_crop: float = Field(default=0.8, gt=0, le=1, description="smallest side of a crop (share of the image's)")
+    flip_probability: float = Field(default=0.0, ge=0, le=1, description="share of images mirrored left to right")
+
+    def build(self, backbone: nn.Module) -> nn.Module:
+        scores = nn.Conv2d(int(backbone.num_features), len(self.classes), 1)  # type: ignore[arg-type]
+        return nn.Sequential(scores, nn.Upsample(self.image_size, mode="bilinear"))
+
+    def forward(self, backbone: Bound, head: Bound, inputs: Tensor) -> Tensor:
+        return head(backbone(inputs, feature_map=True))
+
+    def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
+        def view(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            inputs, targets = images.expand(-1, 3, -1, -1).float() / 127.5 - 1.0, masks[:, None].float()
+            if train:
+                # One grid for both. A mean of two classes is no class: masks take the nearest pixel.
+                grid = affine_grid(self.crops(len(images), generator).to(images.device), list(inputs.shape), False)
+                inputs = grid_sample(inputs, grid, "bilinear", "border", False)
+                targets = grid_sample(targets, grid, "nearest", "border", False)
+            return inputs, targets[:, 0].long()
+
+        return view
+
+    def crops(self, count: int, generator: torch.Generator) -> Tensor:
+        """Square crops inside the image, maybe mirrored, for `affine_grid`: [count, 2, 3]."""
+        draws = torch.rand(4, count, generator=generator)
+        side = 1.0 - (1.0 - self.smallest_crop) * draws[0]
+        mirror = torch.where(draws[3] < self.flip_probability, -1.0, 1.0)
+        middle, zero = (1.0 - side) * (2.0 * draws[1:3] - 1.0), torch.zeros(count)
+        rows = [side * mirror, zero, middle[0]], [zero, side, middle[1]]
+        return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets, ignore_index=IGNORED)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"miou": mean_iou(len(self.classes))}
+
+
+FULL = {"seeds": 3, "pretext": {"epochs": 10}, "bissl": {"alternations": 4}, "finetune": {"epochs": 40}}
+COST = {"pretext": {"batch_size": 60}, "bissl": {"lower_steps": 4, "damping": 5.0, "aggregate": True}}
+ONE, SHORT = {"epochs": 1}, {"alternations": 1, "lower_steps": 2, "upper_steps": 1, "damping": 50.0}
+QUICK = {"seeds": 2, "pretext": ONE, "head": ONE, "bissl": SHORT, "finetune": ONE}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few steps of each stage")
+    module = Path(__file__).stem if __name__ == "__main__" else __name__
+    images = {"pretext": f"{module}:PastedDigits", "downstream": f"{module}:PastedDigits", "image_size": SIDE}
+    data = {**images, "labels_per_class": None, "val_per_class": None}
+    base = {"data": data, "downstream": {"task": f"{module}:Segmentation"}}
+    length = QUICK if parser.parse_args(arguments).quick else FULL
+    results = results_of(build_config(digits(), base, {"arms": ("bissl", "baseline", "scratch"), **COST}, length))
+    print("\n".join(plain_lines(results)))
+    return results
+
+
+if __name__ == "__main__":
+    main()

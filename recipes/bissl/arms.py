@@ -1,0 +1,63 @@
+"""The arms of a run: what each of the two training pipelines, and each control beside them, is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One pipeline up to fine-tuning.
+
+    Attributes:
+        meaning: what a comparison with it tells.
+        start: stage 1: the BiSSL arm's warm-up, the baseline's longer pre-training, or random weights.
+        then: what follows: the head and the bilevel stage, the same pretext steps without an upper level, or nothing.
+        rates: whose learning rate and weight decay its fine-tuning takes.
+        bissl: fields of the bilevel stage that differ from the run's.
+    """
+
+    meaning: str
+    start: Literal["warm-up", "baseline", "random"]
+    then: Literal["bissl", "restart", "nothing"]
+    rates: Literal["bissl", "baseline", "scratch"]
+    bissl: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARMS: dict[str, Arm] = {
+    "bissl": Arm("the method", "warm-up", "bissl", "bissl"),
+    "baseline": Arm("pre-training, then fine-tuning", "baseline", "nothing", "baseline"),
+    "scratch": Arm("fine-tuning of random weights", "random", "nothing", "scratch"),
+    "identity": Arm(
+        "the bilevel stage without a Hessian product (x = v): what the solve brings",
+        "warm-up",
+        "bissl",
+        "bissl",
+        {"solver": "identity", "layerwise": False, "escalate": False},
+    ),
+    "restart": Arm(
+        "as many pretext steps with the bilevel stage's restarted schedule, no upper level: what the restart brings",
+        "warm-up",
+        "restart",
+        "bissl",
+    ),
+    "baseline-warmup-lr": Arm("the baseline at the warm-up's learning rate", "baseline", "nothing", "baseline"),
+    "baseline-labels": Arm(
+        "the baseline, fine-tuned for as many labelled steps as the BiSSL arm makes in all",
+        "baseline",
+        "nothing",
+        "baseline",
+    ),
+    "baseline-time": Arm(
+        "the baseline, pre-trained for as many seconds as the BiSSL arm takes before fine-tuning",
+        "baseline",
+        "nothing",
+        "baseline",
+    ),
+}
+"""Name on the command line -> arm; a run's own variants of the bilevel stage come beside them."""
+
+
+def arm_of(name: str) -> Arm:
+    """The bundled arm, or the method itself for the name of a run's variant."""
+    return ARMS.get(name, ARMS["bissl"])

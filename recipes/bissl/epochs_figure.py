@@ -1,0 +1,80 @@
+"""Test scores over the length of pre-training (the paper's Figure 2), as a PNG."""
+
+import io
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from recipes.bissl.figures import DASHES, PALETTE, matplotlib_parts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = tuple[float, float, float]
+"""(epochs, mean, standard deviation over the seeds)."""
+
+MARKERS = "osD^vP"
+
+
+def epochs_figure(arms: Mapping[str, Sequence[Point]], *, title: str, metric: str, note: str) -> bytes:
+    """A line an arm with its standard deviation, over total pretext epochs.
+
+    Args:
+        arms: Points by arm, in the order of the legend; the first is drawn over the others.
+        title: What was tested.
+        metric: With its unit, for the vertical axis.
+        note: Below the axes.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    figure_class, rc_context = matplotlib_parts("the figure")
+    with rc_context({"text.parse_math": False, "font.size": 9.5}):
+        figure = figure_class(figsize=(6.4, 4.2), dpi=150)
+        figure.set_layout_engine("constrained", rect=(0, 0.07, 1, 0.93))
+        axes = figure.subplots()
+        for index, (arm, points) in reversed(list(enumerate(arms.items()))):
+            _draw(axes, index, arm, points)
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_xlabel("pretext epochs in all")
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.25, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        _set_ticks(axes, sorted({x for points in arms.values() for x, _, _ in points}))
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside upper right", ncols=4, frameon=False)
+        figure.text(0.015, 0.015, note, fontsize=8, color="#444444")
+        buffer = io.BytesIO()
+        # No date and no version: the same points make the same file.
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: "Axes", index: int, arm: str, points: Sequence[Point]) -> None:
+    x, mean, deviation = zip(*sorted(points), strict=True)
+    axes.errorbar(
+        x,
+        mean,
+        yerr=deviation,
+        label=arm,
+        color=PALETTE[index % len(PALETTE)],
+        linestyle=DASHES[index % len(DASHES)],
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=5,
+        linewidth=1.6,
+        elinewidth=1.1,
+        # Caps of different widths, so that bars of equal epochs stay apart.
+        capsize=3.0 + 2.0 * index,
+    )
+
+
+def _set_ticks(axes: "Axes", epochs: Sequence[float]) -> None:
+    """A tick at each length that was run, unless they stand too close to be read."""
+    from matplotlib.ticker import MaxNLocator
+
+    span = epochs[-1] - epochs[0]
+    gaps = [later - earlier for earlier, later in pairwise(epochs)]
+    if not gaps or min(gaps) > span / 15:
+        axes.set_xticks(list(epochs), [f"{value:g}" for value in epochs])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))

@@ -1,0 +1,131 @@
+"""A run as a whole: made into its folder, or found there again when it is finished."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from recipes.bissl.arms import arm_of
+from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore
+from recipes.bissl.config import Config, ConfigError, build_config
+from recipes.bissl.context import Context, Datasets
+from recipes.bissl.pipeline import EQUAL_TIME, pretrain, run_pipeline, summarise
+from recipes.bissl.presets import PRESETS
+from recipes.bissl.report import write_report
+from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+
+
+class FinishedStages(ArtifactStore):
+    """A store of a finished run: a stage that is not in it is an error instead of something to train."""
+
+    def find(self, stage: str, key: str) -> Artifact:
+        artifact = super().find(stage, key)
+        if artifact is None:
+            raise ArtifactError(
+                f"{self.folder} holds no finished {stage} artifact of this run ({stage}-{key}); finish the run with "
+                "--resume, or name the folder of its stages by --artifacts"
+            )
+        return artifact
+
+
+def compute_device(config: Config) -> torch.device:
+    """The device that the config asks for.
+
+    Raises:
+        ConfigError: torch does not see it.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_context(
+    config: Config, directory: RunDirectory, store: ArtifactStore, data: Datasets | None = None
+) -> Context:
+    """The context of a run in this process, whose threads and precision it sets; `data` may be another run's.
+
+    Raises:
+        ConfigError: several processes were started, or the device is not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: the recipe runs in one process so far; start it without torchrun")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    sets = Datasets(config) if data is None else data
+    context = Context(config, compute_device(config), store, directory.path / METRICS, sets, Console())
+    context.computing.set_up()
+    return context
+
+
+def run_whole(context: Context, directory: RunDirectory) -> dict[str, Any]:
+    """All stages of all arms into an opened run directory; the content of its results.json.
+
+    Raises:
+        ConfigError: the report could not be written; everything else was.
+    """
+    (directory.path / METRICS).touch()
+    directory.write_json(SPLITS, context.data.downstream.indices)
+    results = summarise(context, run_pipeline(context))
+    directory.write_json(RESULTS, results)
+    try:
+        write_report(directory.path)
+    except ValueError as error:
+        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
+    return results
+
+
+def config_of(run: Path) -> Config:
+    """The configuration that is saved in a run's folder.
+
+    Raises:
+        ConfigError: there is none, or it is of no run of this program.
+    """
+    saved = RunDirectory(run).saved_config()
+    if saved is None:
+        raise ConfigError(f"{run} holds no config.json of a run; name the output folder of a run")
+    preset = saved["preset"]
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"{run}: the saved config names the preset {preset!r}; there are {', '.join(PRESETS)}")
+    return build_config(PRESETS[preset]("v2"), saved)
+
+
+def open_finished(run: Path, artifacts: Path | None = None) -> Context:
+    """The context of a finished run, in which no stage can be trained.
+
+    Args:
+        run: The run's folder.
+        artifacts: The folder of its stages, where they are not in the run's own.
+
+    Raises:
+        ConfigError: as `config_of` and `make_context`.
+    """
+    return make_context(config_of(run), RunDirectory(run), FinishedStages(artifacts or run / CHECKPOINTS))
+
+
+def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[str, Artifact]:
+    """What each of `arms` fine-tunes in the repeat `seed` of a finished run: the paper compares these (section 4.4).
+
+    The lower-level backbone after the bilevel stage, and the baseline's after its pre-training, are "backbone" in them.
+
+    Raises:
+        ArtifactError: a stage is not finished or damaged.
+        ConfigError: the run has no such arm or seed, or the arm starts from random weights.
+    """
+    config = context.config
+    seeds = range(config.seed, config.seed + (config.pipeline_seeds or 1))
+    if seed not in seeds:
+        raise ConfigError(f"--seed: stages before fine-tuning were made for {', '.join(map(str, seeds))}, not {seed}")
+    for arm in arms:
+        if arm not in config.arms:
+            raise ConfigError(f"--arms: the run has {', '.join(config.arms)}, not {arm!r}")
+        if arm_of(arm).start == "random":
+            raise ConfigError(f"--arms: {arm} has random weights before fine-tuning; leave it out")
+    # How long the arm of equal time trained is seen from those two.
+    needed = dict.fromkeys(("bissl", "baseline", *arms) if EQUAL_TIME in arms else arms)
+    made: dict[str, Artifact | None] = {}
+    for arm in needed:
+        made[arm] = pretrain(context.at(arm, seed), made)
+    return {arm: artifact for arm in arms if (artifact := made[arm]) is not None}

@@ -1,0 +1,1 @@
+"""What the features of finished backbones look like: extraction, t-SNE, scores, picture."""

@@ -1,0 +1,9 @@
+"""How all presets but the paper's solve their linear systems."""
+
+from typing import Any
+
+TO_THE_NOISE: dict[str, Any] = {"solver_iterations": 10, "solver_rtol": "noise"}
+"""Solves go no further than the batches' noise."""
+
+ONE_SOLVE: dict[str, Any] = {**TO_THE_NOISE, "aggregate": True}
+"""And there is one an alternation. Over a dozen short ones, as in digits, what comes late is not made up for."""

@@ -1,0 +1,81 @@
+"""The pretext stage's start from weights made elsewhere: the backbone's, and heads that fit it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipes.bissl.config_sections import ModelConfig
+from recipes.bissl.context import Context
+from recipes.bissl.foreign_weights import ForeignWeights, load_backbone, read_weights
+from recipes.bissl.loop import optimizer_step
+from recipes.bissl.models import build_backbone
+from recipes.bissl.optim import schedule
+from recipes.bissl.tasks.base import PretextTask
+
+
+def initial_weights(model: ModelConfig) -> ForeignWeights | None:
+    """The weights that model.init_backbone names, or None.
+
+    Raises:
+        ConfigError, ArtifactError: they cannot be read.
+    """
+    return None if model.init_backbone is None else read_weights(Path(model.init_backbone))
+
+
+def check_initial_weights(model: ModelConfig, image_size: int) -> None:
+    """Load the initial weights once, if there are any, so that a misfit is found before anything is written.
+
+    Raises:
+        ConfigError, ArtifactError: they cannot be read, or do not fit the backbone.
+    """
+    weights = initial_weights(model)
+    if weights is not None:
+        load_backbone(weights, build_backbone(model.backbone, image_size=image_size), model.backbone)
+
+
+class HeadsFirst:
+    """Updates on the pretext loss: the first `steps` fit the heads to the frozen backbone, later ones are `then`.
+
+    The frozen backbone is in eval mode and keeps every weight and buffer. The heads have an optimizer of their own: the
+    task's, with the pretext stage's learning rate, warmed up over a tenth of the steps and then decayed by a cosine.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        context: Context,
+        task: PretextTask,
+        backbone: nn.Module,
+        heads: nn.ModuleDict,
+        then: Callable[[Any], dict[str, Any]],
+    ) -> None:
+        self.steps, self.made, self.backbone, self.then = steps, 0, backbone, then
+        section = context.config.pretext
+        trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
+        self.optimizer = task.optimizer(trained, section.lr, section.weight_decay)
+        self.scheduler = schedule(self.optimizer, total_steps=steps, warmup_steps=steps // 10)
+
+        def frozen(x: Tensor, feature_map: bool = False) -> Tensor:
+            with torch.no_grad():
+                return backbone(x, feature_map=feature_map)
+
+        self.loss = context.computing.first_order(lambda batch: task.loss(frozen, dict(heads.items()), batch))
+
+    def __call__(self, batch: Any) -> dict[str, Any]:
+        """One update; its event."""
+        self.made += 1
+        fitting = self.made <= self.steps
+        self.backbone.train(not fitting)
+        return optimizer_step(self.loss(batch), self.optimizer, self.scheduler) if fitting else self.then(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()
+        return {"made": self.made, "optimizer": optimizer, "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.made = state["made"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
