@@ -12,13 +12,14 @@ MODULES_demo := $(CORE_MODULES) sklearn scipy matplotlib
 MODULES_test := $(MODULES_demo) pytest hypothesis ruff pyright
 MODULES_docs := $(CORE_MODULES) sphinx furo myst_parser
 
-.PHONY: help demo test lint docs clean environment-demo environment-test environment-docs
+.PHONY: help demo test lint docs soak clean environment-demo environment-test environment-docs
 
 help:
 	@echo "make demo    run the BiSSL recipe's default preset into $(OUTPUT); a second call resumes it"
 	@echo "make test    run the test suite"
 	@echo "make lint    check style, formatting and types"
 	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make soak    kill and resume the default preset 20 times, and compare (takes several runs' time)"
 	@echo "make clean   remove caches and build products (not the environment, not runs/)"
 	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
 
@@ -35,6 +36,9 @@ lint: environment-test
 
 docs: environment-docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
+
+soak: environment-demo
+	$(RUN) benchmarks/soak.py --kills 20 --output benchmarks/results/soak.json
 
 # Without a stamp of our own an environment may still be complete, when somebody else made it: then nothing is installed.
 environment-demo environment-test environment-docs: environment-%:

@@ -6,6 +6,7 @@ from bilevel.check import check_hypergradient
 from bilevel.gauss_newton import GaussNewton
 from bilevel.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.hypergradient import Hypergradient, SolverError, SolverWarning, hypergradient
+from bilevel.level import NonFiniteError
 from bilevel.modules import functional_call
 from bilevel.operators import LinearOperator
 from bilevel.problem import Problem, proximal, ridge
@@ -14,7 +15,7 @@ from bilevel.solution import Solution, Status
 from bilevel.solvers import CG, MINRES, Dense, Identity, Neumann, Nystrom, Solver
 from bilevel.staleness import StaleSystemError
 from bilevel.system import System, linearize
-from bilevel.trainer import NonFiniteError, Trainer
+from bilevel.trainer import Trainer
 from bilevel.tree import Params
 from bilevel.unrolled import unrolled_hypergradient
 from bilevel.updates import AdamUpdate, SGDUpdate

@@ -17,7 +17,10 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class BatchSource(ABC):
-    """A resumable stream of batches that is told when a stage of several steps begins."""
+    """A resumable stream of batches that is told when a stage of several steps begins.
+
+    Batches must follow from where the stream stands: a trainer that resumes draws some of them a second time.
+    """
 
     @abstractmethod
     def begin_stage(self, steps: int) -> None:
@@ -70,6 +73,12 @@ class BatchStack(BatchSource):
     def __len__(self) -> int:
         """Batches in one shuffle."""
         return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
+
+    @property
+    def last_indices(self) -> Tensor | None:
+        """The points of the batch that `next` gave last, int64 [batch]; None where none was drawn of this shuffle."""
+        first = (self._cursor - 1) * self.batch_size
+        return self._order[first : first + self.batch_size] if self._cursor else None
 
     def begin_stage(self, steps: int) -> None:
         self._scarce = self.size // self.batch_size < steps

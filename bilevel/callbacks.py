@@ -64,7 +64,17 @@ class Callback:
         """After each lower step, adaptation and upper step, and at the end of each alternation."""
 
     def on_alternation_end(self, trainer: Any) -> None:
-        """When the trainer is at a point from which a run can resume exactly."""
+        """When an alternation is whole, a point to save the trainer's state at."""
+
+    def on_nonfinite(self, trainer: Any, record: Record) -> str | None:
+        """When a loss or gradient is not finite, before the step is given up; what to add to the message, if anything.
+
+        `record` is the step's event, and every variable is as it was before the step.
+        """
+        return None
+
+    def on_interrupt(self, trainer: Any) -> None:
+        """When a signal stops the run early, between two steps (`bilevel.interruption`)."""
 
     def on_run_end(self, trainer: Any) -> None:
         """After the last alternation, and after an exception or an interrupt."""
@@ -142,7 +152,9 @@ class ProgressBar(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves the trainer's state every so many alternations, and after the last; put it last in the list.
+    """Saves the trainer's state every so many alternations, after the last, and when a signal stops the run.
+
+    Put it last in the list of callbacks. The checkpoint's number is that of the last whole alternation.
 
     Args:
         directory: where `save_checkpoint` writes and `load_checkpoint` looks.
@@ -157,7 +169,10 @@ class Checkpointing(Callback):
 
     def on_alternation_end(self, trainer: Any) -> None:
         if trainer.alternation % self.every == 0 or trainer.alternation == trainer.schedule.alternations:
-            save_checkpoint(self.directory, trainer.alternation, trainer.state_dict(), keep=self.keep)
+            self.on_interrupt(trainer)
+
+    def on_interrupt(self, trainer: Any) -> None:
+        save_checkpoint(self.directory, trainer.alternation, trainer.state_dict(), keep=self.keep)
 
 
 # Of the columns that need another width than their titles'.

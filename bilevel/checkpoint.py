@@ -41,16 +41,20 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Save `state` as checkpoint number `step` and delete all but the newest `keep`.
+    """Save `state` as checkpoint number `step` and delete all but the newest `keep`. One process at a time may do so.
 
-    The state is written first, then a manifest with its size and SHA-256: a checkpoint without a manifest was never
-    finished and is not taken for one.
+    The state is written first, then a manifest with its name, size and SHA-256: a checkpoint without a manifest was
+    never finished and is not taken for one. A checkpoint of a number that is there already replaces it only once it
+    is whole: the two have names of their own.
 
     Args:
         state: nested dictionaries, lists and tuples of tensors, numbers, strings and None.
 
     Returns:
-        The checkpoint's path, ``step-NNNNNNNN.pt``.
+        The checkpoint's path, ``step-NNNNNNNN.pt`` or, in place of one of that name, ``step-NNNNNNNN.again.pt``.
+
+    Raises:
+        OSError: it cannot be written; earlier checkpoints are as they were.
     """
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
@@ -59,14 +63,14 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
-    path = folder / f"step-{step:08d}.pt"
+    plain, again = folder / f"step-{step:08d}.pt", folder / f"step-{step:08d}.again.pt"
+    own = plain.with_suffix(".json")
+    path = again if own.exists() and _state_file(own) == plain else plain
     write_atomic(path, content)
-    manifest = {"step": step, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomic(path.with_suffix(".json"), json.dumps(manifest).encode())
-    others = [manifest for manifest in _manifests(folder) if manifest.stem != path.stem]
-    for old in others[keep - 1 :]:
-        old.unlink()
-        old.with_suffix(".pt").unlink(missing_ok=True)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {"step": step, "file": path.name, "size": len(content), "sha256": digest}
+    write_atomic(own, json.dumps(manifest).encode())
+    _sweep(folder, [own, *[manifest for manifest in _manifests(folder) if manifest != own][: keep - 1]])
     return path
 
 
@@ -121,8 +125,26 @@ def _manifests(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.json"), reverse=True)
 
 
+def _sweep(folder: Path, kept: list[Path]) -> None:
+    """Delete all checkpoints but those of the manifests `kept`, and what processes that were killed left unfinished."""
+    needed = {*kept, *(_state_file(manifest) for manifest in kept)}
+    for pattern in ("step-*.json", "step-*.pt", ".step-*.tmp"):
+        for path in folder.glob(pattern):
+            if path not in needed:
+                path.unlink(missing_ok=True)
+
+
+def _state_file(manifest: Path) -> Path:
+    """Where the state of a manifest is; the plain name where the manifest cannot be read."""
+    try:
+        again = json.loads(manifest.read_bytes())["file"] == f"{manifest.stem}.again.pt"
+    except (OSError, ValueError, KeyError, TypeError):
+        again = False
+    return manifest.with_suffix(".again.pt" if again else ".pt")
+
+
 def _load_verified(manifest: Path) -> tuple[int, dict[str, Any]]:
-    path = manifest.with_suffix(".pt")
+    path = _state_file(manifest)
     try:
         expected = json.loads(manifest.read_bytes())
         step, size, digest = expected["step"], expected["size"], expected["sha256"]

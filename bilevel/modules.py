@@ -93,17 +93,23 @@ def chunk_seeds(seed: int, count: int) -> list[int]:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seeds the default generators of torch, NumPy and Python, and restores them afterwards."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    on_gpu = torch.cuda.is_initialized()
+    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
+        # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.default_generator.set_state(state)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)
 
 
 def functional_call(

@@ -117,6 +117,23 @@ class ScaledOperator(_Combined):
 
 
 @final
+class WatchedOperator(_Combined):
+    """An operator that calls `watch` before each product."""
+
+    def __init__(self, operator: LinearOperator, watch: Callable[[], None]) -> None:
+        super().__init__(operator)
+        self.watch = watch
+
+    def __call__(self, vector: Params) -> Params:
+        self.watch()
+        return self.operators[0](vector)
+
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        self.watch()
+        return self.operators[0].sampled(vector)
+
+
+@final
 class ShiftedOperator(_Combined):
     """``A + shift I`` (Tikhonov); `shift` is one number or one per leaf, leaves left out getting 0."""
 

@@ -19,6 +19,7 @@ from bilevel.operators import (
     ScaledOperator,
     ShiftedOperator,
     SumOperator,
+    WatchedOperator,
     batch_mean,
     mean_and_error,
 )
@@ -88,8 +89,12 @@ class System:
         """The implicit part of `lower`, detached."""
         return {name: lower[name].detach() for name in self.implicit}
 
-    def solve(self, b: Params, *, x0: Params | None = None) -> Solution:
+    def solve(self, b: Params, *, x0: Params | None = None, watch: Callable[[], None] | None = None) -> Solution:
         """Solve A x = b with the system's solver and state; b is over the implicit variables.
+
+        Args:
+            x0: first iterate.
+            watch: called before each product; what it raises ends the solve.
 
         Raises:
             StaleSystemError: something the system was built from has changed.
@@ -101,7 +106,8 @@ class System:
                 f"b must have the names and shapes of the implicit variables {list(self.implicit)}, got {list(b)}"
             )
         b = {name: b[name] for name in self.implicit}
-        return self.solver.solve(self.operator, b, x0=x0, state=self.state)
+        operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
+        return self.solver.solve(operator, b, x0=x0, state=self.state)
 
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""

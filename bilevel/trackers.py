@@ -5,7 +5,8 @@ import math
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +14,7 @@ from bilevel.callbacks import Callback, Record
 
 
 class TrackerError(RuntimeError):
-    """A tracker's package is missing, or it could not be started; the message says what to do."""
+    """A tracker's package is missing, or it cannot be started or written to; the message says what to do."""
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
@@ -68,7 +69,7 @@ class TensorBoardLogger(Tracker):
         folder: of this run alone; it is made when the first event comes.
 
     Raises:
-        TrackerError: TensorBoard is not installed.
+        TrackerError: TensorBoard is not installed; later, from every method: its files cannot be written to.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -77,30 +78,29 @@ class TensorBoardLogger(Tracker):
 
     def start(self) -> None:
         if self._writer is None:
-            try:
+            with self._named_errors():
                 self._writer = self._make(str(self.folder))
-            except OSError as error:
-                raise TrackerError(
-                    f"TensorBoard cannot write to {self.folder} ({error}); name another folder"
-                ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.start()
         assert self._writer is not None
-        for tag, value in numbers(record).items():
-            self._writer.add_scalar(tag, value, record["step"])
+        with self._named_errors():
+            for tag, value in numbers(record).items():
+                self._writer.add_scalar(tag, value, record["step"])
 
     def restart(self) -> None:
         self.load_state_dict({"files": {}})
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with self._named_errors():
+                writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         if self._writer is not None:
-            self._writer.flush()
+            with self._named_errors():
+                self._writer.flush()
         return {"files": {path.name: path.stat().st_size for path in self._files()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,6 +111,15 @@ class TensorBoardLogger(Tracker):
                 path.unlink()
             elif path.stat().st_size > length:
                 os.truncate(path, length)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrackerError(
+                f"TensorBoard cannot write to {self.folder} ({error}); make room there, or name another folder"
+            ) from error
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("events.out.tfevents.*"))
@@ -132,7 +141,7 @@ class WandbLogger(Tracker):
         config: the run's settings, to be shown with it.
 
     Raises:
-        TrackerError: the package wandb is not installed.
+        TrackerError: the package wandb is not installed; later, from every method: W&B or its folder fails.
     """
 
     def __init__(
@@ -152,7 +161,7 @@ class WandbLogger(Tracker):
     def start(self) -> None:
         if self._run is not None:
             return
-        try:
+        with _named_errors("could not be started", "log in by 'wandb login', set WANDB_MODE=offline, or"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._run = self._wandb.init(
                 project=self.project,
@@ -164,12 +173,6 @@ class WandbLogger(Tracker):
                 resume="allow",
                 reinit="create_new",
             )
-        except Exception as error:
-            # Its errors have no base class of their own; whatever it was, the run has not begun.
-            raise TrackerError(
-                f"Weights & Biases could not be started ({type(error).__name__}: {error}); log in by 'wandb login', "
-                "set WANDB_MODE=offline, or do without it"
-            ) from error
         self._events = set()
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -178,15 +181,16 @@ class WandbLogger(Tracker):
         self._seen += 1
         if self._seen <= self._sent():
             return
-        # Before it is sent: rather lost than there twice.
-        with self._count.open("ab") as file:
-            file.write(b".")
         event = record["event"]
-        if event not in self._events:
-            # Events have steps of their own, and W&B's only ever rises.
-            self._events.add(event)
-            self._run.define_metric(f"{event}/*", step_metric=f"{event}/step")
-        self._run.log({**numbers(record), f"{event}/step": record["step"]})
+        with _named_errors("cannot go on", f"make room in {self.folder}, or"):
+            # Before it is sent: rather lost than there twice.
+            with self._count.open("ab") as file:
+                file.write(b".")
+            if event not in self._events:
+                # Events have steps of their own, and W&B's only ever rises.
+                self._events.add(event)
+                self._run.define_metric(f"{event}/*", step_metric=f"{event}/step")
+            self._run.log({**numbers(record), f"{event}/step": record["step"]})
 
     def restart(self) -> None:
         self.close()
@@ -194,8 +198,9 @@ class WandbLogger(Tracker):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
-            self._run = None
+            run, self._run = self._run, None
+            with _named_errors("cannot go on", f"make room in {self.folder}, or"):
+                run.finish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"id": self._id, "seen": self._seen}
@@ -211,6 +216,17 @@ class WandbLogger(Tracker):
 
     def _sent(self) -> int:
         return self._count.stat().st_size if self._count.exists() else 0
+
+
+@contextmanager
+def _named_errors(what: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # W&B's errors have no base class of their own.
+        raise TrackerError(
+            f"Weights & Biases {what} ({type(error).__name__}: {error}); {remedy} do without it"
+        ) from error
 
 
 def _summary_writer() -> Any:

@@ -2,50 +2,32 @@
 
 import copy
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import distributed, tree
+from bilevel import distributed, interruption, tree
+from bilevel.alternation import Alternation, Carried, carry, restored
 from bilevel.automatic import HVP, Automatic, as_provider
 from bilevel.batches import BatchSource, Cycle
 from bilevel.callbacks import Callback, Record, solve_record
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.hypergradient import Hypergradient, OnFailure, through_system
+from bilevel.interruption import Interrupted
+from bilevel.level import Level, LRSchedule, NonFiniteError
 from bilevel.lower_objectives import check_scalar
-from bilevel.microbatch import check_size, micro_batched_gradient
+from bilevel.microbatch import micro_batched_gradient
 from bilevel.objectives import upper_derivatives
 from bilevel.problem import Problem
 from bilevel.schedule import AlternatingSchedule
 from bilevel.solution import Solution, Status
 from bilevel.solvers import Solver
 from bilevel.system import Shift, System, linearize
+from bilevel.trainer_arguments import check_adaptation, check_aggregate, check_optimizers, check_options
 from bilevel.tree import Params
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed."""
-
-
-class LRSchedule(Protocol):
-    """A learning-rate schedule, stepped once after every optimizer step (any of torch.optim.lr_scheduler)."""
-
-    def step(self) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Carried:
-    """Right-hand sides of earlier steps, each by its learning rate, and the sum of these."""
-
-    right: Params
-    rates: float
 
 
 class Trainer:
@@ -72,12 +54,19 @@ class Trainer:
         micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
             Problem must define `lower_outputs` and `lower_output_loss`). None passes the batch at once. The upper
             steps' solves are chunked by ``hvp=MicroBatched(...)``.
+        nonfinite_skips: how many steps may be left out in the whole run because their loss or gradient is not finite:
+            nothing changes in them, nor does the learning rate's schedule. One more, by default the first, raises
+            `NonFiniteError`. `bilevel.inspection.Inspect` saves what such a step was made of.
         max_grad_norm: a level's whole gradient is scaled down to this Euclidean norm where it is longer.
         adaptation_pairs: upper name -> lower name it adapts to; needed if the schedule adapts.
         on_failure: as for `hypergradient`; "warn" warns once a run, and `solves` counts by status either way.
         callbacks: called in order.
 
+    Inside ``with bilevel.interruption.Interruption()``, SIGTERM, SIGUSR1 and Ctrl-C end `run` after the step that is
+    being made, a hypergradient step after the product: it is undone. `Checkpointing` then saves.
+
     Attributes:
+        skipped: steps left out, by level.
         solves: how many linear systems were solved, by the name of the `Status` that they ended with.
 
     Raises:
@@ -104,6 +93,7 @@ class Trainer:
         lower_scheduler: LRSchedule | None = None,
         upper_scheduler: LRSchedule | None = None,
         micro_batch: int | None = None,
+        nonfinite_skips: int = 0,
         max_grad_norm: float | None = None,
         adaptation_pairs: Mapping[str, str] | None = None,
         on_failure: OnFailure = "warn",
@@ -119,14 +109,29 @@ class Trainer:
         options = {"solver": solver, "hvp": as_provider(hvp), "damping": damping, "shift": shift}
         self.system_options: dict[str, Any] = options
         self.hessian_batches, self.max_grad_norm, self.aggregate = hessian_batches, max_grad_norm, aggregate
-        self.micro_batch = micro_batch
+        self.micro_batch, self.nonfinite_skips = micro_batch, nonfinite_skips
         self.adaptation_pairs = dict(adaptation_pairs or {})
         self.callbacks = tuple(callbacks)
         self.alternation = 0
         self.steps = {"lower": 0, "upper": 0}
+        self.skipped: Counter[str] = Counter()
         self.solves: Counter[str] = Counter()
         self._on_failure: OnFailure = on_failure
-        self._check()
+        self._now: Alternation | None = None
+        levels = {"upper": upper, "lower": lower}
+        check_optimizers(levels, self.optimizers)
+        check_options(hessian_batches, micro_batch, nonfinite_skips, max_grad_norm, on_failure)
+        if aggregate:
+            check_aggregate(problem, upper_optimizer.param_groups)
+        check_adaptation(schedule, self.adaptation_pairs, levels)
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """Variables, optimizer and schedule, by level."""
+        return {
+            name: Level(name, variables, self.optimizers[name], self.schedulers[name])
+            for name, variables in (("upper", self.upper), ("lower", self.lower))
+        }
 
     @property
     def failures(self) -> Counter[str]:
@@ -134,44 +139,76 @@ class Trainer:
         return Counter({name: count for name, count in self.solves.items() if not Status[name].ok})
 
     def run(self) -> None:
-        """Make the alternations that are left."""
-        for callback in self.callbacks:
-            callback.on_run_start(self)
-        try:
-            while self.alternation < self.schedule.alternations:
-                self.alternate()
-        finally:
+        """Make the alternations that are left.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
+            Interrupted: a signal asked for it; the callbacks have been told.
+        """
+        with interruption.deferred():
             for callback in self.callbacks:
-                callback.on_run_end(self)
+                callback.on_run_start(self)
+            try:
+                while self.alternation < self.schedule.alternations:
+                    interruption.check()
+                    self.alternate()
+            except Interrupted:
+                for callback in self.callbacks:
+                    callback.on_interrupt(self)
+                raise
+            finally:
+                for callback in self.callbacks:
+                    callback.on_run_end(self)
 
     def alternate(self) -> None:
-        """One alternation."""
+        """One alternation, or the rest of one that was interrupted."""
         began = time.perf_counter()
-        number = self.alternation + 1
-        self._reset_lower()
-        stored = self._lower_stage()
-        if self.schedule.adapts(number):
+        if self._now is None:
+            self._now = self._begin()
+        now = self._now
+        self._lower_stage(now)
+        if self.schedule.adapts(self.alternation + 1) and not now.adapted:
             self._adapt()
-        self._upper_stage(stored)
-        self.alternation = number
-        self._emit({"event": "alternation", "step": number, "seconds": time.perf_counter() - began})
+            now.adapted = True
+            interruption.check()
+        self._upper_stage(now)
+        self._now = None
+        self.alternation += 1
+        self._emit({"event": "alternation", "step": self.alternation, "seconds": time.perf_counter() - began})
         for callback in self.callbacks:
             callback.on_alternation_end(self)
 
-    def _lower_stage(self) -> list[Any]:
-        data, stored = self.data["lower"], []
-        wanted = self.hessian_batches if self.schedule.upper_steps else 0
-        data.begin_stage(max(self.schedule.lower_steps, wanted))
-        for _ in range(self.schedule.lower_steps):
+    def _begin(self) -> Alternation:
+        start = self.problem.reset_lower(self.upper)
+        if start is not None:
+            self.levels["lower"].restart(start)
+        began = copy.deepcopy(self.data["lower"].state_dict())
+        self.data["lower"].begin_stage(self._lower_batches)
+        return Alternation(began)
+
+    @property
+    def _stored_batches(self) -> int:
+        return self.hessian_batches if self.schedule.upper_steps else 0
+
+    @property
+    def _lower_batches(self) -> int:
+        return max(self.schedule.lower_steps, self._stored_batches)
+
+    def _lower_stage(self, now: Alternation) -> None:
+        data = self.data["lower"]
+        while now.lower < self.schedule.lower_steps:
             batch = data.next()
-            if len(stored) < wanted:
-                stored.append(batch)
+            if len(now.stored) < self._stored_batches:
+                now.stored.append(batch)
             self._lower_step(batch)
-        while len(stored) < wanted:
-            stored.append(data.next())
-        return stored
+            now.lower += 1
+            interruption.check()
+        while len(now.stored) < self._stored_batches:
+            now.stored.append(data.next())
 
     def _lower_step(self, batch: Any) -> None:
+        # A forward pass may write what the problem keeps, such as running statistics.
+        kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
         x, y = tree.detach(self.upper), tree.as_variables(self.lower)
         if self.micro_batch is None:
             loss = check_scalar("lower_objective", self.problem.lower_objective(x, y, batch))
@@ -183,7 +220,10 @@ class Trainer:
             gradient = tree.axpy(self.problem.regularization_weight, tree.gradients(penalty, y), gradient)
         gradient = distributed.mean_over_ranks(gradient)
         record = self._update("lower", gradient, float(loss.detach()))
-        self.problem.after_lower_step(self.upper, self.lower, self.steps["lower"])
+        if "skipped" not in record:
+            self.problem.after_lower_step(self.upper, self.lower, self.steps["lower"])
+        elif kept is not None:
+            self.problem.load_state_dict(kept)
         self._emit(record)
 
     def _micro_batched(self, upper: Params, batch: Any, size: int) -> tuple[Tensor, Params]:
@@ -194,34 +234,50 @@ class Trainer:
             self.problem.split_batch(batch, size),
         )
 
-    def _upper_stage(self, stored: list[Any]) -> None:
-        data, steps = self.data["upper"], self.schedule.upper_steps
-        data.begin_stage(steps)
-        system: System | None = None
-        carried: _Carried | None = None
-        for number in range(1, steps + 1):
-            if system is None or self.problem.curvature_depends_on_upper:
-                system = linearize(self.problem, self.upper, self.lower, stored, **self.system_options)
-            batch = data.next()
-            if self.aggregate and number < steps:
-                carried = self._direct_step(system, batch, carried)
-            else:
-                self._upper_step(system, batch, carried)
+    def _upper_stage(self, now: Alternation) -> None:
+        steps = self.schedule.upper_steps
+        if self._resumes_before_solves and now.upper == 0 and interruption.installed() is not None:
+            now.fallback = self.state_dict()
+        while now.upper < steps:
+            with now.undone_if_interrupted(self.data["upper"]):
+                self._next_upper_step(now)
+            now.upper += 1
+            if now.upper < steps:
+                interruption.check()
 
-    def _direct_step(self, system: System, batch: Any, carried: "_Carried | None") -> "_Carried":
+    @property
+    def _resumes_before_solves(self) -> bool:
+        """Whether a system may answer several right-hand sides, by a solver that learns from each."""
+        several = self.schedule.upper_steps > 1 and not (self.aggregate or self.problem.curvature_depends_on_upper)
+        solver = self.system_options["solver"]
+        return several and solver is not None and solver.learns
+
+    def _next_upper_step(self, now: Alternation) -> None:
+        data, steps = self.data["upper"], self.schedule.upper_steps
+        if now.upper == 0:
+            data.begin_stage(steps)
+        system = now.built(
+            lambda: linearize(self.problem, self.upper, self.lower, now.stored, **self.system_options),
+            always=self.problem.curvature_depends_on_upper,
+        )
+        batch = data.next()
+        if self.aggregate and now.upper + 1 < steps:
+            now.carried = self._direct_step(system, batch, now.carried)
+        else:
+            self._upper_step(system, batch, now.carried)
+            now.solved = True
+
+    def _direct_step(self, system: System, batch: Any, carried: Carried | None) -> Carried | None:
         """A step along dF/dx alone; the sum of the right-hand sides so far, each by its learning rate."""
         loss, direct, v = upper_derivatives(self.problem, self.upper, self.lower, system.implicit, batch)
-        rate = self._rate("upper")
+        rate = self.levels["upper"].rate
         record = self._update("upper", direct, float(loss))
-        self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
-        self._emit({**record, "status": None})
-        if carried is None:
-            return _Carried(tree.scale(rate, v), rate)
-        return _Carried(tree.axpy(rate, v, carried.right), carried.rates + rate)
+        self._finish_upper_step(batch, {**record, "status": None})
+        return carried if "skipped" in record else carry(carried, v, rate)
 
-    def _upper_step(self, system: System, batch: Any, carried: "_Carried | None") -> None:
+    def _upper_step(self, system: System, batch: Any, carried: Carried | None) -> None:
         """A hypergradient step; `carried` right-hand sides are solved for with its own."""
-        rate, shares = self._rate("upper"), 1.0
+        rate, shares = self.levels["upper"].rate, 1.0
         if carried is not None:
             if rate == 0.0 and carried.rates > 0.0:
                 raise ValueError(
@@ -231,15 +287,16 @@ class Trainer:
             shares += carried.rates / rate if rate > 0.0 else 0.0
 
         def solve(v: Params) -> Solution:
-            return system.solve(v if carried is None or rate == 0.0 else tree.axpy(1.0 / rate, carried.right, v))
+            return system.solve(v if carried is None else carried.whole(v, rate), watch=interruption.check)
 
         result = through_system(system, self.upper, self.lower, batch, solve=solve, on_failure=self._on_failure)
         record = self._update("upper", result.grad, float(result.loss), shares=shares)
-        self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
-        self._emit({**record, **self._diagnose(result)})
+        self._finish_upper_step(batch, {**record, **self._diagnose(result)})
 
-    def _rate(self, level: str) -> float:
-        return float(self.optimizers[level].param_groups[0]["lr"])
+    def _finish_upper_step(self, batch: Any, record: Record) -> None:
+        if "skipped" not in record:
+            self.problem.after_upper_step(self.upper, self.lower, batch, self.steps["upper"])
+        self._emit(record)
 
     def _diagnose(self, result: Hypergradient) -> Record:
         solution = result.solution
@@ -254,40 +311,34 @@ class Trainer:
 
         A gradient that stands for those of several steps has as many `shares` in the norm limit.
         """
-        variables = self.lower if level == "lower" else self.upper
-        optimizer, scheduler = self.optimizers[level], self.schedulers[level]
         norm = float(tree.norm(gradient))
         if distributed.agree(not (abs(loss) < float("inf") and norm < float("inf"))):
-            raise NonFiniteError(
-                f"{level} step {self.steps[level] + 1} (alternation {self.alternation + 1}): loss {loss}, gradient "
-                f"norm {norm}; no variable was changed. Lower the learning rate, or check the data of this batch"
-            )
-        if self.max_grad_norm is not None and norm > shares * self.max_grad_norm:
-            gradient = tree.scale(shares * self.max_grad_norm / norm, gradient)
-        for name, variable in variables.items():
-            variable.grad = gradient[name]
-        rate = self._rate(level)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if scheduler is not None:
-            scheduler.step()
+            return self._skip(level, loss, norm)
+        rate, limit = self.levels[level].rate, self.max_grad_norm
+        self.levels[level].descend(gradient, norm, None if limit is None else shares * limit)
         self.steps[level] += 1
         return {"event": level, "step": self.steps[level], "loss": loss, "lr": rate, "grad_norm": norm}
+
+    def _skip(self, level: str, loss: float, norm: float) -> Record:
+        """Count a step that is not finite as made, with nothing changed; its event."""
+        step, rate = self.steps[level] + 1, self.levels[level].rate
+        record = {"event": level, "step": step, "loss": loss, "lr": rate, "grad_norm": norm, "skipped": True}
+        notes = [note for callback in self.callbacks if (note := callback.on_nonfinite(self, record)) is not None]
+        if self.skipped.total() >= self.nonfinite_skips:
+            raise NonFiniteError(
+                f"{level} step {step} (alternation {self.alternation + 1}): loss {loss}, gradient norm {norm}; "
+                f"{'; '.join(['no variable was changed', *notes])}. Lower the learning rate, or check the data of this "
+                "batch"
+            )
+        self.skipped[level] += 1
+        self.steps[level] = step
+        return record
 
     @torch.no_grad()
     def _adapt(self) -> None:
         for upper_name, lower_name in self.adaptation_pairs.items():
             self.upper[upper_name].lerp_(self.lower[lower_name], self.schedule.adaptation_strength)
         self._emit({"event": "adaptation", "step": self.steps["lower"], "strength": self.schedule.adaptation_strength})
-
-    @torch.no_grad()
-    def _reset_lower(self) -> None:
-        start = self.problem.reset_lower(self.upper)
-        if start is None:
-            return
-        for name, value in start.items():
-            self.lower[name].copy_(value)
-        self.optimizers["lower"].state.clear()
 
     def _emit(self, record: Record) -> None:
         record = {
@@ -298,18 +349,21 @@ class Trainer:
             callback.on_event(self, record)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs; taken between two alternations."""
+        """All that an exact continuation needs; taken between two steps.
+
+        Where the solver learns from one right-hand side for later ones (`Solver.learns`), the state between two upper
+        steps would not do: inside ``with Interruption()`` it is then the state before the alternation's first one.
+        """
+        if self._now is not None and self._now.fallback is not None and self._now.solved:
+            return self._now.fallback
         hvp = self.system_options["hvp"]
         return {
             "alternation": self.alternation,
             "steps": dict(self.steps),
             "solves": dict(self.solves),
-            "upper": {name: leaf.detach().clone() for name, leaf in self.upper.items()},
-            "lower": {name: leaf.detach().clone() for name, leaf in self.lower.items()},
-            "optimizers": {
-                level: copy.deepcopy(optimizer.state_dict()) for level, optimizer in self.optimizers.items()
-            },
-            "schedulers": {level: s.state_dict() for level, s in self.schedulers.items() if s is not None},
+            "skipped": dict(self.skipped),
+            "under_way": None if self._now is None else copy.deepcopy(self._now.state_dict()),
+            "levels": {name: level.state_dict() for name, level in self.levels.items()},
             "data": {level: source.state_dict() for level, source in self.data.items()},
             "hvp": hvp.state_dict() if isinstance(hvp, Automatic) else None,
             "problem": self.problem.state_dict(),
@@ -317,7 +371,6 @@ class Trainer:
             "random": random_state(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict` of a trainer that was made with the same arguments.
 
@@ -329,69 +382,19 @@ class Trainer:
                 f"callbacks: the state is of {len(state['callbacks'])}, this trainer has {len(self.callbacks)}; resume "
                 "with the same callbacks in the same order"
             )
-        for level, variables in (("upper", self.upper), ("lower", self.lower)):
-            saved = state[level]
-            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in variables.items()}:
-                raise ValueError(f"{level}: the state's variables have other names or shapes than this trainer's")
-            for name, leaf in variables.items():
-                leaf.copy_(saved[name])
-            self.optimizers[level].load_state_dict(copy.deepcopy(state["optimizers"][level]))
-            scheduler = self.schedulers[level]
-            if scheduler is not None:
-                scheduler.load_state_dict(state["schedulers"][level])
-            self.data[level].load_state_dict(state["data"][level])
+        for name, level in self.levels.items():
+            level.load_state_dict(state["levels"][name])
+        # Batches that the alternation has kept are drawn again before the data go on.
+        self._now = None
+        if state["under_way"] is not None:
+            self._now = restored(state["under_way"], self.data["lower"], self._lower_batches, self.lower)
+        for name, source in self.data.items():
+            source.load_state_dict(state["data"][name])
         if isinstance(hvp := self.system_options["hvp"], Automatic) and (chosen := state["hvp"]) is not None:
             hvp.load_state_dict(chosen)
         self.problem.load_state_dict(state["problem"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(saved)
         self.alternation, self.steps = state["alternation"], dict(state["steps"])
-        self.solves = Counter(state["solves"])
+        self.solves, self.skipped = Counter(state["solves"]), Counter(state["skipped"])
         set_random_state(state["random"])
-
-    def _check(self) -> None:
-        for level, variables in (("upper", self.upper), ("lower", self.lower)):
-            tree.check_params(level, variables)
-            held = {id(p) for group in self.optimizers[level].param_groups for p in group["params"]}
-            missing = [name for name, leaf in variables.items() if id(leaf) not in held]
-            if missing or len(held) != len(variables):
-                raise ValueError(
-                    f"{level}_optimizer must hold exactly the {len(variables)} tensors of `{level}`; it holds "
-                    f"{len(held)} and misses {missing[:3]}. Build it from list({level}.values())"
-                )
-        if any(group.get("weight_decay", 0.0) for group in self.optimizers["lower"].param_groups):
-            warnings.warn(
-                "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
-                "and the hypergradient is that of the objective without it",
-                stacklevel=3,
-            )
-        if (
-            isinstance(self.hessian_batches, bool)
-            or not isinstance(self.hessian_batches, int)
-            or self.hessian_batches < 1
-        ):
-            raise ValueError(f"hessian_batches must be a whole number of at least 1, got {self.hessian_batches!r}")
-        if self.micro_batch is not None:
-            check_size("micro_batch", self.micro_batch)
-        if self.aggregate and self.problem.curvature_depends_on_upper:
-            raise ValueError(
-                "aggregate=True: one solve serves several upper steps only where the curvature does not depend on the "
-                "upper variables; set curvature_depends_on_upper = False in the Problem if that is so, or leave "
-                "aggregate out"
-            )
-        if self.aggregate and len({group["lr"] for group in self.optimizers["upper"].param_groups}) > 1:
-            raise ValueError(
-                "aggregate=True: the upper optimizer's parameter groups have different learning rates, but the steps "
-                "of an alternation are summed by one; give all groups one rate, or leave aggregate out"
-            )
-        if self._on_failure not in get_args(OnFailure):
-            raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {self._on_failure!r}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
-        if self.schedule.adaptation_every is not None and not self.adaptation_pairs:
-            raise ValueError("the schedule adapts but adaptation_pairs is empty; pass {'upper name': 'lower name'}")
-        for upper_name, lower_name in self.adaptation_pairs.items():
-            if upper_name not in self.upper or lower_name not in self.lower:
-                raise ValueError(f"adaptation_pairs: no upper {upper_name!r} or no lower {lower_name!r}")
-            if self.upper[upper_name].shape != self.lower[lower_name].shape:
-                raise ValueError(f"adaptation_pairs: {upper_name!r} and {lower_name!r} differ in shape")

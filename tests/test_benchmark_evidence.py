@@ -22,7 +22,8 @@ def test_the_smallest_effect_is_found_four_times_in_five(pairs: int) -> None:
     generator = np.random.default_rng(0)
     effect = evidence.smallest_effect(pairs, 2.0)
     differences = generator.normal(effect, 2.0, size=(40_000, pairs))
-    _, p = stats.ttest_1samp(differences, 0.0, axis=1)
+    t = differences.mean(axis=1) / (differences.std(axis=1, ddof=1) / np.sqrt(pairs))
+    p = 2.0 * stats.t.sf(np.abs(t), pairs - 1)
     # The sum of two quantiles is the usual approximation to the noncentral t; it is off by a few points for few pairs.
     assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.05)
 

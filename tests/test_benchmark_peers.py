@@ -116,6 +116,9 @@ class TestKeptFigures:
 
     FIGURES = json.loads(KEPT.read_text(encoding="utf-8"))
 
+    def test_the_run_was_whole(self) -> None:
+        assert not self.FIGURES["quick"]
+
     def system(self, method: str) -> dict:
         (row,) = (row for row in self.FIGURES["system"]["rows"] if row["method"] == method)
         return row

@@ -109,5 +109,6 @@ def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_page_shows_the_kept_figures() -> None:
     assert race.main(["--from", str(KEPT), "--docs", str(PAGE), "--check"]) == 0
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    assert not kept["quick"]
     assert all(method["version"] for method in kept["methods"])
     assert all(len(row["curves"]) == race.REPEATS for r in kept["races"] for row in r["rows"])

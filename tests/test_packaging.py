@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE_ORDER = (
     "tree",
     "distributed",
+    "interruption",
     "problem",
     "modules",
     "operators",
@@ -45,6 +46,10 @@ CORE_ORDER = (
     "checkpoint",
     "callbacks",
     "trackers",
+    "inspection",
+    "level",
+    "alternation",
+    "trainer_arguments",
     "trainer",
 )
 

@@ -10,10 +10,11 @@ import torch
 from recipes.bissl.artifact import Artifact
 from recipes.bissl.command_line import parse
 from recipes.bissl.config import ConfigError
-from recipes.bissl.pipeline import run_pipeline, summarise
+from recipes.bissl.models import build_backbone
+from recipes.bissl.pipeline import pretrain, run_pipeline, summarise
 from recipes.bissl.plan import batches_per_epoch, make_plan
 from recipes.bissl.stages import bissl, head, pretext
-from tests.small_runs import SMALL_OPTIONS, events, small_config, small_context
+from tests.small_runs import SMALL_OPTIONS, events, refused, small_config, small_context
 
 Made = tuple[dict[str, Artifact], dict[str, Any], list[dict[str, Any]]]
 
@@ -137,6 +138,34 @@ def test_a_fraction_of_the_pretext_images_feeds_the_lower_level(tmp_path: Path) 
     assert all(half.next()[0].shape[0] == 24 for _ in range(3))
 
 
+def test_a_fraction_too_small_for_a_batch_is_found_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for fraction in (
+        ["--bissl.pretext-fraction=0.4"],
+        ["--variants", '{"few": {"pretext_fraction": 0.4}}', "--arms", "bissl,baseline,few"],
+    ):
+        for dry in ([], ["--dry-run"]):
+            message = refused(capsys, *fraction, *dry, f"--output-dir={tmp_path / 'run'}")
+            assert "pretext.batch_size: 24 is larger than the data, 19 pretext images" in message
+            assert not (tmp_path / "run").exists()
+
+
+def test_equal_time_counts_the_steps_that_fit_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 of 14 steps fit heads: twice the baseline's seconds are 28 steps, 22 of them of the whole network."""
+    torch.save(build_backbone("resnet-tiny").state_dict(), tmp_path / "weights.pt")
+    config = small_config(f"--model.init-backbone={tmp_path / 'weights.pt'}", "--model.projector-epochs=3")
+    context, asked = small_context(tmp_path, config).at("baseline-time", 0), {}
+
+    def run(context: Any, artifact: Any = None, *, steps: int | None = None) -> None:
+        asked["steps"] = steps
+
+    monkeypatch.setattr(pretext, "run", run)
+    infos = {"bissl": {"seconds": 20.0}, "baseline": {"seconds": 10.0, "pretext_steps": 14}}
+    pretrain(context, {arm: Artifact("pretext", arm, tmp_path, info) for arm, info in infos.items()})
+    assert asked["steps"] == 22
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -145,6 +174,11 @@ def test_a_fraction_of_the_pretext_images_feeds_the_lower_level(tmp_path: Path) 
         (["--variants", '{"mine": {"dampign": 1}}'], "arm 'mine': bissl.dampign: unknown field"),
         (["--variants", '{"mine": {"damping": -1}}'], "arm 'mine': bissl.damping"),
         (["--arms", "bissl,baseline,mine"], "arms: unknown arm mine"),
+        (
+            ["--variants", '{"mine": {"upper_steps": 2}}', "--arms", "bissl,baseline,mine"],
+            "variants: 'mine' is the arm bissl itself",
+        ),
+        (["--arms", "bissl,baseline,baseline-warmup-lr"], "arms: baseline-warmup-lr is the baseline itself"),
         (["pretext", "--arm", "baseline-time"], "--arm: the command 'pretext' knows"),
         (["restart"], "restart: needs --from ARTIFACT"),
         (["finetune", "--arm", "nobody", "--from", "x"], "--arm: the command 'finetune' knows"),

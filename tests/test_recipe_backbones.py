@@ -118,6 +118,39 @@ def test_sizes_that_fit(name: str, size: int) -> None:
     check_backbone(name, size)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "vit_b_32",
+            ['--pretext.options={"view2": {"size": 64}}'],
+            "pretext.options: vit_b_32 .*image_size=32 px.* 64 px",
+        ),
+        ("vit_b_32", ['--downstream.options={"view": {"size": 64}}'], "downstream.options: vit_b_32 .* 64 px"),
+        (
+            "vgg11",
+            ['--pretext.options={"view1": {"size": 16}}'],
+            "pretext.options: vgg11 takes images of at least 32 px",
+        ),
+        (
+            "resnet18",
+            ['--pretext.options={"view1": {"size": 16}, "joint_pass": true}'],
+            "joint_pass needs views of one size",
+        ),
+    ],
+    ids=["pretext", "downstream", "too-small", "joint-pass"],
+)
+def test_views_that_the_backbone_cannot_take_are_refused(name: str, options: list[str], message: str) -> None:
+    size = [f"--model.backbone={name}", "--data.image-size=32"]
+    assert small_config(*size).model.backbone == name
+    with pytest.raises(ConfigError, match=message):
+        small_config(*size, *options)
+
+
+def test_convolutions_take_views_of_other_sizes() -> None:
+    small_config("--model.backbone=resnet18", "--data.image-size=32", '--pretext.options={"view1": {"size": 16}}')
+
+
 OWN = """
 from torch import nn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bissl.search.claims import Claim, ClaimLost, Claims
+from recipes.bissl.claims import Claim, ClaimLost, Claims
 
 
 def test_of_many_one_gets_the_claim(tmp_path: Path) -> None:

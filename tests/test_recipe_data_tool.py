@@ -22,13 +22,18 @@ def test_list_shows_every_set_and_what_is_on_disk(
     small("dtd", tmp_path, monkeypatch)
     (tmp_path / "dtd/dtd/labels/val1.txt").unlink()
     assert main(["list", "--root", str(tmp_path)]) == 0
-    printed = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 8}
+    shown = capsys.readouterr().out.splitlines()
+    printed = {line.split()[1]: line for line in shown if line.startswith("│")}
     assert set(DATASETS) <= set(printed)
     assert printed["pets"].split()[-2] == "yes"
     assert "2,946 / 734 / 3,669" in printed["pets"]
     assert "in part: 1 of 4 missing" in printed["dtd"]
     assert "no, by hand" in printed["cars"]
     assert "100,000" in printed["stl10"]
+    by_hand = {line.partition(": ")[0]: line for line in shown if "official download is gone" in line}
+    assert list(by_hand) == ["cars", "sun397"]
+    assert "unpack them inside stanford_cars, so that" in by_hand["cars"]
+    assert f"so that {tmp_path} holds SUN397/ClassName.txt, SUN397/Training_01.txt" in by_hand["sun397"]
 
 
 def test_verify_says_that_a_set_is_whole(
@@ -66,10 +71,26 @@ def test_verify_finds_every_broken_image_and_a_sample_only_those_it_meets(
 def test_verify_of_a_named_set_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "cars", "sun397", "--root", str(tmp_path)]) == 2
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"cars: Stanford Cars cannot be read: the folder {tmp_path}/stanford_cars/cars_train is")
+    assert first.startswith(
+        f"cars: missing are 5 of 5 files and folders: {tmp_path}/stanford_cars/devkit/cars_meta.mat, "
+    )
     assert "cars_test.tgz" in first
-    assert f"sun397: SUN397 cannot be read: the file {tmp_path}/SUN397/ClassName.txt is missing" in second
+    assert second.startswith(f"sun397: missing are 4 of 4 files and folders: {tmp_path}/SUN397/ClassName.txt, ")
     assert "Partitions.zip" in second
+
+
+def test_verify_names_everything_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small("dtd", tmp_path, monkeypatch)
+    labels = tmp_path / "dtd/dtd/labels"
+    (labels / "val1.txt").unlink()
+    (labels / "test1.txt").unlink()
+    assert main(["verify", "dtd", "--root", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"dtd: missing are 2 of 4 files and folders: {labels}/val1.txt, {labels}/test1.txt; download"
+    )
 
 
 def test_verify_without_names_fails_on_a_broken_set(

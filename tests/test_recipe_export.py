@@ -91,6 +91,24 @@ def test_other_stages_and_single_artifacts(tmp_path: Path) -> None:
     assert "not stated" in (tmp_path / "b" / "MODEL_CARD.md").read_text()
 
 
+def test_arms_are_told_apart_and_those_with_the_same_start_share_it(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet-tiny")
+    store, backbone = ArtifactStore(tmp_path / "checkpoints"), build_backbone("resnet-tiny")
+    made = [("pretext", "bissl"), ("pretext", "baseline"), ("bissl", "bissl"), ("bissl", "identity")]
+    for number, (stage, arm) in enumerate(made):
+        with torch.no_grad():
+            next(backbone.parameters()).fill_(number)
+        facts = {"pretext_steps": number, "label_steps": 0, "seconds": 1.0, "seed": 0, "arm": arm}
+        store.save(stage, f"k{number}", {"backbone": backbone}, facts)
+    asked = [*made, ("pretext", "identity"), ("pretext", "baseline-labels")]
+    for (stage, arm), expected in zip(asked, (0, 1, 2, 3, 0, 1), strict=True):
+        out = tmp_path / f"{stage}-{arm}"
+        assert main([str(tmp_path), "--stage", stage, "--arm", arm, "--to", str(out)]) == 0
+        assert load_file(out / "backbone.safetensors")["conv1.weight"].eq(expected).all(), (stage, arm)
+    with pytest.raises(ArtifactError, match="no finished artifact of stage bissl, arm gentle"):
+        main([str(tmp_path), "--stage", "bissl", "--arm", "gentle", "--to", str(tmp_path / "new")])
+
+
 def test_refusals(tmp_path: Path) -> None:
     make_run(tmp_path, "resnet-tiny", 0)
     source, full = str(tmp_path), tmp_path / "full"
@@ -112,6 +130,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="damaged"):
         main([source, "--to", target])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no configuration of a run"):
+    with pytest.raises(ConfigError, match="no config of a run"):
         main([source, "--to", target])
     assert not Path(target).exists()

@@ -4,11 +4,14 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from recipes.bissl import epochs_figure as epochs_figure_module
 from recipes.bissl import execution
 from recipes.bissl.config import Config, ConfigError
 from recipes.bissl.epochs_figure import epochs_figure
@@ -158,6 +161,33 @@ def test_a_dry_run_tells_steps_and_writes_nothing(tmp_path: Path, capsys: pytest
     assert "pretext 6 + lower 4 = 10 pretext steps" in shown
     assert "baseline: pretext 10 + lower 0 = 10 pretext steps" in shown
     assert not (tmp_path / "fig").exists()
+
+
+def test_a_long_note_is_not_cut_off_and_bars_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    real = epochs_figure_module.matplotlib_parts
+
+    def remembering(what: str) -> Any:
+        figure_class, context = real(what)
+
+        def make(**options: Any) -> Any:
+            drawn.append(figure_class(**options))
+            return drawn[-1]
+
+        return make, context
+
+    monkeypatch.setattr(epochs_figure_module, "matplotlib_parts", remembering)
+    lines = {arm: [(4.0, 50.0, 5.0), (12.0, 60.0, 5.0)] for arm in ("bissl", "baseline", "scratch")}
+    epochs_figure(lines, title="t", metric="top1 (%)", note="a word or two " * 15)
+    (figure,) = drawn
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for text in figure.texts:
+        box = text.get_window_extent(renderer)
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert 0 <= box.y0 < box.y1 < figure.axes[0].get_tightbbox(renderer).y0
+    starts = sorted(container.lines[0].get_xdata()[0] for container in figure.axes[0].containers)
+    assert len(set(starts)) == 3
+    assert max(abs(x - 4.0) for x in starts) < 0.1
 
 
 @pytest.mark.parametrize("epochs", [(3,), (10, 20, 40), (10, 20, 30, 50, 100, 200, 400, 600, 601)])

@@ -272,3 +272,36 @@ def test_the_plan_counts_these_steps_for_every_arm_that_uses_them(tmp_path: Path
     # Two batches an epoch: 3 epochs of the projector, 2 of the warm-up, 2 alternations of 2 lower steps.
     assert [plan.pretext_steps for plan in plans.values()] == [6 + 4 + 4, 6 + 4 + 4, 0]
     assert make_plan(small_config(), "bissl", 48, 30).projector == 0
+
+
+def test_the_rate_that_heads_are_fitted_at_is_part_of_the_key(tmp_path: Path) -> None:
+    keys = set()
+    for rate in (0.5, 1.0):
+        options = f"--pretext.lr={rate}", "--pretext.baseline-lr=2.0", "--model.projector-epochs=1"
+        keys.add(pretext.run(small_context(tmp_path, start(tmp_path, *options)[0]).at("baseline", 0)).key)
+    assert len(keys) == 2
+
+
+def test_byols_target_is_the_fitted_projector_in_the_end(tmp_path: Path) -> None:
+    config, _ = start(tmp_path, "--pretext.task=byol", "--pretext.epochs=0")
+    made = pretext.run(small_context(tmp_path, config))
+    heads = part(made, "heads")
+    fitted = {key: value for key, value in heads.items() if key.startswith("projector.")}
+    torch.manual_seed(0)
+    fresh = config.pretext_task().build(build_backbone("resnet-tiny")).state_dict()
+    for key, value in fitted.items():
+        assert torch.equal(value, heads[f"target.1.{key.removeprefix('projector.')}"]), key
+    assert any(not torch.equal(value, fresh[key]) for key, value in fitted.items())
+    for key, value in part(made, "backbone").items():
+        assert torch.equal(value, heads[f"target.0.{key}"]), key
+
+
+def test_heads_before_the_backbone_are_fitted_too(tmp_path: Path) -> None:
+    task = "--pretext.task=examples.masked_autoencoder:MaskedAutoencoder"
+    config, file = start(tmp_path, task, "--pretext.epochs=0", "--pretext.lr=0.003")
+    made = pretext.run(small_context(tmp_path, config))
+    # It starts at 0 and is what stands in hidden places, before the backbone.
+    assert part(made, "heads")["token.patch"].abs().max() > 0
+    given = torch.load(file)
+    for key, value in part(made, "backbone").items():
+        assert torch.equal(value, given[f"module.backbone.{key}"]), key

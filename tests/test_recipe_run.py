@@ -378,3 +378,14 @@ def test_the_script_fails_with_one_line(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == "run.py: error: pretext.lr: Input should be greater than 0, got '-1'\n"
     assert not files(tmp_path)
+
+
+def test_an_artifact_of_another_backbone_is_refused_before_anything_is_written(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = next((reference / "checkpoints").glob("pretext-*"))
+    options = ("head", "--from", str(artifact), "--model.backbone=resnet-small", "--output-dir", str(tmp_path / "run"))
+    message = refused(capsys, *options)
+    assert "the weights of 'backbone' do not fit this configuration" in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -111,6 +111,7 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
         "arms": ["bissl", "baseline", "scratch"],
         "device": "cpu",
         "threads": 2,
+        "nonfinite_skips": 2,
         "tracking": ["wandb"],
         "compute.data_device": "device",
         "data.root": "elsewhere",

@@ -14,9 +14,10 @@ import torch
 from small_runs import SMALL_OPTIONS, small_config, small_context
 
 from recipes.bissl.artifact import ArtifactError
+from recipes.bissl.claims import ClaimLost
 from recipes.bissl.command_line import parse
 from recipes.bissl.config import ConfigError
-from recipes.bissl.search.claims import ClaimLost
+from recipes.bissl.imagesets import DataError
 from recipes.bissl.search.trials import RandomPairs
 from recipes.bissl.stages import finetune, head, pretext
 from recipes.bissl.tools.search import main
@@ -193,6 +194,25 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         search(*arguments, "--output-dir", tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    cases: list[tuple[str, type[Exception], str]] = [
+        (f"--data.downstream=folder:{tmp_path / 'none'}", DataError, "there is no folder"),
+        (f"--data.pretext=folder:{tmp_path / 'none'}", DataError, "there is no folder"),
+        ("--downstream.task=multilabel", DataError, "has single-label labels, but downstream.task 'multilabel'"),
+        ("--downstream.batch-size=5000", ConfigError, "downstream.batch_size: 5000 is larger than the data"),
+        ("--pretext.batch-size=5000", ConfigError, "pretext.batch_size: 5000 is larger than the data"),
+        ('--tracking=["wandb"]', ConfigError, "tracking: the package wandb is not installed"),
+    ]
+    for option, error, message in cases:
+        with pytest.raises(error, match=message):
+            search(option, "--trials", 1, "--output-dir", tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+    # Where nothing is pre-trained, the pretext images are not asked for.
+    arguments = ("--arm", "scratch", f"--data.pretext=folder:{tmp_path / 'none'}", "--output-dir", tmp_path / "s")
+    assert search("--trials", 1, *arguments) == 0
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ VOC = {"bissl": [60.1, 60.6, 60.2, 60.4], "baseline": [60.0, 60.3, 60.4, 60.1]}
 
 def write_run(folder: Path, dataset: str, scores: dict[str, list[float]], **changes: Any) -> Path:
     """A run directory with a config and the results that `assemble` makes of the scores."""
-    options = {"repeats": "finetune", "primary_metric": "top1", "notes": [], **changes}
+    options = {"repeats": "finetune", "primary_metric": "top1", "notes": [], "environment": {}, **changes}
     notes, metric = options.pop("notes"), options["primary_metric"]
     costs = {"bissl": (59_000, 10_720, 7200.0)}
     arms = {
         name: ArmResult({metric: values}, *costs.get(name, (58_800, 6_400, 3600.0))) for name, values in scores.items()
     }
-    results = assemble("x", range(4), arms=arms, environment={}, higher_is_better={metric: True}, **options)
+    results = assemble("x", range(4), arms=arms, higher_is_better={metric: True}, **options)
     folder.mkdir(parents=True)
     config = {"preset": "x", "data": {"downstream": dataset}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -155,10 +156,26 @@ def test_names_are_escaped_in_every_format(tmp_path: Path) -> None:
     latex = next(line for line in texts["table.tex"].splitlines() if line.startswith("folder"))
     assert r"\& 50\%" in latex
     assert r"\#\$\textasciicircum{}\textasciitilde{}\{x\}\textbackslash{}" in latex
-    assert "±" not in "".join(line for line in texts["table.tex"].splitlines() if not line.startswith("%"))
-    assert all(
-        line.startswith("%") for line in texts["table.tex"].splitlines() if "script" in line or "next_line" in line
-    )
+    assert "±" not in texts["table.tex"]
+    assert r"$<$script$>$1$<$/script$>$ next\_line" in texts["table.tex"]
+
+
+def test_every_table_has_the_runs_notes_and_says_whose_hours_they_are(tmp_path: Path) -> None:
+    crop = "a random crop of 0.5 to 1 of the area"
+    gpu = {"device": "cuda", "device_name": "Some GPU"}
+    first = str(write_run(tmp_path / "a", "dtd", DTD, notes=[crop], environment=gpu))
+    second = str(write_run(tmp_path / "b", "pets", PETS, environment={"device": "cpu", "device_name": "Some CPU"}))
+    texts = make([str(first)], tmp_path / "gpu")
+    assert all(crop in text and "made on Some GPU" in text for text in texts.values())
+    assert r"\item dtd: " + crop in texts["table.tex"]
+    mixed = make([first, second], tmp_path / "mixed")
+    for name in ("table.md", "table.tex", "table.html"):
+        assert "GPU hours" in texts[name]
+        assert "GPU hours" not in mixed[name]
+    assert [row["notes"] for row in records(tmp_path / "mixed" / "table.csv")] == [
+        f"{crop}; made on Some GPU",
+        "made on Some CPU",
+    ]
 
 
 def test_an_unknown_set_and_a_single_seed_have_gaps(tmp_path: Path) -> None:
@@ -249,3 +266,17 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert float(row["hours"]) == pytest.approx(arm["seconds"] / 3600)
     crop = small_config().pretext_task().describe()[0]
     assert f"digits: {crop}" in texts["table.md"]
+
+
+def test_the_paper_s_version_is_that_of_the_runs(runs: list[str], tmp_path: Path) -> None:
+    """Without the option; runs of both versions need it."""
+    first, second = (tmp_path / name for name in ("first", "second"))
+    for folder in (first, second):
+        shutil.copytree(runs[0], folder)
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps({**config, "paper_version": "v1"}))
+    assert "Paper: Table 1 of version 1." in make([str(first)], tmp_path / "tables 1")["table.md"]
+    assert "Paper: Table 1 of version 2." in make([str(second)], tmp_path / "tables 2")["table.md"]
+    with pytest.raises(ConfigError, match="--paper-version: the runs were made with values of both versions"):
+        make([str(first), str(second)], tmp_path / "tables 3")
+    assert "version 2" in make([str(first), str(second)], tmp_path / "tables 3", "--paper-version", "v2")["table.md"]

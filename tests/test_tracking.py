@@ -212,6 +212,46 @@ def test_a_tracker_that_cannot_start_stops_the_run_before_it_begins(
     assert not events(tmp_path / "run")
 
 
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_tracker_that_fails_on_the_way_ends_the_run_in_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wandb: list[FakeRun],
+    method: str,
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FakeRun, method, full)
+    options = "pretext", "--tracking=wandb", f"--output-dir={tmp_path / 'run'}"
+    message = refused(capsys, *options)
+    assert "tracking: Weights & Biases cannot go on (OSError: [Errno 28] No space left on device)" in message
+    assert "--resume" in message
+    assert execute(*options[:1], *options[2:], "--tracking=", "--resume") == 0
+
+
+class FullWriter:
+    """A stand-in for TensorBoard's writer on a full disk."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    flush = close = lambda self: FullWriter.add_scalar(self, "", 0.0, 0)
+
+
+def test_tensorboard_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=FullWriter))  # type: ignore[arg-type]
+    logger = TensorBoardLogger(tmp_path)
+    logger.start()
+    for call in (lambda: logger.write(UPPER), logger.state_dict, logger.close):
+        with pytest.raises(TrackerError, match=r"TensorBoard cannot write to .*No space left on device"):
+            call()
+
+
 def interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> Any:
     """All stages, the first of which is interrupted after a checkpoint and goes on in a fresh context."""
     real, calls = pretext.optimizer_step, [0]

@@ -86,6 +86,6 @@ def test_a_state_of_another_trainer_is_refused() -> None:
     state = make().state_dict()
     with pytest.raises(ValueError, match="callbacks: the state is of 0, this trainer has 1"):
         make(callbacks=[Callback()]).load_state_dict(state)
-    state["lower"] = {"backbone": torch.ones(3)}
+    state["levels"]["lower"]["variables"] = {"backbone": torch.ones(3)}
     with pytest.raises(ValueError, match="lower: the state's variables have other names or shapes"):
         make().load_state_dict(state)

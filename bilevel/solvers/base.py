@@ -21,6 +21,12 @@ class Solver(ABC):
     extremes that `tree.power_of_two` names).
     """
 
+    @property
+    def learns(self) -> bool:
+        """Whether a right-hand side may leave something in the state that changes what comes of later ones; where it
+        may, a trainer resumes before the first solve of a system, not between two."""
+        return type(self).prepare is not Solver.prepare
+
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
         return None

@@ -87,6 +87,10 @@ class CG(Solver):
                 "the two out"
             )
 
+    @property
+    def learns(self) -> bool:
+        return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise"
+
     def prepare(self, operator: Any) -> _Prepared:
         return _Prepared(Directions(self.recycle))
 

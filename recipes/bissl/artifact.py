@@ -18,6 +18,7 @@ WEIGHTS, INFO = "weights.safetensors", "artifact.json"
 FORMAT = 1
 FACTS = {"format", "stage", "key", "sha256", "pretext_steps", "label_steps", "seconds"}
 """What every artifact.json holds."""
+KINDS = {"stage": str, "key": str, "sha256": str, "pretext_steps": int, "label_steps": int, "seconds": int | float}
 
 
 class ArtifactError(ValueError):
@@ -69,7 +70,7 @@ class Artifact:
                 module.load_state_dict(own)
             except RuntimeError as error:
                 raise ArtifactError(
-                    f"{self.directory}: the weights of {name!r} do not fit this configuration: {error}"
+                    f"{self.directory}: the weights of {name!r} do not fit this configuration: {_first_misfit(error)}"
                 ) from error
 
 
@@ -120,13 +121,16 @@ def read_artifact(directory: Path) -> Artifact:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{directory} holds no finished artifact: {INFO} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {remedy}") from error
     missing = FACTS - info.keys() if isinstance(info, dict) else FACTS
     if missing:
         raise ArtifactError(f"{path} is damaged: {', '.join(sorted(missing))} missing; {remedy}")
     if info["format"] != FORMAT:
         raise ArtifactError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {remedy}")
+    wrong = [name for name, kind in KINDS.items() if not isinstance(info[name], kind)]
+    if wrong:
+        raise ArtifactError(f"{path} is damaged: {wrong[0]} is {str(info[wrong[0]])[:80]!r}; {remedy}")
     return Artifact(info["stage"], info["key"], directory, info)
 
 
@@ -134,6 +138,13 @@ def make_key(stage: str, seed: int, parent: Artifact | None, *parts: Any) -> str
     """Hash of everything that decides an artifact; `parts` must be JSON values."""
     content = [FORMAT, stage, seed, parent.key if parent else None, *parts]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _first_misfit(error: RuntimeError) -> str:
+    """The first of the misfits that torch lists line by line, and how many there are."""
+    misfits = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+    more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+    return misfits[0][:300] + more
 
 
 def _finite(value: Any) -> Any:

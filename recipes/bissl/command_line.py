@@ -18,6 +18,7 @@ from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.config import Config, ConfigError, build_config, read_config_file
 from recipes.bissl.presets import PRESETS, PaperVersion, describe_preset
 from recipes.bissl.run_directory import RunDirectory
+from recipes.bissl.terminal import printable
 
 COMMANDS = ("all", "pretext", "restart", "head", "bissl", "finetune")
 DEFAULT_PRESET = "digits"
@@ -30,6 +31,10 @@ Without a command the whole pipeline runs. A preset gives every field a value; a
 run's own config.json) changes some; options change single fields. The defaults shown are those of the chosen preset.
 
 Further commands, each with its own --help: data, search, table, figure2, features, export.
+
+Exit codes: 0 done; 2 bad input; 3 a loss or gradient that is not finite; 74 files that cannot be written; 75 stopped by
+SIGTERM or SIGUSR1; 130 stopped by Ctrl-C. Signals let the step end and save; after 74, 75 and 130 the same command with
+--resume continues. A second Ctrl-C stops at once.
 """
 
 
@@ -142,7 +147,7 @@ def _field_options(parser: argparse.ArgumentParser, base: Config) -> CliSettings
     fields: dict[str, Any] = {
         name: (info.annotation, Field(getattr(base, name), description=info.description or info.annotation.__doc__))
         for name, info in Config.model_fields.items()
-        if name != "preset" and info.annotation is not None
+        if name not in ("preset", "paper_version") and info.annotation is not None
     }
     settings = create_model("Config", __base__=BaseSettings, **fields)
     return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
@@ -215,5 +220,5 @@ def show_config(config: Config) -> str:
 
 def fail(message: str) -> int:
     """Print one message to standard error; the exit code for bad input."""
-    print(f"run.py: error: {message}", file=sys.stderr)
+    print(f"run.py: error: {printable(message)}", file=sys.stderr)
     return 2

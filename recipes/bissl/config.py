@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.config_sections import (
@@ -22,7 +22,8 @@ from recipes.bissl.config_sections import (
     PretextConfig,
     Section,
 )
-from recipes.bissl.models import check_backbone
+from recipes.bissl.models import check_backbone, check_view
+from recipes.bissl.paper import PaperVersion
 from recipes.bissl.plugins import PluginError, resolve
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask, Task
 from recipes.bissl.tasks.byol import BYOL
@@ -51,6 +52,7 @@ class Config(Section):
     """Everything that decides what a run computes."""
 
     preset: str = Field(description="name of the preset it was made from")
+    paper_version: PaperVersion = Field(default="v2", description="whose values the paper presets take")
     seed: int = Field(default=0, ge=0, description="first seed")
     seeds: int = Field(default=3, ge=1, description="repeats of the fine-tuning, seeds seed, seed+1, ...")
     pipeline_seeds: int | None = Field(
@@ -68,6 +70,12 @@ class Config(Section):
         default="auto", description="where to compute; auto: cuda where there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="torch's CPU threads; null: torch's choice")
+    nonfinite_skips: int = Field(
+        default=0,
+        ge=0,
+        description="steps that may be left out in each stage because their loss or gradient is not finite; 0: stop at "
+        "the first",
+    )
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="viewers that metrics go to beside metrics.jsonl: tensorboard, wandb (docs/tracking.md)"
     )
@@ -83,6 +91,12 @@ class Config(Section):
     bissl: BilevelConfig
     finetune: FinetuneConfig
     compute: ComputeConfig = ComputeConfig()
+
+    @field_validator("tracking", "compat", mode="before")
+    @classmethod
+    def _no_names(cls, names: Any) -> Any:
+        # The command line makes one empty name of an empty list.
+        return () if names in ("", [""], ("",)) else names
 
     @model_validator(mode="after")
     def _arms(self) -> "Config":
@@ -115,6 +129,32 @@ class Config(Section):
             raise ValueError(
                 f"compute.micro_batch: products in chunks have a method of their own, but bissl.hvp is "
                 f"{self.bissl.hvp!r}; set bissl.hvp to reverse, or compute.micro_batch to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views(self) -> "Config":
+        for section, task in (("pretext", self.pretext_task()), ("downstream", self.downstream_task(("a", "b")))):
+            for size in sorted(task.view_sizes()):
+                try:
+                    check_view(self.model.backbone, self.data.image_size, size)
+                except ValueError as error:
+                    raise ValueError(f"{section}.options: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _differing_arms(self) -> "Config":
+        # A twin teaches nothing, and Holm's correction would count it.
+        for name in self.variants.keys() & set(self.arms):
+            if self.for_arm(name).bissl == self.bissl:
+                raise ValueError(
+                    f"variants: {name!r} is the arm bissl itself, whose section has these values already; change one, "
+                    "or leave the arm out"
+                )
+        if "baseline-warmup-lr" in self.arms and self.pretext.baseline_lr in (None, self.pretext.lr):
+            raise ValueError(
+                "arms: baseline-warmup-lr is the baseline itself where pretext.baseline_lr is null or equals "
+                "pretext.lr; leave it out"
             )
         return self
 
@@ -179,9 +219,11 @@ def build_config(preset: Config, *overrides: Mapping[str, Any]) -> Config:
     for override in overrides:
         values = _merge(_without_foreign_options(values, override), override)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error))) from error
+    _check_values(config.model_dump())
+    return config
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -195,6 +237,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path}: cannot be read ({error})") from error
+    except RecursionError as error:
+        raise ConfigError(f"config file {path}: nested too deeply to be a config; give a table of fields") from error
     except ValueError as error:
         raise ConfigError(f"config file {path}: not valid {path.suffix.lstrip('.') or 'JSON'} ({error})") from error
     if not isinstance(values, dict):
@@ -227,6 +271,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines
+
+
+def _check_values(values: Any, field: str = "") -> None:
+    """Refuse what can be neither saved nor computed with: null characters, halves of surrogate pairs, huge integers."""
+    if isinstance(values, int) and abs(values) >= 2**63:
+        raise ConfigError(f"{field}: must be an integer of 64 bits, got one of {values.bit_length()} bits")
+    if isinstance(values, str) and re.search("[\0\ud800-\udfff]", values):
+        raise ConfigError(f"{field or 'a name of a field'}: must be text without null characters, got {values[:80]!r}")
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _check_values(key, field)
+            _check_values(value, f"{field}.{key}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            _check_values(value, field)
 
 
 def _without_foreign_options(values: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class DataConfig(Section):
     downstream: str = Field(description="source of labelled images, as for pretext")
     root: str = Field(default="data", description="folder of downloaded sets")
     download: bool = Field(default=True, description="fetch a set that is not below root, where the network allows it")
-    image_size: int = Field(ge=4, description="side to which images are resized when they are read (px)")
+    image_size: int = Field(ge=4, le=4096, description="side to which images are resized when they are read (px)")
     pretext_limit: int | None = Field(default=None, ge=1, description="use at most this many pretext images; null: all")
     labels_per_class: int | None = Field(default=None, ge=1, description="training images a class; null: all")
     val_per_class: int | None = Field(

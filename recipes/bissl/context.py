@@ -112,7 +112,8 @@ class Context:
         """Batches of a random `fraction` of the pretext images, the smaller last one of an epoch included."""
         images, transform = self.data.settled("pretext", self.computing), task.transform()
         count = round(fraction * len(images))
-        size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, count, "pretext images")
+        what = "pretext images" if fraction == 1.0 else f"pretext images (bissl.pretext_fraction={fraction:g})"
+        size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, count, what)
         order = torch.Generator().manual_seed(derive_seed(self.config.data.split_seed, "pretext fraction"))
         members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
 

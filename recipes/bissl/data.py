@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -66,8 +67,8 @@ def _open(source: str, request: Request) -> Source | CustomSource:
     if source in DATASETS:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
-        path = source.removeprefix(FOLDER_PREFIX)
-        return open_label_file(path, request) if (Path(path) / LABEL_FILE).is_file() else open_folder(path, request)
+        path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
+        return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
     if ":" in source and not source.startswith(FOLDER_PREFIX):
         return _custom(source)
     raise DataError(

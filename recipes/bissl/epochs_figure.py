@@ -1,6 +1,7 @@
 """Test scores over the length of pre-training (the paper's Figure 2), as a PNG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -15,6 +16,12 @@ Point = tuple[float, float, float]
 
 MARKERS = "osD^vP"
 
+LINE = 100
+"""Characters of a line of the note."""
+
+ASIDE = 0.008
+"""Sideways distance of neighbouring arms at the same length (share of the range of lengths)."""
+
 
 def epochs_figure(arms: Mapping[str, Sequence[Point]], *, title: str, metric: str, note: str) -> bytes:
     """A line an arm with its standard deviation, over total pretext epochs.
@@ -23,37 +30,43 @@ def epochs_figure(arms: Mapping[str, Sequence[Point]], *, title: str, metric: st
         arms: Points by arm, in the order of the legend; the first is drawn over the others.
         title: What was tested.
         metric: With its unit, for the vertical axis.
-        note: Below the axes.
+        note: Below the axes; wrapped.
 
     Raises:
         ValueError: matplotlib is not installed.
     """
     figure_class, rc_context = matplotlib_parts("the figure")
     with rc_context({"text.parse_math": False, "font.size": 9.5}):
-        figure = figure_class(figsize=(6.4, 4.2), dpi=150)
-        figure.set_layout_engine("constrained", rect=(0, 0.07, 1, 0.93))
+        text = textwrap.fill(note, LINE)
+        below = 0.17 * (text.count("\n") + 1) + 0.13
+        height = 3.9 + below
+        figure = figure_class(figsize=(6.4, height), dpi=150)
+        figure.set_layout_engine("constrained", rect=(0, below / height, 1, 1 - below / height))
         axes = figure.subplots()
+        lengths = sorted({x for points in arms.values() for x, _, _ in points})
+        # Bars of one length would hide each other.
+        step = ASIDE * ((lengths[-1] - lengths[0]) or 1.0)
         for index, (arm, points) in reversed(list(enumerate(arms.items()))):
-            _draw(axes, index, arm, points)
+            _draw(axes, index, arm, points, step * (index - (len(arms) - 1) / 2))
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("pretext epochs in all")
         axes.set_ylabel(metric)
         axes.grid(alpha=0.25, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        _set_ticks(axes, sorted({x for points in arms.values() for x, _, _ in points}))
+        _set_ticks(axes, lengths)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper right", ncols=4, frameon=False)
-        figure.text(0.015, 0.015, note, fontsize=8, color="#444444")
+        figure.text(0.015, 0.06 / height, text, fontsize=8, color="#444444", va="bottom")
         buffer = io.BytesIO()
         # No date and no version: the same points make the same file.
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw(axes: "Axes", index: int, arm: str, points: Sequence[Point]) -> None:
+def _draw(axes: "Axes", index: int, arm: str, points: Sequence[Point], aside: float) -> None:
     x, mean, deviation = zip(*sorted(points), strict=True)
     axes.errorbar(
-        x,
+        [value + aside for value in x],
         mean,
         yerr=deviation,
         label=arm,
@@ -63,8 +76,7 @@ def _draw(axes: "Axes", index: int, arm: str, points: Sequence[Point]) -> None:
         markersize=5,
         linewidth=1.6,
         elinewidth=1.1,
-        # Caps of different widths, so that bars of equal epochs stay apart.
-        capsize=3.0 + 2.0 * index,
+        capsize=2.5,
     )
 
 

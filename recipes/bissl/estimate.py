@@ -28,16 +28,25 @@ def check_data(context: Context) -> None:
     Raises:
         DataError, ConfigError: naming what is wrong.
     """
-    config = context.config
-    check_initial_weights(config.model, config.data.image_size)
-    sets = context.data.downstream
+    check_initial_weights(context.config.model, context.config.data.image_size)
+    for fraction in _fractions(context.config):
+        context.pretext_stack(context.config.pretext_task(), "check", fraction)
+    check_labelled(context)
+
+
+def check_labelled(context: Context) -> None:
+    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does.
+
+    Raises:
+        DataError, ConfigError: naming what is wrong.
+    """
+    config, sets = context.config, context.data.downstream
     task = config.downstream_task(sets.train.classes)
     if task.labels not in (None, sets.train.kind):
         raise DataError(
             f"data.downstream: {config.data.downstream!r} has {sets.train.kind} labels, but downstream.task "
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
-    context.pretext_stack(config.pretext_task(), "check")
     context.labelled_stack(task, "check")
 
 
@@ -49,8 +58,10 @@ def describe(config: Config) -> str:
         ConfigError: a batch is larger than the data.
     """
     images, labelled, notes = _sizes(config)
-    check_batch_size("pretext.batch_size", config.pretext.batch_size, images, "pretext images")
     check_batch_size("downstream.batch_size", config.downstream.batch_size, labelled, "labelled images")
+    for fraction in _fractions(config):
+        count = round(fraction * images)
+        check_batch_size("pretext.batch_size", config.pretext.batch_size, count, "pretext images")
     device = _device(config)
     unit = _seconds_per_image(config, device)
     lines = [
@@ -74,6 +85,11 @@ def describe(config: Config) -> str:
         "assumed"
     )
     return "\n".join(lines + notes)
+
+
+def _fractions(config: Config) -> list[float]:
+    """Shares of the pretext images that stages draw batches from: all of them, and the bilevel stage's in each arm."""
+    return [1.0, *(config.for_arm(arm).bissl.pretext_fraction for arm in config.arms)]
 
 
 def _gradients(config: Config, plan: Plan, products: int, images: int, labelled: int) -> float:

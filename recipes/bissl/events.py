@@ -1,7 +1,8 @@
 """A stage's lines in the run's `metrics.jsonl`, and in the viewers beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class StageEvents(Callback):
         context: fields that tell the stage's lines from all others.
         trackers: viewers that get the events too, by name. One that is added on resume gets what comes from then on.
 
-    `restart` and `load_state_dict` raise ConfigError where a tracker cannot be started.
+    Every method raises ConfigError where a tracker cannot be started or written to.
     """
 
     def __init__(self, path: Path, context: Mapping[str, Any], trackers: Mapping[str, Tracker] | None = None) -> None:
@@ -33,20 +34,23 @@ class StageEvents(Callback):
         """Append one line."""
         self._writer.write(record)
         self._lines += 1
-        for tracker in self.trackers.values():
-            tracker.write(record)
+        with _named_errors():
+            for tracker in self.trackers.values():
+                tracker.write(record)
 
     def restart(self) -> None:
         """Drop what an earlier run of the stage wrote."""
         self._keep(0)
-        for tracker in self.trackers.values():
-            tracker.restart()
+        with _named_errors():
+            for tracker in self.trackers.values():
+                tracker.restart()
         self._start()
 
     def close(self) -> None:
         """Send what is pending."""
-        for tracker in self.trackers.values():
-            tracker.close()
+        with _named_errors():
+            for tracker in self.trackers.values():
+                tracker.close()
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
         self.write(record)
@@ -55,26 +59,26 @@ class StageEvents(Callback):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        states = {name: tracker.state_dict() for name, tracker in self.trackers.items()}
+        with _named_errors():
+            states = {name: tracker.state_dict() for name, tracker in self.trackers.items()}
         return {"lines": self._lines, "trackers": states} if states else {"lines": self._lines}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._keep(state["lines"])
         saved = state.get("trackers", {})
-        for name, tracker in self.trackers.items():
-            if name in saved:
-                tracker.load_state_dict(saved[name])
-            else:
-                tracker.restart()
+        with _named_errors():
+            for name, tracker in self.trackers.items():
+                if name in saved:
+                    tracker.load_state_dict(saved[name])
+                else:
+                    tracker.restart()
         self._start()
 
     def _start(self) -> None:
         """Now rather than at the first event, so that what is wrong shows before anything is computed."""
-        try:
+        with _named_errors():
             for tracker in self.trackers.values():
                 tracker.start()
-        except TrackerError as error:
-            raise ConfigError(f"tracking: {error}") from error
 
     def _keep(self, count: int) -> None:
         """Keep the first `count` lines of this stage and everything of the others."""
@@ -96,3 +100,13 @@ class StageEvents(Callback):
             return None
         record = json.loads(line)
         return all(record.get(name) == value for name, value in self.context.items())
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except TrackerError as error:
+        raise ConfigError(
+            f"tracking: {error}. The same command with --resume goes on, with --tracking '' without a viewer"
+        ) from error

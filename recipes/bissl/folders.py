@@ -44,10 +44,19 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted; hidden ones do not count."""
+    """Image files at any depth, sorted; hidden ones do not count. Raises DataError on a link to a folder around it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     found = []
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
+    for directory, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        here = os.path.realpath(directory)
+        for name in subfolders:
+            # Followed, it would list the same images again and again, in training and test sets alike.
+            if f"{here}{os.sep}".startswith(f"{os.path.realpath(os.path.join(directory, name))}{os.sep}"):
+                raise DataError(f"{os.path.join(directory, name)} links to a folder that it lies in: remove the link")
         found += [Path(directory, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
     return sorted(found)
 
@@ -86,11 +95,14 @@ def list_folder(folder: Path) -> FolderListing:
     Raises DataError if the folder is missing, has no class folder, has an empty one, if val/ or test/ has a class that
     train/ lacks, or if another folder stands beside these three.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"there is no folder {folder}: give the path of a folder that holds one folder a class")
-    trees = {part: _class_folders(folder / part) for part in _split_folders(folder)} or {
-        "train": _class_folders(folder)
-    }
+    try:
+        trees = {part: _class_folders(folder / part) for part in _split_folders(folder)} or {
+            "train": _class_folders(folder)
+        }
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable or move it") from error
     classes = tuple(trees["train"])
     files: list[Path] = []
     labels: list[int] = []
@@ -141,7 +153,8 @@ def decode(file: Path, side: int) -> np.ndarray:
 def _threads(files: Sequence[Path]) -> int:
     """How many threads decode `files`: one a core, but a single one for small files."""
     sample = files[:: max(1, len(files) // 16)]
-    mean_size = sum(file.stat().st_size for file in sample) / len(sample)
+    # A link to nowhere has no size; its decoding says so.
+    mean_size = sum(os.path.getsize(file) for file in sample if os.path.isfile(file)) / len(sample)
     # Of a 32 x 32 JPEG's time little is spent in the decoder, outside the interpreter's lock; threads would lose by it.
     return 1 if mean_size < SMALL_FILE else min(32, os.cpu_count() or 1)
 

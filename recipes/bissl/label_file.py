@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import torch
@@ -53,11 +54,14 @@ def open_label_file(path: str, request: Request) -> Source:
     folder = Path(path)
     header, *rows = _rows(folder / LABEL_FILE)
     names = [row[0] for row in rows]
-    if len(set(names)) != len(names):
-        twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise DataError(f"{folder / LABEL_FILE} lists {twice} twice: keep one row an image")
+    seen: set[str] = set()
     for number, name in enumerate(names, 2):
-        if not (folder / name).is_file():
+        if os.path.normpath(name) in seen:
+            raise DataError(f"{folder / LABEL_FILE} lists {name} twice: keep one row an image")
+        seen.add(os.path.normpath(name))
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataError(f"{folder / LABEL_FILE}: row {number} names {name}, which is not a path below the folder")
+        if not os.path.isfile(folder / name):
             raise DataError(f"{folder / LABEL_FILE}: row {number} names {folder / name}, which is missing")
     labels = _labels(folder / LABEL_FILE, rows)
 

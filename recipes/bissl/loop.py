@@ -5,27 +5,23 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bilevel import Callback, NonFiniteError
+from bilevel import Callback, NonFiniteError, interruption
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from bilevel.interruption import Interrupted
 from bilevel.tree import Params
 from recipes.bissl.events import StageEvents
+from recipes.bissl.nonfinite import NonFiniteSteps, Stateful
+from recipes.bissl.run_lock import held
 
 MOST_LINES = 2000
 """Upper bound on the "train" events that one stage writes."""
-
-
-class Stateful(Protocol):
-    """Modules, optimizers, schedules, stacks: whatever a checkpoint holds."""
-
-    def state_dict(self) -> Any: ...
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
 class Seconds(Callback):
@@ -56,6 +52,7 @@ def run_steps(
     console: Console,
     description: str,
     after: Callable[[int], None] | None = None,
+    nonfinite_skips: int = 0,
 ) -> float:
     """Make steps 1 to `total`, or those that are left according to the checkpoints in `directory`.
 
@@ -65,41 +62,60 @@ def run_steps(
         checkpoint_every: steps between two checkpoints; there is always one before the first step, so that a stage
             that was interrupted early goes on from the same random state.
         after: called with the number of each finished step, before a checkpoint is made.
+        nonfinite_skips: as for `NonFiniteSteps`.
 
     Returns:
         Wall-clock seconds, those before an interruption included.
+
+    Raises:
+        NonFiniteError: a step that is not finite beyond those that may be skipped.
+        Interrupted: a signal asked for it; a checkpoint of the last step has been made.
+        ConfigError: another process trains in `directory`.
     """
-    seconds = Seconds()
-    everything: dict[str, Stateful] = {**parts, "metrics": writer, "seconds": seconds}
-    found = load_checkpoint(directory)
-    first = 0
-    if found is None:
-        writer.restart()
-        _save(directory, 0, everything)
-    else:
-        first, state = found
-        for name, part in everything.items():
-            part.load_state_dict(state[name])
-        set_random_state(state["random"])
+    seconds, steps = Seconds(), NonFiniteSteps(nonfinite_skips, parts, writer)
+    everything: dict[str, Stateful] = {**parts, "nonfinite": steps, "metrics": writer, "seconds": seconds}
     every = math.ceil(total / MOST_LINES)
-    with closing(writer), _progress(console) as bar:
+    with interruption.deferred(), held(directory, "artifacts") as claim, closing(writer), _progress(console) as bar:
+        first = saved = _start(directory, everything, writer)
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
-            record = step()
-            if number % every == 0 or number == total:
+            claim.check()
+            try:
+                interruption.check()
+            except Interrupted:
+                if saved < number - 1:
+                    _save(directory, number - 1, everything)
+                raise
+            record = steps.make(step, number)
+            if number % every == 0 or number == total or "skipped" in record:
                 writer.write({"event": "train", "step": number, **record})
             if after is not None:
                 after(number)
             bar.update(task, completed=number, status=f"loss {record['loss']:.4f}")
             if number % checkpoint_every == 0 and number < total:
                 _save(directory, number, everything)
+                saved = number
     return seconds.total()
+
+
+def _start(directory: Path, everything: Mapping[str, Stateful], writer: StageEvents) -> int:
+    """Continue from the newest checkpoint, or make the one before the first step; the step it is of."""
+    found = load_checkpoint(directory)
+    if found is None:
+        writer.restart()
+        _save(directory, 0, everything)
+        return 0
+    first, state = found
+    for name, part in everything.items():
+        part.load_state_dict(state[name])
+    set_random_state(state["random"])
+    return first
 
 
 def discard_checkpoints(directory: Path) -> None:
     """Delete the checkpoints of a stage whose artifact is finished."""
     for path in directory.glob("step-*"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def optimizer_step(

@@ -1,6 +1,8 @@
 """The card of an exported backbone: what it is, how it was made, what it scored, and how to load it."""
 
+import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +79,20 @@ def model_card(
     snippet, after = loading_snippet(config.model.backbone, config.data.image_size, weights)
     return _TEMPLATE.format(
         name=config.model.backbone,
-        stage=artifact.stage,
-        arm=f"arm {info['arm']}" if "arm" in info else "shared by arms",
-        seed=info.get("seed", config.seed),
-        summary=f"Weights after {_HOW.get(artifact.stage, artifact.stage)}.",
-        licence=licence or "not stated",
+        stage=_plain(artifact.stage),
+        arm=_plain(f"arm {info['arm']}") if "arm" in info else "shared by arms",
+        seed=_plain(info.get("seed", config.seed)),
+        summary=f"Weights after {_HOW.get(artifact.stage) or _plain(artifact.stage)}.",
+        licence=_plain(licence or "not stated"),
         weights=weights,
         digest=digest,
         backbone=config.model.backbone,
         image_size=config.data.image_size,
         pretext_task=config.pretext.task,
-        pretext_data=config.data.pretext,
+        pretext_data=_code(config.data.pretext),
         pretext_steps=info["pretext_steps"],
         downstream_task=config.downstream.task,
-        downstream_data=config.data.downstream,
+        downstream_data=_code(config.data.downstream),
         label_steps=info["label_steps"],
         initial=_initial(config, info),
         seconds=info["seconds"],
@@ -146,10 +148,10 @@ def _initial(config: Config, info: Mapping[str, Any]) -> str:
     """Where training began; stages after the first know the file's name alone."""
     start = info.get("initial_weights")
     if start is not None:
-        return f"`{start['file']}`, SHA-256 `{start['sha256']}`"
+        return f"`{_code(start['file'])}`, SHA-256 `{_code(start['sha256'])}`"
     if config.model.init_backbone is None or info.get("arm") == "scratch":
         return "random"
-    return f"`{Path(config.model.init_backbone).name}`"
+    return f"`{_code(Path(config.model.init_backbone).name)}`"
 
 
 def _scores(info: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
@@ -162,8 +164,18 @@ def _scores(info: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     for name, value in own.items():
         spread = arm.get(name)
         over_seeds = "" if not isinstance(spread, Mapping) else _spread(spread)
-        lines.append(f"| {name} | {_number(value)} | {over_seeds} |")
+        lines.append(f"| {_plain(name)} | {_number(value)} | {over_seeds} |")
     return "\n".join(lines)
+
+
+def _plain(text: Any) -> str:
+    """Text of a file as words in markdown, in which neither markup nor a table's bar means anything."""
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(str(text).split()), quote=False))
+
+
+def _code(text: Any) -> str:
+    """Text of a file between backticks, which it cannot end."""
+    return " ".join(str(text).split()).replace("`", "'").replace("|", r"\|")
 
 
 def _spread(values: Mapping[str, Any]) -> str:

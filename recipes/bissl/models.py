@@ -19,6 +19,7 @@ from recipes.bissl.torchvision_backbones import (
     ChainBackbone,
     TransformerBackbone,
     check_torchvision,
+    takes_one_size,
     torchvision_backbone,
 )
 
@@ -163,6 +164,21 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
         check_torchvision(name, image_size)
     except ValueError as error:
         raise ValueError(f"{error}. Short names are {', '.join(BACKBONES)}; an own backbone is module:Class") from error
+
+
+def check_view(name: str, image_size: int, size: int) -> None:
+    """Refuse views of `size` px for a backbone that is built for images of `image_size` px and cannot take them.
+
+    Raises:
+        ValueError: naming both sizes, or as `check_backbone`.
+    """
+    if size != image_size and name not in BACKBONES and ":" not in name:
+        if takes_one_size(name):
+            raise ValueError(
+                f"{name} is made for one size of images, data.image_size={image_size} px, but a view has {size} px; "
+                "give both the same"
+            )
+        check_backbone(name, size)
 
 
 def _own_class(name: str) -> type[nn.Module]:

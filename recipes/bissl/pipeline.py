@@ -43,9 +43,15 @@ def pretrain(context: Context, made: dict[str, Artifact | None]) -> Artifact | N
 
 def _equal_time(context: Context, made: dict[str, Artifact | None]) -> int:
     """Pretext steps of the baseline in the seconds of the BiSSL arm."""
-    seconds = {arm: weights.info["seconds"] for arm in ("bissl", "baseline") if (weights := made[arm]) is not None}
-    steps = make_plan(context.config, "baseline", len(context.data.pretext), 0).pretext
-    return max(1, round(steps * seconds["bissl"] / seconds["baseline"]))
+    method, baseline = made["bissl"], made["baseline"]
+    assert method is not None, "it has weights"
+    assert baseline is not None, "it has weights"
+    # Steps that fit heads to given weights come before, and are as many again.
+    fitting = (
+        baseline.info["pretext_steps"] - make_plan(context.config, "baseline", len(context.data.pretext), 0).pretext
+    )
+    steps = baseline.info["pretext_steps"] * method.info["seconds"] / baseline.info["seconds"]
+    return max(1, round(steps) - fitting)
 
 
 def summarise(context: Context, tested: dict[str, list[Artifact]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel import Status
+from bilevel.checkpoint import write_atomic
 from recipes.bissl.features.record import read_features
 from recipes.bissl.figures import (
     Drawing,
@@ -88,9 +89,22 @@ def write_report(run_dir: Path) -> Path:
         ValueError: `run_dir` is no directory, an artifact is broken (the message names file and line), or matplotlib
             is not installed. A last line of `metrics.jsonl` that was cut off is left out and mentioned.
     """
-    run = read_run(run_dir)
+    try:
+        run = read_run(run_dir)
+        page = _page(_title(run), _sections(run, run_dir))
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
+        # The files are JSON that may have been changed by hand: any field can hold anything.
+        raise ValueError(
+            f"{run_dir}: {RESULTS_FILE}, {METRICS_FILE} or the config hold something else than a run writes ({error})"
+        ) from error
+    path = run_dir / REPORT_FILE
+    write_atomic(path, page.encode())
+    return path
+
+
+def _sections(run: RunRecords, run_dir: Path) -> list[str]:
     arms = arms_of(run.events)
-    sections = [
+    return [
         _header(run),
         _section("Results", _results(run.results)),
         _section("Comparisons", _comparisons(run.results)),
@@ -104,9 +118,6 @@ def write_report(run_dir: Path) -> Path:
         _section("Environment", _pairs((run.results or {}).get("environment"))),
         _section("Configuration", _configuration(run.config)),
     ]
-    path = run_dir / REPORT_FILE
-    path.write_text(_page(_title(run), sections), encoding="utf-8")
-    return path
 
 
 _LEVELS_CAPTION = (

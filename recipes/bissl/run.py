@@ -1,9 +1,11 @@
 """BiSSL from the command line: ``python recipes/bissl/run.py --help``."""
 
+import errno
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from signal import Signals
 
 if not __package__:
     # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
@@ -12,23 +14,29 @@ if not __package__:
 
 from bilevel import NonFiniteError
 from bilevel.checkpoint import CheckpointError
+from bilevel.interruption import Interrupted, Interruption
 from recipes.bissl import estimate
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
+from recipes.bissl.claims import ClaimLost
 from recipes.bissl.command_line import Request, fail, parse, show_config
 from recipes.bissl.config import ConfigError
 from recipes.bissl.context import Context
 from recipes.bissl.execution import make_context, run_whole
 from recipes.bissl.imagesets import DataError
+from recipes.bissl.models import build_backbone
 from recipes.bissl.plugins import PluginError
 from recipes.bissl.presets import list_presets
 from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS
 from recipes.bissl.stages import bissl, finetune, head, pretext
 from recipes.bissl.tables import comparison_lines, number_text, results_table
+from recipes.bissl.terminal import printable
 from recipes.bissl.tools import data, export, features, figure2, search, table
 from recipes.bissl.tracking import check_installed
 
-INTERRUPTED, DIVERGED = 130, 3
+INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 130, 3, 74, 75
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+"""A file system that takes no more, or does not answer."""
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "data": data.main,
     "search": search.main,
@@ -41,17 +49,40 @@ TOOLS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; the process's exit code (0 done, 2 bad input, 3 numbers that went wrong, 130 Ctrl-C)."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run a command line; the process's exit code.
+
+    0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
+    130 by Ctrl-C. After the last four, and a remedy for 3 and 74, the same command with --resume continues.
+    """
+    with Interruption():
+        return _guarded(sys.argv[1:] if arguments is None else arguments)
+
+
+def _guarded(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] in TOOLS:
             return TOOLS[arguments[0]](arguments[1:])
         return _execute(parse(arguments))
-    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError) as error:
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, ClaimLost) as error:
         return fail(str(error))
     except NonFiniteError as error:
         print(f"run.py: stopped: {error}", file=sys.stderr)
         return DIVERGED
+    except Interrupted as stop:
+        code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
+        print(f"run.py: {stop}, and saved; the same command with --resume continues", file=sys.stderr)
+        return code
+    except OSError as error:
+        # A name too long, a folder without permission: no fault of the program either.
+        if error.errno not in WRITE_ERRORS:
+            return fail(str(error))
+        where = "" if error.filename is None else f" ({error.filename})"
+        print(
+            f"run.py: cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, "
+            "and continue by the same command with --resume",
+            file=sys.stderr,
+        )
+        return UNWRITABLE
     except KeyboardInterrupt:
         print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
         return INTERRUPTED
@@ -90,13 +121,13 @@ def _execute(request: Request) -> int:
     parent = _parent(request)
     estimate.check_data(context)
     check_installed(config.tracking)
-    directory.open(config, resume=request.resume, overwrite=request.overwrite)
-    if request.command != "all":
-        (directory.path / METRICS).touch()
-        directory.write_json(SPLITS, context.data.downstream.indices)
-        run_stage(context, request, parent)
-        return 0
-    results = run_whole(context, directory)
+    with directory.held(config, resume=request.resume, overwrite=request.overwrite):
+        if request.command != "all":
+            (directory.path / METRICS).touch()
+            directory.write_json(SPLITS, context.data.downstream.indices)
+            run_stage(context, request, parent)
+            return 0
+        results = run_whole(context, directory)
     context.console.print(results_table(results))
     for line in comparison_lines(results):
         _say(context, line)
@@ -106,7 +137,7 @@ def _execute(request: Request) -> int:
 
 def _say(context: Context, line: str) -> None:
     """Print a line as it is: brackets are no markup, and a path is not broken."""
-    context.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    context.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _parent(request: Request) -> Artifact | None:
@@ -123,7 +154,8 @@ def _parent(request: Request) -> Artifact | None:
             f"--from: {request.command} of the arm {request.arm!r} starts from a {expected} artifact, {request.parent} "
             f"is of {artifact.stage}; name another one, or another --arm"
         )
-    artifact.tensors()
+    config = request.config
+    artifact.load_into({"backbone": build_backbone(config.model.backbone, image_size=config.data.image_size)})
     return artifact
 
 

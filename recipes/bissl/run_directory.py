@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bilevel.checkpoint import write_atomic
 from recipes.bissl.config import Config, ConfigError, differences, read_config_file
+from recipes.bissl.run_lock import held
 
-CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS, TRACKING = (
+CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS, TRACKING, INSPECT = (
     "config.json",
     "metrics.jsonl",
     "results.json",
@@ -17,6 +20,7 @@ CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS, TRACKING = (
     "checkpoints",
     "splits.json",
     "tracking",
+    "inspect",
 )
 
 FEATURES, FEATURES_PICTURE = "features.json", "features.png"
@@ -31,6 +35,7 @@ SAFE_TO_CHANGE = {
     "arms",
     "device",
     "threads",
+    "nonfinite_skips",
     "tracking",
     "compute.data_device",
     "data.root",
@@ -69,8 +74,39 @@ class RunDirectory:
             raise ConfigError(f"output-dir: {path} is no config of a run of this program; name another folder")
         return saved
 
+    @contextmanager
+    def held(self, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+        """`open` the folder for `config` and keep other processes out until the block ends.
+
+        Raises:
+            ConfigError: as `open`, or another process is at work in it.
+        """
+        self.check(config, resume=resume, overwrite=overwrite)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.path, "output-dir"))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            self.open(config, resume=resume, overwrite=overwrite)
+            yield
+
     def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Make the folder ready for `config` and save the config in it.
+
+        Raises:
+            ConfigError: as `check`, or the folder cannot be written to.
+        """
+        self.check(config, resume=resume, overwrite=overwrite)
+        try:
+            if overwrite:
+                self._clear()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / CONFIG, config.model_dump_json(indent=1).encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Whether `open` may be called; nothing is written.
 
         Raises:
             ConfigError: it holds another run, one whose config differs where it must not, or files of something else.
@@ -85,21 +121,17 @@ class RunDirectory:
                     "--overwrite, or name another folder"
                 )
             self._check_unchanged(config)
-        try:
-            if overwrite:
-                self._clear()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / CONFIG, config.model_dump_json(indent=1).encode())
-        except OSError as error:
-            raise ConfigError(f"output-dir: {self.path} cannot be written to ({error.strerror})") from error
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file of the run, atomically."""
         write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
 
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"output-dir: {self.path} cannot be written to ({error.strerror})")
+
     def _check_own(self) -> None:
         """Refuse a folder in which somebody else's files have the names of ours."""
-        found = [name for name in (*FILES, CHECKPOINTS, TRACKING) if (self.path / name).exists()]
+        found = [name for name in (*FILES, CHECKPOINTS, TRACKING, INSPECT) if (self.path / name).exists()]
         if found and self.saved_config() is None:
             raise ConfigError(
                 f"output-dir: {self.path} holds {', '.join(found)}, but no {CONFIG} of a run; name another folder, or "
@@ -120,6 +152,6 @@ class RunDirectory:
         """Delete the files of a run, and nothing else that may lie there."""
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, TRACKING):
+        for name in (CHECKPOINTS, TRACKING, INSPECT):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)

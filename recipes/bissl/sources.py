@@ -85,7 +85,7 @@ def open_digits(request: Request) -> Source:
 
 def open_folder(path: str, request: Request) -> Source:
     """Images in class folders below `path` (see `list_folder`), decoded as RGB when they are read."""
-    listing = list_folder(Path(path).expanduser())
+    listing = list_folder(Path(path))
     parts = {part: torch.tensor(positions) for part, positions in listing.parts.items()}
 
     def read(positions: Tensor) -> Tensor:

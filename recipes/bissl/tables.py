@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from recipes.bissl.terminal import printable
+
 NOT_RECORDED = "not recorded"
 
 FINETUNE_NOISE = (
@@ -26,17 +28,22 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """
     metrics = metric_names(results)
     seeds = results.get("seeds") or []
-    table = Table(title=Text(f"preset {results.get('preset', NOT_RECORDED)}, {len(seeds)} seed(s)"))
+    table = Table(title=_text(f"preset {results.get('preset', NOT_RECORDED)}, {len(seeds)} seed(s)"))
     table.add_column("arm", no_wrap=True)
     for metric in metrics:
-        table.add_column(Text(f"{metric} {metric_direction(results, metric)}".strip()), justify="right")
+        table.add_column(_text(f"{metric} {metric_direction(results, metric)}".strip()), justify="right")
     for title in ("pretext steps", "label steps", "seconds"):
         table.add_column(title, justify="right")
     for arm, entry in arms_in_order(results).items():
         scores = [mean_and_std(entry.get(metric)) for metric in metrics]
         costs = [count_text(entry.get("pretext_steps")), count_text(entry.get("label_steps"))]
-        table.add_row(*(Text(cell) for cell in (arm, *scores, *costs, seconds_text(entry.get("seconds")))))
+        table.add_row(*(_text(cell) for cell in (arm, *scores, *costs, seconds_text(entry.get("seconds")))))
     return table
+
+
+def _text(cell: str) -> Text:
+    """A cell as it is: neither markup nor commands for the terminal."""
+    return Text(printable(cell))
 
 
 def comparison_lines(results: Mapping[str, Any]) -> list[str]:

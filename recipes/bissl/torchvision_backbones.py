@@ -121,7 +121,7 @@ def check_torchvision(name: str, image_size: int | None = None) -> None:
         )
     if image_size is None or name.startswith("swin"):
         return
-    if name.startswith(("vit", "maxvit")):
+    if takes_one_size(name):
         # Patches of a transformer; windows of 7 on each of MaxViT's grids, the last of which is 32 times smaller.
         step = int(name.rpartition("_")[2]) if name.startswith("vit") else 7 * 32
         if image_size % step:
@@ -130,6 +130,11 @@ def check_torchvision(name: str, image_size: int | None = None) -> None:
     smallest = max(models.get_model_weights(name).DEFAULT.meta["min_size"])  # type: ignore[attr-defined]
     if image_size < smallest:
         raise ValueError(f"{name} takes images of at least {smallest} px, not {image_size}")
+
+
+def takes_one_size(name: str) -> bool:
+    """Whether the network has weights for each position or window, so that it takes the size that it was made for."""
+    return name.startswith(("vit", "maxvit"))
 
 
 def torchvision_backbone(name: str, *, image_size: int | None = None) -> ChainBackbone | TransformerBackbone:

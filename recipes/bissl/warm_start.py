@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from recipes.bissl.config_sections import ModelConfig
 from recipes.bissl.context import Context
@@ -39,7 +39,8 @@ def check_initial_weights(model: ModelConfig, image_size: int) -> None:
 class HeadsFirst:
     """Updates on the pretext loss: the first `steps` fit the heads to the frozen backbone, later ones are `then`.
 
-    The frozen backbone is in eval mode and keeps every weight and buffer. The heads have an optimizer of their own: the
+    The frozen backbone is in eval mode and keeps every weight and buffer; heads before it (a masked autoencoder's
+    token) get gradients through it. The heads have an optimizer of their own: the
     task's, with the pretext stage's learning rate, warmed up over a tenth of the steps and then decayed by a cosine.
     """
 
@@ -52,15 +53,17 @@ class HeadsFirst:
         heads: nn.ModuleDict,
         then: Callable[[Any], dict[str, Any]],
     ) -> None:
-        self.steps, self.made, self.backbone, self.then = steps, 0, backbone, then
+        self.steps, self.made, self.then = steps, 0, then
+        self.task, self.backbone, self.heads = task, backbone, heads
         section = context.config.pretext
         trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
         self.optimizer = task.optimizer(trained, section.lr, section.weight_decay)
         self.scheduler = schedule(self.optimizer, total_steps=steps, warmup_steps=steps // 10)
 
+        constants = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
+
         def frozen(x: Tensor, feature_map: bool = False) -> Tensor:
-            with torch.no_grad():
-                return backbone(x, feature_map=feature_map)
+            return functional_call(backbone, constants, (x,), {"feature_map": feature_map})
 
         self.loss = context.computing.first_order(lambda batch: task.loss(frozen, dict(heads.items()), batch))
 
@@ -69,7 +72,12 @@ class HeadsFirst:
         self.made += 1
         fitting = self.made <= self.steps
         self.backbone.train(not fitting)
-        return optimizer_step(self.loss(batch), self.optimizer, self.scheduler) if fitting else self.then(batch)
+        if not fitting:
+            return self.then(batch)
+        record = optimizer_step(self.loss(batch), self.optimizer, self.scheduler)
+        if self.made == self.steps:
+            self.task.after_fitting(self.backbone, self.heads)
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         optimizer, scheduler = self.optimizer.state_dict(), self.scheduler.state_dict()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.bissl.datasets.dataset import Dataset, open_dataset
+from recipes.bissl.datasets.dataset import Dataset, open_dataset, remedy
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.sources import Purpose, Request, Source
 
@@ -49,9 +49,17 @@ def _broken(source: Source, positions: Tensor) -> list[str]:
 def verify(dataset: Dataset, root: Path, *, sample: int | None, seed: int = 0) -> Verified:
     """Check the files, counts and labels of `dataset` below `root`, and decode `sample` of its images (None: all).
 
-    Images are chosen by `seed` out of all parts. Problems are returned, not raised.
+    Images are chosen by `seed` out of all parts. Problems are returned, not raised; files and folders that are missing
+    are one problem, and then the only one.
     """
     found = Verified()
+    missing = dataset.missing(root)
+    if missing:
+        names = ", ".join(map(str, missing))
+        found.problems.append(
+            f"missing are {len(missing)} of {len(dataset.needs)} files and folders: {names}; {remedy(dataset, root)}"
+        )
+        return found
     purposes: tuple[Purpose, ...] = ("downstream", "pretext") if dataset.has_unlabelled else ("downstream",)
     for purpose in purposes:
         try:

@@ -29,6 +29,7 @@ def paper_preset(name: str) -> Preset:
         lr, weight_decay = entry.upper
         return Config(
             preset=f"paper-{name}",
+            paper_version=paper_version,
             seeds=10,
             data=DataConfig(pretext="stl10", downstream=name, image_size=96),
             model=ModelConfig(backbone="resnet18"),

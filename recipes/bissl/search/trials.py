@@ -72,12 +72,14 @@ def grid_around(centre: tuple[float, float], *, side: int, factor: float) -> lis
 
     Raises:
         ConfigError: a side that is not odd, so that the centre itself would be missing, a factor that is not above 1,
-            or a weight decay of 0, which has no neighbours.
+            a grid that is too large, or a weight decay of 0, which has no neighbours.
     """
-    if side < 1 or side % 2 == 0:
-        raise ConfigError(f"--grid-side: must be odd, so that the centre is among the pairs, got {side}")
+    if not 1 <= side < 100 or side % 2 == 0:
+        raise ConfigError(f"--grid-side: must be odd, so that the centre is among the pairs, and below 100, got {side}")
     if not 1 < factor < math.inf:
         raise ConfigError(f"--grid-factor: must be above 1, got {factor:g}")
+    if (side // 2) * math.log10(factor) > 12:
+        raise ConfigError(f"--grid-factor: {side} values {factor:g} apart span over 24 powers of ten; take less of one")
     rate, decay = centre
     if decay == 0:
         raise ConfigError(

@@ -13,16 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from bilevel import NonFiniteError
+from bilevel import NonFiniteError, interruption
 from bilevel.checkpoint import write_atomic
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactStore, read_artifact
+from recipes.bissl.claims import Claim, ClaimLost, Claims
 from recipes.bissl.config import Config, ConfigError
 from recipes.bissl.context import Context, Datasets
+from recipes.bissl.estimate import check_data, check_labelled
 from recipes.bissl.execution import make_context
 from recipes.bissl.pipeline import pretrain
-from recipes.bissl.run_directory import RunDirectory
-from recipes.bissl.search.claims import Claim, ClaimLost, Claims
+from recipes.bissl.run_directory import INSPECT, RunDirectory
 from recipes.bissl.search.image_cache import CachedImages, cache_folder, write_cache
 from recipes.bissl.search.selection import TrialRecord
 from recipes.bissl.search.trials import SearchStage, Trial, rate_fields, with_pair
@@ -99,11 +100,23 @@ def read_record(path: Path, trial: Trial) -> TrialRecord:
     return record
 
 
-def prepare(search: Search, given: Artifact | None, console: Console) -> None:
+def check(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
+    """Read the data of a search that is not begun yet; what is wrong must leave nothing behind.
+
+    Raises:
+        DataError, ConfigError: naming what is wrong.
+    """
+    context = search.context(search.directory, data, console)
+    pretrains = given is None and arm_of(search.arm).start != "random"
+    (check_data if pretrains else check_labelled)(context)
+
+
+def prepare(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
     """Make or find what all trials start from: the artifact and the decoded images. One process does it, others wait.
 
     Args:
         given: the artifact to start from; None: that of the arm, trained here unless it is among the artifacts.
+        data: the images, read where they must be.
 
     Raises:
         ConfigError: the search was begun from another artifact.
@@ -113,23 +126,22 @@ def prepare(search: Search, given: Artifact | None, console: Console) -> None:
     (search.directory / TRIALS).mkdir(parents=True, exist_ok=True)
     while not (path.exists() and images.exists()):
         claim = search.claims.take(PREPARE)
+        interruption.check()
         if claim is None:
             time.sleep(min(POLL, search.lease / 4))
             continue
         with claim.kept():
-            _make(search, given, path, images, console)
+            _make(search, given, path, images, search.context(search.directory, data, console))
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")
 
 
-def _make(search: Search, given: Artifact | None, path: Path, images: Path, console: Console) -> None:
+def _make(search: Search, given: Artifact | None, path: Path, images: Path, context: Context) -> None:
     """The image cache, then the artifact: what is wrong with labelled data must not be found after pre-training."""
-    context = search.context(search.directory, Datasets(search.config), console)
-    sets = context.data.downstream
-    context.labelled_stack(context.config.downstream_task(sets.train.classes), "check")
+    check_labelled(context)
     if not images.exists():
-        write_cache(images, sets)
+        write_cache(images, context.data.downstream)
     if not path.exists():
         made = given if given is not None else _pretrained(search, context)
         where = None if made is None else str(made.directory.resolve())
@@ -155,6 +167,7 @@ def work(search: Search, console: Console, *, only: int | None = None) -> None:
             idle = False
             with claim.kept():
                 _attempt(search, trial, parent, data, claim, console)
+        interruption.check()
         if idle:
             time.sleep(min(POLL, search.lease / 4))
 
@@ -246,7 +259,7 @@ def _name(trial: Trial) -> str:
 
 def _discard(directory: Path) -> None:
     """Delete the checkpoints of a trial that is done; another process may be at it too."""
-    for path in directory.glob("step-*"):
+    for path in (*directory.glob("step-*"), *directory.glob(f"{INSPECT}/*")):
         path.unlink(missing_ok=True)
 
 

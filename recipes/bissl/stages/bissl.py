@@ -2,21 +2,26 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bilevel import AlternatingSchedule, Checkpointing, ProgressBar, Trainer
+from bilevel import AlternatingSchedule, Callback, Checkpointing, ProgressBar, Trainer, interruption
 from bilevel.batches import derive_seed
 from bilevel.callbacks import Diagnostics
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from bilevel.inspection import Inspect
 from bilevel.microbatch import MicroBatched
 from recipes.bissl.artifact import Artifact, make_key
+from recipes.bissl.claims import Claim
 from recipes.bissl.context import LOWER_DATA, Context
 from recipes.bissl.events import StageEvents
 from recipes.bissl.loop import Seconds, discard_checkpoints
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
 from recipes.bissl.problem import BACKBONE, BiSSLProblem
+from recipes.bissl.run_directory import INSPECT
+from recipes.bissl.run_lock import held
 
 STAGE = "bissl"
 
@@ -41,20 +46,22 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     problem = _problem(context, artifact)
     seconds, events = Seconds(), context.writer(STAGE)
     directory = context.store.directory(STAGE, key)
-    trainer = _trainer(context, problem, directory, (events, seconds))
-    found = load_checkpoint(directory)
-    if found is None:
-        # Goes on from the same random state if the run is interrupted before the first alternation ends.
-        events.restart()
-        save_checkpoint(directory, 0, trainer.state_dict())
-    else:
-        trainer.load_state_dict(found[1])
-    trainer.run()
+    with interruption.deferred(), held(directory, "artifacts") as claim:
+        trainer = _trainer(context, problem, directory, (events, seconds, _Held(claim)))
+        found = load_checkpoint(directory)
+        if found is None:
+            # Goes on from the same random state if the run is interrupted before the first alternation ends.
+            events.restart()
+            save_checkpoint(directory, 0, trainer.state_dict())
+        else:
+            trainer.load_state_dict(found[1])
+        trainer.run()
     info = {
         "pretext_steps": artifact.info["pretext_steps"] + trainer.steps["lower"],
         "label_steps": artifact.info["label_steps"] + trainer.steps["upper"],
         "seconds": artifact.info["seconds"] + seconds.total(),
         "seed": context.seed,
+        "arm": context.arm,
         "solves": dict(trainer.solves),
     }
     modules = {
@@ -66,6 +73,16 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     result = context.store.save(STAGE, key, modules, info)
     discard_checkpoints(directory)
     return result
+
+
+class _Held(Callback):
+    """Stops where another process has taken the stage over."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        self.claim.check()
 
 
 def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
@@ -93,7 +110,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
 
 
 def _trainer(
-    context: Context, problem: BiSSLProblem, directory: Path, callbacks: tuple[StageEvents, Seconds]
+    context: Context, problem: BiSSLProblem, directory: Path, callbacks: tuple[StageEvents, Seconds, _Held]
 ) -> Trainer:
     config, c = context.config, context.config.bissl
     upper, lower = problem.variables()
@@ -132,11 +149,13 @@ def _trainer(
             ),
             upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
             max_grad_norm=c.max_grad_norm,
+            nonfinite_skips=config.nonfinite_skips,
             adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
             callbacks=(
                 *callbacks,
                 ProgressBar(context.console, f"BiSSL, seed {context.seed}"),
                 Diagnostics(context.console, every=None),
+                Inspect(context.metrics_path.parent / INSPECT, prefix=f"{STAGE}-{context.arm}-seed-{context.seed}-"),
                 Checkpointing(directory, every=c.checkpoint_every),
             ),
         )

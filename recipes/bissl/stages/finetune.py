@@ -119,6 +119,7 @@ def fit(
         console=context.console,
         description=f"fine-tuning, {context.arm}, seed {context.seed}",
         after=after,
+        nonfinite_skips=config.nonfinite_skips,
     )
     best.restore()
     return Fitted(model, supervised, best.facts(), total, seconds)
@@ -169,8 +170,8 @@ class _Losses:
         self.values: list[float] = []
 
     def take_mean(self) -> float:
-        """Their mean; then start anew."""
-        mean = sum(self.values) / len(self.values)
+        """Their mean, NaN where every step was left out; then start anew."""
+        mean = sum(self.values) / len(self.values) if self.values else math.nan
         self.values = []
         return mean
 

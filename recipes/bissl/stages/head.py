@@ -114,6 +114,7 @@ def fit(context: Context, artifact: Artifact, directory: Path, *, check: Callabl
         console=context.console,
         description=f"head warm-up, seed {context.seed}",
         after=after,
+        nonfinite_skips=config.nonfinite_skips,
     )
     modules = {"backbone": original, "heads": heads, "upper_backbone": backbone, "head": head}
     metric, measure = next(iter(model.metrics.items()))

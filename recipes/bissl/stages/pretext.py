@@ -96,6 +96,7 @@ def _train(context: Context, stage: str, parent: Artifact | None, length: _Lengt
         console=context.console,
         description=f"{stage}, {context.arm}, seed {context.seed}",
         after=after,
+        nonfinite_skips=config.nonfinite_skips,
     )
     before: Mapping[str, Any] = {"pretext_steps": 0, "seconds": 0.0} if parent is None else parent.info
     info = {
@@ -103,6 +104,7 @@ def _train(context: Context, stage: str, parent: Artifact | None, length: _Lengt
         "label_steps": 0,
         "seconds": before["seconds"] + seconds,
         "seed": context.seed,
+        "arm": context.arm,
         "initial_weights": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
     }
     artifact = context.store.save(stage, key, {"backbone": backbone, "heads": heads}, info)
@@ -129,8 +131,8 @@ def _key(context: Context, stage: str, parent: Artifact | None, length: _Length,
     config = context.config
     sources = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
     shared = [] if stage == STAGE else [config.bissl.pretext_fraction]
-    # By its content: the same file elsewhere makes the same artifact.
-    start = [] if weights is None else [weights.sha256, length.projector]
+    # By its content: the same file elsewhere makes the same artifact. Any arm fits heads at the warm-up's rate.
+    start = [] if weights is None else [weights.sha256, length.projector, config.pretext.lr]
     return make_key(
         stage,
         context.seed,

@@ -10,6 +10,7 @@ from html import escape
 from recipes.bissl.paper import Score
 from recipes.bissl.table.rows import Measured, Row
 from recipes.bissl.tables import comparison_numbers, count_text, number_text, p_text
+from recipes.bissl.terminal import printable
 
 ABSENT = "–"
 
@@ -64,8 +65,8 @@ def main_grid(rows: Sequence[Row]) -> Grid:
     )
 
 
-def arms_grid(rows: Sequence[Row]) -> Grid:
-    """Every arm in the primary metric, with its cost."""
+def arms_grid(rows: Sequence[Row], hours: str) -> Grid:
+    """Every arm in the primary metric, with its cost; `hours` is what its time is called."""
     headings = ("data", "arm", "metric", "score", "BiSSL − arm", "95% interval", "p", "p (Holm)")
     cells = [
         [
@@ -74,7 +75,7 @@ def arms_grid(rows: Sequence[Row]) -> Grid:
         ]
         for row in rows
     ]
-    return Grid("All arms, and what they cost", (*headings, "pretext steps", "label steps", "hours"), cells, left=3)
+    return Grid("All arms, and what they cost", (*headings, "pretext steps", "label steps", hours), cells, left=3)
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -102,12 +103,12 @@ def markdown(grids: Sequence[Grid], notes: Sequence[str]) -> str:
 
 
 def latex(grids: Sequence[Grid], notes: Sequence[str]) -> str:
-    """`table` environments to be included in a document; they need no package. The notes are comments."""
+    """`table` environments to be included in a document; they need no package. The notes are a list below."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(_latex(cell) for cell in cells) + r" \\"
 
-    parts = ["\n".join(f"% {_one_line(note)}" for note in notes)]
+    parts = []
     for grid in grids:
         columns = "l" * grid.left + "r" * (len(grid.headings) - grid.left)
         body = [line(grid.headings), r"\hline", *map(line, grid.rows)]
@@ -123,6 +124,7 @@ def latex(grids: Sequence[Grid], notes: Sequence[str]) -> str:
                 ]
             )
         )
+    parts.append("\n".join([r"\begin{itemize}", *(rf"\item {_latex(note)}" for note in notes), r"\end{itemize}"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,11 +180,12 @@ def _record(row: Row) -> dict[str, str | float | None]:
         "paper_bissl_std": bissl[1],
         "paper_baseline_mean": baseline[0],
         "paper_baseline_std": baseline[1],
+        "notes": "; ".join(row.notes),
     }
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def _markdown(text: str) -> str:

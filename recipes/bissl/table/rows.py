@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,6 +40,13 @@ class Difference(_Lenient):
     p_value: float | None = Field(ge=0, le=1)
 
 
+class Environment(_Lenient):
+    """What a run was made with."""
+
+    device: str | None = None
+    device_name: str | None = None
+
+
 class RunResults(_Lenient):
     """The part of `results.json` that the table reads."""
 
@@ -49,6 +56,7 @@ class RunResults(_Lenient):
     arms: dict[str, dict[str, Measured | int | float]]
     comparisons: list[Difference]
     notes: list[str] = []
+    environment: Environment = Environment()
 
     @model_validator(mode="after")
     def _complete(self) -> "RunResults":
@@ -90,6 +98,7 @@ class FinishedRun:
     directory: Path
     dataset: str
     results: RunResults
+    paper_version: PaperVersion = "v2"
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class Row:
         pretext_steps, label_steps, hours: of the arm, in one repeat.
         p_holm: the p-value after Holm's correction over all rows of the table.
         paper: the paper's scores of BiSSL and of the baseline, where it has them.
+        notes: of the run, see `labelled_notes`.
     """
 
     dataset: str
@@ -117,6 +127,7 @@ class Row:
     pretext_steps: float
     label_steps: float
     hours: float
+    notes: tuple[str, ...]
 
 
 def read_finished(directory: Path) -> FinishedRun:
@@ -139,7 +150,11 @@ def read_finished(directory: Path) -> FinishedRun:
         results = RunResults.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{directory / RESULTS}: damaged, {'; '.join(explain(error))}") from error
-    return FinishedRun(directory, name if name in TITLES else dataset, results)
+    named = config.get("paper_version", "v2")
+    version = next((known for known in get_args(PaperVersion) if known == named), None)
+    if version is None:
+        raise ConfigError(f"{directory / CONFIG}: damaged, paper_version must be v2 or v1, got {named!r}")
+    return FinishedRun(directory, name if name in TITLES else dataset, results, version)
 
 
 def main_rows(runs: Sequence[FinishedRun], version: PaperVersion) -> list[Row]:
@@ -167,8 +182,18 @@ def arm_rows(runs: Sequence[FinishedRun], version: PaperVersion) -> list[Row]:
 
 
 def labelled_notes(runs: Sequence[FinishedRun]) -> list[tuple[str, list[str]]]:
-    """(label, what a reader must know) of each run, the meaning of the crop among it."""
-    return [(label, run.results.notes) for label, run in _labelled(runs)]
+    """(label, what a reader must know) of each run, the meaning of the crop and the device among it."""
+    return [(label, _notes(run)) for label, run in _labelled(runs)]
+
+
+def on_gpu(runs: Sequence[FinishedRun]) -> bool:
+    """Whether all runs were made on a GPU, so that their hours are GPU hours."""
+    return all(run.results.environment.device == "cuda" for run in runs)
+
+
+def _notes(run: FinishedRun) -> list[str]:
+    device = run.results.environment.device_name
+    return [*run.results.notes, *([] if device is None else [f"made on {device}"])]
 
 
 def _readable(path: Path) -> dict[str, Any]:
@@ -207,6 +232,7 @@ def _row(run: FinishedRun, label: str, arm: str, metric: str, version: PaperVers
         pretext_steps=pretext_steps,
         label_steps=label_steps,
         hours=seconds / 3600,
+        notes=tuple(_notes(run)),
     )
 
 

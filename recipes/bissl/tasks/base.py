@@ -31,6 +31,10 @@ class Task(BaseModel):
         default="per-image", description="how random views are applied; filled in from compute.views"
     )
 
+    def view_sizes(self) -> set[int]:
+        """Sides of the images that the backbone is given (px); some backbones take one size alone."""
+        return {self.image_size}
+
     def describe(self) -> list[str]:
         """Sentences for the report on choices that a reader of the results must know, such as what a crop means."""
         return []
@@ -79,6 +83,10 @@ class PretextTask(Task, ABC):
         """Called after every optimizer step on this task, for example to move a momentum target."""
         return None
 
+    def after_fitting(self, backbone: nn.Module, heads: nn.ModuleDict) -> None:
+        """Called once after heads were fitted to given weights, for example to bring copies of them up to date."""
+        return None
+
     def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """The optimizer of pretext steps and of the lower level; LARS (the paper's) unless a task wants another."""
         return LARS(list(parameters), lr=lr, weight_decay=weight_decay, exclude_1d=self.lars_excludes_1d)
@@ -89,7 +97,7 @@ class DownstreamTask(Task, ABC):
 
     Attributes:
         labels: what it takes as labels: "single-label" is int64 [N], "multi-label" bool [N, classes], "regression"
-            float32 [N, targets]; None is any.
+            float32 [N, targets], "segmentation" uint8 [N, H, W] with 255 for pixels of no class; None is any.
     """
 
     labels: ClassVar[LabelKind | None] = None

@@ -25,8 +25,9 @@ class BYOL(TwoViewTask):
 
     After every optimizer step on the task, in the bilevel stage's lower level too and never otherwise, the target's
     parameters follow: ``target <- decay * target + (1 - decay) * online``. The target is the head "target", a copy of
-    backbone and projector without gradients, equal to them at the start; it is saved and loaded with the heads. Its
-    running statistics are those of its own forward passes.
+    backbone and projector without gradients, equal to them at the start, and again after a projector was fitted to
+    given weights first; it is saved and loaded with the heads. Its running statistics are those of its own forward
+    passes.
 
     The predictor has the projector's shape. The source has one hidden layer of 4096 and an output of 256 in both, and
     raises the decay to 1 over the training; here it is constant.
@@ -60,6 +61,10 @@ class BYOL(TwoViewTask):
         online = nn.Sequential(backbone, heads["projector"])
         for slow, fast in zip(heads["target"].parameters(), online.parameters(), strict=True):
             slow.lerp_(fast, 1 - self.target_decay)
+
+    @torch.no_grad()
+    def after_fitting(self, backbone: nn.Module, heads: nn.ModuleDict) -> None:
+        heads["target"].load_state_dict(nn.Sequential(backbone, heads["projector"]).state_dict())
 
     def describe(self) -> list[str]:
         decay = f"the target network keeps {self.target_decay:g} of itself at every pretext step"

@@ -37,6 +37,9 @@ class LinearTask(DownstreamTask):
             raise ValueError(f"eval_resize={self.eval_resize} px is smaller than the crop of {self.image_size} px")
         return self
 
+    def view_sizes(self) -> set[int]:
+        return {self.view.size, self.image_size}
+
     def describe(self) -> list[str]:
         resize = self.eval_resize or self.image_size
         return [

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -38,6 +38,17 @@ class TwoViewTask(PretextTask):
             return data
         vicreg = {"view1": {"blur_probability": 1.0}, "view2": {"blur_probability": 0.1, "solarize_probability": 0.2}}
         return {**data, **{name: _sized(data.get(name, default), data) for name, default in vicreg.items()}}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.joint_pass and self.view1.size != self.view2.size:
+            raise ValueError(
+                f"joint_pass needs views of one size, got {self.view1.size} and {self.view2.size} px; set it to false"
+            )
+        return self
+
+    def view_sizes(self) -> set[int]:
+        return {self.view1.size, self.view2.size}
 
     def describe(self) -> list[str]:
         return [f"pretext view {i}: {view.describe_crop()}" for i, view in enumerate((self.view1, self.view2), 1)]

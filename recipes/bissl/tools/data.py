@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.bissl.datasets.catalog import DATASETS
-from recipes.bissl.datasets.dataset import Dataset, fetch_dataset
+from recipes.bissl.datasets.dataset import Dataset, fetch_dataset, remedy
 from recipes.bissl.datasets.verify import Verified, verify
 from recipes.bissl.imagesets import DataError
+from recipes.bissl.terminal import printable
 
 BAD = 2
 SHOWN = 10
@@ -29,6 +30,10 @@ def main(arguments: list[str]) -> int:
     console = Console()
     if options.command == "list":
         console.print(_table(root))
+        for dataset in DATASETS.values():
+            if not dataset.downloadable and dataset.missing(root):
+                _say(console, f"{dataset.name}: {remedy(dataset, root)}")
+        _say(console, "`run.py data verify NAME` says of any other what is missing, where it is from and where it goes")
         return 0
     if options.command == "download":
         return _download(console, _named(options.name), root)
@@ -45,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--root", default="data", help="folder of the sets, as the field data.root (default: data)")
     parser = argparse.ArgumentParser(prog="run.py data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | verify | download")
-    commands.add_parser("list", parents=[common], help="all sets, their counts, and what is on disk")
+    commands.add_parser(
+        "list",
+        parents=[common],
+        help="all sets, their counts, what is on disk, and how to place what cannot be fetched",
+    )
     check = commands.add_parser(
         "verify", parents=[common], allow_abbrev=False, help="check files, counts and labels, and decode images"
     )
@@ -126,4 +135,4 @@ def _download(console: Console, dataset: Dataset, root: Path) -> int:
 
 def _say(console: Console, line: str) -> None:
     """One line as it is: paths are neither highlighted, wrapped nor read as markup."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save
 
 from bilevel.checkpoint import write_atomic
+from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import INFO, Artifact, ArtifactError, read_artifact
 from recipes.bissl.config import Config, read_config_file
 from recipes.bissl.execution import config_of
@@ -17,6 +18,8 @@ from recipes.bissl.run_directory import CHECKPOINTS, CONFIG, RESULTS
 
 WEIGHTS, CARD = "backbone.safetensors", "MODEL_CARD.md"
 STAGES = ("pretext", "restart", "head", "bissl", "finetune")
+SHARED = ("pretext", "head")
+"""Stages that arms with the same start have in common."""
 
 
 def main(arguments: list[str]) -> int:
@@ -59,10 +62,15 @@ def export(
     content = save(backbone, metadata={"format": "pt", "backbone": config.model.backbone})
     digest = hashlib.sha256(content).hexdigest()
     try:
+        card = model_card(artifact, config, WEIGHTS, digest, licence=licence, results=results)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact.directory / INFO}, or the results for the card, hold something else than a run writes ({error})"
+        ) from error
+    try:
         target.mkdir(parents=True, exist_ok=True)
         write_atomic(target / WEIGHTS, content)
         write_atomic(target / CONFIG, config.model_dump_json(indent=1).encode())
-        card = model_card(artifact, config, WEIGHTS, digest, licence=licence, results=results)
         write_atomic(target / CARD, card.encode())
     except OSError as error:
         raise ArtifactError(f"--to: {target} cannot be written to ({error.strerror})") from error
@@ -96,12 +104,11 @@ def _run_of(source: Path) -> Path:
 def _find(run: Path, stage: str, arm: str, seed: int) -> Artifact:
     """The one artifact of the run that the options describe."""
     found = [read_artifact(path.parent) for path in sorted((run / CHECKPOINTS).glob(f"*/{INFO}"))]
-    # Stages that several arms share are recorded without one.
-    fitting = [
-        artifact
-        for artifact in found
-        if (artifact.stage, artifact.info.get("seed"), artifact.info.get("arm", arm)) == (stage, seed, arm)
-    ]
+    of_stage = [artifact for artifact in found if (artifact.stage, artifact.info.get("seed")) == (stage, seed)]
+    fitting = [artifact for artifact in of_stage if _arm(artifact, arm) == arm]
+    if not fitting and stage in SHARED:
+        # Recorded for the first arm that needed it.
+        fitting = [artifact for artifact in of_stage if arm_of(_arm(artifact, arm)).start == arm_of(arm).start]
     if len(fitting) == 1:
         return fitting[0]
     what = f"of stage {stage}, arm {arm} and seed {seed}"
@@ -111,6 +118,10 @@ def _find(run: Path, stage: str, arm: str, seed: int) -> Artifact:
             "--arm and --seed of one of these, or a folder, also one in a shared folder of artifacts (with --run)"
         )
     raise ArtifactError(f"{run / CHECKPOINTS} holds several artifacts {what}; name one's folder:\n{_listing(fitting)}")
+
+
+def _arm(artifact: Artifact, default: str) -> str:
+    return artifact.info.get("arm", default)
 
 
 def _listing(artifacts: list[Artifact]) -> str:

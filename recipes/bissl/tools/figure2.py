@@ -16,6 +16,7 @@ from recipes.bissl.epochs_sweep import Point, config_at, csv_text, is_finished, 
 from recipes.bissl.execution import make_context, run_whole
 from recipes.bissl.figures import shown_name
 from recipes.bissl.run_directory import RESULTS, RunDirectory
+from recipes.bissl.run_lock import held
 from recipes.bissl.tables import comparison_lines
 
 FIGURE, SUMMARY, TABLE = "figure2.png", "figure2.json", "figure2.csv"
@@ -53,9 +54,10 @@ def main(arguments: list[str]) -> int:
         for point in points:
             print(f"{point.directory.path}: {point.epochs} pretext epochs\n{estimate.describe(point.config)}")
         return 0
-    results = _run(points, request, folder, data)
-    content = summary([(point, results[point.epochs]) for point in points], cut)
-    write_figure(folder, content)
+    with held(folder, "output-dir"):
+        results = _run(points, request, folder, data)
+        content = summary([(point, results[point.epochs]) for point in points], cut)
+        write_figure(folder, content)
     print(f"{folder / FIGURE}, {folder / SUMMARY}, {folder / TABLE}")
     return 0
 
@@ -105,8 +107,9 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
             results[point.epochs] = read_config_file(point.directory.path / RESULTS)
             print(f"{point.epochs} pretext epochs: found in {point.directory.path}")
             continue
-        context = make_context(point.config, point.directory, store, data)
-        results[point.epochs] = run_whole(context, point.directory)
+        with point.directory.held(point.config, resume=True, overwrite=False):
+            context = make_context(point.config, point.directory, store, data)
+            results[point.epochs] = run_whole(context, point.directory)
         print(f"{point.epochs} pretext epochs: {comparison_lines(results[point.epochs])[0]}")
     return results
 

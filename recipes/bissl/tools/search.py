@@ -4,18 +4,21 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bilevel import NonFiniteError
+from bilevel import NonFiniteError, interruption
 from bilevel.checkpoint import CheckpointError, write_atomic
+from bilevel.interruption import Interruption
 from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, read_artifact
 from recipes.bissl.command_line import Request, parse, show_config
 from recipes.bissl.config import ConfigError, differences, read_config_file
+from recipes.bissl.context import Datasets
 from recipes.bissl.execution import compute_device
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.plugins import PluginError
@@ -23,7 +26,8 @@ from recipes.bissl.run_directory import CHECKPOINTS, SAFE_TO_CHANGE
 from recipes.bissl.search.results import CHOSEN, SELECTION, lines, table, write_selection
 from recipes.bissl.search.selection import TOLERANCE, select
 from recipes.bissl.search.trials import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, RandomPairs, grid_around
-from recipes.bissl.search.work import Search, prepare, sweep, work
+from recipes.bissl.search.work import Search, check, prepare, sweep, work
+from recipes.bissl.tracking import check_installed
 
 MANIFEST = "search.json"
 UNFINISHED = 1
@@ -53,10 +57,7 @@ def main(arguments: list[str]) -> int:
             print(f"trial {trial.number:03d}: lr {trial.lr:.6g}, weight decay {trial.weight_decay:.6g}")
         return 0
     if not given.summary:
-        parent = _given_artifact(given, search)
-        compute_device(search.config)
-        _open(search, given)
-        prepare(search, parent, console)
+        _begin(search, console, given)
         _run(search, console, given)
     elif not (search.directory / MANIFEST).exists():
         raise ConfigError(f"--summary: {search.directory} holds no search")
@@ -162,6 +163,19 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     return artifact
 
 
+def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
+    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+    parent = _given_artifact(given, search)
+    compute_device(search.config)
+    check_installed(search.config.tracking)
+    # Let go of when this is done: workers map the cache instead.
+    data = Datasets(search.config)
+    if not (search.directory / MANIFEST).exists():
+        check(search, parent, data, console)
+    _open(search, given)
+    prepare(search, parent, data, console)
+
+
 def _open(search: Search, given: argparse.Namespace) -> None:
     """Begin the search in its folder, or join the one that is there if it is the same.
 
@@ -205,17 +219,30 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
     processes = [server.Process(target=_worker, args=(search,), daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    with interruption.deferred():
+        for process in processes:
+            while process.exitcode is None:
+                process.join(1.0)
+                _pass_on_signals(processes)
+        interruption.check()
     ended = [str(process.exitcode) for process in processes if process.exitcode]
     if ended:
         print(f"run.py search: {len(ended)} of {count} workers ended early, with {', '.join(ended)}", file=sys.stderr)
 
 
+def _pass_on_signals(processes: Sequence[BaseProcess]) -> None:
+    """What asks this process to stop asks its workers."""
+    handler = interruption.installed()
+    if handler is not None and handler.asked_by is not None:
+        for process in processes:
+            process.terminate()
+
+
 def _worker(search: Search) -> None:
     """One worker process; bad input is one line, as in the first."""
     try:
-        work(search, Console())
+        with Interruption():
+            work(search, Console())
     except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
         print(f"run.py search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,7 +10,7 @@ from bilevel.checkpoint import write_atomic
 from recipes.bissl.config import ConfigError
 from recipes.bissl.paper import PaperVersion
 from recipes.bissl.table.formats import arms_grid, csv_text, html, latex, main_grid, markdown
-from recipes.bissl.table.rows import FinishedRun, arm_rows, labelled_notes, main_rows, read_finished
+from recipes.bissl.table.rows import FinishedRun, arm_rows, labelled_notes, main_rows, on_gpu, read_finished
 from recipes.bissl.tables import FINETUNE_NOISE, PIPELINE_NOISE
 
 FILES = ("table.md", "table.csv", "arms.csv", "table.tex", "table.html")
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     there = [name for name in FILES if (folder / name).exists()]
     if there and not given.overwrite:
         raise ConfigError(f"--to: {folder} holds {', '.join(there)} already; replace them with --overwrite")
-    written = tables(runs, given.paper_version)
+    written = tables(runs, given.paper_version or _version(runs))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():
@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
 def tables(runs: Sequence[FinishedRun], version: PaperVersion) -> dict[str, str]:
     """The content of each of `FILES`."""
     rows, arms = main_rows(runs, version), arm_rows(runs, version)
-    grids, notes = [main_grid(rows), arms_grid(arms)], _notes(runs, version)
+    hours = "GPU hours" if on_gpu(runs) else "hours"
+    grids, notes = [main_grid(rows), arms_grid(arms, hours)], _notes(runs, version)
     texts = (markdown(grids, notes), csv_text(rows), csv_text(arms), latex(grids, notes), html(grids, notes))
     return dict(zip(FILES, texts, strict=True))
 
@@ -60,8 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--paper-version",
         choices=get_args(PaperVersion),
-        default="v2",
-        help="whose figures stand beside the results (default: v2)",
+        help="whose figures stand beside the results (default: that of the runs)",
     )
     parser.add_argument("--skip-unfinished", action="store_true", help="leave out unfinished and damaged runs")
     parser.add_argument("--overwrite", action="store_true", help="replace tables that are there already")
@@ -84,6 +84,13 @@ def _read(folders: Sequence[Path], *, skip: bool) -> list[FinishedRun]:
     return runs
 
 
+def _version(runs: Sequence[FinishedRun]) -> PaperVersion:
+    version = runs[0].paper_version
+    if any(run.paper_version != version for run in runs):
+        raise ConfigError("--paper-version: the runs were made with values of both versions; say whose figures to show")
+    return version
+
+
 def _notes(runs: Sequence[FinishedRun], version: PaperVersion) -> list[str]:
     kinds = {run.results.repeats for run in runs}
     meanings = {"finetune": f"Welch's test: {FINETUNE_NOISE}", "pipeline": f"Paired test: {PIPELINE_NOISE}"}
@@ -91,7 +98,7 @@ def _notes(runs: Sequence[FinishedRun], version: PaperVersion) -> list[str]:
         "Mean ± standard deviation over seeds; accuracies are in percent. Differences are BiSSL minus the other arm.",
         "p (Holm) is corrected over all rows of its table.",
         *(meaning for kind, meaning in meanings.items() if kind in kinds),
-        "Steps and hours (wall-clock) are those of one repeat of an arm, all its stages together.",
+        "Steps and hours (wall-clock, on one device) are those of one repeat of an arm, all its stages together.",
         f"Paper: Table 1 of version {version.removeprefix('v')}.",
         *(f"{label}: {note}" for label, notes in labelled_notes(runs) for note in notes),
     ]

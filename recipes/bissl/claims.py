@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from recipes.bissl.process_identity import has_ended, identity
+
 BEATS = 6
 """Renewals of a claim within its lease: a few may fail before anybody takes the work for abandoned."""
 
@@ -21,8 +23,9 @@ class Claims:
     """Claims on pieces of work, by name, as files ``<name>.<generation>.claim`` in a folder.
 
     The highest generation holds the work. Generation g+1 may be created only once the file of g has not been touched
-    for a lease; creation is exclusive, so that of several who try one succeeds, and a claim is never renamed or
-    deleted by others while it counts. A holder that was only suspended finds the higher generation and stops.
+    for a lease, or its process is seen to have ended, which only its own machine can tell. Creation is exclusive, so
+    that of several who try one succeeds, and a claim is never renamed or deleted by others while it counts. A holder
+    that was only suspended finds the higher generation and stops.
 
     Ages are differences of modification times within the folder, "now" being that of a file made there at the time:
     both come from the clock of the file system, so that clocks of machines may differ. On NFS attributes are cached
@@ -40,7 +43,7 @@ class Claims:
     def take(self, name: str) -> "Claim | None":
         """The claim on the work, or None while somebody else holds it."""
         held = self._generations(name)
-        if held and self.age(held[-1]) <= self.lease:
+        if held and self._counts(held[-1]):
             return None
         path = self._path(name, held[-1][0] + 1 if held else 0)
         try:
@@ -48,19 +51,15 @@ class Claims:
         except FileExistsError:
             return None
         with os.fdopen(descriptor, "w") as file:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+            json.dump(identity(), file)
         return Claim(self, name, path)
 
     def holder(self, name: str) -> dict[str, Any] | None:
-        """Host, process and seconds since the last renewal of the claim that counts; None where the work is free."""
+        """Host, process, job and seconds since the last renewal of the claim that counts; None where work is free."""
         held = self._generations(name)
-        if not held or (age := self.age(held[-1])) > self.lease:
+        if not held or not self._counts(held[-1]):
             return None
-        try:
-            return {**json.loads(held[-1][1].read_text()), "age": age}
-        except (FileNotFoundError, json.JSONDecodeError):
-            # Released, or not yet written, since it was listed.
-            return {"host": "?", "pid": None, "age": age}
+        return {**_process(held[-1][1]), "age": self.age(held[-1])}
 
     def age(self, generation: tuple[int, Path]) -> float:
         """Seconds since the claim was renewed, by the file system's clock; infinite once it is gone."""
@@ -83,6 +82,9 @@ class Claims:
         for _, path in self._generations(name):
             path.unlink(missing_ok=True)
 
+    def _counts(self, generation: tuple[int, Path]) -> bool:
+        return self.age(generation) <= self.lease and not has_ended(_process(generation[1]))
+
     def _generations(self, name: str) -> list[tuple[int, Path]]:
         """(generation, file), lowest first."""
         found = [(int(path.name.split(".")[-2]), path) for path in self.folder.glob(f"{name}.*.claim")]
@@ -90,6 +92,15 @@ class Claims:
 
     def _path(self, name: str, generation: int) -> Path:
         return self.folder / f"{name}.{generation}.claim"
+
+
+def _process(path: Path) -> dict[str, Any]:
+    """Who made a claim, as `identity`."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        # Released, or not yet written, since it was listed.
+        return {"host": "?", "pid": None}
 
 
 class Claim:
@@ -119,7 +130,10 @@ class Claim:
             ClaimLost: somebody else took over.
         """
         if self._lost.is_set():
-            raise ClaimLost(f"{self._path} was taken over; raise --lease if this machine stands still that long")
+            raise ClaimLost(
+                f"{self._path} was taken over: this process stood still for longer than its lease of "
+                f"{self._claims.lease:g} s"
+            )
 
     def _renew(self) -> None:
         while not self._done.wait(self._claims.lease / BEATS):
@@ -132,3 +146,6 @@ class Claim:
             except FileNotFoundError:
                 self._lost.set()
                 return
+            except OSError:
+                # A file system that does not answer for a while; the next beats may reach it within the lease.
+                continue

@@ -1,0 +1,147 @@
+"""Kill a run of the recipe again and again, resume it each time, and compare it with one that nothing disturbs.
+
+    python benchmarks/soak.py --kills 20 --output benchmarks/results/soak.json -- --preset digits
+
+SIGKILL comes at random moments over the whole run, drawn by the seed from the progress of the undisturbed one. Weights
+of every stage must then be equal byte for byte, results and events but for the seconds in them.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.bissl.run import main as run_recipe
+
+POLL = 0.002
+"""Seconds between two looks at a run's progress."""
+
+
+def soak(arguments: Sequence[str], kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Figures of one soak with the recipe's `arguments`, whose two runs are made in `folder`.
+
+    Raises:
+        RuntimeError: a run ended otherwise than asked for.
+    """
+    whole, disturbed = folder / "whole", folder / "disturbed"
+    began = time.perf_counter()
+    _finish(_start(arguments, whole))
+    seconds = time.perf_counter() - began
+    lines, draws = _lines(whole), random.Random(seed)
+    points = sorted(draws.randrange(lines) for _ in range(kills))
+    began, killed = time.perf_counter(), []
+    for point in points:
+        process = _start(arguments, disturbed)
+        while _lines(disturbed) < point and process.is_alive():
+            time.sleep(POLL)
+        # Anywhere within the step, not only after an event's line.
+        time.sleep(draws.uniform(0.0, seconds / lines))
+        process.kill()
+        process.join()
+        killed.append({"events": _lines(disturbed), "ended_by": process.exitcode, "newest": _newest(disturbed)})
+    _finish(_start(arguments, disturbed))
+    return {
+        "arguments": list(arguments),
+        "seed": seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "kills": sum(kill["ended_by"] == -signal.SIGKILL for kill in killed),
+        "killed": killed,
+        "seconds_undisturbed": seconds,
+        "seconds_with_kills": time.perf_counter() - began,
+        "stages": len(_weights(whole)),
+        "weights_equal": _weights(whole) == _weights(disturbed),
+        "results_equal": _results(whole) == _results(disturbed),
+        "events_equal": _events(whole) == _events(disturbed),
+    }
+
+
+def passed(figures: dict[str, Any]) -> bool:
+    """Whether the disturbed run equals the other one."""
+    return all(figures[name] for name in ("weights_equal", "results_equal", "events_equal"))
+
+
+def main() -> int:
+    """Run the soak that the command line asks for; exit code 1 where the runs differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="JSON file of the figures")
+    parser.add_argument("run", nargs="*", metavar="OPTION", help="options of run.py, after --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = soak(["--threads=1", *given.run], given.kills, given.seed, Path(folder))
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if given.output is not None:
+        given.output.write_text(text + "\n", encoding="utf-8")
+    return 0 if passed(figures) else 1
+
+
+def _start(arguments: Sequence[str], folder: Path) -> BaseProcess:
+    # From a process that only has imported: a kill then falls into the run, not into the imports.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["recipes.bissl.run"])
+    process = server.Process(target=_run, args=([*arguments, f"--output-dir={folder}", "--resume"],))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str]) -> None:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = nowhere
+        sys.exit(run_recipe(arguments))
+
+
+def _finish(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"a run that nobody disturbed ended with exit code {process.exitcode}")
+
+
+def _lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _newest(folder: Path) -> str | None:
+    """The newest checkpoint, as stage and step."""
+    found = sorted(folder.glob("checkpoints/*/step-*.json"), key=lambda path: path.stat().st_mtime)
+    return f"{found[-1].parent.name.partition('-')[0]} {int(found[-1].stem.removeprefix('step-'))}" if found else None
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in folder.rglob("weights.safetensors")}
+
+
+def _results(folder: Path) -> Any:
+    return _timeless(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+
+
+def _events(folder: Path) -> list[Any]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [_timeless(json.loads(line)) for line in lines]
+
+
+def _timeless(value: Any) -> Any:
+    """The same without the fields that measure time."""
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

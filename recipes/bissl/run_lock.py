@@ -1,0 +1,50 @@
+"""One process at a time in a folder: of a run, or of a stage that several runs share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recipes.bissl.claims import Claim, ClaimLost, Claims
+from recipes.bissl.config import ConfigError
+from recipes.bissl.process_identity import describe
+
+LEASE = 180.0
+"""Seconds without a sign of life after which a process of another machine counts as dead."""
+_NAME = ".lock"
+
+
+@contextmanager
+def held(folder: Path, what: str, *, lease: float = LEASE) -> Iterator[Claim]:
+    """Hold `folder`, made where missing, until the block ends; ``claim.check()`` inside tells whether it still is.
+
+    Args:
+        what: the field or thing that the message begins with.
+        lease: as for `Claims`.
+
+    Raises:
+        ConfigError: somebody else holds it.
+        OSError: it cannot be written to.
+    """
+    claims = Claims(folder, lease)
+    claim = claims.take(_NAME)
+    if claim is None:
+        holder = claims.holder(_NAME)
+        who = "another process" if holder is None else f"{describe(holder)}, seen {max(holder['age'], 0.0):.0f} s ago"
+        raise ConfigError(
+            f"{what}: {folder} is in use by {who}; wait until it ends, or name another folder. One that was killed "
+            f"lets go at once on its own machine, on others after {lease:g} s"
+        )
+    with claim.kept():
+        try:
+            yield claim
+        finally:
+            _give_up(claims, claim)
+
+
+def _give_up(claims: Claims, claim: Claim) -> None:
+    """Delete the claim and what dead processes left, unless somebody took over."""
+    try:
+        claim.check()
+    except ClaimLost:
+        return
+    claims.clear(_NAME)

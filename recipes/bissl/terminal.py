@@ -1,0 +1,6 @@
+"""Text from files and names, shown on a terminal."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as their escapes: a terminal takes some of them for commands."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
