@@ -99,7 +99,7 @@ REFERENCE = CG(80, 1e-5, recycle=80)
 KEPT = ReverseOverReverse(keep_graph=True)
 SETTINGS = {
     "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse()),
-    "global_cg": Setting(CG(10, 5e-2, recycle=20), KEPT),
+    "global_cg": Setting(CG(10, 6e-2, recycle=20), KEPT),
     "default": Setting(CG(10, "noise"), KEPT, aggregate=True),
     "two_batches": Setting(CG(10, "noise"), KEPT, aggregate=True, hessian_batches=2),
     "identity": Setting(Identity(), ReverseOverReverse()),

@@ -1,5 +1,6 @@
 """The four stages: what each makes of the artifact before it, and when it is not made again."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,7 @@ def test_divergence_stops_before_a_weight_changes(
     monkeypatch.setattr(pretext, "optimizer_step", poisoned)
     assert execute("--output-dir", str(tmp_path / "run")) == 3
     error = capsys.readouterr().err
-    assert error.startswith("run.py: stopped: loss nan")
+    assert re.match(r"run\.py: stopped: pretext step \d+: loss nan", error)
     assert "no weight was changed" in error
     assert error.count("\n") == 1
     assert len(of_stage(tmp_path / "run", "pretext", "train")) == 2
