@@ -21,6 +21,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    # As a script: the repository's root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from recipes.bissl.run import main as run_recipe
