@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+from recipes.bissl import execution
 from recipes.bissl.artifact import Artifact, ArtifactStore
 from recipes.bissl.command_line import parse
 from recipes.bissl.config import Config
@@ -69,6 +70,19 @@ def execute(*arguments: str) -> int:
         return main([*SMALL_OPTIONS, *arguments])
     except SystemExit as stop:
         return int(str(stop.code))
+
+
+def leave_out_report(patch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than such a run."""
+    patch.setattr(execution, "write_report", lambda folder: folder)
+
+
+def whole_run(folder: Path) -> Path:
+    """The folder of a run that nothing interrupts, without its report."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_report(patch)
+        assert execute("--output-dir", str(folder)) == 0
+    return folder
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -8,26 +8,21 @@ from typing import Any
 import pytest
 
 from bilevel import Trainer
-from recipes.bissl import execution, run
+from recipes.bissl import run
 from recipes.bissl.stages import pretext
 from recipes.bissl.supervised import SupervisedModel
-from tests.small_runs import STAGES, events, execute, files, results, weights, without
+from tests.small_runs import STAGES, events, execute, files, leave_out_report, results, weights, whole_run, without
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than such a run."""
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
+    leave_out_report(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "write_report", lambda folder: folder)
-        assert execute("--output-dir", str(folder)) == 0
-    return folder
+    return whole_run(tmp_path_factory.mktemp("whole"))
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, call: int, *arguments: str) -> int:

@@ -18,7 +18,7 @@ from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.models import build_backbone
 from recipes.bissl.run_directory import CONFIG
 from tests.image_trees import tree
-from tests.small_runs import STAGES, events, execute, files, refused, results, weights, without
+from tests.small_runs import STAGES, events, execute, files, leave_out_report, refused, results, weights, without
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("--arms", "bissl,baseline,scratch")
@@ -34,8 +34,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than such a run."""
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
+    leave_out_report(monkeypatch)
 
 
 def test_every_file_is_there(reference: Path) -> None:

@@ -16,23 +16,28 @@ from recipes.bissl.problem import BiSSLProblem
 from recipes.bissl.run import main
 from recipes.bissl.stages import pretext
 from recipes.bissl.supervised import SupervisedModel
-from tests.small_runs import SMALL_OPTIONS, STAGES, events, execute, results, weights, without
+from tests.small_runs import (
+    SMALL_OPTIONS,
+    STAGES,
+    events,
+    execute,
+    leave_out_report,
+    results,
+    weights,
+    whole_run,
+    without,
+)
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than such a run."""
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
+    leave_out_report(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "write_report", lambda folder: folder)
-        assert execute("--output-dir", str(folder)) == 0
-    return folder
+    return whole_run(tmp_path_factory.mktemp("whole"))
 
 
 def ringing(real: Callable[..., Any], number: signal.Signals, call: int) -> Callable[..., Any]:
@@ -132,7 +137,7 @@ def test_between_stages_signals_act_at_once(tmp_path: Path, monkeypatch: pytest.
     assert execute("--output-dir", str(tmp_path)) == 75
     assert not (tmp_path / "results.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
+    leave_out_report(monkeypatch)
     assert execute("--output-dir", str(tmp_path), "--resume") == 0
     assert results(tmp_path)["arms"]
 

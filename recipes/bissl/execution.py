@@ -60,14 +60,19 @@ def make_context(
     return context
 
 
+def begin(context: Context, directory: RunDirectory) -> None:
+    """Write what every run leaves before its first stage."""
+    (directory.path / METRICS).touch()
+    directory.write_json(SPLITS, context.data.downstream.indices)
+
+
 def run_whole(context: Context, directory: RunDirectory) -> dict[str, Any]:
     """All stages of all arms into an opened run directory; the content of its results.json.
 
     Raises:
         ConfigError: the report could not be written; everything else was.
     """
-    (directory.path / METRICS).touch()
-    directory.write_json(SPLITS, context.data.downstream.indices)
+    begin(context, directory)
     results = summarise(context, run_pipeline(context))
     directory.write_json(RESULTS, results)
     try:

@@ -22,12 +22,12 @@ from recipes.bissl.claims import ClaimLost
 from recipes.bissl.command_line import Request, fail, parse, show_config
 from recipes.bissl.config import ConfigError
 from recipes.bissl.context import Context
-from recipes.bissl.execution import make_context, run_whole
+from recipes.bissl.execution import begin, make_context, run_whole
 from recipes.bissl.imagesets import DataError
 from recipes.bissl.models import build_backbone
 from recipes.bissl.plugins import PluginError
 from recipes.bissl.presets import list_presets
-from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS
+from recipes.bissl.run_directory import CHECKPOINTS, REPORT, RESULTS
 from recipes.bissl.stages import bissl, finetune, head, pretext
 from recipes.bissl.tables import comparison_lines, number_text, results_table
 from recipes.bissl.terminal import printable
@@ -123,8 +123,7 @@ def _execute(request: Request) -> int:
     check_installed(config.tracking)
     with directory.held(config, resume=request.resume, overwrite=request.overwrite):
         if request.command != "all":
-            (directory.path / METRICS).touch()
-            directory.write_json(SPLITS, context.data.downstream.indices)
+            begin(context, directory)
             run_stage(context, request, parent)
             return 0
         results = run_whole(context, directory)
