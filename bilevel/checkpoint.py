@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bilevel.distributed import on_first_rank, rank
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message names the file and what is wrong with it."""
@@ -41,7 +43,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
-    """Save `state` as checkpoint number `step` and delete all but the newest `keep`. One process at a time may do so.
+    """Save `state` as checkpoint number `step` and delete all but the newest `keep`. One process at a time may do so,
+    of several ranks the first: on the others nothing is written.
 
     The state is written first, then a manifest with its name, size and SHA-256: a checkpoint without a manifest was
     never finished and is not taken for one. A checkpoint of a number that is there already replaces it only once it
@@ -59,11 +62,13 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
     if keep < 1:
         raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
     folder = Path(directory)
+    plain, again = folder / f"step-{step:08d}.pt", folder / f"step-{step:08d}.again.pt"
+    if rank() > 0:
+        return plain
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
-    plain, again = folder / f"step-{step:08d}.pt", folder / f"step-{step:08d}.again.pt"
     own = plain.with_suffix(".json")
     path = again if own.exists() and _state_file(own) == plain else plain
     write_atomic(path, content)
@@ -77,25 +82,13 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
 def load_checkpoint(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
     """The newest checkpoint that is whole, as (step, state); None where there is none at all.
 
-    A damaged one is named in a warning and the one before it is used.
+    A damaged one is named in a warning and the one before it is used. Of several ranks the first reads, and the others
+    get what it has read.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
     """
-    folder = Path(directory)
-    problems = []
-    for manifest in _manifests(folder):
-        try:
-            step, state = _load_verified(manifest)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            warnings.warn(f"{problem}; using step {step} instead", stacklevel=2)
-        return step, state
-    if problems:
-        raise CheckpointError("; ".join(problems) + "; no usable checkpoint is left")
-    return None
+    return on_first_rank(lambda: _newest(Path(directory)))
 
 
 def random_state() -> dict[str, Any]:
@@ -118,6 +111,22 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def _newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    problems = []
+    for manifest in _manifests(folder):
+        try:
+            step, state = _load_verified(manifest)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; using step {step} instead", stacklevel=5)
+        return step, state
+    if problems:
+        raise CheckpointError("; ".join(problems) + "; no usable checkpoint is left")
+    return None
 
 
 def _manifests(folder: Path) -> list[Path]:

@@ -1,8 +1,13 @@
 """Collectives that keep the mathematics of one process on the global batch; the identity where there is one process.
 
-Vectors of the solvers are replicated on all ranks: only means of losses, gradients and Hessian products, and stop
-decisions, are exchanged.
+Vectors of the solvers are replicated on all ranks: only means of losses, gradients and Hessian products, gathered
+outputs, and decisions are exchanged. Every rank must call the functions here in the same order.
 """
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,10 +15,30 @@ from torch import Tensor
 
 from bilevel.tree import Params, flatten, unflatten
 
+T = TypeVar("T")
+
+
+class CollectiveError(RuntimeError):
+    """An exchange between the ranks failed: one of them has ended, stands still, or cannot be reached."""
+
 
 def world_size() -> int:
     """Number of ranks; 1 where torch.distributed is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number among the ranks, from 0; 0 where torch.distributed is not initialised."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def share(count: int) -> slice:
+    """The rows of a global batch of `count` that are this rank's: contiguous, in the order of ranks, and of sizes that
+    differ by at most one, the first ranks having the larger ones. All rows where there is one process."""
+    ranks, own = world_size(), rank()
+    least, more = divmod(count, ranks)
+    first = own * least + min(own, more)
+    return slice(first, first + least + (own < more))
 
 
 def mean_over_ranks(x: Params) -> Params:
@@ -21,16 +46,24 @@ def mean_over_ranks(x: Params) -> Params:
     if world_size() == 1 or not x:
         return x
     vector = flatten(x)
-    dist.all_reduce(vector)
+    with _collective():
+        dist.all_reduce(vector)
     return unflatten(vector / world_size(), x)
+
+
+def mean_with_gradient(value: Tensor, gradient: Params) -> tuple[Tensor, Params]:
+    """`mean_over_ranks` of a 0-d value and of its gradient, in one exchange."""
+    both = mean_over_ranks({"value": value, **{f"d {name}": leaf for name, leaf in gradient.items()}})
+    return both["value"], {name: both[f"d {name}"] for name in gradient}
 
 
 def agree(flag: bool) -> bool:
     """Whether the flag is set on any rank, so that a decision to stop is taken by all or by none."""
     if world_size() == 1:
         return flag
-    vote = torch.tensor(float(flag), device=_device())
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    vote = torch.tensor(float(flag), device=_control_device())
+    with _collective():
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
 
 
@@ -38,50 +71,56 @@ def from_first_rank(number: int) -> int:
     """Rank 0's number on every rank, so that a choice made from timings is the same one everywhere."""
     if world_size() == 1:
         return number
-    sent = torch.tensor(number, device=_device())
-    dist.broadcast(sent, src=0)
+    sent = torch.tensor(number, device=_control_device())
+    with _collective():
+        dist.broadcast(sent, src=0)
     return int(sent.item())
 
 
-def _device() -> torch.device:
-    """Where the backend takes its tensors from."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def on_first_rank(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank; it is called there alone, for example to read a file.
+
+    The value is made of tensors, numbers, strings and None in nested dictionaries, lists and tuples; tensors arrive on
+    the CPU. Where `make` raises, the other ranks fail with CollectiveError once rank 0 has ended.
+    """
+    if world_size() == 1:
+        return make()
+    value: Any = make() if rank() == 0 else None
+    buffer = io.BytesIO()
+    if rank() == 0:
+        torch.save({"value": value}, buffer)
+    content = torch.frombuffer(bytearray(buffer.getvalue() or b"\0"), dtype=torch.uint8)
+    size = from_first_rank(len(content))
+    content = (content if rank() == 0 else content.new_empty(size)).to(_control_device())
+    with _collective():
+        dist.broadcast(content, src=0)
+    if rank() == 0:
+        return value
+    return torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)["value"]
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenation over ranks along dimension 0; its backward is a `_ReduceScatter`, so it differentiates again."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        return _ReduceScatter.apply(grads[0])
-
-
-class _ReduceScatter(torch.autograd.Function):
-    """Sum over ranks, each keeping its slice of dimension 0; its backward is a `_Gather`."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(world_size())[dist.get_rank()].clone()
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        return _Gather.apply(grads[0])
+@torch.no_grad()
+def replicate(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values, in place: parameters and buffers before the first step, for example."""
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        # A collective takes no strided view, and no optional memory format.
+        sent = tensor.detach().contiguous()
+        with _collective():
+            dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
 
 
-def gather(x: Tensor) -> Tensor:
+def gather(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """All ranks' `x`, concatenated along dimension 0 in the order of ranks; differentiable any number of times.
 
     The gradient with respect to the local `x` is the sum over ranks of the slice's gradients. A loss that every rank
     computes on the gathered tensor is therefore counted world_size times in a sum over ranks, once in a mean.
-    Every rank must bring the same shape.
+    Shapes must agree but for the number of rows.
+
+    Args:
+        rows: how many rows each rank brings; None asks the ranks, which is one more exchange.
 
     Raises:
         RuntimeError: called under a torch.func transform (`ForwardOverReverse`), which cannot see through a collective.
@@ -89,7 +128,7 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     try:
-        return _Gather.apply(x)
+        return _Gather.apply(x, _rows_of_all(len(x)) if rows is None else tuple(rows))
     except RuntimeError as error:
         if "functorch" not in str(error) and "setup_context" not in str(error):
             raise
@@ -97,3 +136,62 @@ def gather(x: Tensor) -> Tensor:
             "gather cannot run under torch.func transforms, where its collective is invisible; use "
             "hvp=ReverseOverReverse() for objectives that gather over ranks"
         ) from error
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks along dimension 0; its backward is a `_ReduceScatter`, so it differentiates again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        ctx.rows = rows
+        # Collectives want one shape: shorter parts are filled up, and cut again.
+        missing = max(rows) - len(x)
+        sent = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
+        parts = [torch.empty_like(sent) for _ in rows]
+        with _collective():
+            dist.all_gather(parts, sent)
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _ReduceScatter.apply(grads[0], ctx.rows), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Sum over ranks, each keeping its slice of dimension 0; its backward is a `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: tuple[int, ...]) -> Tensor:
+        ctx.rows = rows
+        total = x.contiguous().clone()
+        with _collective():
+            dist.all_reduce(total)
+        return total.split(rows)[rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grads[0], ctx.rows), None
+
+
+def _rows_of_all(count: int) -> tuple[int, ...]:
+    own = torch.tensor([count], device=_control_device())
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    with _collective():
+        dist.all_gather(parts, own)
+    return tuple(torch.cat(parts).tolist())
+
+
+def _control_device() -> torch.device:
+    """Where small messages go from: the CPU where the group takes its tensors, so that no GPU is waited for."""
+    # "cpu:gloo,cuda:nccl" takes both, "nccl" alone only the GPU's.
+    if "cpu:" in dist.get_backend_config():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(f"an exchange between the ranks failed ({str(error).splitlines()[0]})") from error

@@ -10,14 +10,19 @@ import torch
 from bilevel.batches import BatchSource, BatchStack
 from bilevel.callbacks import Callback, Record
 from bilevel.checkpoint import write_atomic
+from bilevel.distributed import rank
 
 
 def write_inspection(path: Path, content: Mapping[str, Any]) -> None:
     """Write nested dictionaries, lists and tuples of tensors, numbers and strings; torch.load(weights_only) reads it.
 
+    Of several ranks the first writes.
+
     Raises:
         OSError: it cannot be written.
     """
+    if rank() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel.distributed import world_size
+from bilevel.distributed import rank, world_size
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
@@ -84,6 +84,16 @@ def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
         _buffers_kept.reset(token)
 
 
+@contextmanager
+def own_draws() -> Iterator[None]:
+    """An ordinary pass on this rank's samples: it leaves the default generators as equal on all ranks as they were."""
+    if world_size() == 1:
+        yield
+        return
+    with _seeded(int(torch.randint(2**31 - 1, ()))):
+        yield
+
+
 def chunk_seeds(seed: int, count: int) -> list[int]:
     """One seed for each chunk of a batch whose seed is `seed`; a single chunk has the batch's own."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +102,11 @@ def chunk_seeds(seed: int, count: int) -> list[int]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the default generators of torch, NumPy and Python, and restores them afterwards."""
+    """Seeds the default generators of torch, NumPy and Python, and restores them afterwards.
+
+    Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
+    """
+    seed = (seed + 2654435761 * rank()) % 2**32
     on_gpu = torch.cuda.is_initialized()
     python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []

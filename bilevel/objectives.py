@@ -1,4 +1,4 @@
-"""The two levels' objectives and their first derivatives, as every hypergradient evaluates them."""
+"""The two levels' objectives and their first derivatives, as hypergradients and lower steps evaluate them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.lower_objectives import check_scalar
-from bilevel.modules import curvature_pass
+from bilevel.microbatch import micro_batched_gradient
+from bilevel.modules import curvature_pass, own_draws
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -32,6 +33,33 @@ def lower_derivatives(
     with torch.enable_grad():
         value = lower_value(problem, x, {**tree.detach(lower), **y}, batch, seed)
     return _averaged_gradients(value, x, y)
+
+
+def training_derivatives(
+    problem: Problem, upper: Params, lower: Params, batch: Any, micro_batch: int | None
+) -> tuple[Tensor, Params]:
+    """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
+    writes buffers and draws random masks from the default generators.
+
+    Args:
+        micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
+    """
+    x, y = tree.detach(upper), tree.as_variables(lower)
+    if micro_batch is None:
+        with own_draws():
+            loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
+        gradient = tree.gradients(loss, y)
+    else:
+        loss, gradient = micro_batched_gradient(
+            lambda variables, chunk: problem.lower_outputs(x, variables, chunk),
+            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(z, batch)),
+            y,
+            problem.split_batch(batch, micro_batch),
+        )
+    penalty = problem.regularizer(x, y)
+    if penalty is not None:
+        gradient = tree.axpy(problem.regularization_weight, tree.gradients(penalty, y), gradient)
+    return distributed.mean_with_gradient(loss.detach(), gradient)
 
 
 def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:

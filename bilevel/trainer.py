@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel import distributed, interruption, tree
 from bilevel.alternation import Alternation, Carried, carry, restored
@@ -18,9 +17,7 @@ from bilevel.checkpoint import random_state, set_random_state
 from bilevel.hypergradient import Hypergradient, OnFailure, through_system
 from bilevel.interruption import Interrupted
 from bilevel.level import Level, LRSchedule, NonFiniteError
-from bilevel.lower_objectives import check_scalar
-from bilevel.microbatch import micro_batched_gradient
-from bilevel.objectives import upper_derivatives
+from bilevel.objectives import training_derivatives, upper_derivatives
 from bilevel.problem import Problem
 from bilevel.schedule import AlternatingSchedule
 from bilevel.solution import Solution, Status
@@ -209,30 +206,13 @@ class Trainer:
     def _lower_step(self, batch: Any) -> None:
         # A forward pass may write what the problem keeps, such as running statistics.
         kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
-        x, y = tree.detach(self.upper), tree.as_variables(self.lower)
-        if self.micro_batch is None:
-            loss = check_scalar("lower_objective", self.problem.lower_objective(x, y, batch))
-            gradient = tree.gradients(loss, y)
-        else:
-            loss, gradient = self._micro_batched(x, batch, self.micro_batch)
-        penalty = self.problem.regularizer(x, y)
-        if penalty is not None:
-            gradient = tree.axpy(self.problem.regularization_weight, tree.gradients(penalty, y), gradient)
-        gradient = distributed.mean_over_ranks(gradient)
-        record = self._update("lower", gradient, float(loss.detach()))
+        loss, gradient = training_derivatives(self.problem, self.upper, self.lower, batch, self.micro_batch)
+        record = self._update("lower", gradient, float(loss))
         if "skipped" not in record:
             self.problem.after_lower_step(self.upper, self.lower, self.steps["lower"])
         elif kept is not None:
             self.problem.load_state_dict(kept)
         self._emit(record)
-
-    def _micro_batched(self, upper: Params, batch: Any, size: int) -> tuple[Tensor, Params]:
-        return micro_batched_gradient(
-            lambda lower, chunk: self.problem.lower_outputs(upper, lower, chunk),
-            lambda z: check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch)),
-            self.lower,
-            self.problem.split_batch(batch, size),
-        )
 
     def _upper_stage(self, now: Alternation) -> None:
         steps = self.schedule.upper_steps
