@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bilevel.checkpoint import save_checkpoint
+from bilevel.distributed import rank
 from bilevel.hypergradient import Hypergradient
 from bilevel.solution import Solution, Status
 
@@ -90,7 +91,8 @@ class Callback:
 class JSONLWriter(Callback):
     """Appends one JSON object per event to a file; numbers that are not finite become null, in lists too.
 
-    The checkpoint holds the file's length, and resuming cuts the file back to it, so that no event is there twice.
+    The checkpoint holds the file's length, and resuming cuts the file back to it, so that no event is there twice. Of
+    several ranks the first writes.
 
     Args:
         path: the file; its folder must exist.
@@ -102,6 +104,8 @@ class JSONLWriter(Callback):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
+        if rank() > 0:
+            return
         line = json.dumps({**self.context, **{key: _finite(value) for key, value in record.items()}}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -113,12 +117,12 @@ class JSONLWriter(Callback):
         return {"length": self.path.stat().st_size if self.path.exists() else 0}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.path.exists() and self.path.stat().st_size > state["length"]:
+        if rank() == 0 and self.path.exists() and self.path.stat().st_size > state["length"]:
             os.truncate(self.path, state["length"])
 
 
 class ProgressBar(Callback):
-    """A bar over the alternations with both levels' losses and the state of the last solve."""
+    """A bar over the alternations with both levels' losses and the state of the last solve, on the first rank."""
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
         self.console, self.description = console, description
@@ -132,6 +136,7 @@ class ProgressBar(Callback):
             *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
             TextColumn("{task.fields[status]}"),
             console=self.console,
+            disable=rank() > 0,
         )
         self._bar.start()
         total = trainer.schedule.alternations
@@ -201,7 +206,7 @@ class Diagnostics(Callback):
     def __init__(self, console: Console | None = None, every: int | None = 1) -> None:
         if every is not None and every < 1:
             raise ValueError(f"Diagnostics: every must be at least 1 alternation, or None for no lines, got {every}")
-        self.console, self.every = console or Console(), every
+        self.console, self.every = console or Console(quiet=rank() > 0), every
         self._since: list[Record] = []
         self._headed = False
 

@@ -8,9 +8,11 @@ import pickle
 import random
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,22 +26,8 @@ class CheckpointError(RuntimeError):
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that the file is either the old or the new one, also after a power cut."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], *, keep: int = 2) -> Path:
@@ -66,14 +54,10 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
     if rank() > 0:
         return plain
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getvalue()
     own = plain.with_suffix(".json")
     path = again if own.exists() and _state_file(own) == plain else plain
-    write_atomic(path, content)
-    digest = hashlib.sha256(content).hexdigest()
-    manifest = {"step": step, "file": path.name, "size": len(content), "sha256": digest}
+    size, digest = _write_state(path, state)
+    manifest = {"step": step, "file": path.name, "size": size, "sha256": digest}
     write_atomic(own, json.dumps(manifest).encode())
     _sweep(folder, [own, *[manifest for manifest in _manifests(folder) if manifest != own][: keep - 1]])
     return path
@@ -111,6 +95,49 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` at the block's end and is synced, or goes if that fails."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
+    """Size and SHA-256 of the file that is written, without a copy of the state in memory."""
+    # The digest is computed while the disk takes the bytes.
+    with ThreadPoolExecutor(1) as pool, _replacing(path) as file:
+        try:
+            torch.save(dict(state), file)
+            file.flush()
+        except RuntimeError as error:
+            # torch, on its way out, fails again where the file system has refused a write.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        size, digest = file.tell(), pool.submit(_digest, os.dup(file.fileno()))
+    return size, digest.result()
+
+
+def _digest(descriptor: int) -> str:
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _newest(folder: Path) -> tuple[int, dict[str, Any]] | None:

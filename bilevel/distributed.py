@@ -59,12 +59,17 @@ def mean_with_gradient(value: Tensor, gradient: Params) -> tuple[Tensor, Params]
 
 def agree(flag: bool) -> bool:
     """Whether the flag is set on any rank, so that a decision to stop is taken by all or by none."""
+    return bool(largest_over_ranks(int(flag)))
+
+
+def largest_over_ranks(number: int) -> int:
+    """The largest of the ranks' numbers."""
     if world_size() == 1:
-        return flag
-    vote = torch.tensor(float(flag), device=_control_device())
+        return number
+    vote = torch.tensor(number, device=_control_device())
     with _collective():
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+    return int(vote.item())
 
 
 def from_first_rank(number: int) -> int:
@@ -128,7 +133,7 @@ def gather(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     if world_size() == 1:
         return x
     try:
-        return _Gather.apply(x, _rows_of_all(len(x)) if rows is None else tuple(rows))
+        return _Gather.apply(x, rows_of_all(len(x)) if rows is None else tuple(rows))
     except RuntimeError as error:
         if "functorch" not in str(error) and "setup_context" not in str(error):
             raise
@@ -136,6 +141,17 @@ def gather(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
             "gather cannot run under torch.func transforms, where its collective is invisible; use "
             "hvp=ReverseOverReverse() for objectives that gather over ranks"
         ) from error
+
+
+def rows_of_all(count: int) -> tuple[int, ...]:
+    """Every rank's `count`, in the order of ranks."""
+    if world_size() == 1:
+        return (count,)
+    own = torch.tensor([count], device=_control_device())
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    with _collective():
+        dist.all_gather(parts, own)
+    return tuple(torch.cat(parts).tolist())
 
 
 class _Gather(torch.autograd.Function):
@@ -171,14 +187,6 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(grads[0], ctx.rows), None
-
-
-def _rows_of_all(count: int) -> tuple[int, ...]:
-    own = torch.tensor([count], device=_control_device())
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    with _collective():
-        dist.all_gather(parts, own)
-    return tuple(torch.cat(parts).tolist())
 
 
 def _control_device() -> torch.device:

@@ -18,16 +18,18 @@ class Interrupted(KeyboardInterrupt):
     """A run was asked to stop, and did so between two steps, where its state is whole.
 
     Attributes:
-        signal: what asked for it; None on a rank of several that was only told by the others.
+        signal: what asked for it, on this or another rank.
     """
 
-    def __init__(self, asked_by: signal.Signals | None) -> None:
-        super().__init__(f"stopped by {'another rank' if asked_by is None else asked_by.name}")
+    def __init__(self, asked_by: signal.Signals) -> None:
+        super().__init__(f"stopped by {asked_by.name}")
         self.signal = asked_by
 
 
 class Interruption:
     """While entered, this process's signals of `SIGNALS` raise `Interrupted`, inside `deferred` not before `check`.
+
+    Of several ranks each waits for `check` everywhere, so that all stop at the same point.
 
     It is the handler itself, and what was there before is put back at the end. Ctrl-C after another signal stops at
     once, wherever the process is. Only the main thread can handle signals: entered in another one, it does nothing.
@@ -54,7 +56,7 @@ class Interruption:
         self.asked_by = self.asked_by or signal.Signals(number)
         if again:
             raise KeyboardInterrupt
-        if self.deferrals == 0:
+        if self.deferrals == 0 and distributed.world_size() == 1:
             raise Interrupted(self.asked_by)
 
 
@@ -86,5 +88,6 @@ def check() -> None:
     """
     handler = installed()
     asked_by = None if handler is None else handler.asked_by
-    if distributed.agree(asked_by is not None):
-        raise Interrupted(asked_by)
+    number = distributed.largest_over_ranks(0 if asked_by is None else int(asked_by))
+    if number:
+        raise Interrupted(signal.Signals(number))

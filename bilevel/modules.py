@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.distributed import rank, world_size
+from bilevel.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
@@ -145,7 +146,7 @@ def functional_call(
     Raises:
         ValueError: `params` names something the module does not have.
         TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
-            SyncBatchNorm over several ranks); the message gives the remedy.
+            torch's SyncBatchNorm over several ranks); the message gives the remedy.
         RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
     curvature = _in_curvature_pass.get()
@@ -236,8 +237,10 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
                 "functional_call: a compiled module does not support double backward; pass the module from before "
                 "torch.compile in the objectives that a hypergradient differentiates"
             )
-        if isinstance(layer, nn.SyncBatchNorm) and layer.training and world_size() > 1:
+        torchs = isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, SyncBatchNorm)
+        if torchs and layer.training and world_size() > 1:
             raise TypeError(
-                "functional_call: torch's SyncBatchNorm has no double backward; use BatchNorm (statistics local to "
-                "each rank) or put the layer in eval mode for the bilevel stage"
+                "functional_call: torch's SyncBatchNorm has no double backward; build the module with BatchNorm "
+                "and call bilevel.sync_batch_norm.synchronised(module), whose layers have one, or put the layer in "
+                "eval mode"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bilevel import distributed, interruption, tree
+from bilevel import interruption, tree
 from bilevel.alternation import Alternation, Carried, carry, restored
 from bilevel.automatic import HVP, Automatic, as_provider
 from bilevel.batches import BatchSource, Cycle
@@ -292,7 +292,8 @@ class Trainer:
         A gradient that stands for those of several steps has as many `shares` in the norm limit.
         """
         norm = float(tree.norm(gradient))
-        if distributed.agree(not (abs(loss) < float("inf") and norm < float("inf"))):
+        # Both are of means over the ranks: what is not finite on one is so on all.
+        if not (abs(loss) < float("inf") and norm < float("inf")):
             return self._skip(level, loss, norm)
         rate, limit = self.levels[level].rate, self.max_grad_norm
         self.levels[level].descend(gradient, norm, None if limit is None else shares * limit)

@@ -68,10 +68,10 @@ class MaskedAutoencoder(PretextTask):
     def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         count = min(max(1, round(self.mask_ratio * self.grid**2)), self.grid**2 - 1)
 
-        def hide(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def hide(images: Tensor, generator: torch.Generator, *, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
             # Drawn here, not in the loss, so that a stored batch keeps its masks throughout a linear solve.
             order = torch.rand(len(images), self.grid**2, generator=generator).argsort(dim=1)
-            return images.expand(-1, 3, -1, -1).float() / 127.5 - 1.0, order[:, :count].to(images.device)
+            return images[rows].expand(-1, 3, -1, -1).float() / 127.5 - 1.0, order[rows, :count].to(images.device)
 
         return hide
 

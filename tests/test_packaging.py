@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE_ORDER = (
     "tree",
     "distributed",
+    "sync_batch_norm",
     "interruption",
     "problem",
     "modules",

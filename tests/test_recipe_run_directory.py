@@ -112,6 +112,7 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
         "device": "cpu",
         "threads": 2,
         "nonfinite_skips": 2,
+        "rank_timeout": 5.0,
         "tracking": ["wandb"],
         "compute.data_device": "device",
         "data.root": "elsewhere",

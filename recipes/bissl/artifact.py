@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bilevel.checkpoint import write_atomic
+from bilevel.distributed import on_first_rank
 
 WEIGHTS, INFO = "weights.safetensors", "artifact.json"
 FORMAT = 1
@@ -42,11 +43,14 @@ class Artifact:
     info: Mapping[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and buffers, verified, as ``<module>.<name>``.
+        """All weights and buffers, verified, as ``<module>.<name>``; rank 0 reads them for all.
 
         Raises:
             ArtifactError: the file is missing, unreadable, or not the one that was written.
         """
+        return on_first_rank(self._read)
+
+    def _read(self) -> dict[str, Tensor]:
         path, remedy = self.directory / WEIGHTS, "delete the folder to remake it"
         try:
             content = path.read_bytes()
@@ -75,7 +79,7 @@ class Artifact:
 
 
 class ArtifactStore:
-    """Artifacts under one folder, each in ``<stage>-<key>``."""
+    """Artifacts under one folder, each in ``<stage>-<key>``. Of several ranks only the first looks there and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,35 +91,48 @@ class ArtifactStore:
     def find(self, stage: str, key: str) -> Artifact | None:
         """The finished artifact, or None."""
         directory = self.directory(stage, key)
-        return read_artifact(directory) if (directory / INFO).exists() else None
+        there = on_first_rank(lambda: (directory / INFO).exists())
+        return read_artifact(directory) if there else None
 
     def save(self, stage: str, key: str, modules: Mapping[str, nn.Module], info: Mapping[str, Any]) -> Artifact:
         """Write weights, then the facts that mark the artifact as finished; a fact that is not finite becomes null."""
         directory = self.directory(stage, key)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            state = module.state_dict()
-            tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in state.items()}
-        content = save(tensors)
-        write_atomic(directory / WEIGHTS, content)
-        facts = {
-            "format": FORMAT,
-            "stage": stage,
-            "key": key,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            **_finite(info),
-        }
-        write_atomic(directory / INFO, json.dumps(facts, indent=1, allow_nan=False).encode())
+        facts = on_first_rank(lambda: _write(directory, stage, key, modules, info))
         return Artifact(stage, key, directory, facts)
 
 
+def _write(
+    directory: Path, stage: str, key: str, modules: Mapping[str, nn.Module], info: Mapping[str, Any]
+) -> dict[str, Any]:
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        state = module.state_dict()
+        tensors |= {f"{name}.{entry}": value.detach().cpu().contiguous() for entry, value in state.items()}
+    content = save(tensors)
+    write_atomic(directory / WEIGHTS, content)
+    facts = {
+        "format": FORMAT,
+        "stage": stage,
+        "key": key,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **_finite(info),
+    }
+    write_atomic(directory / INFO, json.dumps(facts, indent=1, allow_nan=False).encode())
+    return facts
+
+
 def read_artifact(directory: Path) -> Artifact:
-    """The artifact in a folder.
+    """The artifact in a folder; rank 0 reads its facts for all.
 
     Raises:
         ArtifactError: there is none, or its facts cannot be read.
     """
+    info = on_first_rank(lambda: _facts(directory))
+    return Artifact(info["stage"], info["key"], directory, info)
+
+
+def _facts(directory: Path) -> dict[str, Any]:
     path, remedy = directory / INFO, "delete the folder to remake it"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +148,7 @@ def read_artifact(directory: Path) -> Artifact:
     wrong = [name for name, kind in KINDS.items() if not isinstance(info[name], kind)]
     if wrong:
         raise ArtifactError(f"{path} is damaged: {wrong[0]} is {str(info[wrong[0]])[:80]!r}; {remedy}")
-    return Artifact(info["stage"], info["key"], directory, info)
+    return info
 
 
 def make_key(stage: str, seed: int, parent: Artifact | None, *parts: Any) -> str:

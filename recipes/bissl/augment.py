@@ -126,8 +126,8 @@ def _same_box_no_colour(parameters: ViewParameters) -> bool:
     return bool((boxes == boxes[:, :1]).all()) and not bool((parameters.jitter | parameters.blur).any())
 
 
-def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -> Tensor:
-    """The same views, the whole batch at a time; only for `_same_box_no_colour` parameters."""
+def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameters, moving: bool) -> Tensor:
+    """The same views, all at a time, resampled if `moving`; only for `_same_box_no_colour` parameters."""
     views = _cropped(policy, images, parameters, 0)
 
     def where(mask: Tensor, changed: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameter
 
     if parameters.flip.any():
         views = where(parameters.flip, views.flip(-1))
-    if moves(parameters):
+    if moving:
         views = move(views, move_matrices(parameters))
     if parameters.grey.any():
         views = where(parameters.grey, F.rgb_to_grayscale(views, num_output_channels=3))
@@ -144,19 +144,22 @@ def _views_at_once(policy: ViewPolicy, images: Tensor, parameters: ViewParameter
     return views
 
 
-def apply_view(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -> Tensor:
+def apply_view(policy: ViewPolicy, images: Tensor, parameters: ViewParameters, rows: slice = slice(None)) -> Tensor:
     """Views of `images` (uint8 [N, 1 or 3, H, W], CPU) by `parameters`: float32 [N, 3, size, size], normalised.
+
+    Only those of the samples in `rows` are made and returned, the same bits as among all of them.
 
     Sample i is cropped, mapped to [0, 1], resized, then flipped, moved, coloured, greyed, blurred,
     solarised, and at last (x - mean) / std, each step only where it was drawn. Greyscale images become three equal
     channels first. Small images with neither colour changes nor crops go through at once, with the same result.
     Raises ValueError if `images` has another type or shape, or another length than `parameters`.
     """
-    images = _three_channels(checked_images(images, parameters))
-    if _same_box_no_colour(parameters):
-        views = _views_at_once(policy, images, parameters)
+    checked, own = checked_images(images, parameters)[rows], parameters[rows]
+    # The whole batch decides how a sample is computed, so that a part of it comes out alike.
+    if len(own) and _same_box_no_colour(parameters):
+        views = _views_at_once(policy, _three_channels(checked), own, moves(parameters))
     else:
-        views = _views_one_by_one(policy, images, parameters)
+        views = _views_one_by_one(policy, _three_channels(checked), own)
     return normalize(views, policy.mean, policy.std)
 
 
@@ -171,15 +174,16 @@ class RandomView:
     policy: ViewPolicy
     batched: bool = False
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
         """Views of uint8 `images` [N, 1 or 3, H, W]: float32 [N, 3, size, size] on their device.
 
-        `generator` is a CPU one. Raises ValueError as `apply_view`.
+        `generator` is a CPU one; it gives numbers for all N, of which the views in `rows` are made and returned.
+        Raises ValueError as `apply_view`.
         """
         height, width = checked_images(images).shape[-2:]
         parameters = draw(self.policy, len(images), height, width, generator)
         batched = self.batched or images.device.type != "cpu"
-        return (apply_view_batched if batched else apply_view)(self.policy, images, parameters)
+        return (apply_view_batched if batched else apply_view)(self.policy, images, parameters, rows)
 
 
 def eval_resize(size: int) -> int:

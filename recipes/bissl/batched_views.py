@@ -90,7 +90,8 @@ class _Taps:
         count, inputs, channels, features = rows.shape
         first = torch.arange(0, count * inputs, inputs, dtype=torch.int32, device=rows.device)
         indices = (self.indices + first.view(-1, 1, 1)).flatten(0, 1)
-        table, weights = rows.reshape(-1, channels * features), self.weights.flatten(0, 1)
+        # A single grey image would come as a strided view, which is summed in another order.
+        table, weights = rows.reshape(-1, channels * features).contiguous(), self.weights.flatten(0, 1)
         sums = functional.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
         return sums.view(count, -1, channels, features)
 
@@ -236,17 +237,18 @@ def _blurred(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     return taps.sums(taps.sums(x).permute(0, 3, 2, 1))
 
 
-def _write_views(policy: ViewPolicy, images: Tensor, parameters: ViewParameters, out: Tensor) -> None:
-    """Views of one chunk into `out`."""
+def _write_views(
+    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, out: Tensor, longest: Sequence[int], moving: bool
+) -> None:
+    """Views of one chunk into `out`; the batch's longest crop sides and whether any of it moves are given."""
     rounds, last, restoring = _rounds(parameters)
-    longest = int(parameters.height.max()), int(parameters.width.max())
     box = [side.float() for side in (parameters.top, parameters.left, parameters.height, parameters.width)]
     numbers = [*box, parameters.flip.float(), move_matrices(parameters), last.values, *(step.values for step in rounds)]
     top, left, height, width, flip, matrices, sigma, *values = _moved(numbers, images.device)
     lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], images.device)
 
     x = _cropped(policy, images, (top, left, height, width), flip, longest)
-    if moves(parameters):
+    if moving:
         x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()
     for step, moved, value in zip(rounds, rows, values, strict=True):
         x = x.index_select(0, moved)
@@ -265,25 +267,32 @@ def _write_views(policy: ViewPolicy, images: Tensor, parameters: ViewParameters,
     normalize(out, policy.mean, policy.std)
 
 
-def apply_view_batched(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -> Tensor:
+def apply_view_batched(
+    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, rows: slice = slice(None)
+) -> Tensor:
     """The views of `apply_view`, made a batch at a time on the device of `images`.
 
     Args:
         policy: Its `size`, `interpolation`, kernel of the blur, mean and std are used; what is random is drawn already.
         images: uint8 ``[N, 1 or 3, H, W]`` on any device; greyscale images become three equal channels.
         parameters: `N` drawn views, on the CPU, each with its own values and its own order of colour changes.
+        rows: Which of the samples are made and returned; among all of them they are the same but for rounding.
 
     Returns:
-        float32 ``[N, 3, size, size]`` on the device of `images`. Sample by sample it differs from `apply_view` by
-        float32 rounding alone, except for a pixel at the very threshold of solarisation (by 1/255 before mean and std).
+        float32 ``[N, 3, size, size]``, or as many as `rows` has, on the device of `images`. Sample by sample it differs
+        from `apply_view` by float32 rounding alone, except for a pixel at the very threshold of solarisation (by 1/255
+        before mean and std).
 
     Raises:
         ValueError: `images` has another type or shape, or another length than `parameters`.
     """
-    checked_images(images, parameters)
+    images = checked_images(images, parameters)[rows]
+    # The whole batch decides how a chunk is computed, so that a part of it comes out alike.
+    longest = [max(side.tolist(), default=0) for side in (parameters.height, parameters.width)]
+    moving, parameters = moves(parameters), parameters[rows]
     views = torch.empty(len(images), 3, policy.size, policy.size, device=images.device)
     chunk = CPU_CHUNK if images.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
-        _write_views(policy, images[part], parameters[part], views[part])
+        _write_views(policy, images[part], parameters[part], views[part], longest, moving)
     return views

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.distributed import mean_over_ranks, replicate, world_size
+from bilevel.modules import own_draws
+from bilevel.sync_batch_norm import synchronised
 from bilevel.tree import map_tensors
 from recipes.bissl.config import ConfigError
 from recipes.bissl.config_sections import ComputeConfig
@@ -33,10 +36,26 @@ class Computing:
             torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
     def place(self, module: nn.Module) -> nn.Module:
-        """The same module, its tensors on the device and its 4-d ones in the memory layout of batches."""
+        """The same module, its tensors on the device and its 4-d ones in the memory layout of batches.
+
+        Over several ranks its weights are rank 0's, and its BatchNorms synchronised where the fields say so.
+        """
+        replicate((*module.parameters(), *module.buffers()))
+        if world_size() > 1 and self.fields.batch_norm == "synchronised":
+            module = synchronised(module)
         if self.fields.channels_last:
             return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.to(self.device)
+
+    @torch.no_grad()
+    def join_buffers(self, *modules: nn.Module) -> None:
+        """Give running statistics that each rank has taken on its share the ranks' mean."""
+        if world_size() == 1 or self.fields.batch_norm == "synchronised":
+            return
+        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        means = mean_over_ranks({str(index): buffer for index, buffer in enumerate(buffers)})
+        for buffer, mean in zip(buffers, means.values(), strict=True):
+            buffer.copy_(mean)
 
     def move(self, batch: Any) -> Any:
         """The same nested structure with its tensors on the device, 4-d ones in the memory layout of modules."""
@@ -51,6 +70,8 @@ class Computing:
     def first_order(self, loss: Loss) -> Loss:
         """`loss` as first-order steps evaluate it: compiled and under autocast where the fields say so, else itself.
 
+        Over several ranks each draws random masks of its own in it.
+
         Only for losses that are differentiated once. At most one stage's result is in use at a time: making the next
         one forgets what was compiled before.
 
@@ -58,6 +79,8 @@ class Computing:
             ConfigError: when the result is called and cannot be compiled.
         """
         evaluate = _compiled(loss) if self.fields.compile else loss
+        if world_size() > 1:
+            evaluate = own_draws()(evaluate)
         if self.fields.precision == "float32":
             return evaluate
 

@@ -76,6 +76,11 @@ class Config(Section):
         description="steps that may be left out in each stage because their loss or gradient is not finite; 0: stop at "
         "the first",
     )
+    rank_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="over several processes: how long one waits for the others before it takes them for lost (s)",
+    )
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="viewers that metrics go to beside metrics.jsonl: tensorboard, wandb (docs/tracking.md)"
     )

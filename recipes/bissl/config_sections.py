@@ -347,6 +347,12 @@ class ComputeConfig(Section):
         "chunk's; exact but for BatchNorm, which takes each chunk's statistics; null: whole batches",
     )
 
+    batch_norm: Literal["synchronised", "local"] = Field(
+        default="synchronised",
+        description="over several processes: BatchNorm by the statistics of the global batch, or by each process's "
+        "share of it (another model for each number of processes); no difference in one process",
+    )
+
     @model_validator(mode="after")
     def _views_where_the_data_are(self) -> "ComputeConfig":
         if self.data_device == "device" and self.views == "per-image":

@@ -1,5 +1,6 @@
 """What every stage needs besides its artifact."""
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bilevel.batches import BatchStack, derive_seed
+from bilevel.distributed import rank, world_size
 from bilevel.trackers import TrackerError
 from recipes.bissl.artifact import ArtifactStore
 from recipes.bissl.compute import Computing
@@ -18,6 +20,7 @@ from recipes.bissl.data import load_downstream, load_pretext
 from recipes.bissl.events import StageEvents
 from recipes.bissl.imagesets import DownstreamSets, ImageSet
 from recipes.bissl.run_directory import TRACKING
+from recipes.bissl.shares import views_of_share
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask
 from recipes.bissl.tracking import make_trackers
 
@@ -103,14 +106,15 @@ class Context:
         fields = {"stage": stage, "arm": self.arm, "seed": self.seed}
         folder, config = self.metrics_path.parent / TRACKING, self.config.model_dump(mode="json")
         try:
-            trackers = make_trackers(self.config.tracking, folder, fields, config)
+            trackers = {} if rank() > 0 else make_trackers(self.config.tracking, folder, fields, config)
         except TrackerError as error:
             raise ConfigError(f"tracking: {error}") from error
         return StageEvents(self.metrics_path, fields, trackers)
 
     def pretext_stack(self, task: PretextTask, purpose: str, fraction: float = 1.0) -> BatchStack:
         """Batches of a random `fraction` of the pretext images, the smaller last one of an epoch included."""
-        images, transform = self.data.settled("pretext", self.computing), task.transform()
+        images = self.data.settled("pretext", self.computing)
+        transform = views_of_share(task.transform(), type(task).__name__)
         count = round(fraction * len(images))
         what = "pretext images" if fraction == 1.0 else f"pretext images (bissl.pretext_fraction={fraction:g})"
         size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, count, what)
@@ -123,21 +127,19 @@ class Context:
             return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
 
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics.
-        rest = count % size
-        chunk = self.config.compute.micro_batch
-        if chunk is not None and 1 in (size % chunk, rest % chunk if rest > 1 else 0):
-            raise ConfigError(
-                f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
-                f"last one, of {rest or size}; BatchNorm needs two, choose another size"
-            )
-        return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=rest == 1)
+        rest = 0 if count % size == 1 else count % size
+        self._check_shares("pretext.batch_size", size, rest, self.config.compute.micro_batch)
+        return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
         """Labelled training batches."""
-        images, transform = self.data.settled("train", self.computing), task.transform(train=True)
+        images = self.data.settled("train", self.computing)
+        transform = views_of_share(task.transform(train=True), type(task).__name__)
         size = check_batch_size(
             "downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images"
         )
+        rest = 0 if len(images) % size == 1 else len(images) % size
+        self._check_shares("downstream.batch_size", size, rest, None)
         labels = images.labels
         assert labels is not None
 
@@ -148,6 +150,25 @@ class Context:
         return BatchStack(
             len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
         )
+
+    def _check_shares(self, field_name: str, size: int, rest: int, chunk: int | None) -> None:
+        """Refuse batches of `size`, and an epoch's last one of `rest`, whose parts are too small for BatchNorm.
+
+        Raises:
+            ConfigError: naming the part.
+        """
+        ranks, least = world_size(), 2 if self.config.compute.batch_norm == "local" else 1
+        shares = {part for batch in (size, rest) if batch for part in (batch // ranks, math.ceil(batch / ranks))}
+        if ranks > 1 and min(shares) < least:
+            raise ConfigError(
+                f"{field_name}: {ranks} processes leave one of them {min(shares)} images of a batch of {size} or of an "
+                f"epoch's last one, of {rest or size}; it needs {least}. Choose another size, or fewer processes"
+            )
+        if chunk is not None and any(share % chunk == 1 for share in shares):
+            raise ConfigError(
+                f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
+                f"last one, of {rest or size}; BatchNorm needs two, choose another size"
+            )
 
     def evaluation_batches(self, images: ImageSet, task: DownstreamTask) -> list[Any]:
         """The whole set, untransformed but for the evaluation view, in order, on the device."""

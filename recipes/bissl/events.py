@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel import Callback, JSONLWriter
 from bilevel.checkpoint import write_atomic
+from bilevel.distributed import rank
 from bilevel.trackers import Tracker, TrackerError
 from recipes.bissl.config import ConfigError
 
@@ -17,6 +18,8 @@ class StageEvents(Callback):
 
     A checkpoint holds how many lines the stage had written. Resuming drops those that it wrote later, and no line of
     another stage: stages may finish in another order than before the interruption, when arms or seeds were added.
+
+    Of several ranks the first writes.
 
     Args:
         path: the file; its folder must exist.
@@ -83,6 +86,8 @@ class StageEvents(Callback):
     def _keep(self, count: int) -> None:
         """Keep the first `count` lines of this stage and everything of the others."""
         self._lines = 0
+        if rank() > 0:
+            return
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = []
         for line in lines:

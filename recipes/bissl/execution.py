@@ -1,6 +1,5 @@
 """A run as a whole: made into its folder, or found there again when it is finished."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bilevel.distributed import rank
+from recipes.bissl.agreement import check_ranks
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore
 from recipes.bissl.config import Config, ConfigError, build_config
 from recipes.bissl.context import Context, Datasets
 from recipes.bissl.pipeline import EQUAL_TIME, pretrain, run_pipeline, summarise
 from recipes.bissl.presets import PRESETS
+from recipes.bissl.ranks import Launch, Ranks
 from recipes.bissl.report import write_report
 from recipes.bissl.run_directory import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+
+ALONE = Ranks(Launch())
+"""The only process of its run."""
 
 
 class FinishedStages(ArtifactStore):
@@ -31,38 +36,53 @@ class FinishedStages(ArtifactStore):
         return artifact
 
 
-def compute_device(config: Config) -> torch.device:
-    """The device that the config asks for.
+def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.device:
+    """The device that the config asks for; of several GPUs the one with this process's number on its machine.
 
     Raises:
         ConfigError: torch does not see it.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.world_size == 1:
+        return torch.device("cuda")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK: this machine has {torch.cuda.device_count()} GPUs, but a process number {launch.local_rank} "
+            "(from 0) was started on it; start at most one a GPU"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 def make_context(
-    config: Config, directory: RunDirectory, store: ArtifactStore, data: Datasets | None = None
+    config: Config, directory: RunDirectory, store: ArtifactStore, data: Datasets | None = None, *, ranks: Ranks = ALONE
 ) -> Context:
-    """The context of a run in this process, whose threads and precision it sets; `data` may be another run's.
+    """The context of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
+
+    Args:
+        data: may be another run's.
 
     Raises:
-        ConfigError: several processes were started, or the device is not there.
+        ConfigError: the device is not there, or the ranks cannot make this run together.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE: the recipe runs in one process so far; start it without torchrun")
+    device = compute_device(config, ranks.launch)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    ranks.join(device, config.rank_timeout)
+    check_ranks(config)
     sets = Datasets(config) if data is None else data
-    context = Context(config, compute_device(config), store, directory.path / METRICS, sets, Console())
+    context = Context(config, device, store, directory.path / METRICS, sets, Console(quiet=rank() > 0))
     context.computing.set_up()
     return context
 
 
 def begin(context: Context, directory: RunDirectory) -> None:
     """Write what every run leaves before its first stage."""
-    (directory.path / METRICS).touch()
+    if rank() == 0:
+        (directory.path / METRICS).touch()
     directory.write_json(SPLITS, context.data.downstream.indices)
 
 
@@ -76,7 +96,8 @@ def run_whole(context: Context, directory: RunDirectory) -> dict[str, Any]:
     results = summarise(context, run_pipeline(context))
     directory.write_json(RESULTS, results)
     try:
-        write_report(directory.path)
+        if rank() == 0:
+            write_report(directory.path)
     except ValueError as error:
         raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
     return results

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bilevel import Callback, NonFiniteError, interruption
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from bilevel.distributed import mean_with_gradient, rank, world_size
 from bilevel.interruption import Interrupted
 from bilevel.tree import Params
 from recipes.bissl.events import StageEvents
@@ -114,6 +115,8 @@ def _start(directory: Path, everything: Mapping[str, Stateful], writer: StageEve
 
 def discard_checkpoints(directory: Path) -> None:
     """Delete the checkpoints of a stage whose artifact is finished."""
+    if rank() > 0:
+        return
     for path in directory.glob("step-*"):
         path.unlink(missing_ok=True)
 
@@ -121,14 +124,19 @@ def discard_checkpoints(directory: Path) -> None:
 def optimizer_step(
     loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> dict[str, Any]:
-    """Backward and one update, unless the loss or a gradient is not finite; the step's event.
+    """Backward and one update by the mean over the ranks, unless the loss or a gradient is not finite; the step's event.
 
     Raises:
         NonFiniteError: before anything has changed.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    return _apply(loss.detach(), optimizer, scheduler)
+    if world_size() == 1:
+        return _apply(loss.detach(), optimizer, scheduler)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    variables: Params = {str(index): p for index, p in enumerate(parameters)}
+    gradient = {name: p.grad for name, p in variables.items() if p.grad is not None}
+    return gradient_step(loss.detach(), gradient, variables, optimizer, scheduler)
 
 
 def gradient_step(
@@ -138,11 +146,12 @@ def gradient_step(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> dict[str, Any]:
-    """As `optimizer_step`, from a gradient over the optimizer's parameters `variables` that is there already.
+    """As `optimizer_step`, from a rank's gradient over the optimizer's parameters `variables` that is there already.
 
     Raises:
         NonFiniteError: before anything has changed.
     """
+    loss, gradient = mean_with_gradient(loss, gradient)
     optimizer.zero_grad(set_to_none=True)
     for name, variable in variables.items():
         variable.grad = gradient[name]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Params, Problem, functional_call, proximal
-from bilevel.modules import in_curvature_pass
+from bilevel.modules import in_curvature_pass, own_draws
+from recipes.bissl.global_loss import downstream_loss, pretext_loss, pretext_output_loss
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
 
 BACKBONE = "backbone."
@@ -19,6 +20,10 @@ PretextLoss = Callable[[Params, Any], Tensor]
 
 def _as_it_is(loss: PretextLoss) -> PretextLoss:
     return loss
+
+
+def _leave(*modules: nn.Module) -> None:
+    return None
 
 
 @dataclass
@@ -38,6 +43,7 @@ class BiSSLProblem(Problem):
         gamma: weight of the downstream loss of theta_D itself.
         first_order: what plain steps on the lower loss evaluate it by (autocast, compilation); passes of a
             hypergradient take the loss as it is.
+        join_buffers: given modules whose running statistics have moved, makes them the same on all ranks.
         implicit_head: phi_P responds to the upper level too, instead of being held fixed (the paper's eq. 6-7).
     """
 
@@ -52,6 +58,7 @@ class BiSSLProblem(Problem):
     curvature_depends_on_upper: bool = False
     implicit_head: bool = False
     first_order: Callable[[PretextLoss], PretextLoss] = _as_it_is
+    join_buffers: Callable[..., None] = _leave
 
     def __post_init__(self) -> None:
         self._first_order_loss = self.first_order(self._pretext_loss)
@@ -71,17 +78,17 @@ class BiSSLProblem(Problem):
         return outputs(lower, batch)
 
     def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return self.pretext.output_loss(outputs)
+        return pretext_output_loss(self.pretext, outputs)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         inputs, targets = batch
         head = bind(self.head, upper, "head.")
         through_lower = bind(self.lower_backbone, lower, BACKBONE)
-        loss = self.downstream.loss(self.downstream.forward(through_lower, head, inputs), targets)
+        loss = downstream_loss(self.downstream, through_lower, head, inputs, targets)
         if self.gamma == 0.0:
             return loss
         direct = bind(self.upper_backbone, upper, BACKBONE)
-        return loss + self.gamma * self.downstream.loss(self.downstream.forward(direct, head, inputs), targets)
+        return loss + self.gamma * downstream_loss(self.downstream, direct, head, inputs, targets)
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor:
         return proximal(upper, lower, {name: name for name in lower if name.startswith(BACKBONE)})
@@ -90,13 +97,16 @@ class BiSSLProblem(Problem):
         return self.implicit_head or name.startswith(BACKBONE)
 
     def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
+        self.join_buffers(self.lower_backbone, self.heads)
         self.pretext.after_step(self.lower_backbone, self.heads, step)
 
     @torch.no_grad()
     def after_upper_step(self, upper: Params, lower: Params, batch: Any, step: int) -> None:
         """theta_D's running statistics follow its gamma pass; a hypergradient itself writes no buffer."""
         if self.gamma != 0.0:
-            self.downstream.forward(self.upper_backbone, self.head, batch[0])
+            with own_draws():
+                self.downstream.forward(self.upper_backbone, self.head, batch[0])
+            self.join_buffers(self.upper_backbone, self.head)
 
     def state_dict(self) -> dict[str, Any]:
         """Buffers and frozen parameters (a momentum target), which are no variables."""
@@ -112,7 +122,7 @@ class BiSSLProblem(Problem):
                 tensor.copy_(state[name][key])
 
     def _pretext_loss(self, lower: Params, batch: Any) -> Tensor:
-        return self.pretext.loss(*bind_lower(self.lower_backbone, self.heads, lower), batch)
+        return pretext_loss(self.pretext, *bind_lower(self.lower_backbone, self.heads, lower), batch)
 
     def _pretext_outputs(self, lower: Params, batch: Any) -> Tensor:
         return self.pretext.outputs(*bind_lower(self.lower_backbone, self.heads, lower), batch)

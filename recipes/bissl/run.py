@@ -14,8 +14,10 @@ if not __package__:
 
 from bilevel import NonFiniteError
 from bilevel.checkpoint import CheckpointError
+from bilevel.distributed import CollectiveError
 from bilevel.interruption import Interrupted, Interruption
 from recipes.bissl import estimate
+from recipes.bissl.agreement import check_data
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
 from recipes.bissl.claims import ClaimLost
@@ -27,6 +29,7 @@ from recipes.bissl.imagesets import DataError
 from recipes.bissl.models import build_backbone
 from recipes.bissl.plugins import PluginError
 from recipes.bissl.presets import list_presets
+from recipes.bissl.ranks import Launch, Ranks, first_on_each_machine
 from recipes.bissl.run_directory import CHECKPOINTS, REPORT, RESULTS
 from recipes.bissl.stages import bissl, finetune, head, pretext
 from recipes.bissl.tables import comparison_lines, number_text, results_table
@@ -34,7 +37,7 @@ from recipes.bissl.terminal import printable
 from recipes.bissl.tools import data, export, features, figure2, search, table
 from recipes.bissl.tracking import check_installed
 
-INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 130, 3, 74, 75
+BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 2, 130, 3, 74, 75
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """A file system that takes no more, or does not answer."""
 TOOLS: dict[str, Callable[[list[str]], int]] = {
@@ -52,40 +55,58 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; the process's exit code.
 
     0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
-    130 by Ctrl-C. After the last four, and a remedy for 3 and 74, the same command with --resume continues.
+    76 another rank is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3 and 74, the same
+    command with --resume continues.
     """
     with Interruption():
-        return _guarded(sys.argv[1:] if arguments is None else arguments)
+        return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
 
 
-def _guarded(arguments: list[str]) -> int:
+def _as_a_rank(arguments: list[str]) -> int:
+    """Run as one of the processes that torchrun has started, or as the only one."""
+    try:
+        ranks = Ranks(Launch.of_environment())
+    except ConfigError as error:
+        return fail(str(error))
+    code, message = 1, ""
+    try:
+        code, message = _guarded(arguments, ranks)
+    finally:
+        # Also where an exception goes on from here: the others must not wait for this rank.
+        tells = ranks.leave(code)
+    if message and tells:
+        print(f"run.py: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
+    """Exit code, and why it is not 0."""
     try:
         if arguments and arguments[0] in TOOLS:
-            return TOOLS[arguments[0]](arguments[1:])
-        return _execute(parse(arguments))
+            ranks.refuse_several(arguments[0])
+            return TOOLS[arguments[0]](arguments[1:]), ""
+        return _execute(parse(arguments), ranks), ""
     except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, ClaimLost) as error:
-        return fail(str(error))
+        return BAD_INPUT, f"error: {error}"
     except NonFiniteError as error:
-        print(f"run.py: stopped: {error}", file=sys.stderr)
-        return DIVERGED
+        return DIVERGED, f"stopped: {error}"
+    except CollectiveError as error:
+        message, code = ranks.account(error)
+        return code, f"stopped: {message}"
     except Interrupted as stop:
         code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
-        print(f"run.py: {stop}, and saved; the same command with --resume continues", file=sys.stderr)
-        return code
+        return code, f"{stop}, and saved; the same command with --resume continues"
     except OSError as error:
         # A name too long, a folder without permission: no fault of the program either.
         if error.errno not in WRITE_ERRORS:
-            return fail(str(error))
+            return BAD_INPUT, f"error: {error}"
         where = "" if error.filename is None else f" ({error.filename})"
-        print(
-            f"run.py: cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, "
-            "and continue by the same command with --resume",
-            file=sys.stderr,
+        return UNWRITABLE, (
+            f"cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, and "
+            "continue by the same command with --resume"
         )
-        return UNWRITABLE
     except KeyboardInterrupt:
-        print("run.py: interrupted; the same command with --resume continues", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED, "interrupted; the same command with --resume continues"
 
 
 def run_stage(context: Context, request: Request, parent: Artifact | None) -> None:
@@ -104,22 +125,25 @@ def run_stage(context: Context, request: Request, parent: Artifact | None) -> No
     _say(context, f"artifact: {stage(at, parent).directory}")
 
 
-def _execute(request: Request) -> int:
+def _execute(request: Request, ranks: Ranks) -> int:
     config, directory = request.config, request.directory
     if request.list_presets:
         print(list_presets())
         return 0
     if request.dry_run:
+        ranks.refuse_several("--dry-run")
         description = estimate.describe(config)
         directory.open(config, resume=request.resume, overwrite=False)
         print(show_config(config))
         print(description)
         return 0
     store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
-    context = make_context(config, directory, store)
+    context = make_context(config, directory, store, ranks=ranks)
     # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
     parent = _parent(request)
-    estimate.check_data(context)
+    with first_on_each_machine(ranks.launch):
+        estimate.check_data(context)
+    check_data(context.data)
     check_installed(config.tracking)
     with directory.held(config, resume=request.resume, overwrite=request.overwrite):
         if request.command != "all":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.checkpoint import write_atomic
+from bilevel.distributed import rank
 from recipes.bissl.config import Config, ConfigError, differences, read_config_file
 from recipes.bissl.run_lock import held
 
@@ -36,6 +37,7 @@ SAFE_TO_CHANGE = {
     "device",
     "threads",
     "nonfinite_skips",
+    "rank_timeout",
     "tracking",
     "compute.data_device",
     "data.root",
@@ -76,11 +78,14 @@ class RunDirectory:
 
     @contextmanager
     def held(self, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
-        """`open` the folder for `config` and keep other processes out until the block ends.
+        """`open` the folder for `config` and keep other processes out until the block ends. Rank 0 does so for all.
 
         Raises:
             ConfigError: as `open`, or another process is at work in it.
         """
+        if rank() > 0:
+            yield
+            return
         self.check(config, resume=resume, overwrite=overwrite)
         with ExitStack() as stack:
             try:
@@ -123,8 +128,9 @@ class RunDirectory:
             self._check_unchanged(config)
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file of the run, atomically."""
-        write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
+        """Write a JSON file of the run, atomically; rank 0 does so for all."""
+        if rank() == 0:
+            write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False).encode())
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(f"output-dir: {self.path} cannot be written to ({error.strerror})")

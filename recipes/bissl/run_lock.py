@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+from bilevel.distributed import rank
 from recipes.bissl.claims import Claim, ClaimLost, Claims
 from recipes.bissl.config import ConfigError
 from recipes.bissl.process_identity import describe
@@ -13,9 +15,24 @@ LEASE = 180.0
 _NAME = ".lock"
 
 
+class Hold(Protocol):
+    """What keeps other processes out of a folder."""
+
+    def check(self) -> None: ...
+
+
+class _HeldForAll:
+    """Rank 0 looks, and ends where the folder was taken over; the others then end too."""
+
+    def check(self) -> None:
+        return None
+
+
 @contextmanager
-def held(folder: Path, what: str, *, lease: float = LEASE) -> Iterator[Claim]:
-    """Hold `folder`, made where missing, until the block ends; ``claim.check()`` inside tells whether it still is.
+def held(folder: Path, what: str, *, lease: float = LEASE) -> Iterator[Hold]:
+    """Hold `folder`, made where missing, until the block ends; ``check()`` inside tells whether it still is.
+
+    Of several ranks the first holds it for all.
 
     Args:
         what: the field or thing that the message begins with.
@@ -25,6 +42,9 @@ def held(folder: Path, what: str, *, lease: float = LEASE) -> Iterator[Claim]:
         ConfigError: somebody else holds it.
         OSError: it cannot be written to.
     """
+    if rank() > 0:
+        yield _HeldForAll()
+        return
     claims = Claims(folder, lease)
     claim = claims.take(_NAME)
     if claim is None:

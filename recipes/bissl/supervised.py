@@ -1,6 +1,7 @@
 """What the head's warm-up and fine-tuning share: labelled steps of a backbone with a head, and its scores."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 
 from recipes.bissl.compute import Computing
 from recipes.bissl.evaluate import evaluate
+from recipes.bissl.global_loss import downstream_loss
 from recipes.bissl.loop import optimizer_step
+from recipes.bissl.shares import on_shares
 from recipes.bissl.tasks.base import DownstreamTask
 
 
@@ -21,15 +24,18 @@ class SupervisedModel:
 
     def __init__(self, task: DownstreamTask, backbone: nn.Module, head: nn.Module, computing: Computing) -> None:
         self.task, self.backbone, self.head, self.metrics = task, backbone, head, task.metrics()
+        self.computing = computing
         self._loss = computing.first_order(
-            lambda inputs, targets: task.loss(task.forward(backbone, head, inputs), targets)
+            lambda inputs, targets: downstream_loss(task, backbone, head, inputs, targets)
         )
 
     def step(
         self, batch: Any, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
     ) -> dict[str, Any]:
         """One update on a batch of inputs and targets, as `optimizer_step`."""
-        return optimizer_step(self._loss(*batch), optimizer, scheduler)
+        record = optimizer_step(self._loss(*batch), optimizer, scheduler)
+        self.computing.join_buffers(self.backbone, self.head)
+        return record
 
     def measure(self, batches: Sequence[Any]) -> dict[str, float]:
         """The task's metrics and loss over `batches` in eval mode; every mode is afterwards what it was."""
@@ -37,7 +43,8 @@ class SupervisedModel:
         for module, _ in modes:
             module.eval()
         forward = self.task.forward
-        values = evaluate(lambda x: forward(self.backbone, self.head, x), batches, self.metrics, self.task.loss)
+        outputs = partial(on_shares, lambda inputs: forward(self.backbone, self.head, inputs))
+        values = evaluate(outputs, batches, self.metrics, self.task.loss)
         for module, training in modes:
             module.train(training)
         return values

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from recipes.bissl.config_sections import ModelConfig
 from recipes.bissl.context import Context
 from recipes.bissl.foreign_weights import ForeignWeights, load_backbone, read_weights
+from recipes.bissl.global_loss import pretext_loss
 from recipes.bissl.loop import optimizer_step
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
@@ -65,7 +66,7 @@ class HeadsFirst:
         def frozen(x: Tensor, feature_map: bool = False) -> Tensor:
             return functional_call(backbone, constants, (x,), {"feature_map": feature_map})
 
-        self.loss = context.computing.first_order(lambda batch: task.loss(frozen, dict(heads.items()), batch))
+        self.loss = context.computing.first_order(lambda batch: pretext_loss(task, frozen, dict(heads.items()), batch))
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """One update; its event."""

@@ -13,7 +13,6 @@ from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.inspection import Inspect
 from bilevel.microbatch import MicroBatched
 from recipes.bissl.artifact import Artifact, make_key
-from recipes.bissl.claims import Claim
 from recipes.bissl.context import LOWER_DATA, Context
 from recipes.bissl.events import StageEvents
 from recipes.bissl.loop import Seconds, discard_checkpoints
@@ -21,7 +20,7 @@ from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
 from recipes.bissl.problem import BACKBONE, BiSSLProblem
 from recipes.bissl.run_directory import INSPECT
-from recipes.bissl.run_lock import held
+from recipes.bissl.run_lock import Hold, held
 
 STAGE = "bissl"
 
@@ -78,7 +77,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
 class _Held(Callback):
     """Stops where another process has taken the stage over."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Hold) -> None:
         self.claim = claim
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
@@ -106,6 +105,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
         gamma=config.bissl.gamma,
         implicit_head=config.bissl.implicit_head,
         first_order=context.computing.first_order,
+        join_buffers=context.computing.join_buffers,
     )
 
 

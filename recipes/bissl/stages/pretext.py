@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from recipes.bissl.artifact import Artifact, make_key
 from recipes.bissl.context import LOWER_DATA, Context
 from recipes.bissl.evaluate import knn_accuracy
 from recipes.bissl.foreign_weights import ForeignWeights, load_backbone, load_heads
+from recipes.bissl.global_loss import pretext_loss, pretext_output_loss
 from recipes.bissl.loop import discard_checkpoints, gradient_step, optimizer_step, run_steps
 from recipes.bissl.losses import embedding_spread
 from recipes.bissl.models import build_backbone
 from recipes.bissl.optim import schedule
 from recipes.bissl.plan import make_plan
 from recipes.bissl.problem import bind_lower, lower_variables
+from recipes.bissl.shares import on_shares
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.warm_start import HeadsFirst, initial_weights
 
@@ -77,6 +80,7 @@ def _train(context: Context, stage: str, parent: Artifact | None, length: _Lengt
     directory, writer = context.store.directory(stage, key), context.writer(stage)
 
     def after(number: int) -> None:
+        context.computing.join_buffers(backbone, heads)
         task.after_step(backbone, heads, number)
         if number % (config.pretext.monitor_every * len(stack)) == 0 or number == fitting + length.steps:
             seen = _look(context, task, backbone, heads)
@@ -156,7 +160,7 @@ def _update(
     """One step on a batch, in chunks of compute.micro_batch or at once; returns its event."""
     size = context.config.compute.micro_batch
     if size is None:
-        loss = context.computing.first_order(lambda batch: task.loss(backbone, dict(heads.items()), batch))
+        loss = context.computing.first_order(lambda batch: pretext_loss(task, backbone, dict(heads.items()), batch))
         return lambda batch: optimizer_step(loss(batch), optimizer, scheduler)
     outputs = context.computing.first_order(
         lambda lower, chunk: task.outputs(*bind_lower(backbone, heads, lower), chunk)
@@ -164,7 +168,8 @@ def _update(
     variables = lower_variables(backbone, heads)
 
     def update(batch: Any) -> dict[str, Any]:
-        value, gradient = micro_batched_gradient(outputs, task.output_loss, variables, split(batch, size))
+        whole = partial(pretext_output_loss, task)
+        value, gradient = micro_batched_gradient(outputs, whole, variables, split(batch, size))
         return gradient_step(value, gradient, variables, optimizer, scheduler)
 
     return update
@@ -200,7 +205,8 @@ def _nearest_neighbours(context: Context, backbone: nn.Module) -> float | None:
         return None
 
     def features(batches: list[Any]) -> tuple[Tensor, Tensor]:
-        return torch.cat([backbone(inputs) for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
+        outputs = [on_shares(backbone, inputs) for inputs, _ in batches]
+        return torch.cat(outputs), torch.cat([targets for _, targets in batches])
 
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))
     return knn_accuracy(*features(train), *features(val), neighbours=neighbours)

@@ -58,6 +58,10 @@ class PretextTask(Task, ABC):
         The batch is a tensor or nested tuples, lists and dicts of tensors. Masks of a masked autoencoder belong in it:
         they then travel with the stored batch and stay fixed within one linear solve. Images are on the CPU or, with
         compute.data_device=device, on the compute device; the generator is the CPU's.
+
+        Over several processes every one draws the whole batch and needs its own rows alone. A function with a further
+        keyword ``rows: slice = slice(None)`` is given them: it draws for all N images in the same order, and computes
+        and returns the rows. One without it makes the whole batch everywhere, every tensor of which must have N rows.
         """
 
     @abstractmethod
@@ -114,7 +118,8 @@ class DownstreamTask(Task, ABC):
     def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[Any, Any]]:
         """``(images uint8 [N, C, H, W], targets, generator) -> (inputs, targets)``, changing both together.
 
-        For training, devices are as in `PretextTask.transform`; for evaluation everything is on the CPU.
+        For training, devices and the optional keyword `rows`, for inputs and targets, are as in
+        `PretextTask.transform`; for evaluation everything is on the CPU.
         """
 
     @abstractmethod

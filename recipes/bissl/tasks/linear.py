@@ -51,8 +51,12 @@ class LinearTask(DownstreamTask):
         return linear_head(int(backbone.num_features), len(self.classes))  # type: ignore[arg-type]
 
     def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        if train:
-            view = RandomView(self.view, self.views == "batched")
-            return lambda images, targets, generator: (view(images, generator), targets)
+        random = RandomView(self.view, self.views == "batched")
         plain = EvalView(self.eval_resize or self.image_size, self.image_size, self.view.mean, self.view.std)
-        return lambda images, targets, generator: (plain(images), targets)
+
+        def view(
+            images: Tensor, targets: Tensor, generator: torch.Generator, *, rows: slice = slice(None)
+        ) -> tuple[Tensor, Tensor]:
+            return random(images, generator, rows) if train else plain(images[rows]), targets[rows]
+
+        return view

@@ -55,7 +55,11 @@ class TwoViewTask(PretextTask):
 
     def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         first, second = (RandomView(view, self.views == "batched") for view in (self.view1, self.view2))
-        return lambda images, generator: (first(images, generator), second(images, generator))
+
+        def views(images: Tensor, generator: torch.Generator, *, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+            return first(images, generator, rows), second(images, generator, rows)
+
+        return views
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.output_loss(self.outputs(backbone, heads, batch))

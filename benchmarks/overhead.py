@@ -1,0 +1,261 @@
+"""What saving and the launcher cost: seconds that a checkpoint blocks training, its share of a run, torchrun's price.
+
+    taskset -c 1 python benchmarks/overhead.py --json benchmarks/results/overhead.json --docs docs/reliability.md
+
+- ``states``: where a stage of a run makes a checkpoint, it is made again and again, in turn with a plain write of as many
+  bytes (and of a manifest) into the same folder: open, write, fsync, rename. Nothing is computed in between.
+- ``share``: one whole run of the default preset with the seconds of every save added up.
+- ``launcher``: a shorter run, alone and as the only rank of torchrun, in turn: seconds of the process from its start to
+  its end, and those that the run itself reports for its stages.
+
+Everything in one thread. ``--kept`` measures nothing and shows the figures in the JSON file.
+"""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+if not __package__:
+    # As a script: the repository's root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.measuring import Timing, environment, interleaved, parser, show, use_threads, write_json
+from benchmarks.pages import conditions, table, update
+from bilevel import Checkpointing
+from recipes.bissl import loop
+from recipes.bissl.run import main as run_recipe
+from recipes.bissl.stages import bissl
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "recipes" / "bissl" / "run.py"
+FEW_STEPS = (
+    *("--threads=1", "--seeds=1", "--arms=bissl,baseline"),
+    *("--pretext.epochs=2", "--pretext.warmup-epochs=1", "--pretext.checkpoint-every=1", "--head.epochs=4"),
+    *("--bissl.alternations=2", "--bissl.lower-steps=2", "--bissl.upper-steps=1", "--bissl.checkpoint-every=1"),
+    *("--bissl.lower-warmup-epochs=0", "--finetune.epochs=4", "--finetune.checkpoint-every=1"),
+)
+NETS = {"digits preset": (), "digits preset with a ResNet-18": ("--model.backbone=resnet18", "--pretext.batch-size=64")}
+SHORT = ("--threads=1", "--seeds=1", "--pretext.epochs=15", "--bissl.alternations=3", "--finetune.epochs=30")
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=1", "--master-addr=127.0.0.1")
+
+Save = Callable[[], object]
+
+
+@contextmanager
+def saves_through(watch: Callable[[str, Path, Save], None]) -> Iterator[None]:
+    """Every checkpoint of the recipe goes through ``watch(stage, folder, save)``, which calls `save`.
+
+    What `save` takes is what training waits for: the states of all parts, and their way to the disk.
+    """
+    plain, first, trainer_ends = loop._save, bissl.save_checkpoint, Checkpointing.on_interrupt
+
+    def see(folder: Path, save: Save) -> None:
+        watch(folder.name.rpartition("-")[0], folder, save)
+
+    with (
+        patch.object(loop, "_save", lambda folder, *what: see(folder, lambda: plain(folder, *what))),
+        patch.object(bissl, "save_checkpoint", lambda folder, *what: see(folder, lambda: first(folder, *what))),
+        patch.object(
+            Checkpointing, "on_interrupt", lambda self, it: see(self.directory, lambda: trainer_ends(self, it))
+        ),
+    ):
+        yield
+
+
+def plain_write(folder: Path, content: bytes, manifest: bytes) -> None:
+    """The least that brings a checkpoint's bytes and its manifest to the disk, each whole or not there."""
+    for name, part in (("plain.pt", content), ("plain.json", manifest)):
+        with (folder / f"{name}.tmp").open("wb") as file:
+            file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, folder / name)
+
+
+def compare(folder: Path, save: Save, repeats: int) -> dict[str, Any]:
+    """Seconds of `save`, of a plain write of the same bytes, and their difference, repeat by repeat."""
+    save()
+    manifest = max(folder.glob("step-*.json"))
+    content = (folder / json.loads(manifest.read_bytes())["file"]).read_bytes()
+    functions = {"blocked": save, "plain": lambda: plain_write(folder, content, manifest.read_bytes())}
+    times = interleaved(functions, repeats)
+    pairs = zip(times["blocked"].samples, times["plain"].samples, strict=True)
+    difference = Timing(tuple(blocked - plain for blocked, plain in pairs))
+    figures = {name: timing.record() for name, timing in {**times, "difference": difference}.items()}
+    return {"bytes": len(content), "repeats": repeats, **figures}
+
+
+def states(options: Sequence[str], repeats: int) -> dict[str, Any]:
+    """`compare` in every stage of one short run, at the first checkpoint that is after a step."""
+    seen: dict[str, int] = {}
+    found: dict[str, Any] = {}
+
+    def watch(stage: str, folder: Path, save: Save) -> None:
+        save()
+        seen[stage] = seen.get(stage, 0) + 1
+        if seen[stage] == 2:
+            found[stage] = compare(folder, save, repeats)
+
+    with saves_through(watch):
+        run_quietly(options)
+    return found
+
+
+def share(options: Sequence[str]) -> dict[str, Any]:
+    """What all saves of one run take of its time."""
+    stages: dict[str, dict[str, float]] = {}
+
+    def watch(stage: str, folder: Path, save: Save) -> None:
+        began = time.perf_counter()
+        save()
+        row = stages.setdefault(stage, {"count": 0, "seconds": 0.0})
+        row["count"] += 1
+        row["seconds"] += time.perf_counter() - began
+
+    began = time.perf_counter()
+    with saves_through(watch):
+        run_quietly(options)
+    seconds = time.perf_counter() - began
+    saving = sum(row["seconds"] for row in stages.values())
+    return {"stages": stages, "saving": saving, "seconds": seconds, "share": saving / seconds}
+
+
+def run_quietly(options: Sequence[str]) -> None:
+    """One run of the recipe in this process.
+
+    Raises:
+        RuntimeError: it did not end with exit code 0.
+    """
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        code = run_recipe([*options, f"--output-dir={folder}"])
+    if code != 0:
+        raise RuntimeError(f"run.py {' '.join(options)} ended with exit code {code}")
+
+
+def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Runs of `program` without and with torchrun, in turn: seconds from outside, and those in its results.json."""
+    reported: dict[str, list[float]] = {"alone": [], "torchrun": []}
+
+    def start(name: str) -> Callable[[], None]:
+        def run() -> None:
+            starter = () if name == "alone" else ("-m", *TORCHRUN, f"--master-port={free_port()}")
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, *starter, str(program), *options, f"--output-dir={folder}"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=alone_environment())
+                results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            reported[name].append(results["arms"]["bissl"]["seconds"])
+
+        return run
+
+    whole = interleaved({name: start(name) for name in reported}, pairs, warm_up=0)
+    stages = {name: Timing(tuple(values)) for name, values in reported.items()}
+    kinds = {"whole": whole, "stages": stages}
+    figures = {
+        kind: {
+            **{name: timing.record() for name, timing in timings.items()},
+            "ratio": timings["torchrun"].over(timings["alone"]).record(),
+        }
+        for kind, timings in kinds.items()
+    }
+    return {"options": list(options), "pairs": pairs, **figures}
+
+
+def alone_environment() -> dict[str, str]:
+    """This process's environment with one thread, as torchrun sets it, and no launcher's variables."""
+    ours = {name: value for name, value in os.environ.items() if name not in {"WORLD_SIZE", "RANK", "LOCAL_RANK"}}
+    return {**ours, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def tables(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Every table of the page."""
+    states_header = ["checkpoint of", "stage", "MB", "blocks, ms", "plain write, ms", "difference, ms"]
+    share_header = ["stage", "checkpoints", "seconds", "of the run"]
+    launcher_header = ["seconds of", "alone", "torchrun", "ratio"]
+    return {
+        "checkpoints": table(states_header, states_rows(figures)),
+        "checkpoint share": table(share_header, share_rows(figures)),
+        "launcher": f"{table(launcher_header, launcher_rows(figures))}\n\n{conditions(figures)}",
+    }
+
+
+def states_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    rows = [(net, stage, row) for net, stages in figures["states"].items() for stage, row in stages.items()]
+    timed = ("blocked", "plain", "difference")
+    return [
+        [net, stage, f"{row['bytes'] / 1e6:.1f}", *(spread(row[name], 1e3, 1) for name in timed)]
+        for net, stage, row in rows
+    ]
+
+
+def share_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    whole = figures["share"]
+    rows = {**whole["stages"], "all": {"count": sum(r["count"] for r in whole["stages"].values())}}
+    rows["all"]["seconds"] = whole["saving"]
+    return [
+        [name, str(row["count"]), f"{row['seconds']:.2f}", f"{100.0 * row['seconds'] / whole['seconds']:.2f} %"]
+        for name, row in rows.items()
+    ]
+
+
+def launcher_rows(figures: Mapping[str, Any]) -> list[list[str]]:
+    named = {"whole": "the whole process", "stages": "training, as the run reports"}
+    return [
+        [said, *(spread(figures["launcher"][kind][name], 1.0, 2) for name in ("alone", "torchrun"))]
+        + [spread(figures["launcher"][kind]["ratio"], 1.0, 3)]
+        for kind, said in named.items()
+    ]
+
+
+def spread(row: Mapping[str, float], unit: float, digits: int) -> str:
+    """Median and quartiles in a unit."""
+    median, low, high = (f"{row[name] * unit:.{digits}f}" for name in ("median", "q1", "q3"))
+    return f"{median} ({low} to {high})"
+
+
+def measure(*, quick: bool, pairs: int) -> dict[str, Any]:
+    """All figures."""
+    repeats, whole = (2, FEW_STEPS) if quick else (15, ("--threads=1",))
+    return {
+        "states": {net: states([*FEW_STEPS, *options], repeats) for net, options in NETS.items()},
+        "share": share(whole),
+        "launcher": launcher(RUN, FEW_STEPS if quick else SHORT, 1 if quick else pairs),
+    }
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--pairs", type=int, default=7, help="runs alone and by torchrun (default: 7 each)")
+    options.add_argument("--docs", type=Path, help="write the tables into this page")
+    options.add_argument("--kept", action="store_true", help="show what --json holds instead of measuring")
+    arguments = options.parse_args()
+    if arguments.kept:
+        figures = json.loads(arguments.json.read_text(encoding="utf-8"))
+    else:
+        use_threads(1)
+        figures = {"quick": arguments.quick, "environment": environment()}
+        figures |= measure(quick=arguments.quick, pairs=arguments.pairs)
+        write_json(arguments.json, figures)
+    show("Checkpoints", ["of", "stage", "MB", "blocks", "plain", "difference (ms)"], states_rows(figures))
+    show("A whole run", ["stage", "checkpoints", "seconds", "share"], share_rows(figures))
+    show("Launcher", ["seconds of", "alone", "torchrun", "ratio"], launcher_rows(figures))
+    return 0 if arguments.docs is None else update(arguments.docs, tables(figures), check=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
