@@ -2,18 +2,19 @@
 
     taskset -c 1 python benchmarks/overhead.py --json benchmarks/results/overhead.json --docs docs/reliability.md
 
-- ``states``: where a stage of a run makes a checkpoint, it is made again and again, in turn with a plain write of as many
-  bytes (and of a manifest) into the same folder: open, write, fsync, rename. Nothing is computed in between.
+- ``states``: where a stage of a run makes a checkpoint, it is made again and again, in turn with a plain write of as
+  many bytes (and of a manifest) into the same folder: open, write, fsync, rename. Nothing is computed in between.
 - ``share``: one whole run of the default preset with the seconds of every save added up.
 - ``launcher``: a shorter run, alone and as the only rank of torchrun, in turn: seconds of the process from its start to
-  its end, and those that the run itself reports for its stages.
+  its end, of the processor, and those that the run itself reports for its stages.
 
-Everything in one thread. ``--kept`` measures nothing and shows the figures in the JSON file.
+Everything in one thread. With ``--parts`` the others stay as they are in the JSON file; none after it measures nothing.
 """
 
 import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -45,8 +46,15 @@ FEW_STEPS = (
     *("--bissl.lower-warmup-epochs=0", "--finetune.epochs=4", "--finetune.checkpoint-every=1"),
 )
 NETS = {"digits preset": (), "digits preset with a ResNet-18": ("--model.backbone=resnet18", "--pretext.batch-size=64")}
-SHORT = ("--threads=1", "--seeds=1", "--pretext.epochs=15", "--bissl.alternations=3", "--finetune.epochs=30")
+SHORT = ("--threads=1", "--seeds=1", "--pretext.epochs=8", "--bissl.alternations=2", "--finetune.epochs=20")
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=1", "--master-addr=127.0.0.1")
+
+PARTS = ("states", "share", "launcher")
+KINDS = {
+    "whole": "the process, from start to end",
+    "processor": "the processor",
+    "stages": "training, as the run reports",
+}
 
 Save = Callable[[], object]
 
@@ -143,31 +151,41 @@ def run_quietly(options: Sequence[str]) -> None:
 
 
 def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any]:
-    """Runs of `program` without and with torchrun, in turn: seconds from outside, and those in its results.json."""
-    reported: dict[str, list[float]] = {"alone": [], "torchrun": []}
+    """Runs of `program` without and with torchrun, in turn: times from outside, and those in its results.json.
 
-    def start(name: str) -> Callable[[], None]:
-        def run() -> None:
-            starter = () if name == "alone" else ("-m", *TORCHRUN, f"--master-port={free_port()}")
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, *starter, str(program), *options, f"--output-dir={folder}"]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=alone_environment())
-                results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            reported[name].append(results["arms"]["bissl"]["seconds"])
+    Processor seconds are those of all processes of a run; other work on the machine disturbs them the least.
+    """
+    seen: dict[str, dict[str, list[float]]] = {kind: {"alone": [], "torchrun": []} for kind in KINDS}
 
-        return run
+    def start(name: str) -> None:
+        starter = () if name == "alone" else ("-m", *TORCHRUN, f"--master-port={free_port()}")
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, *starter, str(program), *options, f"--output-dir={folder}"]
+            began, used = time.perf_counter(), processor_seconds()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=alone_environment())
+            seen["whole"][name].append(time.perf_counter() - began)
+            seen["processor"][name].append(processor_seconds() - used)
+            results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        seen["stages"][name].append(results["arms"]["bissl"]["seconds"])
 
-    whole = interleaved({name: start(name) for name in reported}, pairs, warm_up=0)
-    stages = {name: Timing(tuple(values)) for name, values in reported.items()}
-    kinds = {"whole": whole, "stages": stages}
-    figures = {
-        kind: {
-            **{name: timing.record() for name, timing in timings.items()},
-            "ratio": timings["torchrun"].over(timings["alone"]).record(),
-        }
-        for kind, timings in kinds.items()
-    }
-    return {"options": list(options), "pairs": pairs, **figures}
+    for _ in range(pairs):
+        start("alone")
+        start("torchrun")
+    return {"options": list(options), "pairs": pairs, **{kind: against(**values) for kind, values in seen.items()}}
+
+
+def against(alone: Sequence[float], torchrun: Sequence[float]) -> dict[str, Any]:
+    """Both, and the second over and less the first, pair by pair."""
+    ways = {"alone": Timing(tuple(alone)), "torchrun": Timing(tuple(torchrun))}
+    more = Timing(tuple(b - a for a, b in zip(alone, torchrun, strict=True)))
+    every = {**ways, "ratio": ways["torchrun"].over(ways["alone"]), "more": more}
+    return {name: timing.record() for name, timing in every.items()}
+
+
+def processor_seconds() -> float:
+    """Those of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def alone_environment() -> dict[str, str]:
@@ -186,7 +204,7 @@ def tables(figures: Mapping[str, Any]) -> dict[str, str]:
     """Every table of the page."""
     states_header = ["checkpoint of", "stage", "MB", "blocks, ms", "plain write, ms", "difference, ms"]
     share_header = ["stage", "checkpoints", "seconds", "of the run"]
-    launcher_header = ["seconds of", "alone", "torchrun", "ratio"]
+    launcher_header = ["seconds of", "alone", "torchrun", "more", "ratio"]
     return {
         "checkpoints": table(states_header, states_rows(figures)),
         "checkpoint share": table(share_header, share_rows(figures)),
@@ -214,11 +232,10 @@ def share_rows(figures: Mapping[str, Any]) -> list[list[str]]:
 
 
 def launcher_rows(figures: Mapping[str, Any]) -> list[list[str]]:
-    named = {"whole": "the whole process", "stages": "training, as the run reports"}
+    ways = {"alone": 2, "torchrun": 2, "more": 2, "ratio": 3}
     return [
-        [said, *(spread(figures["launcher"][kind][name], 1.0, 2) for name in ("alone", "torchrun"))]
-        + [spread(figures["launcher"][kind]["ratio"], 1.0, 3)]
-        for kind, said in named.items()
+        [said, *(spread(figures["launcher"][kind][name], 1.0, digits) for name, digits in ways.items())]
+        for kind, said in KINDS.items()
     ]
 
 
@@ -228,32 +245,35 @@ def spread(row: Mapping[str, float], unit: float, digits: int) -> str:
     return f"{median} ({low} to {high})"
 
 
-def measure(*, quick: bool, pairs: int) -> dict[str, Any]:
-    """All figures."""
+def measure(parts: Sequence[str], *, quick: bool, pairs: int) -> dict[str, Any]:
+    """The figures of some of `PARTS`."""
     repeats, whole = (2, FEW_STEPS) if quick else (15, ("--threads=1",))
-    return {
-        "states": {net: states([*FEW_STEPS, *options], repeats) for net, options in NETS.items()},
-        "share": share(whole),
-        "launcher": launcher(RUN, FEW_STEPS if quick else SHORT, 1 if quick else pairs),
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "states": lambda: {net: states([*FEW_STEPS, *options], repeats) for net, options in NETS.items()},
+        "share": lambda: share(whole),
+        "launcher": lambda: launcher(RUN, FEW_STEPS if quick else SHORT, 1 if quick else pairs),
     }
+    return {part: measures[part]() for part in PARTS if part in parts}
 
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--pairs", type=int, default=7, help="runs alone and by torchrun (default: 7 each)")
+    options.add_argument("--pairs", type=int, default=5, help="runs alone and by torchrun (default: 5 each)")
+    options.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="which to measure")
     options.add_argument("--docs", type=Path, help="write the tables into this page")
-    options.add_argument("--kept", action="store_true", help="show what --json holds instead of measuring")
     arguments = options.parse_args()
-    if arguments.kept:
-        figures = json.loads(arguments.json.read_text(encoding="utf-8"))
-    else:
+    kept = arguments.json is not None and arguments.json.exists() and set(arguments.parts) != set(PARTS)
+    figures = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else {}
+    if arguments.parts:
         use_threads(1)
-        figures = {"quick": arguments.quick, "environment": environment()}
-        figures |= measure(quick=arguments.quick, pairs=arguments.pairs)
+        figures |= {"quick": arguments.quick, "environment": environment()}
+        figures |= measure(arguments.parts, quick=arguments.quick, pairs=arguments.pairs)
         write_json(arguments.json, figures)
+    if missing := [part for part in PARTS if part not in figures]:
+        options.error(f"--parts: nothing is kept of {', '.join(missing)}; measure them too")
     show("Checkpoints", ["of", "stage", "MB", "blocks", "plain", "difference (ms)"], states_rows(figures))
     show("A whole run", ["stage", "checkpoints", "seconds", "share"], share_rows(figures))
-    show("Launcher", ["seconds of", "alone", "torchrun", "ratio"], launcher_rows(figures))
+    show("Launcher", ["seconds of", "alone", "torchrun", "more", "ratio"], launcher_rows(figures))
     return 0 if arguments.docs is None else update(arguments.docs, tables(figures), check=False)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 WORLDS = (2, 4)
 
 
-def on_ranks(function: Callable[[], Any], folder: Path, *, seconds: float = 100.0) -> dict[int, list[Any]]:
+def on_ranks(function: Callable[[], Any], folder: Path, *, seconds: float = 240.0) -> dict[int, list[Any]]:
     """What `function`, of a test module, returns on every rank of each of `WORLDS`; the same processes serve both.
 
     What comes back is what torch.load takes with weights_only: tensors, numbers and strings in dictionaries and lists.

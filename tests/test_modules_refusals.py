@@ -132,7 +132,7 @@ def test_synchronised_batchnorm_is_refused_over_several_ranks_only(monkeypatch: 
         reference = F.batch_norm(BATCH, None, None, module.weight, module.bias, training=True)
         torch.testing.assert_close(functional_call(module, {}, BATCH), reference)
         monkeypatch.setattr("bilevel.modules.world_size", lambda: 2)
-        with pytest.raises(TypeError, match="SyncBatchNorm has no double backward.*synchronised"):
+        with pytest.raises(TypeError, match=r"SyncBatchNorm has no double backward.*synchronised"):
             functional_call(module, {}, BATCH)
         functional_call(module.eval(), {}, BATCH)
 

@@ -1,22 +1,26 @@
-"""Outputs that two processes computed in shares are those of one; of many types, and of fewer samples than ranks."""
+"""Outputs that several processes computed in shares are those of one; of many types, some of fewer rows than ranks."""
 
-import socket
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
+from bilevel.distributed import world_size
 from bilevel.tree import tensors_in
 from recipes.bissl.shares import on_shares
+from tests.rank_processes import on_ranks
+
+COUNTS = (1, 2, 3, 4, 5, 9)
+COMPUTED = {
+    2: [[1, 1, 2, 2, 3, 5], [1, 1, 1, 2, 2, 4]],
+    4: [[1, 2, 3, 1, 2, 3], *3 * [[1, 2, 3, 1, 1, 2]]],
+}
+"""By the number of ranks: how many rows each of them passed through the network for each of `COUNTS`."""
 
 
-def outputs_of(calls: list[int], inputs: dict[str, Tensor]) -> dict[str, Any]:
+def network(calls: list[int], inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Rows that depend on their own sample alone, of several types."""
     x = inputs["x"]
     calls.append(len(x))
@@ -31,41 +35,21 @@ def inputs_of(count: int) -> dict[str, Tensor]:
     return {"x": torch.linspace(-1, 1, 3 * count).abs().view(count, 3), "y": torch.arange(count) / 3}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def found_here() -> dict[str, Any]:
     calls: list[int] = []
     with torch.no_grad():
-        found = [on_shares(partial(outputs_of, calls), inputs_of(count)) for count in range(1, 6)]
-    torch.save({"found": found, "calls": calls}, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+        outputs = [on_shares(partial(network, calls), inputs_of(count)) for count in COUNTS]
+    return {"world": world_size(), "calls": calls, "outputs": outputs}
 
 
-def test_outputs_of_two_ranks_are_those_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Public by its documentation, if not by its module's list of names.
-    context = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        worker, (port, str(tmp_path)), nprocs=2, join=False
-    )
-    assert context is not None
-    deadline = time.monotonic() + 60
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the ranks did not come to an end together"
-    finally:
-        for process in context.processes:
-            assert process is not None
-            process.kill()
-    computed = [[1, 1, 2, 2, 3], [1, 1, 1, 2, 2]]
-    for rank, calls in enumerate(computed):
-        result = torch.load(tmp_path / f"rank{rank}.pt")
-        assert result["calls"] == calls
-        for count, found in zip(range(1, 6), result["found"], strict=True):
-            expected = outputs_of([], inputs_of(count))
-            assert found.keys() == expected.keys()
-            for mine, alone in zip(tensors_in(found), tensors_in(expected), strict=True):
-                assert mine.dtype == alone.dtype
-                assert torch.equal(mine, alone)
+def test_outputs_of_several_ranks_are_those_of_one(tmp_path: Path) -> None:
+    for world, ranks in on_ranks(found_here, tmp_path).items():
+        assert [rank["calls"] for rank in ranks] == COMPUTED[world]
+        for rank in ranks:
+            assert rank["world"] == world
+            for count, found in zip(COUNTS, rank["outputs"], strict=True):
+                expected = network([], inputs_of(count))
+                assert found.keys() == expected.keys()
+                for mine, alone in zip(tensors_in(found), tensors_in(expected), strict=True):
+                    assert mine.dtype == alone.dtype
+                    assert torch.equal(mine, alone)

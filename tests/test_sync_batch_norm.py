@@ -249,13 +249,17 @@ class OwnNorm(nn.BatchNorm2d):
     pass
 
 
+def one_more(layer: nn.Module, args: Any, output: Any) -> Tensor:
+    return output + 1.0
+
+
 def test_synchronised_keeps_all_but_the_kind_of_layer() -> None:
     shared = nn.BatchNorm1d(3, eps=0.1, momentum=0.3)
     others = [nn.GroupNorm(1, 3), nn.InstanceNorm2d(3, affine=True, track_running_stats=True), OwnNorm(3)]
     inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval(), nn.BatchNorm3d(3, affine=False))
     module = nn.ModuleList([shared, inner, shared, *others])
     shared.weight.requires_grad_(False)
-    shared.register_forward_hook(lambda layer, args, output: output + 1.0)
+    shared.register_forward_hook(one_more)
     tensors = {name: id(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     kinds, expected = [type(layer) for layer in others], shared(torch.eye(3))
     assert synchronised(module) is module

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +80,7 @@ class Ranks:
         self._register: dist.Store | None = None
         self._who: list[str] = []
         self._said: int | None = None
+        self._accounted = False
 
     def refuse_several(self, what: str) -> None:
         """Raise ConfigError where there are several processes, for what is made for one."""
@@ -127,19 +128,23 @@ class Ranks:
         """
         rank = self.launch.rank
         if self._register is None:
-            return rank == 0 or self.launch.local_rank == 0
+            # Before the ranks have met one a machine tells; where the register is gone, everybody who is left.
+            return self._said is not None or rank == 0 or self.launch.local_rank == 0
         said = self._say(code)
         # Wakes those who wait for this rank. On a GPU with work under way it may not return.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
         closing.join(GRACE)
-        if rank == 0 and not self.launch.served:
-            # The register ends with this process.
-            self._wait(set(range(1, self.launch.world_size)))
-        if rank == 0 or code == 0:
-            return True
-        self._wait({0})
-        return self._codes().get(0) != said
+        others = set(range(1, self.launch.world_size))
+        if rank > 0:
+            self._wait("left", {0})
+            tells = code != 0 and self._read("left").get(0) != said
+            self._write("done", 1)
+            return tells
+        if not (self.launch.served or self._accounted):
+            # The register ends with this process: when the others have read what they want.
+            self._wait("done", others)
+        return True
 
     def account(self, error: CollectiveError) -> tuple[str, int]:
         """Why an exchange failed, as a message and this rank's exit code."""
@@ -147,8 +152,9 @@ class Ranks:
             return str(error), LOST
         self._say(LOST)
         everyone = set(range(self.launch.world_size))
-        self._wait(everyone)
-        codes = self._codes()
+        self._wait("left", everyone)
+        self._accounted = True
+        codes = self._read("left")
         reasons = sorted(rank for rank, code in codes.items() if code != LOST)
         if reasons:
             first = reasons[0]
@@ -165,30 +171,52 @@ class Ranks:
         """The first word counts; what this rank has said."""
         if self._said is None:
             self._said = code
-            try:
-                assert self._register is not None, "only called where there is one"
-                self._register.set(f"left/{self.launch.rank}", str(code))
-            except (RuntimeError, OSError):
-                # Its keeper is gone, and with it everybody who could read this.
-                self._register = None
+            self._write("left", code)
         return self._said
 
-    def _wait(self, ranks: set[int]) -> None:
-        """Until all of `ranks` have said that they leave, or time is up."""
+    def _wait(self, what: str, ranks: set[int]) -> None:
+        """Until all of `ranks` have an entry, or time is up."""
         until = time.monotonic() + GRACE
-        while time.monotonic() < until and not ranks <= self._codes().keys():
+        while time.monotonic() < until and self._register is not None and not ranks <= self._read(what).keys():
             time.sleep(_POLL)
 
-    def _codes(self) -> dict[int, int]:
-        """The exit codes of the ranks that have said one."""
-        codes: dict[int, int] = {}
-        try:
+    def _write(self, what: str, number: int) -> None:
+        """This rank's entry in the register."""
+        self._ask(lambda register: register.set(f"{what}/{self.launch.rank}", str(number)))
+
+    def _read(self, what: str) -> dict[int, int]:
+        """The entries that there are, by rank."""
+        entries: dict[int, int] = {}
+
+        def read(register: dist.Store) -> None:
             for rank in range(self.launch.world_size):
-                if self._register is not None and self._register.check([f"left/{rank}"]):
-                    codes[rank] = int(self._register.get(f"left/{rank}"))
-        except (RuntimeError, OSError):
+                if register.check([f"{what}/{rank}"]):
+                    entries[rank] = int(register.get(f"{what}/{rank}"))
+
+        self._ask(read)
+        return entries
+
+    def _ask(self, question: Callable[[dist.Store], None]) -> None:
+        """Ask the register, which is forgotten where its keeper is gone or does not answer."""
+        register = self._register
+        if register is None:
+            return
+        answered = threading.Event()
+
+        def ask() -> None:
+            try:
+                question(register)
+            except (RuntimeError, OSError):
+                # Nobody is left who could answer.
+                return
+            answered.set()
+
+        # A keeper that stands still would be waited for without end.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(GRACE)
+        if not answered.is_set():
             self._register = None
-        return codes
 
 
 @contextmanager

@@ -1,0 +1,41 @@
+"""Tasks that behave otherwise on one rank than on the others."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.distributed import rank
+from recipes.bissl.tasks.simclr import SimCLR
+
+
+class BrokenOnOneRank(SimCLR):  # type: ignore[misc]
+    """The first view of rank 1's third batch is NaN."""
+
+    def transform(self) -> Callable[..., Any]:
+        views, numbers = super().transform(), itertools.count(1)
+
+        def broken(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+            first, second = views(images, generator, rows=rows)
+            if next(numbers) == 3 and rank() == 1:
+                first = first * math.nan
+            return first, second
+
+        return broken
+
+
+class FailingOnOneRank(SimCLR):  # type: ignore[misc]
+    """Rank 1 cannot draw its third batch."""
+
+    def transform(self) -> Callable[..., Any]:
+        views, numbers = super().transform(), itertools.count(1)
+
+        def failing(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+            if next(numbers) == 3 and rank() == 1:
+                raise OSError(5, "Input/output error", "images.bin")
+            return views(images, generator, rows=rows)
+
+        return failing
