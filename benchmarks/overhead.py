@@ -262,13 +262,13 @@ def main() -> int:
     options.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="which to measure")
     options.add_argument("--docs", type=Path, help="write the tables into this page")
     arguments = options.parse_args()
-    kept = arguments.json is not None and arguments.json.exists() and set(arguments.parts) != set(PARTS)
-    figures = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else {}
+    path, some = arguments.json, set(arguments.parts) != set(PARTS)
+    figures = json.loads(path.read_text(encoding="utf-8")) if some and path is not None and path.exists() else {}
     if arguments.parts:
         use_threads(1)
         figures |= {"quick": arguments.quick, "environment": environment()}
         figures |= measure(arguments.parts, quick=arguments.quick, pairs=arguments.pairs)
-        write_json(arguments.json, figures)
+        write_json(path, figures)
     if missing := [part for part in PARTS if part not in figures]:
         options.error(f"--parts: nothing is kept of {', '.join(missing)}; measure them too")
     show("Checkpoints", ["of", "stage", "MB", "blocks", "plain", "difference (ms)"], states_rows(figures))

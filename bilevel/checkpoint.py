@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -120,24 +121,37 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 def _write_state(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     """Size and SHA-256 of the file that is written, without a copy of the state in memory."""
-    # The digest is computed while the disk takes the bytes.
+    written = Event()
+    # A thread reads what this one has written: with a core to spare, the digest takes no time of its own.
     with ThreadPoolExecutor(1) as pool, _replacing(path) as file:
         try:
+            digest = pool.submit(_digest, os.dup(file.fileno()), written)
             torch.save(dict(state), file)
             file.flush()
+            size = file.tell()
         except RuntimeError as error:
             # torch, on its way out, fails again where the file system has refused a write.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        size, digest = file.tell(), pool.submit(_digest, os.dup(file.fileno()))
+        finally:
+            written.set()
     return size, digest.result()
 
 
-def _digest(descriptor: int) -> str:
-    with os.fdopen(descriptor, "rb") as file:
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(descriptor: int, written: Event) -> str:
+    """SHA-256 of a file that grows until `written` is set; closes the descriptor."""
+    digest, position, last = hashlib.sha256(), 0, False
+    try:
+        while not last:
+            written.wait(0.002)
+            last = written.is_set()
+            while content := os.pread(descriptor, 1 << 16, position):
+                digest.update(content)
+                position += len(content)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
 
 
 def _newest(folder: Path) -> tuple[int, dict[str, Any]] | None:

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from recipes.bissl import execution
+from recipes.bissl import execution, run_lock
 from recipes.bissl.claims import Claim, ClaimLost
 from recipes.bissl.config import ConfigError
 from recipes.bissl.process_identity import describe, has_ended, identity
@@ -60,6 +61,46 @@ def test_a_process_of_another_machine_holds_until_its_lease_is_over(tmp_path: Pa
     with held(tmp_path, "x") as claim:
         claim.check()
     assert files(tmp_path) == {}
+
+
+def test_a_job_that_was_started_again_elsewhere_outwaits_its_earlier_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    forge(tmp_path, host="far", machine="another boot", pid=7, started="1")
+    began = time.monotonic()
+    with held(tmp_path, "x", lease=1.5) as claim:
+        assert time.monotonic() - began >= 1.4
+        claim.check()
+    assert "earlier attempt of this job, process 7 on far, job 4711; waiting" in capsys.readouterr().err
+    # Another job is refused at once, and so is a process of the same job here, which is seen to be alive.
+    forge(tmp_path / "b", host="far", machine="another boot", pid=7, started="1", job="4712")
+    forge(tmp_path / "c")
+    for folder in ("b", "c"):
+        with pytest.raises(ConfigError, match="in use"):
+            held(tmp_path / folder, "x", lease=1.5).__enter__()
+
+
+def test_an_earlier_attempt_that_still_lives_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(run_lock, "MARGIN", 0.1)
+    path = forge(tmp_path, host="far", machine="another boot", pid=7, started="1")
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match="in use by process 7 on far"):
+            held(tmp_path, "x", lease=0.5).__enter__()
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_dead_process_of_this_machine_lets_go_at_once(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def discard_checkpoints(directory: Path) -> None:
 def optimizer_step(
     loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler
 ) -> dict[str, Any]:
-    """Backward and one update by the mean over the ranks, unless the loss or a gradient is not finite; the step's event.
+    """Backward and one update by the ranks' mean, unless the loss or a gradient is not finite; the step's event.
 
     Raises:
         NonFiniteError: before anything has changed.
