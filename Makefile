@@ -19,7 +19,7 @@ help:
 	@echo "make test    run the test suite"
 	@echo "make lint    check style, formatting and types"
 	@echo "make docs    build the documentation into docs/_build/html"
-	@echo "make soak    kill and resume the default preset 20 times, and compare (takes several runs' time)"
+	@echo "make soak    kill and resume the default preset 20 times, by one process and by two, and compare"
 	@echo "make clean   remove caches and build products (not the environment, not runs/)"
 	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
 
@@ -39,6 +39,7 @@ docs: environment-docs
 
 soak: environment-demo
 	$(RUN) benchmarks/soak.py --kills 20 --output benchmarks/results/soak.json
+	$(RUN) benchmarks/soak.py --kills 20 --ranks 2 --output benchmarks/results/soak_ranks.json
 
 # Without a stamp of our own an environment may still be complete, when somebody else made it: then nothing is installed.
 environment-demo environment-test environment-docs: environment-%:

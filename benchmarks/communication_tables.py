@@ -60,7 +60,7 @@ def _networks(figures: Mapping[str, Any]) -> str:
             messages = pretext_step(sizes)
             waits, sends = messages.total() * latency, sent(messages, sizes.ranks) / bandwidth
             rate = sizes.batch / sizes.ranks / (waits + sends)
-            facts = f"{1e6 * latency:.0f}", f"{bandwidth / 1e9:.2g}"
+            facts = f"{1e6 * latency:.0f}", _digits(bandwidth / 1e9)
             rows.append([network, *facts, batch_norm, _digits(1e3 * waits), _digits(1e3 * sends), f"{rate:,.0f}"])
     header = ["network", "latency, µs", "GB/s", "BatchNorm", "latencies, ms", "bytes, ms", "images/s of a rank"]
     return table(header, rows)
