@@ -16,7 +16,8 @@ class BrokenOnOneRank(SimCLR):  # type: ignore[misc]
     """The first view of rank 1's third batch is NaN."""
 
     def transform(self) -> Callable[..., Any]:
-        views, numbers = super().transform(), itertools.count(1)
+        views: Callable[..., Any] = super().transform()
+        numbers = itertools.count(1)
 
         def broken(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
             first, second = views(images, generator, rows=rows)
@@ -31,7 +32,8 @@ class FailingOnOneRank(SimCLR):  # type: ignore[misc]
     """Rank 1 cannot draw its third batch."""
 
     def transform(self) -> Callable[..., Any]:
-        views, numbers = super().transform(), itertools.count(1)
+        views: Callable[..., Any] = super().transform()
+        numbers = itertools.count(1)
 
         def failing(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
             if next(numbers) == 3 and rank() == 1:

@@ -27,8 +27,21 @@ from bilevel import (
     proximal,
 )
 from bilevel.automatic import Automatic
-from bilevel.distributed import agree, from_first_rank, gather, mean_over_ranks, world_size
+from bilevel.distributed import (
+    agree,
+    from_first_rank,
+    gather,
+    largest_over_ranks,
+    mean_over_ranks,
+    on_first_rank,
+    rank,
+    replicate,
+    rows_of_all,
+    share,
+    world_size,
+)
 from bilevel.first_order import darts_hypergradient, sama_hypergradient
+from bilevel.modules import own_draws
 from bilevel.penalty import penalty_hypergradient
 from bilevel.unrolled import unrolled_hypergradient
 from bilevel.updates import AdamUpdate, SGDUpdate
@@ -176,6 +189,46 @@ def chosen_by_time(rank: int) -> str:
     return str(automatic.chosen)
 
 
+def uneven(rank: int) -> dict[str, Tensor]:
+    """A loss of rows of which ranks have different numbers, with its first two derivatives."""
+    rows = vector(7 * 2, 90).reshape(7, 2)
+    w = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    everywhere = gather(torch.tanh(rows[share(7)] * w))
+    loss = (everywhere @ everywhere.T).logsumexp(dim=1).mean()
+    (slope,) = torch.autograd.grad(loss, w, create_graph=True)
+    direction = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    (product,) = torch.autograd.grad(slope, w, direction)
+    found = mean_over_ranks({"slope": slope.detach(), "product": product})
+    return {"loss": loss.detach(), **found}
+
+
+def replicated(rank: int) -> dict[str, Any]:
+    """What rank 0 gives to all, and what random draws of ranks' own leave alike."""
+    images = torch.full((2, 3, 4, 4), float(rank)).to(memory_format=torch.channels_last)
+    count = torch.tensor(rank)
+    replicate([images, count])
+    calls: list[int] = []
+
+    def read() -> dict[str, Any]:
+        calls.append(rank)
+        return {"weights": torch.arange(3), "facts": [1, "x", None]}
+
+    value = on_first_rank(read)
+    torch.manual_seed(5)
+    with own_draws():
+        own = torch.rand(3 + rank)
+    return {
+        "images": images.clone(),
+        "count": int(count),
+        "value": value,
+        "calls": len(calls),
+        "own": own[:3],
+        "random": torch.get_rng_state(),
+        "rows": list(rows_of_all(10 + rank)),
+        "largest": largest_over_ranks(3 - rank),
+    }
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
@@ -193,6 +246,8 @@ def worker(rank: int, port: int, folder: str) -> None:
             "provider": chosen_by_time(rank),
             "mixed": mixed,
             "refusals": refusals(),
+            "uneven": uneven(rank),
+            "replicated": replicated(rank),
         },
         Path(folder) / f"rank{rank}.pt",
     )
@@ -220,27 +275,38 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for process in context.processes:
             assert process is not None
             process.kill()
-    ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
+    ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"rank{number}.pt") for number in range(WORLD)]
     reference = products()
     for name, value in reference.items():
-        for rank in ranks:
+        for found in ranks:
             torch.testing.assert_close(
-                rank["products"][name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                found["products"][name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert torch.equal(ranks[0]["products"][name], ranks[1]["products"][name])
     assert torch.equal(ranks[0]["trained"], ranks[1]["trained"])
     torch.testing.assert_close(ranks[0]["trained"], trained(), rtol=1e-12, atol=1e-12)
-    expected = torch.cat([vector(6, 80 + rank).reshape(3, 2) for rank in range(WORLD)])
-    for rank in ranks:
-        assert torch.equal(rank["gathered"], expected)
-        assert rank["votes"] == [False, True, True]
-        assert rank["chosen"] == 3
-        assert rank["provider"] == str(ForwardOverReverse())
-        assert torch.equal(rank["mixed"]["a"], torch.full((2,), 0.5))
-        assert (rank["mixed"]["b"].item(), rank["mixed"]["b"].dtype) == (0.5, torch.float64)
-        assert rank["mixed"]["a"].dtype == torch.float32
-        assert "use hvp=ReverseOverReverse()" in rank["refusals"][0]
-        assert rank["refusals"][1] == "NON_FINITE"
+    expected = torch.cat([vector(6, 80 + number).reshape(3, 2) for number in range(WORLD)])
+    for found in ranks:
+        assert torch.equal(found["gathered"], expected)
+        assert found["votes"] == [False, True, True]
+        assert found["chosen"] == 3
+        assert found["provider"] == str(ForwardOverReverse())
+        assert torch.equal(found["mixed"]["a"], torch.full((2,), 0.5))
+        assert (found["mixed"]["b"].item(), found["mixed"]["b"].dtype) == (0.5, torch.float64)
+        assert found["mixed"]["a"].dtype == torch.float32
+        assert "use hvp=ReverseOverReverse()" in found["refusals"][0]
+        assert found["refusals"][1] == "NON_FINITE"
+        for name, value in uneven(0).items():
+            torch.testing.assert_close(found["uneven"][name], value, rtol=1e-13, atol=1e-13)
+    first, second = (found["replicated"] for found in ranks)
+    for found in (first, second):
+        assert not found["images"].any()
+        assert (found["count"], found["rows"], found["largest"]) == (0, [10, 11], 3)
+        assert torch.equal(found["value"]["weights"], torch.arange(3))
+        assert found["value"]["facts"] == [1, "x", None]
+    assert (first["calls"], second["calls"]) == (1, 0)
+    assert not torch.equal(first["own"], second["own"])
+    assert torch.equal(first["random"], second["random"])
 
 
 def test_one_process_is_its_own_mean() -> None:
@@ -251,3 +317,25 @@ def test_one_process_is_its_own_mean() -> None:
     assert agree(True)
     assert not agree(False)
     assert from_first_rank(5) == 5
+    assert on_first_rank(lambda: x) is x
+    assert rows_of_all(4) == (4,)
+    assert rank() == 0
+    assert share(7) == slice(0, 7)
+    with own_draws():
+        drawn = torch.rand(2)
+    assert drawn.numel() == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 8, 9])
+def test_shares_are_the_batch_in_order(ranks: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    sizes = []
+    for own in range(ranks):
+        monkeypatch.setattr("bilevel.distributed.world_size", lambda: ranks)
+        monkeypatch.setattr("bilevel.distributed.rank", lambda own=own: own)
+        part = list(range(count))[share(count)]
+        rows += part
+        sizes.append(len(part))
+    assert rows == list(range(count))
+    assert max(sizes) - min(sizes) <= 1

@@ -4,6 +4,9 @@ A rank that ends says so, with its exit code, in a register that all ranks see. 
 there, and end too: with the code of the one that said something, or naming the one that did not.
 """
 
+# torch documents its stores as torch.distributed's, and does not list them there.
+# pyright: reportPrivateImportUsage=false
+
 import os
 import socket
 import threading
@@ -107,10 +110,9 @@ class Ranks:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Small messages go between the hosts, so that no GPU is waited for.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        own = {"rank": launch.rank, "world_size": launch.world_size}
         try:
-            store = dist.PrefixStore(f"bilevel/{launch.attempt}", _register(launch, limit))
-            dist.init_process_group(backend, store=store, timeout=limit, **own)
+            store = dist.PrefixStore(f"bilevel/{launch.attempt}", open_register(launch, limit))
+            dist.init_process_group(backend, store=store, timeout=limit, rank=launch.rank, world_size=launch.world_size)
             store.set(f"who/{launch.rank}", describe(identity()))
             self._who = [store.get(f"who/{rank}").decode() for rank in range(launch.world_size)]
         except (RuntimeError, OSError) as error:
@@ -229,8 +231,8 @@ def first_on_each_machine(launch: Launch) -> Iterator[None]:
         agree(False)
 
 
-def _register(launch: Launch, limit: timedelta) -> dist.Store:
-    """The key-value store that torchrun, or else rank 0, keeps."""
+def open_register(launch: Launch, limit: timedelta) -> dist.Store:
+    """The key-value store that torchrun, or else rank 0, keeps; at a loopback address no other machine reaches it."""
     keeper = launch.rank == 0 and not launch.served
     listening = None
     if keeper and launch.address in _LOOPBACK:
