@@ -9,7 +9,6 @@ counted are not those of `communication_model`, kind by kind and byte by byte.
 
 import json
 import multiprocessing
-import os
 import socket
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from benchmarks.communication_case import SHORT, Case, counted, recorded, sizes_
 from benchmarks.communication_tables import tables
 from benchmarks.measuring import Timing
 from benchmarks.pages import update
+from recipes.bissl.ranks import Launch, Ranks
 
 RANKS = 2
 MODES = ("synchronised", "local")
@@ -97,8 +97,7 @@ def steps(quick: bool) -> list[dict[str, Any]]:
 
 def worker(rank: int, port: int, threads: int, quick: bool, path: str) -> None:
     torch.set_num_threads(threads)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    Ranks(Launch(rank, RANKS, rank, "127.0.0.1", port)).join(torch.device("cpu"), 100.0)
     figures = {
         "counts": {batch_norm: counts(batch_norm) for batch_norm in MODES},
         "reductions": reductions(quick),

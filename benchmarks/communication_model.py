@@ -133,7 +133,7 @@ def product(sizes: Sizes, schedule: Schedule) -> Messages:
 
 
 def upper_step(sizes: Sizes, schedule: Schedule) -> Messages:
-    """L_D at theta_P and at theta_D, their gradients, a solve, what is reported of the system, theta_D's statistics.
+    """L_D at theta_P and at theta_D, their gradients, a solve, theta_D's statistics.
 
     Votes: on the right-hand side, on the first residual, one an iteration, one before each product, one at the end.
     """
@@ -141,15 +141,16 @@ def upper_step(sizes: Sizes, schedule: Schedule) -> Messages:
     gathers = 2 * [FLOAT * sizes.labelled * sizes.classes, *statistics]
     labels = 2 * [CONTROL * sizes.labelled]
     passes = forward(sizes, gathers + labels, asked=4) + backward(gathers)
-    gradients = reduced(1, 2 * sizes.backbone + sizes.head)
+    gradients = reduced(1 + 2 * sizes.backbone + sizes.head)
     solve = times(schedule.products, product(sizes, schedule)) + votes(3 + schedule.iterations + schedule.products)
-    report = reduced(sizes.backbone, sizes.backbone, 1)
-    return passes + gradients + solve + report + forward(sizes, statistics, asked=0) + reduced(sizes.joined_upper)
+    return passes + gradients + solve + forward(sizes, statistics, asked=0) + reduced(sizes.joined_upper)
 
 
 def system(sizes: Sizes, schedule: Schedule) -> Messages:
-    """Once an alternation: a pass of every stored batch shows that L_P has no cross term, which is voted on."""
-    return times(schedule.hessian_batches, forward(sizes, pretext_gathers(sizes), asked=1)) + votes(1)
+    """Once an alternation: a pass of every stored batch shows that L_P has no cross term, which is voted on; each one's
+    mean gradient tells how stationary the lower level is, and how much of that is the batches' noise."""
+    passes = times(schedule.hessian_batches, forward(sizes, pretext_gathers(sizes), asked=1))
+    return passes + votes(1) + reduced(schedule.hessian_batches * sizes.backbone)
 
 
 def alternation(sizes: Sizes, schedule: Schedule) -> Messages:

@@ -243,6 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
     measuring.use_threads(options.threads)
     if options.source:
         figures = json.loads(options.source.read_text(encoding="utf-8"))
+        # No measurement: it follows from those that were kept.
+        assumed = figures["assumptions"]
+        machine, schedule = scaling_model.Machine(**assumed["machine"]), scaling_model.Schedule(**assumed["schedule"])
+        figures["prediction"] = scaling_model.predict(schedule, machine, GPUS)
     else:
         figures = measure(quick=options.quick, device=options.device, rate=options.rate, bandwidth=options.bandwidth)
     measuring.write_json(options.json, figures)

@@ -48,21 +48,22 @@ def gradient_seconds(schedule: Schedule, machine: Machine, gpus: int) -> float:
 
 
 def product_seconds(schedule: Schedule, machine: Machine, gpus: int) -> float:
-    """One product on one batch: `product_cost` gradients of compute and one exchange more of the embeddings."""
-    exchanged = schedule.parameters + 4 * schedule.batch_size * schedule.embedding
+    """One product with A: on each of the K batches `product_cost` gradients of compute and the embeddings exchanged
+    twice; the mean over batches and GPUs is one exchange of the parameters."""
     compute = machine.product_cost * schedule.batch_size / (gpus * machine.rate)
-    return compute + reduction_seconds(machine, exchanged, gpus)
+    embeddings = reduction_seconds(machine, 4 * schedule.batch_size * schedule.embedding, gpus)
+    return schedule.hessian_batches * (compute + embeddings) + reduction_seconds(machine, schedule.parameters, gpus)
 
 
 def alternation_seconds(schedule: Schedule, machine: Machine, gpus: int, products: int) -> float:
-    r"""``N_L g + products K p + N_U u``: lower steps, products each over the K batches, first-order upper passes.
+    r"""``N_L g + products p + N_U u``: lower steps, products each over the K batches, first-order upper passes.
 
     An upper step differentiates the downstream loss at theta_P and at theta_D, one view each.
     """
     upper = schedule.upper_batch_size / (gpus * machine.rate) + reduction_seconds(
         machine, 2 * schedule.parameters, gpus
     )
-    solves = products * schedule.hessian_batches * product_seconds(schedule, machine, gpus)
+    solves = products * product_seconds(schedule, machine, gpus)
     return schedule.lower_steps * gradient_seconds(schedule, machine, gpus) + solves + schedule.upper_steps * upper
 
 

@@ -156,14 +156,15 @@ def through_system(
     grad = tree.add(direct, implicit_part)
     if solution.status.ok and not tree.all_finite(grad):
         report_failure(_not_finite(direct, implicit_part), solution, on_failure, stacklevel=4)
+    gradient, noise = system.gradient_and_noise(upper)
     return Hypergradient(
         grad=grad,
         direct=direct,
         implicit=implicit_part,
         loss=loss,
         solution=solution,
-        stationarity=system.stationarity(upper),
-        noise=system.gradient_noise(upper),
+        stationarity=float(tree.norm(gradient)),
+        noise=noise,
     )
 
 

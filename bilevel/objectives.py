@@ -21,8 +21,7 @@ def upper_derivatives(
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
     with torch.enable_grad(), curvature_pass():
         loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
-    direct, v = _averaged_gradients(loss, x, y)
-    return distributed.mean_over_ranks({"loss": loss.detach()})["loss"], direct, v
+    return _averaged(loss, x, y)
 
 
 def lower_derivatives(
@@ -32,7 +31,7 @@ def lower_derivatives(
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
     with torch.enable_grad():
         value = lower_value(problem, x, {**tree.detach(lower), **y}, batch, seed)
-    return _averaged_gradients(value, x, y)
+    return _averaged(value, x, y)[1:]
 
 
 def training_derivatives(
@@ -72,8 +71,8 @@ def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed
     return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
 
 
-def _averaged_gradients(value: Tensor, x: Params, y: Params) -> tuple[Params, Params]:
-    """Both gradients in one backward pass and one collective."""
+def _averaged(value: Tensor, x: Params, y: Params) -> tuple[Tensor, Params, Params]:
+    """The value and both gradients, in one backward pass and one collective."""
     tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
-    both = distributed.mean_over_ranks(tree.gradients(value, tagged))
-    return {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}
+    mean, both = distributed.mean_with_gradient(value.detach(), tree.gradients(value, tagged))
+    return mean, {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}

@@ -155,20 +155,18 @@ class ShiftedOperator(_Combined):
         return {name: leaf + shift.get(name, 0.0) * vector[name] for name, leaf in product.items()}
 
 
-def batch_mean(parts: Sequence[Params]) -> Params:
-    """Mean over the batches and the ranks."""
-    return distributed.mean_over_ranks(tree.scale(1.0 / len(parts), reduce(tree.add, parts)))
-
-
 def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:
-    r"""Mean over the n batches of all ranks, and its standard error
-    :math:`(\sum_k \|p_k - \bar p\|^2 / (n (n - 1)))^{1/2}`; None for a single batch."""
-    mean, count = batch_mean(parts), len(parts) * distributed.world_size()
+    r"""Mean over n batches, and its standard error :math:`(\sum_k \|p_k - \bar p\|^2 / (n (n - 1)))^{1/2}`; None for a
+    single batch. Each part is first averaged over the ranks, which have a share of each batch: all parts are exchanged.
+    """
+    tagged = {f"{k} {name}": leaf for k, part in enumerate(parts) for name, leaf in part.items()}
+    everywhere = distributed.mean_over_ranks(tagged)
+    parts = [{name: everywhere[f"{k} {name}"] for name in part} for k, part in enumerate(parts)]
+    mean, count = tree.scale(1.0 / len(parts), reduce(tree.add, parts)), len(parts)
     if count < 2:
         return mean, None
     deviations = torch.stack([tree.norm(tree.sub(part, mean)).square() for part in parts])
-    spread = distributed.mean_over_ranks({"spread": deviations.mean()})["spread"]
-    return mean, float((spread / (count - 1)).sqrt())
+    return mean, float((deviations.mean() / (count - 1)).sqrt())
 
 
 def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> LinearOperator:

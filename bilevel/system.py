@@ -20,7 +20,6 @@ from bilevel.operators import (
     ShiftedOperator,
     SumOperator,
     WatchedOperator,
-    batch_mean,
     mean_and_error,
 )
 from bilevel.problem import Problem
@@ -131,15 +130,25 @@ class System:
 
     def gradient(self, upper: Params | None = None) -> Params:
         """dG/dy over the implicit variables, with the undamped regularization weight; `upper` as in `cross`."""
+        return self.gradient_and_noise(upper)[0]
+
+    def gradient_noise(self, upper: Params | None = None) -> float | None:
+        r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
+        / (K (K - 1)))^{1/2}`; None for a single batch. A `stationarity` of a few times this is as stationary as the
+        batches can tell."""
+        return self.gradient_and_noise(upper)[1]
+
+    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
+        """`gradient` and `gradient_noise`, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
-        gradient = self._loss_gradient(upper)
+        gradient, noise = self._loss_gradient(upper)
         weight = self.problem.regularization_weight
         if self.regularized and weight > 0.0:
             y = tree.as_variables(self.variables(self.lower))
             with torch.enable_grad():
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return gradient
+        return gradient, noise
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
@@ -182,19 +191,15 @@ class System:
             operator = ShiftedOperator(operator, self.shift)
         return operator
 
-    def gradient_noise(self, upper: Params | None = None) -> float | None:
-        r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
-        / (n (n - 1)))^{1/2}` over all n batches on all ranks; None for a single one. A `stationarity` of a few times
-        this is as stationary as the batches can tell."""
-        upper = tree.detach(self.upper if upper is None else upper)
-        return mean_and_error(self._batch_gradients(upper))[1]
+    def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
+        """The mean of the batches' gradients, and its standard error."""
+        if not self.problem.curvature_depends_on_upper and self._loss_uses_upper:
+            return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
+        return self._loss_gradient_here
 
-    def _loss_gradient(self, upper: Params) -> Params:
-        return batch_mean(self._batch_gradients(upper))
-
-    def _batch_gradients(self, upper: Params) -> list[Params]:
-        moved = not self.problem.curvature_depends_on_upper and self._loss_uses_upper
-        return [loss.gradient_at(upper) if moved else loss.gradient() for loss in self._losses]
+    @cached_property
+    def _loss_gradient_here(self) -> tuple[Params, float | None]:
+        return mean_and_error([loss.gradient() for loss in self._losses])
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
         """All tensors that the system was built from, under the names that messages give them."""

@@ -1,7 +1,6 @@
 """One function on several processes at once, over gloo."""
 
 import multiprocessing
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from recipes.bissl.ranks import Launch, Ranks
 
 WORLDS = (2, 4)
 
@@ -49,10 +50,9 @@ def on_ranks(function: Callable[[], Any], folder: Path, *, seconds: float = 240.
 
 def _rank(rank: int, ports: list[int], function: Callable[[], Any], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for world, port in zip(WORLDS, ports, strict=True):
         if rank < world:
-            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            Ranks(Launch(rank, world, rank, "127.0.0.1", port)).join(torch.device("cpu"), 100.0)
             torch.save(function(), _result(Path(folder), world, rank))
             dist.destroy_process_group()
 

@@ -45,6 +45,7 @@ from bilevel.modules import own_draws
 from bilevel.penalty import penalty_hypergradient
 from bilevel.unrolled import unrolled_hypergradient
 from bilevel.updates import AdamUpdate, SGDUpdate
+from recipes.bissl.ranks import Launch, Ranks
 
 WORLD = 2
 POINTS = vector(8 * 3, 70).reshape(8, 3)
@@ -231,7 +232,7 @@ def replicated(rank: int) -> dict[str, Any]:
 
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    Ranks(Launch(rank, WORLD, rank, "127.0.0.1", port)).join(torch.device("cpu"), 100.0)
     gathered = gather(vector(6, 80 + rank).reshape(3, 2))
     votes = [agree(False), agree(rank == 1), agree(True)]
     chosen = from_first_rank(3 + rank)
@@ -261,7 +262,6 @@ def free_port() -> int:
 
 
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     # Public by its documentation, if not by its module's list of names.
     context = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
         worker, (free_port(), str(tmp_path)), nprocs=WORLD, join=False

@@ -16,6 +16,7 @@ from torch import Tensor
 from bilevel import Params, Problem, linearize
 from bilevel.distributed import gather, mean_over_ranks
 from bilevel.microbatch import MicroBatched, micro_batched_gradient
+from recipes.bissl.ranks import Launch, Ranks
 
 MEMORY = """
 import re
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from bilevel import Problem, functional_call, linearize
 from bilevel.microbatch import MicroBatched
+from recipes.bissl.ranks import Launch, Ranks
 
 class Wide(Problem):
     def __init__(self):
@@ -96,7 +98,7 @@ DIRECTION = {"w": vector(6, 74).reshape(3, 2), "scale": vector(1, 75)[0]}
 
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    Ranks(Launch(rank, WORLD, rank, "127.0.0.1", port)).join(torch.device("cpu"), 100.0)
     problem, batch = Contrastive(), POINTS.chunk(WORLD)[rank]
     # Four chunks on the first rank, two on the second.
     size = rank + 1
@@ -121,7 +123,6 @@ def worker(rank: int, port: int, folder: str) -> None:
 def test_two_ranks_with_different_numbers_of_chunks_equal_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -63,7 +63,7 @@ def test_several_gpus_by_hand() -> None:
     assert scaling_model.reduction_seconds(machine, 6.0, 3) == 8.0
     assert scaling_model.reduction_seconds(machine, 6.0, 1) == 0.0
     assert scaling_model.gradient_seconds(schedule, machine, 2) == 8 / 2 + (100 + 16)
-    assert scaling_model.product_seconds(schedule, machine, 2) == 2 * 8 / 2 + (100 + 32)
+    assert scaling_model.product_seconds(schedule, machine, 2) == 5 * (2 * 8 / 2 + 32) + 100
 
 
 def test_fit_finds_the_exponent() -> None:
