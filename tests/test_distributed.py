@@ -113,6 +113,7 @@ def products() -> dict[str, Tensor]:
             name = f"{type(solver).__name__} {getattr(solver, 'layerwise', '')} {weighted}"
             found[f"hypergradient {name}"] = joined(result.grad)
             found[f"numbers {name}"] = torch.tensor([float(result.loss), result.stationarity], dtype=torch.float64)
+        found[f"noise {weighted}"] = stopped_at_the_noise(problem, upper, lower, batches)
         for name, result in without_a_solve(problem, upper, lower, batches).items():
             found[f"{name} {weighted}"] = joined(result.grad)
             found[f"{name} {weighted} lower"] = joined(result.lower or {"none": torch.zeros(0)})
@@ -120,6 +121,16 @@ def products() -> dict[str, Tensor]:
                 [float(result.loss), result.stationarity], dtype=torch.float64
             )
     return found
+
+
+def stopped_at_the_noise(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> Tensor:
+    """What the batches' differences decide: they are those of global batches, however many ranks have a share."""
+    options: dict[str, Any] = {"upper_batch": shard(POINTS * 2.0), "lower_batches": batches, "damping": 4.0}
+    result = hypergradient(problem, upper, lower, solver=CG(10, rtol="noise"), on_failure="ignore", **options)
+    assert result.solution is not None
+    assert result.noise is not None
+    numbers = [result.noise, float(result.solution.noise or 0.0), float(result.solution.iterations)]
+    return torch.cat([torch.tensor(numbers, dtype=torch.float64), joined(result.grad)])
 
 
 def without_a_solve(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> dict[str, Hypergradient]:
