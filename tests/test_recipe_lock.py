@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from recipes.bissl import execution, run_lock
-from recipes.bissl.claims import Claim, ClaimLost
+from recipes.bissl.claims import ClaimLost
 from recipes.bissl.config import ConfigError
 from recipes.bissl.process_identity import describe, has_ended, identity
-from recipes.bissl.run_lock import held
+from recipes.bissl.run_lock import Hold, held
 from tests.small_runs import execute, files, refused, small_config, small_context
 
 CLAIM = ".lock.0.claim"
 
 
-def check_until_lost(claim: Claim) -> None:
+def check_until_lost(claim: Hold) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         claim.check()
