@@ -140,7 +140,7 @@ def upper_step(sizes: Sizes, schedule: Schedule) -> Messages:
     statistics = norms(sizes, sizes.backbone_norms)
     gathers = 2 * [FLOAT * sizes.labelled * sizes.classes, *statistics]
     labels = 2 * [CONTROL * sizes.labelled]
-    passes = forward(sizes, gathers + labels, asked=4) + backward(gathers)
+    passes = forward(sizes, gathers + labels, asked=2) + backward(gathers)
     gradients = reduced(1 + 2 * sizes.backbone + sizes.head)
     solve = times(schedule.products, product(sizes, schedule)) + votes(3 + schedule.iterations + schedule.products)
     return passes + gradients + solve + forward(sizes, statistics, asked=0) + reduced(sizes.joined_upper)
@@ -150,7 +150,7 @@ def system(sizes: Sizes, schedule: Schedule) -> Messages:
     """Once an alternation: a pass of every stored batch shows that L_P has no cross term, which is voted on; each one's
     mean gradient tells how stationary the lower level is, and how much of that is the batches' noise."""
     passes = times(schedule.hessian_batches, forward(sizes, pretext_gathers(sizes), asked=1))
-    return passes + votes(1) + reduced(schedule.hessian_batches * sizes.backbone)
+    return passes + votes(1) + reduced(*schedule.hessian_batches * [sizes.backbone])
 
 
 def alternation(sizes: Sizes, schedule: Schedule) -> Messages:

@@ -74,7 +74,7 @@ class Alternation:
     @contextmanager
     def undone_if_interrupted(self, source: BatchSource) -> Iterator[None]:
         """Make an upper step that is interrupted leave no trace here, in its data and in the random state."""
-        if interruption.installed() is None:
+        if not interruption.may_come():
             yield
             return
         system, random = self.system, self.random

@@ -186,10 +186,13 @@ def _measure(batch: _FirstBatch) -> tuple[Measurement, ...]:
         try:
             product = linearization.hessian(vector)
         except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, distributed.CollectiveError | torch.OutOfMemoryError) and distributed.world_size() > 1:
+                # Of this rank alone: the others cannot try the next candidate with it.
+                raise
             # The reason is kept in the report, and shown if no candidate works.
             report.append(Measurement(provider, None, None, str(error).splitlines()[0]))
             continue
-        if float(tree.norm(product)) == 0.0 and _curved(batch, vector):
+        if distributed.agree(float(tree.norm(product)) == 0.0) and _curved(batch, vector):
             failure = (
                 "its product is zero where gradients differ: some operation has no second derivative and says nothing"
             )
@@ -260,7 +263,7 @@ def _difference(product: Params, reference: Params) -> float:
 def _curved(batch: _FirstBatch, vector: Params) -> bool:
     """Whether the gradient changes along `vector` by more than rounding."""
     product = batch.linearize(FiniteDifference()).hessian(vector)
-    return float(tree.norm(product)) > 1e-3 * float(tree.norm(vector))
+    return distributed.agree(float(tree.norm(product)) > 1e-3 * float(tree.norm(vector)))
 
 
 def _choose(report: tuple[Measurement, ...], lower: Params) -> HVPProvider:

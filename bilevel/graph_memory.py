@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 
-from bilevel import tree
+from bilevel import distributed, tree
 
 
 def graph_bytes(outputs: Iterable[Tensor], resident: Iterable[Tensor] = ()) -> int:
@@ -50,11 +50,13 @@ class GraphAccount:
         self.resident = tuple(resident)
 
     def admits(self, outputs: Iterable[Tensor]) -> bool:
-        """Whether the graph of `outputs` still fits; if so it is booked. Without a limit nothing is measured."""
+        """Whether the graph of `outputs` still fits, on every rank; if so it is booked. Without a limit nothing is
+        measured."""
         if self.limit == inf:
             return True
         size = graph_bytes(outputs, self.resident)
-        if self.held + size > self.limit:
+        # Graphs that are kept exchange less than those that are made again.
+        if distributed.agree(self.held + size > self.limit):
             return False
         self.held += size
         return True

@@ -66,6 +66,11 @@ def installed() -> Interruption | None:
     return handler if isinstance(handler, Interruption) else None
 
 
+def may_come() -> bool:
+    """Whether `check` may raise, on this rank or, since another one can have entered an `Interruption`, because of it."""
+    return installed() is not None or distributed.world_size() > 1
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """Until the end of the block, signals wait for the next `check`."""

@@ -19,7 +19,7 @@ def upper_derivatives(
 ) -> tuple[Tensor, Params, Params]:
     """F, dF/dx and dF/dy over the lower variables `names`, averaged over the ranks."""
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
-    with torch.enable_grad(), curvature_pass():
+    with torch.enable_grad(), own_draws(), curvature_pass():
         loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
     return _averaged(loss, x, y)
 

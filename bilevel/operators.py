@@ -159,9 +159,7 @@ def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:
     r"""Mean over n batches, and its standard error :math:`(\sum_k \|p_k - \bar p\|^2 / (n (n - 1)))^{1/2}`; None for a
     single batch. Each part is first averaged over the ranks, which have a share of each batch: all parts are exchanged.
     """
-    tagged = {f"{k} {name}": leaf for k, part in enumerate(parts) for name, leaf in part.items()}
-    everywhere = distributed.mean_over_ranks(tagged)
-    parts = [{name: everywhere[f"{k} {name}"] for name in part} for k, part in enumerate(parts)]
+    parts = [distributed.mean_over_ranks(part) for part in parts]
     mean, count = tree.scale(1.0 / len(parts), reduce(tree.add, parts)), len(parts)
     if count < 2:
         return mean, None

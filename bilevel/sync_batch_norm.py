@@ -9,7 +9,7 @@ from bilevel.distributed import gather, rank, world_size
 
 M = TypeVar("M", bound=nn.Module)
 
-_REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @final
@@ -105,8 +105,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 def synchronised(module: M) -> M:
-    """The same module with every `torch.nn.BatchNorm1d`, ``2d`` and ``3d`` in it, itself included, made a
-    `SyncBatchNorm`, in place; subclasses of these and all other layers stay.
+    """The same module with every `torch.nn.BatchNorm1d`, ``2d``, ``3d`` and `torch.nn.SyncBatchNorm` in it, itself
+    included, made a `SyncBatchNorm`, in place; subclasses of these and all other layers stay.
 
     Parameters, buffers, their names, modes, options and hooks are those of before, so that state dicts fit both ways.
     """

@@ -216,7 +216,7 @@ class Trainer:
 
     def _upper_stage(self, now: Alternation) -> None:
         steps = self.schedule.upper_steps
-        if self._resumes_before_solves and now.upper == 0 and interruption.installed() is not None:
+        if self._resumes_before_solves and now.upper == 0 and interruption.may_come():
             now.fallback = self.state_dict()
         while now.upper < steps:
             with now.undone_if_interrupted(self.data["upper"]):

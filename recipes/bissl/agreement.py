@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 
@@ -15,8 +16,10 @@ OWN = {"data.root", "data.download"}
 _SAMPLE = 64
 
 
-def check_ranks(config: Config) -> None:
-    """Refuse what several processes cannot do, and other configurations than rank 0's.
+def check_ranks(config: Config, device: torch.device) -> None:
+    """Refuse what several processes cannot do, and configurations or ways to compute that are not rank 0's.
+
+    What every rank works out for itself, such as inner products of a solver's vectors, must come out the same.
 
     Raises:
         ConfigError: naming the fields.
@@ -40,6 +43,20 @@ def check_ranks(config: Config) -> None:
     wrong = [line for line in others if line.partition(":")[0] not in OWN]
     if wrong:
         raise ConfigError("this rank has another configuration than rank 0:\n  " + "\n  ".join(wrong))
+    check_same(_computing(device), "computes otherwise; use machines and installations of one kind, and give --threads")
+
+
+def check_same(own: dict[str, Any], what: str) -> None:
+    """Raise ConfigError, with `what` this rank does, unless rank 0 has the same values."""
+    wrong = differences(on_first_rank(lambda: own), own)
+    if wrong:
+        raise ConfigError(f"this rank {what} (rank 0's -> its own):\n  " + "\n  ".join(wrong))
+
+
+def _computing(device: torch.device) -> dict[str, Any]:
+    """What decides how sums are rounded."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device.type, "GPU": gpu}
 
 
 def check_data(data: Datasets) -> None:

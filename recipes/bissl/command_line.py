@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse without its page of usage before every error, and with null for None, as options take it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(fail(f"{message}; --help lists all options"))
+        raise ConfigError(f"{message}; --help lists all options")
 
     def format_help(self) -> str:
         return re.sub(r"\(default:(\s+)None\)", r"(default:\1null)", super().format_help())
@@ -67,10 +67,10 @@ class Request:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """The request that `arguments` make. Wrong options end in argparse's message and exit code 2.
+    """The request that `arguments` make.
 
     Raises:
-        ConfigError: an unknown preset, field or value.
+        ConfigError: an unknown option, preset, field or value.
     """
     arguments = [_hyphenated(argument) for argument in arguments]
     early, _ = _base_parser(add_help=False).parse_known_args(arguments)

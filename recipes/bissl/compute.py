@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bilevel.distributed import mean_over_ranks, replicate, world_size
 from bilevel.modules import own_draws
-from bilevel.sync_batch_norm import synchronised
+from bilevel.sync_batch_norm import SyncBatchNorm, synchronised
 from bilevel.tree import map_tensors
 from recipes.bissl.config import ConfigError
 from recipes.bissl.config_sections import ComputeConfig
@@ -39,10 +39,13 @@ class Computing:
         """The same module, its tensors on the device and its 4-d ones in the memory layout of batches.
 
         Over several ranks its weights are rank 0's, and its BatchNorms synchronised where the fields say so.
+
+        Raises:
+            ConfigError: one of them cannot be, being of a kind of its own.
         """
         replicate((*module.parameters(), *module.buffers()))
         if world_size() > 1 and self.fields.batch_norm == "synchronised":
-            module = synchronised(module)
+            _check_kinds(synchronised(module))
         if self.fields.channels_last:
             return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module.to(self.device)
@@ -50,9 +53,10 @@ class Computing:
     @torch.no_grad()
     def join_buffers(self, *modules: nn.Module) -> None:
         """Give running statistics that each rank has taken on its share the ranks' mean."""
-        if world_size() == 1 or self.fields.batch_norm == "synchronised":
+        if world_size() == 1:
             return
-        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        layers = [layer for module in modules for layer in module.modules() if not isinstance(layer, SyncBatchNorm)]
+        buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False) if buffer.is_floating_point()]
         means = mean_over_ranks({str(index): buffer for index, buffer in enumerate(buffers)})
         for buffer, mean in zip(buffers, means.values(), strict=True):
             buffer.copy_(mean)
@@ -106,6 +110,15 @@ class Computing:
                     f"{free // MIB} MiB left; set it to cpu, or use fewer images"
                 )
         return images.to(self.device)
+
+
+def _check_kinds(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            raise ConfigError(
+                f"compute.batch_norm: {name} is a {type(layer).__name__}, a BatchNorm of a kind of its own, which cannot "
+                "be synchronised over processes; set it to local, or build the network with torch's"
+            )
 
 
 def _compiled(loss: Loss) -> Loss:

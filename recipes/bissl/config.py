@@ -79,6 +79,7 @@ class Config(Section):
     rank_timeout: float = Field(
         default=600.0,
         gt=0,
+        le=1e6,
         description="over several processes: how long one waits for the others before it takes them for lost (s)",
     )
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = Field(

@@ -65,6 +65,10 @@ class Datasets:
             split_seed=c.split_seed,
         )
 
+    def read(self) -> None:
+        """Read all of them now."""
+        _ = self.pretext, self.downstream
+
     def settled(self, part: Literal["pretext", "train"], computing: Computing) -> ImageSet:
         """The images of training batches where `computing` wants them, moved once."""
         if part not in self._settled:

@@ -72,7 +72,7 @@ def make_context(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks.join(device, config.rank_timeout)
-    check_ranks(config)
+    check_ranks(config, device)
     sets = Datasets(config) if data is None else data
     context = Context(config, device, store, directory.path / METRICS, sets, Console(quiet=rank() > 0))
     context.computing.set_up()

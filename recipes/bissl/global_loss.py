@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.distributed import gather, rows_of_all, world_size
 from bilevel.tree import map_tensors, tensors_in
+from recipes.bissl.imagesets import DataError
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
 
 
@@ -34,8 +35,23 @@ def pretext_output_loss(task: PretextTask, outputs: Tensor) -> Tensor:
 
 
 def downstream_loss(task: DownstreamTask, backbone: Bound, head: Bound, inputs: Any, targets: Any) -> Tensor:
-    """L_D on the global batch, 0-d."""
+    """L_D on the global batch, 0-d.
+
+    Raises:
+        DataError: over several ranks, where a tensor of the outputs has not one row for each sample.
+    """
     outputs = task.forward(backbone, head, inputs)
     if world_size() == 1:
         return task.loss(outputs, targets)
-    return task.loss(map_tensors(gather, outputs), map_tensors(gather, targets))
+    own = len(next(tensors_in(targets)))
+    rows = rows_of_all(own)
+
+    def everywhere(x: Tensor) -> Tensor:
+        if x.shape[:1] != (own,):
+            raise DataError(
+                f"{type(task).__name__}: a tensor of shape {tuple(x.shape)} among the outputs or targets of {own} samples; "
+                "several processes need one row a sample in each"
+            )
+        return gather(x, rows)
+
+    return task.loss(map_tensors(everywhere, outputs), map_tensors(everywhere, targets))

@@ -10,8 +10,7 @@ there, and end too: with the code of the one that said something, or naming the 
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,13 +21,11 @@ import torch.distributed as dist
 from bilevel.distributed import CollectiveError, agree
 from recipes.bissl.config import ConfigError
 from recipes.bissl.process_identity import describe, identity
+from recipes.bissl.register import GRACE, Register
 
 LOST = 76
 """Exit code of a rank that another one left without a word."""
-GRACE = 5.0
-"""Seconds in which ranks that are alive notice that another one has left, and say so."""
-_POLL = 0.05
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Launch:
             world_size,
             _number("LOCAL_RANK"),
             _text("MASTER_ADDR"),
-            _number("MASTER_PORT", least=1),
+            _number("MASTER_PORT", least=1, most=65535),
             _number("TORCHELASTIC_RESTART_COUNT", default=0),
             os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
@@ -80,10 +77,9 @@ class Ranks:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self._register: dist.Store | None = None
+        self._register: Register | None = None
         self._who: list[str] = []
         self._said: int | None = None
-        self._accounted = False
 
     def refuse_several(self, what: str) -> None:
         """Raise ConfigError where there are several processes, for what is made for one."""
@@ -105,63 +101,63 @@ class Ranks:
         launch, limit = self.launch, timedelta(seconds=timeout)
         if launch.world_size == 1:
             return
-        if launch.address in _LOOPBACK:
+        if launch.address in _LOOPBACK and "lo" in [name for _, name in socket.if_nameindex()]:
             # All ranks are on this machine: nobody else is to connect.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Small messages go between the hosts, so that no GPU is waited for.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            store = dist.PrefixStore(f"bilevel/{launch.attempt}", open_register(launch, limit))
+            store = _open(launch, limit, keeper=launch.rank == 0 and not launch.served)
             dist.init_process_group(backend, store=store, timeout=limit, rank=launch.rank, world_size=launch.world_size)
             store.set(f"who/{launch.rank}", describe(identity()))
             self._who = [store.get(f"who/{rank}").decode() for rank in range(launch.world_size)]
+            self._register = Register(store, _open(launch, limit), launch.rank, launch.world_size)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"MASTER_ADDR: the {launch.world_size} ranks did not meet at {launch.address}:{launch.port} within "
                 f"{timeout:g} s ({reason}); start as many as WORLD_SIZE says, and see that all reach that address"
             ) from error
-        self._register = store
 
     def leave(self, code: int) -> bool:
         """Say that this rank ends, and with which exit code; whether this rank is to tell why.
 
         Rank 0 tells what all ranks know; another one what rank 0 does not know of.
         """
-        rank = self.launch.rank
-        if self._register is None:
-            # Before the ranks have met one a machine tells; where the register is gone, everybody who is left.
-            return self._said is not None or rank == 0 or self.launch.local_rank == 0
-        said = self._say(code)
+        rank, register = self.launch.rank, self._register
+        if register is None:
+            # Before the ranks have met one a machine tells.
+            return rank == 0 or self.launch.local_rank == 0
+        said = self._say(register, code)
         # Wakes those who wait for this rank. On a GPU with work under way it may not return.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
         closing.join(GRACE)
-        others = set(range(1, self.launch.world_size))
         if rank > 0:
-            self._wait("left", {0})
-            tells = code != 0 and self._read("left").get(0) != said
-            self._write("done", 1)
-            return tells
-        if not (self.launch.served or self._accounted):
-            # The register ends with this process: when the others have read what they want.
-            self._wait("done", others)
-        return True
+            register.wait("left", {0})
+            tells = register.read("left").get(0) != said or register.lost
+            register.write("done", 1)
+        else:
+            # The register may end with this process: when the others have read what they want.
+            tells = True
+            register.wait("done", set(range(1, self.launch.world_size)))
+        register.close()
+        return tells and code != 0
 
     def account(self, error: CollectiveError) -> tuple[str, int]:
         """Why an exchange failed, as a message and this rank's exit code."""
-        if self._register is None:
+        register = self._register
+        if register is None:
             return str(error), LOST
-        self._say(LOST)
+        self._say(register, LOST)
         everyone = set(range(self.launch.world_size))
-        self._wait("left", everyone)
-        self._accounted = True
-        codes = self._read("left")
+        register.wait("left", everyone)
+        codes = register.read("left")
         reasons = sorted(rank for rank, code in codes.items() if code != LOST)
         if reasons:
             first = reasons[0]
             return f"{self._name(first)} has ended with exit code {codes[first]}", codes[first]
-        silent = sorted(everyone - codes.keys()) if codes else [0]
+        silent = [0] if register.lost else sorted(everyone - codes.keys())
         names = ", ".join(self._name(rank) for rank in silent)
         why = f"{names} has ended without a word, or stands still" if silent else str(error)
         return f"{why}; the same command with --resume continues from the last checkpoint", LOST
@@ -169,75 +165,35 @@ class Ranks:
     def _name(self, rank: int) -> str:
         return f"rank {rank} ({self._who[rank]})"
 
-    def _say(self, code: int) -> int:
+    def _say(self, register: Register, code: int) -> int:
         """The first word counts; what this rank has said."""
         if self._said is None:
             self._said = code
-            self._write("left", code)
+            register.write("left", code)
         return self._said
-
-    def _wait(self, what: str, ranks: set[int]) -> None:
-        """Until all of `ranks` have an entry, or time is up."""
-        until = time.monotonic() + GRACE
-        while time.monotonic() < until and self._register is not None and not ranks <= self._read(what).keys():
-            time.sleep(_POLL)
-
-    def _write(self, what: str, number: int) -> None:
-        """This rank's entry in the register."""
-        self._ask(lambda register: register.set(f"{what}/{self.launch.rank}", str(number)))
-
-    def _read(self, what: str) -> dict[int, int]:
-        """The entries that there are, by rank."""
-        entries: dict[int, int] = {}
-
-        def read(register: dist.Store) -> None:
-            for rank in range(self.launch.world_size):
-                if register.check([f"{what}/{rank}"]):
-                    entries[rank] = int(register.get(f"{what}/{rank}"))
-
-        self._ask(read)
-        return entries
-
-    def _ask(self, question: Callable[[dist.Store], None]) -> None:
-        """Ask the register, which is forgotten where its keeper is gone or does not answer."""
-        register = self._register
-        if register is None:
-            return
-        answered = threading.Event()
-
-        def ask() -> None:
-            try:
-                question(register)
-            except (RuntimeError, OSError):
-                # Nobody is left who could answer.
-                return
-            answered.set()
-
-        # A keeper that stands still would be waited for without end.
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(GRACE)
-        if not answered.is_set():
-            self._register = None
 
 
 @contextmanager
 def first_on_each_machine(launch: Launch) -> Iterator[None]:
-    """Let one rank a machine go through the block first, for example to download what the others then find."""
-    if launch.local_rank > 0:
+    """Let rank 0 go through the block first, then one rank of each other machine, then the rest: each finds what those
+    before have downloaded. Nothing in the block may exchange."""
+    turn = 0 if launch.rank == 0 else 1 if launch.local_rank == 0 else 2
+    for _ in range(turn):
         agree(False)
     yield
-    if launch.local_rank == 0:
+    for _ in range(turn, 2):
         agree(False)
 
 
-def open_register(launch: Launch, limit: timedelta) -> dist.Store:
-    """The key-value store that torchrun, or else rank 0, keeps; at a loopback address no other machine reaches it."""
-    keeper = launch.rank == 0 and not launch.served
+def _open(launch: Launch, limit: timedelta, *, keeper: bool = False) -> dist.Store:
+    """A connection to the key-value store that torchrun, or else rank 0, keeps for this attempt.
+
+    At a loopback address no other machine reaches it.
+    """
     listening = None
     if keeper and launch.address in _LOOPBACK:
-        listening = socket.create_server((launch.address, launch.port), reuse_port=False)
-    return dist.TCPStore(
+        listening = socket.create_server((launch.address, launch.port))
+    store = dist.TCPStore(
         launch.address,
         launch.port,
         is_master=keeper,
@@ -245,6 +201,7 @@ def open_register(launch: Launch, limit: timedelta) -> dist.Store:
         wait_for_workers=False,
         master_listen_fd=None if listening is None else listening.detach(),
     )
+    return dist.PrefixStore(f"bilevel/{launch.attempt}", store)
 
 
 def _text(name: str) -> str:
@@ -254,11 +211,11 @@ def _text(name: str) -> str:
     return value
 
 
-def _number(name: str, *, least: int = 0, default: int | None = None) -> int:
+def _number(name: str, *, least: int = 0, most: int = 10**6, default: int | None = None) -> int:
     value = os.environ.get(name)
     if value is None and default is not None:
         return default
     text = _text(name)
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{name}: must be a whole number of at least {least}, got {text!r}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise ConfigError(f"{name}: must be a whole number from {least} to {most}, got {text!r}")
     return int(text)

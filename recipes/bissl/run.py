@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from signal import Signals
+from signal import SIG_IGN, Signals, signal
 
 if not __package__:
     # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
@@ -15,9 +15,9 @@ if not __package__:
 from bilevel import NonFiniteError
 from bilevel.checkpoint import CheckpointError
 from bilevel.distributed import CollectiveError
-from bilevel.interruption import Interrupted, Interruption
+from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
 from recipes.bissl import estimate
-from recipes.bissl.agreement import check_data
+from recipes.bissl.agreement import check_data, check_same
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
 from recipes.bissl.claims import ClaimLost
@@ -73,7 +73,8 @@ def _as_a_rank(arguments: list[str]) -> int:
         code, message = _guarded(arguments, ranks)
     finally:
         # Also where an exception goes on from here: the others must not wait for this rank.
-        tells = ranks.leave(code)
+        with deferred():
+            tells = ranks.leave(code)
     if message and tells:
         print(f"run.py: {printable(message)}", file=sys.stderr)
     return code
@@ -91,7 +92,8 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
     except NonFiniteError as error:
         return DIVERGED, f"stopped: {error}"
     except CollectiveError as error:
-        message, code = ranks.account(error)
+        with deferred():
+            message, code = ranks.account(error)
         return code, f"stopped: {message}"
     except Interrupted as stop:
         code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
@@ -139,11 +141,13 @@ def _execute(request: Request, ranks: Ranks) -> int:
         return 0
     store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
     context = make_context(config, directory, store, ranks=ranks)
+    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
     # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
     parent = _parent(request)
     with first_on_each_machine(ranks.launch):
-        estimate.check_data(context)
+        context.data.read()
     check_data(context.data)
+    estimate.check_data(context)
     check_installed(config.tracking)
     with directory.held(config, resume=request.resume, overwrite=request.overwrite):
         if request.command != "all":
@@ -185,4 +189,8 @@ def _parent(request: Request) -> Artifact | None:
 if __name__ == "__main__":
     # torch.func's first use makes torch import its own deprecated TorchScript.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    sys.exit(main())
+    exit_code = main()
+    # From here on a signal could only change the exit code.
+    for number in SIGNALS:
+        signal(number, SIG_IGN)
+    sys.exit(exit_code)
