@@ -67,7 +67,7 @@ def installed() -> Interruption | None:
 
 
 def may_come() -> bool:
-    """Whether `check` may raise, on this rank or, since another one can have entered an `Interruption`, because of it."""
+    """Whether `check` may raise: because of this process's signals, or of those of another rank."""
     return installed() is not None or distributed.world_size() > 1
 
 

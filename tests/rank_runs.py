@@ -48,19 +48,21 @@ class RankRun:
             time.sleep(0.01)
 
 
-def start(
-    ranks: int, folder: Path, *arguments: str, environments: Sequence[Mapping[str, str]] | None = None
-) -> RankRun:
-    """Start `ranks` processes with the arguments of a small run, whose words go to files in `folder`."""
+def start(ranks: int, folder: Path, *arguments: str, own: Sequence[Sequence[str]] | None = None) -> RankRun:
+    """Start `ranks` processes with the arguments of a small run, whose words go to files in `folder`.
+
+    Args:
+        own: further arguments of each rank.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recipes.bissl.run"])
     folder.mkdir(parents=True, exist_ok=True)
     logs, processes, port = [folder / f"rank{rank}.log" for rank in range(ranks)], [], free_port()
     for rank, log in enumerate(logs):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        own |= {} if environments is None else environments[rank]
-        environment = {name: str(value) for name, value in own.items()}
-        processes.append(context.Process(target=_rank, args=([*SMALL_OPTIONS, *arguments], environment, str(log))))
+        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in named.items()}
+        options = [*SMALL_OPTIONS, *arguments, *(own[rank] if own else ())]
+        processes.append(context.Process(target=_rank, args=(options, environment, str(log))))
     for process in processes:
         process.start()
     return RankRun(processes, logs)

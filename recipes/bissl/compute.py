@@ -116,8 +116,8 @@ def _check_kinds(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             raise ConfigError(
-                f"compute.batch_norm: {name} is a {type(layer).__name__}, a BatchNorm of a kind of its own, which cannot "
-                "be synchronised over processes; set it to local, or build the network with torch's"
+                f"compute.batch_norm: {name} is a {type(layer).__name__}, a BatchNorm of its own kind, which cannot be "
+                "synchronised over processes; set it to local, or build the network with torch's"
             )
 
 

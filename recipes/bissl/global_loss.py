@@ -49,8 +49,8 @@ def downstream_loss(task: DownstreamTask, backbone: Bound, head: Bound, inputs: 
     def everywhere(x: Tensor) -> Tensor:
         if x.shape[:1] != (own,):
             raise DataError(
-                f"{type(task).__name__}: a tensor of shape {tuple(x.shape)} among the outputs or targets of {own} samples; "
-                "several processes need one row a sample in each"
+                f"{type(task).__name__}: a tensor of shape {tuple(x.shape)} among the outputs or targets of {own} "
+                "samples; several processes need one row a sample in each"
             )
         return gather(x, rows)
 
