@@ -7,7 +7,8 @@
 # file system that the first node sees after a requeue too, the data on one that all nodes see (or at the same place).
 # One task is one process and has one GPU. SLURM sends SIGUSR1 to all processes five minutes before the time limit: they
 # save and end with 75, and the job is queued again under its number. A job that lost a node is queued again by SLURM
-# itself (--requeue). Where a rank is killed the others end with 76, and the job is queued again here, 20 times at most.
+# itself (--requeue). Where a rank is killed (137) the others end with 76, or are aborted while they wait for their GPU
+# (134), and the job is queued again here, 20 times at most.
 #SBATCH --job-name=bissl
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -23,7 +24,7 @@ srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python recipes/b
 code=$?
 if [ $code -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
-elif [ $code -eq 76 ] || [ $code -eq 137 ]; then
+elif [ $code -eq 76 ] || [ $code -eq 134 ] || [ $code -eq 137 ]; then
     [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ] && scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code
