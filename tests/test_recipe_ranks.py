@@ -62,6 +62,7 @@ def test_two_processes_make_the_run_of_one(whole: Path, two: Path) -> None:
     one, other = results(whole), results(two)
     assert one["arms"].keys() == other["arms"].keys()
     assert one["notes"] == other["notes"]
+    assert (one["environment"]["processes"], other["environment"]["processes"]) == (1, 2)
     assert (two / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
 
 

@@ -211,6 +211,7 @@ def test_environment_says_what_ran_and_not_where() -> None:
     assert content["cuda"] is None
     assert content["cpu_count"] == os.cpu_count()
     assert content["threads"] == torch.get_num_threads()
+    assert content["processes"] == 1
     assert content["device_name"]
     text = json.dumps(content, allow_nan=False)
     assert platform.node() not in text

@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 from bilevel import Status
+from bilevel.distributed import world_size
 from recipes.bissl.significance import Comparison, holm, mean_std, paired, welch
 
 Repeats = Literal["finetune", "pipeline"]
@@ -86,7 +87,7 @@ def assemble(
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
-    """What the run was made with: versions, processors and threads; nothing that identifies the machine or its owner.
+    """What the run was made with: versions, processors, processes and threads; nothing that identifies the machine or its owner.
 
     Args:
         device: The device that the run used.
@@ -102,6 +103,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int | Non
         "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
