@@ -1,5 +1,6 @@
 """A run as a whole: made into its folder, or found there again when it is finished."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bilevel import SolverWarning
 from bilevel.distributed import rank
 from recipes.bissl.agreement import check_ranks
 from recipes.bissl.arms import arm_of
@@ -73,6 +75,9 @@ def make_context(
         torch.set_num_threads(config.threads)
     ranks.join(device, config.rank_timeout)
     check_ranks(config, device)
+    if rank() > 0:
+        # Rank 0 says it for all.
+        warnings.simplefilter("ignore", SolverWarning)
     sets = Datasets(config) if data is None else data
     context = Context(config, device, store, directory.path / METRICS, sets, Console(quiet=rank() > 0))
     context.computing.set_up()
