@@ -87,7 +87,7 @@ def assemble(
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
-    """What the run was made with: versions, processors, processes, threads; nothing that names the machine or its owner.
+    """What the run was made with: versions, processors, processes, threads; nothing that tells the machine or its user.
 
     Args:
         device: The device that the run used.
