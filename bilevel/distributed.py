@@ -117,6 +117,20 @@ def replicate(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(sent)
 
 
+def check_replicated(name: str, x: Params) -> None:
+    """Raise ValueError, naming the leaf, where `x` is not the same on this rank as on the first."""
+    if world_size() == 1:
+        return
+    own = {leaf: [float(value.detach().double().sum()), list(value.shape)] for leaf, value in x.items()}
+    first = on_first_rank(lambda: own)
+    wrong = [leaf for leaf in {**own, **first} if repr(own.get(leaf)) != repr(first.get(leaf))]
+    if wrong:
+        raise ValueError(
+            f"{name}[{wrong[0]!r}] has other values on rank {rank()} than on rank 0; start all from the same ones, for "
+            f"example by bilevel.distributed.replicate({name}.values())"
+        )
+
+
 def gather(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """All ranks' `x`, concatenated along dimension 0 in the order of ranks; differentiable any number of times.
 

@@ -14,6 +14,7 @@ from bilevel.automatic import HVP, Automatic, as_provider
 from bilevel.batches import BatchSource, Cycle
 from bilevel.callbacks import Callback, Record, solve_record
 from bilevel.checkpoint import random_state, set_random_state
+from bilevel.distributed import check_replicated
 from bilevel.hypergradient import Hypergradient, OnFailure, through_system
 from bilevel.interruption import Interrupted
 from bilevel.level import Level, LRSchedule, NonFiniteError
@@ -141,7 +142,10 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
             Interrupted: a signal asked for it; the callbacks have been told.
+            ValueError: ranks have other variables.
         """
+        check_replicated("upper", self.upper)
+        check_replicated("lower", self.lower)
         with interruption.deferred():
             for callback in self.callbacks:
                 callback.on_run_start(self)

@@ -48,11 +48,18 @@ class RankRun:
             time.sleep(0.01)
 
 
-def start(ranks: int, folder: Path, *arguments: str, own: Sequence[Sequence[str]] | None = None) -> RankRun:
+def start(
+    ranks: int,
+    folder: Path,
+    *arguments: str,
+    own: Sequence[Sequence[str]] | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> RankRun:
     """Start `ranks` processes with the arguments of a small run, whose words go to files in `folder`.
 
     Args:
         own: further arguments of each rank.
+        changes: of the environment that all are given.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recipes.bissl.run"])
@@ -60,7 +67,7 @@ def start(ranks: int, folder: Path, *arguments: str, own: Sequence[Sequence[str]
     logs, processes, port = [folder / f"rank{rank}.log" for rank in range(ranks)], [], free_port()
     for rank, log in enumerate(logs):
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in named.items()}
+        environment = {name: str(value) for name, value in {**named, **(changes or {})}.items()}
         options = [*SMALL_OPTIONS, *arguments, *(own[rank] if own else ())]
         processes.append(context.Process(target=_rank, args=(options, environment, str(log))))
     for process in processes:

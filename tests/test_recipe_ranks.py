@@ -106,7 +106,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     os.kill(still.pid, signal.SIGSTOP)
     run.processes[1].join(60.0)
     assert run.processes[1].exitcode == 76
-    assert run.said()[1][-1].startswith(f"run.py: stopped: rank 0 (process {still.pid} on ")
+    assert run.said()[1][-1].startswith(f"run.py: rank 1: stopped: rank 0 (process {still.pid} on ")
     run.end(0.0)
 
 
@@ -189,7 +189,7 @@ def test_what_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(30.0) == [74, 74], run.said()
     (first,), (second,) = run.said()
-    assert second.startswith("run.py: cannot write: Input/output error (images.bin)")
+    assert second.startswith("run.py: rank 1: cannot write: Input/output error (images.bin)")
     assert first.startswith("run.py: stopped: rank 1 (process ")
     assert first.endswith("has ended with exit code 74")
 

@@ -3,14 +3,18 @@
 import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from bilevel import distributed
 from recipes.bissl.config import ConfigError
 from recipes.bissl.ranks import Launch
 from recipes.bissl.run import main
+from tests.rank_processes import on_ranks
 from tests.rank_runs import run_ranks, start
 from tests.small_runs import SMALL_OPTIONS, events, execute, weights, without
 
@@ -130,3 +134,36 @@ def test_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Launch.of_environment() == Launch()
     assert main([*SMALL_OPTIONS, "--rank-timeout=1e15", "--dry-run"]) == 2
+
+
+def test_a_port_in_use_and_ranks_that_do_not_come_are_told_apart(tmp_path: Path) -> None:
+    at = ("--output-dir", str(tmp_path / "run"), "--rank-timeout=2")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = start(1, tmp_path / "logs", *at, changes={"WORLD_SIZE": 2, "MASTER_PORT": port})
+        assert run.end(60.0) == [2]
+        assert f"MASTER_PORT: {port} is in use" in run.said()[0][0]
+    for rank in (0, 1):
+        run = start(1, tmp_path / "logs", *at, changes={"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank})
+        assert run.end(60.0) == [2]
+        assert "did not meet at 127.0.0.1:" in run.said()[0][0], "without torchrun everybody tells"
+
+
+def test_other_starting_values_are_refused(tmp_path: Path) -> None:
+    found = on_ranks(started_apart, tmp_path)
+    for ranks in found.values():
+        assert ranks[0] == ["none", "none"]
+        assert all(said[0] == "none" for said in ranks)
+        assert all("lower['w'] has other values on rank" in said[1] for said in ranks[1:])
+
+
+def started_apart() -> list[str]:
+    """What is said of variables that are alike, and of ones that are not."""
+    said = []
+    for value in (1.0, float(distributed.rank())):
+        try:
+            distributed.check_replicated("lower", {"w": torch.full((2,), value)})
+            said.append("none")
+        except ValueError as error:
+            said.append(str(error))
+    return said

@@ -78,6 +78,8 @@ def run_steps(
     every = math.ceil(total / MOST_LINES)
     with interruption.deferred(), held(directory, "artifacts") as claim, closing(writer), _progress(console) as bar:
         first = saved = _start(directory, everything, writer)
+        if first:
+            console.print(f"{description}: continues after step {first}", markup=False, highlight=False)
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
             claim.check()

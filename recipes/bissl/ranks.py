@@ -7,6 +7,7 @@ there, and end too: with the code of the one that said something, or naming the 
 # torch documents its stores as torch.distributed's, and does not list them there.
 # pyright: reportPrivateImportUsage=false
 
+import errno
 import os
 import socket
 import threading
@@ -50,11 +51,14 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> "Launch":
-        """One process where WORLD_SIZE is not set, or 1.
+        """One process where WORLD_SIZE is 1, or neither it nor RANK and MASTER_ADDR are set.
 
         Raises:
             ConfigError: naming the variable that is missing or not a number that it can be.
         """
+        meant = {"RANK", "MASTER_ADDR"} <= os.environ.keys()
+        if meant and "WORLD_SIZE" not in os.environ:
+            raise ConfigError("WORLD_SIZE: RANK and MASTER_ADDR are set, but WORLD_SIZE is not; set it, or unset those")
         world_size = _number("WORLD_SIZE", least=1, default=1)
         if world_size == 1:
             return cls()
@@ -80,6 +84,7 @@ class Ranks:
         self._register: Register | None = None
         self._who: list[str] = []
         self._said: int | None = None
+        self._silent: set[int] = set()
 
     def refuse_several(self, what: str) -> None:
         """Raise ConfigError where there are several processes, for what is made for one."""
@@ -114,6 +119,10 @@ class Ranks:
             self._register = Register(store, _open(launch, limit), launch.rank, launch.world_size)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
+            if (isinstance(error, OSError) and error.errno == errno.EADDRINUSE) or "EADDRINUSE" in reason:
+                raise ConfigError(
+                    f"MASTER_PORT: {launch.port} is in use on this machine; choose another, and one process a RANK"
+                ) from error
             raise ConfigError(
                 f"MASTER_ADDR: the {launch.world_size} ranks did not meet at {launch.address}:{launch.port} within "
                 f"{timeout:g} s ({reason}); start as many as WORLD_SIZE says, and see that all reach that address"
@@ -126,8 +135,8 @@ class Ranks:
         """
         rank, register = self.launch.rank, self._register
         if register is None:
-            # Before the ranks have met one a machine tells.
-            return rank == 0 or self.launch.local_rank == 0
+            # Before the ranks have met: torchrun shows what all say, and gives all the same command line.
+            return rank == 0 or self.launch.local_rank == 0 or not self.launch.served
         said = self._say(register, code)
         # Wakes those who wait for this rank. On a GPU with work under way it may not return.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
@@ -141,7 +150,7 @@ class Ranks:
         else:
             # The register may end with this process: when the others have read what they want.
             tells = True
-            register.wait("done", set(range(1, self.launch.world_size)))
+            register.wait("done", set(range(1, self.launch.world_size)) - self._silent)
         register.close()
         return tells and code != 0
 
@@ -159,6 +168,7 @@ class Ranks:
             first = reasons[0]
             return f"{self._name(first)} has ended with exit code {codes[first]}", codes[first]
         silent = [0] if register.lost else sorted(everyone - codes.keys())
+        self._silent = set(silent)
         names = ", ".join(self._name(rank) for rank in silent)
         why = f"{names} has ended without a word, or stands still" if silent else str(error)
         return f"{why}; the same command with --resume continues from the last checkpoint", LOST

@@ -76,7 +76,8 @@ def _as_a_rank(arguments: list[str]) -> int:
         with deferred():
             tells = ranks.leave(code)
     if message and tells:
-        print(f"run.py: {printable(message)}", file=sys.stderr)
+        who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
+        print(f"run.py: {who}{printable(message)}", file=sys.stderr)
     return code
 
 

@@ -3,12 +3,14 @@
 #
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 recipes/bissl/slurm.sh --preset paper-flowers --output-dir runs/flowers
 #
-# Submit it from the repository's root, with the environment of the installation active; the output folder must be on a
-# file system that the first node sees after a requeue too, the data on one that all nodes see (or at the same place).
-# One task is one process and has one GPU. SLURM sends SIGUSR1 to all processes five minutes before the time limit: they
+# Submit it from the repository's root (where the job starts again after a requeue), with the installation's environment
+# active, and with what your cluster asks for (--time, well above five minutes, --partition, --account). The output folder
+# must be on a file system that the first node sees after a requeue too, the data on one that all nodes see, or at one
+# place on each. One task is one process: ask for as many tasks a node as GPUs. The log is slurm-JOB.out, appended to.
+# To stop for good: scancel JOB. SLURM sends SIGUSR1 to all processes five minutes before the time limit: they
 # save and end with 75, and the job is queued again under its number. A job that lost a node is queued again by SLURM
 # itself (--requeue). Where a rank is killed (137) the others end with 76, or are aborted while they wait for their GPU
-# (134), and the job is queued again here, 20 times at most.
+# (134), and the job is queued again here, as long as it was queued again fewer than 20 times in all.
 #SBATCH --job-name=bissl
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -16,11 +18,11 @@
 #SBATCH --cpus-per-task=8
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export WORLD_SIZE=$SLURM_NTASKS
 
 # exec: signals must reach Python, not a shell around it.
-srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python recipes/bissl/run.py "$@"' run.py "$@" --resume
+srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python recipes/bissl/run.py "$@"' run.py "$@" --resume
 code=$?
 if [ $code -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

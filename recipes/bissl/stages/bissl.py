@@ -54,6 +54,8 @@ def run(context: Context, artifact: Artifact) -> Artifact:
             save_checkpoint(directory, 0, trainer.state_dict())
         else:
             trainer.load_state_dict(found[1])
+            steps = f"{trainer.steps['lower']} lower and {trainer.steps['upper']} upper steps"
+            context.console.print(f"BiSSL, seed {context.seed}: continues after {steps}", markup=False, highlight=False)
         trainer.run()
     info = {
         "pretext_steps": artifact.info["pretext_steps"] + trainer.steps["lower"],
