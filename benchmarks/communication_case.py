@@ -124,9 +124,13 @@ class Case:
 class _Events(Callback):
     """What was exchanged since the event before, by the event's kind; the last one of each is kept."""
 
-    def __init__(self, calls: Sequence[tuple[str, int, float]]) -> None:
+    def __init__(self, calls: list[tuple[str, int, float]]) -> None:
         self.calls, self.before = calls, 0
         self.found: dict[str, Messages] = {}
+
+    def on_run_start(self, trainer: Any) -> None:
+        # What a run exchanges once is of no alternation.
+        self.calls.clear()
 
     def on_event(self, trainer: Trainer, record: dict[str, Any]) -> None:
         self.found[record["event"]] = counted(self.calls[self.before :])
