@@ -9,7 +9,6 @@ counted are not those of `communication_model`, kind by kind and byte by byte.
 
 import json
 import multiprocessing
-import socket
 import sys
 import tempfile
 import time
@@ -114,9 +113,7 @@ def measure(threads: int, quick: bool) -> dict[str, Any]:
     Raises:
         RuntimeError: one of them failed, or they did not end.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = measuring.free_port()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figures.json"

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import socket
 import statistics
 import tempfile
 import time
@@ -154,3 +155,9 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

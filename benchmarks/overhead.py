@@ -15,7 +15,6 @@ import io
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ if not __package__:
     # As a script: the repository's root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.measuring import Timing, environment, interleaved, parser, show, use_threads, write_json
+from benchmarks.measuring import Timing, environment, free_port, interleaved, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
 from bilevel import Checkpointing
 from recipes.bissl import loop
@@ -192,12 +191,6 @@ def alone_environment() -> dict[str, str]:
     """This process's environment with one thread, as torchrun sets it, and no launcher's variables."""
     ours = {name: value for name, value in os.environ.items() if name not in {"WORLD_SIZE", "RANK", "LOCAL_RANK"}}
     return {**ours, "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, str]:

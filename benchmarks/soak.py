@@ -15,7 +15,6 @@ import os
 import platform
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ if not __package__:
 
 import torch
 
+from benchmarks.measuring import free_port
 from recipes.bissl.run import main as run_recipe
 
 POLL = 0.002
@@ -132,12 +132,6 @@ def _run(arguments: list[str], environment: dict[str, int]) -> None:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         sys.stdout = nowhere
         sys.exit(run_recipe(arguments))
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def _finish(processes: Sequence[BaseProcess]) -> None:

@@ -33,12 +33,17 @@ def rank() -> int:
 
 
 def share(count: int) -> slice:
-    """The rows of a global batch of `count` that are this rank's: contiguous, in the order of ranks, and of sizes that
-    differ by at most one, the first ranks having the larger ones. All rows where there is one process."""
-    ranks, own = world_size(), rank()
-    least, more = divmod(count, ranks)
-    first = own * least + min(own, more)
-    return slice(first, first + least + (own < more))
+    """The rows of a global batch of `count` that are this rank's: contiguous and in the order of ranks, as many as
+    `share_sizes` says. All rows where there is one process."""
+    sizes, own = share_sizes(count), rank()
+    first = sum(sizes[:own])
+    return slice(first, first + sizes[own])
+
+
+def share_sizes(count: int) -> tuple[int, ...]:
+    """Each rank's number of rows of a batch of `count`; they differ by at most one, the first ranks' being larger."""
+    least, more = divmod(count, world_size())
+    return tuple(least + (number < more) for number in range(world_size()))
 
 
 def mean_over_ranks(x: Params) -> Params:

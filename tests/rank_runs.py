@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.soak import free_port, join_all
+from benchmarks.measuring import free_port
+from benchmarks.soak import join_all
 from recipes.bissl.run import main
 from tests.small_runs import SMALL_OPTIONS
 

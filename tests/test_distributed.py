@@ -1,6 +1,5 @@
 """Two processes against one on the same global batch."""
 
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch.multiprocessing
 from cases import joined, vector
 from torch import Tensor
 
+from benchmarks.measuring import free_port
 from bilevel import (
     CG,
     AlternatingSchedule,
@@ -264,12 +264,6 @@ def worker(rank: int, port: int, folder: str) -> None:
         Path(folder) / f"rank{rank}.pt",
     )
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Micro-batching where it takes a process of its own: peak memory, and several ranks."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import torch.multiprocessing
 from cases import joined, vector
 from torch import Tensor
 
+from benchmarks.measuring import free_port
 from bilevel import Params, Problem, linearize
 from bilevel.distributed import gather, mean_over_ranks
 from bilevel.microbatch import MicroBatched, micro_batched_gradient
@@ -123,12 +123,9 @@ def worker(rank: int, port: int, folder: str) -> None:
 def test_two_ranks_with_different_numbers_of_chunks_equal_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # Public by its documentation, if not by its module's list of names.
     context = torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        worker, (port, str(tmp_path)), nprocs=WORLD, join=False
+        worker, (free_port(), str(tmp_path)), nprocs=WORLD, join=False
     )
     assert context is not None
     deadline = time.monotonic() + 120

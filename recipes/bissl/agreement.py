@@ -1,7 +1,6 @@
 """What all processes (ranks) of one run must have alike, checked before anything is computed."""
 
 import hashlib
-import json
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from recipes.bissl.config import Config, ConfigError, differences
 from recipes.bissl.context import Datasets
 from recipes.bissl.imagesets import DataError, ImageSet
 
-OWN = {"data.root", "data.download"}
+OWN = {"data": {"root", "download"}}
 """Fields that may differ: where each machine has its files."""
 _SAMPLE = 64
 
@@ -38,11 +37,7 @@ def check_ranks(config: Config, device: torch.device) -> None:
             raise ConfigError(
                 "bissl.hvp: forward-mode products cannot see through exchanges between processes; set it to reverse"
             )
-    own = config.model_dump_json()
-    others = differences(json.loads(on_first_rank(lambda: own)), json.loads(own))
-    wrong = [line for line in others if line.partition(":")[0] not in OWN]
-    if wrong:
-        raise ConfigError("this rank has another configuration than rank 0:\n  " + "\n  ".join(wrong))
+    check_same(config.model_dump(mode="json", exclude=OWN), "has another configuration than rank 0")
     check_same(_computing(device), "computes otherwise; use machines and installations of one kind, and give --threads")
 
 

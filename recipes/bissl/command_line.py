@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from recipes.bissl.arms import ARMS, arm_of
 from recipes.bissl.config import Config, ConfigError, build_config, read_config_file
 from recipes.bissl.presets import PRESETS, PaperVersion, describe_preset
 from recipes.bissl.run_directory import RunDirectory
-from recipes.bissl.terminal import printable
 
 COMMANDS = ("all", "pretext", "restart", "head", "bissl", "finetune")
 DEFAULT_PRESET = "digits"
@@ -218,9 +216,3 @@ def _hyphenated(argument: str) -> str:
 def show_config(config: Config) -> str:
     """The config as JSON."""
     return json.dumps(json.loads(config.model_dump_json()), indent=1)
-
-
-def fail(message: str) -> int:
-    """Print one message to standard error; the exit code for bad input."""
-    print(f"run.py: error: {printable(message)}", file=sys.stderr)
-    return 2

@@ -1,6 +1,5 @@
 """What every stage needs besides its artifact."""
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bilevel.batches import BatchStack, derive_seed
-from bilevel.distributed import rank, world_size
+from bilevel.distributed import rank, share_sizes, world_size
 from bilevel.trackers import TrackerError
 from recipes.bissl.artifact import ArtifactStore
 from recipes.bissl.compute import Computing
@@ -130,9 +129,7 @@ class Context:
             chosen = images.images[indices.to(images.images.device)]
             return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
 
-        # A last batch of one image has no negatives: nothing to contrast, no batch statistics.
-        rest = 0 if count % size == 1 else count % size
-        self._check_shares("pretext.batch_size", size, rest, self.config.compute.micro_batch)
+        self._check_shares("pretext.batch_size", size, count, self.config.compute.micro_batch)
         return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
@@ -142,8 +139,7 @@ class Context:
         size = check_batch_size(
             "downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images"
         )
-        rest = 0 if len(images) % size == 1 else len(images) % size
-        self._check_shares("downstream.batch_size", size, rest, None)
+        self._check_shares("downstream.batch_size", size, len(images), None)
         labels = images.labels
         assert labels is not None
 
@@ -155,14 +151,16 @@ class Context:
             len(images), size, load, seed=derive_seed(self.seed, purpose), drop_last=len(images) % size == 1
         )
 
-    def _check_shares(self, field_name: str, size: int, rest: int, chunk: int | None) -> None:
-        """Refuse batches of `size`, and an epoch's last one of `rest`, whose parts are too small for BatchNorm.
+    def _check_shares(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
+        """Refuse batches of `size` of `count` images, and an epoch's last one, whose parts are too small for BatchNorm.
 
         Raises:
             ConfigError: naming the part.
         """
         ranks, least = world_size(), 2 if self.config.compute.batch_norm == "local" else 1
-        shares = {part for batch in (size, rest) if batch for part in (batch // ranks, math.ceil(batch / ranks))}
+        # A last batch of one image has no negatives: nothing to contrast, no batch statistics. It is left out.
+        rest = 0 if count % size == 1 else count % size
+        shares = {part for batch in (size, rest) if batch for part in share_sizes(batch)}
         if ranks > 1 and min(shares) < least:
             raise ConfigError(
                 f"{field_name}: {ranks} processes leave one of them {min(shares)} images of a batch of {size} or of an "

@@ -21,7 +21,7 @@ from recipes.bissl.agreement import check_data, check_same
 from recipes.bissl.arms import arm_of
 from recipes.bissl.artifact import Artifact, ArtifactError, ArtifactStore, read_artifact
 from recipes.bissl.claims import ClaimLost
-from recipes.bissl.command_line import Request, fail, parse, show_config
+from recipes.bissl.command_line import Request, parse, show_config
 from recipes.bissl.config import ConfigError
 from recipes.bissl.context import Context
 from recipes.bissl.execution import begin, make_context, run_whole
@@ -67,7 +67,8 @@ def _as_a_rank(arguments: list[str]) -> int:
     try:
         ranks = Ranks(Launch.of_environment())
     except ConfigError as error:
-        return fail(str(error))
+        print(f"run.py: error: {printable(str(error))}", file=sys.stderr)
+        return BAD_INPUT
     code, message = 1, ""
     try:
         code, message = _guarded(arguments, ranks)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.distributed import gather, share, world_size
+from bilevel.distributed import gather, share, share_sizes, world_size
 from bilevel.tree import map_tensors, tensors_in
 from recipes.bissl.imagesets import DataError
 
@@ -57,10 +57,10 @@ def on_shares(forward: Callable[[Any], Any], inputs: Any) -> Any:
     own = share(count)
     remedy = "evaluation over several processes needs one row a sample in every tensor"
     outputs = forward(_cut(inputs, count, own, "evaluation inputs", remedy))
-    least, more = divmod(count, ranks)
-    everyone = [least + (number < more) for number in range(ranks)]
     local = own.stop - own.start
-    return map_tensors(lambda x: gather(_with_rows(x, local, "evaluation outputs", remedy), everyone), outputs)
+    return map_tensors(
+        lambda x: gather(_with_rows(x, local, "evaluation outputs", remedy), share_sizes(count)), outputs
+    )
 
 
 def _cut(batch: Any, count: int, rows: slice, what: str, remedy: str) -> Any:
