@@ -31,9 +31,9 @@ from scipy import stats
 
 from benchmarks.measuring import environment, show, write_json
 from benchmarks.pages import conditions, table, update
-from recipes.bissl.config import read_config_file
-from recipes.bissl.records import Event, read_run, select
-from recipes.bissl.significance import holm, mean_std, paired
+from recipes.experiment.configuration import read_config_file
+from recipes.experiment.records import Event, read_run, select
+from recipes.experiment.statistics import holm, mean_std, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG, RUN = ROOT / "benchmarks" / "evidence.toml", ROOT / "recipes" / "bissl" / "run.py"

@@ -32,9 +32,9 @@ if not __package__:
 from benchmarks.measuring import Timing, environment, free_port, interleaved, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
 from bilevel import Checkpointing
-from recipes.bissl import loop
-from recipes.bissl.run import main as run_recipe
-from recipes.bissl.stages import bissl
+from recipes.bissl.commands.main import main as run_recipe
+from recipes.bissl.training import loop
+from recipes.bissl.training.stages import bissl
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "recipes" / "bissl" / "run.py"

@@ -36,9 +36,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import measuring
-from recipes.bissl.augment import RandomView
-from recipes.bissl.models import BACKBONES, build_backbone
 from recipes.bissl.tasks.simclr import SimCLR
+from recipes.vision.networks.backbones import BACKBONES, build_backbone
+from recipes.vision.views.random_view import RandomView
 
 Views = tuple[Tensor, Tensor]
 Figures = dict[str, Any]

@@ -31,7 +31,7 @@ if not __package__:
 import torch
 
 from benchmarks.measuring import free_port
-from recipes.bissl.run import main as run_recipe
+from recipes.bissl.commands.main import main as run_recipe
 
 POLL = 0.002
 """Seconds between two looks at a run's progress."""
@@ -108,7 +108,7 @@ def start_ranks(arguments: Sequence[str], folder: Path, ranks: int) -> list[Base
     """The processes of one run of the recipe into `folder`, resumed where it is there."""
     # From a process that only has imported: a kill then falls into the run, not into the imports.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["recipes.bissl.run"])
+    server.set_forkserver_preload(["recipes.bissl.commands.main"])
     command, port = [*arguments, f"--output-dir={folder}", "--resume"], free_port()
     processes = []
     for rank in range(ranks):

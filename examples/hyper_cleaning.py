@@ -15,7 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, AlternatingSchedule, Params, Problem, ReverseOverReverse, Trainer, hypergradient, ridge
+from bilevel import CG, AlternatingSchedule, Params, Problem, ReverseOverReverse, Trainer, ridge
+from bilevel.hypergradients import hypergradient
 
 Batch = tuple[Tensor, Tensor]
 WRONG, RIDGE = 0.3, 0.003

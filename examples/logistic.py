@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
 import bilevel
-from bilevel import CG, MINRES, Dense, Identity, Neumann, Params, Problem, ReverseOverReverse, Solver, hypergradient
+from bilevel import CG, MINRES, Dense, Identity, Neumann, Params, Problem, ReverseOverReverse, Solver
+from bilevel.hypergradients import hypergradient
 
 Batch = tuple[Tensor, Tensor]
 

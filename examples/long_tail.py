@@ -17,7 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Params, Problem, ReverseOverReverse, hypergradient
+from bilevel import CG, Params, Problem, ReverseOverReverse
+from bilevel.hypergradients import hypergradient
 
 Batch = tuple[Tensor, Tensor]
 RIDGE = 1e-3

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.config import build_config
-from recipes.bissl.presets import digits
-from recipes.bissl.scripting import plain_lines, results_of
+from recipes.bissl.outcome.scripting import plain_lines, results_of
+from recipes.bissl.settings.config import build_config
+from recipes.bissl.settings.presets import digits
 from recipes.bissl.tasks.base import Bound, PretextTask
 
 

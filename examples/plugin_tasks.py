@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from recipes.bissl.config import build_config
-from recipes.bissl.evaluate import Metric, State
-from recipes.bissl.presets import digits
-from recipes.bissl.scripting import plain_lines, results_of
+from recipes.bissl.outcome.scripting import plain_lines, results_of
+from recipes.bissl.settings.config import build_config
+from recipes.bissl.settings.presets import digits
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
+from recipes.vision.metrics import Metric, State
 
 
 def plain(images: Tensor) -> Tensor:

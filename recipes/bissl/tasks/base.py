@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from recipes.bissl.evaluate import Metric
-from recipes.bissl.imagesets import LabelKind
-from recipes.bissl.optim import LARS
+from ...vision.imagesets import LabelKind
+from ...vision.metrics import Metric
+from ...vision.optimizers import LARS
 
 Bound = Callable[..., Any]
 """A module bound to some parameters: call it as the module itself."""

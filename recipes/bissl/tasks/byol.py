@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from recipes.bissl.losses import cosine_distance
-from recipes.bissl.models import projector
-from recipes.bissl.tasks.base import Bound
-from recipes.bissl.tasks.two_views import TwoViewTask
+from ...vision.losses import cosine_distance
+from ...vision.networks.backbones import projector
+from .base import Bound
+from .two_views import TwoViewTask
 
 
 @final

@@ -4,9 +4,9 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from recipes.bissl.evaluate import Metric, top_k
-from recipes.bissl.imagesets import LabelKind
-from recipes.bissl.tasks.linear import LinearTask
+from ...vision.imagesets import LabelKind
+from ...vision.metrics import Metric, top_k
+from .linear import LinearTask
 
 
 @final

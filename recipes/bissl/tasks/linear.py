@@ -7,10 +7,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.augment import EvalView, RandomView
-from recipes.bissl.models import linear_head
-from recipes.bissl.tasks.base import DownstreamTask
-from recipes.bissl.view_policy import ViewPolicy
+from ...vision.networks.backbones import linear_head
+from ...vision.views.random_view import EvalView, RandomView
+from ...vision.views.view_policy import ViewPolicy
+from .base import DownstreamTask
 
 
 class LinearTask(DownstreamTask):

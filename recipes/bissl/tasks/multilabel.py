@@ -5,9 +5,9 @@ from typing import ClassVar, Literal, final
 from pydantic import Field
 from torch import Tensor, nn
 
-from recipes.bissl.evaluate import Metric, map11
-from recipes.bissl.imagesets import LabelKind
-from recipes.bissl.tasks.linear import LinearTask
+from ...vision.imagesets import LabelKind
+from ...vision.metrics import Metric, map11
+from .linear import LinearTask
 
 
 @final

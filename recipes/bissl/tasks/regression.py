@@ -7,10 +7,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.evaluate import Metric, mean_absolute_error, r_squared
-from recipes.bissl.imagesets import DataError, LabelKind
-from recipes.bissl.tasks.base import Bound
-from recipes.bissl.tasks.linear import LinearTask
+from ...vision.imagesets import DataError, LabelKind
+from ...vision.metrics import Metric, mean_absolute_error, r_squared
+from .base import Bound
+from .linear import LinearTask
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": nn.functional.mse_loss,

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.augment import RandomView
-from recipes.bissl.models import projector
-from recipes.bissl.tasks.base import Bound, PretextTask
-from recipes.bissl.view_policy import ViewPolicy
+from ...vision.networks.backbones import projector
+from ...vision.views.random_view import RandomView
+from ...vision.views.view_policy import ViewPolicy
+from .base import Bound, PretextTask
 
 
 class TwoViewTask(PretextTask):

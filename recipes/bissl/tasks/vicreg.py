@@ -6,9 +6,9 @@ from typing import final
 from pydantic import Field
 from torch import Tensor, nn
 
-from recipes.bissl.losses import vicreg
-from recipes.bissl.tasks.base import Bound
-from recipes.bissl.tasks.two_views import TwoViewTask
+from ...vision.losses import vicreg
+from .base import Bound
+from .two_views import TwoViewTask
 
 
 @final

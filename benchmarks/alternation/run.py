@@ -1,0 +1,334 @@
+"""One alternation of BiSSL against the plain training that it contains: time, products, memory and error.
+
+The system is pinned: a small ResNet after 150 SimCLR steps on photographs at 32x32, N_L = 20 lower steps of 96 images
+(192 views), N_U = 8 upper steps of 48, K = 5 stored batches, c = 10.001, gamma = 0.01. Batches are ready before the
+clock starts, on both sides.
+
+    python benchmarks/alternation/run.py --images folder:PATH --threads 2 --json benchmarks/results/alternation.json
+
+- ``ratio``: seconds of the alternation over those of 20 pretext and 8 downstream steps of the same sizes, repeat by
+  repeat; median and quartiles.
+- ``error``: relative distance of the alternation's summed implicit update (each solve by its learning rate) from
+  converged float64 solves of the same system for the same right-hand sides; ``solve_error``: the median over the single
+  solves, where there is more than one.
+- ``noise_floor``: relative distance between the converged summed updates of two disjoint sets of K batches.
+- ``aggregation``: how far the weights end up from those of separate solves, all solved to 1e-5, where only aggregation
+  makes the difference, by gamma, momentum and norm limit.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+if not __package__:
+    # As a script: the repository's root instead of this folder.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+
+from benchmarks.alternation.setup import GAMMA, LAMBDA, QUICK, C, Setup, Sizes, make_setup
+from benchmarks.measuring import environment, interleaved, parser, peak_memory, show, use_threads, write_json
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    HVPProvider,
+    Identity,
+    LinearOperator,
+    Params,
+    ReverseOverReverse,
+    Solution,
+    Solver,
+    Trainer,
+    linearize,
+)
+from bilevel.tree import axpy, norm, sub, zeros_like
+from recipes.vision.optimizers import LARS
+
+LOWER_RATE, UPPER_RATE = 0.5, 0.01
+AGGREGATED = ((0.0, 0.0, None), (0.01, 0.0, None), (0.1, 0.0, None), (0.01, 0.9, None), (0.01, 0.9, 10.0))
+"""(gamma, momentum, norm limit) at which aggregation's bias is measured."""
+
+
+@final
+class Recorder(Solver):
+    """Another solver, remembering each right-hand side and solution."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver = solver
+        self.solved: list[tuple[Params, Solution]] = []
+
+    def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
+        return self.solver.prepare(operator)
+
+    def solve(
+        self,
+        operator: LinearOperator | Callable[[Params], Params],
+        b: Params,
+        *,
+        x0: Params | None = None,
+        state: Any = None,
+    ) -> Solution:
+        solution = self.solver.solve(operator, b, x0=x0, state=state)
+        self.solved.append((b, solution))
+        return solution
+
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
+        raise NotImplementedError("solve is overridden")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the upper level is computed; None takes the setup's size."""
+
+    solver: Solver
+    hvp: HVPProvider
+    aggregate: bool = False
+    hessian_batches: int | None = None
+    gamma: float = GAMMA
+    momentum: float = 0.9
+    max_grad_norm: float | None = 10.0
+    lower_steps: int | None = None
+    upper_steps: int | None = None
+
+
+REFERENCE = CG(80, 1e-5, recycle=80)
+KEPT = ReverseOverReverse(keep_graph=True)
+SETTINGS = {
+    "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse()),
+    "global_cg": Setting(CG(10, 6e-2, recycle=20), KEPT),
+    "default": Setting(CG(10, "noise"), KEPT, aggregate=True),
+    "two_batches": Setting(CG(10, "noise"), KEPT, aggregate=True, hessian_batches=2),
+    "identity": Setting(Identity(), ReverseOverReverse()),
+}
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """A trainer at the pinned point, one alternation long."""
+
+    trainer: Trainer
+    recorder: Recorder
+
+    def run(self) -> None:
+        self.trainer.alternate()
+
+
+def prepare(setup: Setup, setting: Setting) -> Alternation:
+    """A fresh trainer at the pinned weights."""
+    problem = copy.deepcopy(setup.problem)
+    problem.gamma = setting.gamma
+    sizes = setup.sizes
+    upper, lower = problem.variables()
+    recorder = Recorder(setting.solver)
+    trainer = Trainer(
+        problem,
+        upper,
+        lower,
+        lower_optimizer=LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0),
+        upper_optimizer=torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=setting.momentum),
+        lower_data=setup.lower_batches,
+        upper_data=setup.upper_batches,
+        schedule=AlternatingSchedule(
+            1, setting.lower_steps or sizes.lower_steps, setting.upper_steps or sizes.upper_steps
+        ),
+        solver=recorder,
+        hvp=setting.hvp,
+        damping=C - problem.regularization_weight,
+        aggregate=setting.aggregate,
+        hessian_batches=setting.hessian_batches or sizes.hessian_batches,
+        max_grad_norm=setting.max_grad_norm,
+    )
+    return Alternation(trainer, recorder)
+
+
+def plain_training(setup: Setup) -> None:
+    """The 20 pretext and 8 downstream steps that an alternation stands beside."""
+    problem = copy.deepcopy(setup.problem)
+    upper, lower = problem.variables()
+    pretext = LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0)
+    for batch in setup.lower_batches[: setup.sizes.lower_steps]:
+        pretext.zero_grad()
+        problem.pretext.loss(problem.lower_backbone, dict(problem.heads.items()), batch).backward()
+        pretext.step()
+    downstream = torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=0.9)
+    for images, targets in setup.upper_batches:
+        downstream.zero_grad()
+        outputs = problem.downstream.forward(problem.upper_backbone, problem.head, images)
+        problem.downstream.loss(outputs, targets).backward()
+        downstream.step()
+
+
+def double(tree: Any) -> Any:
+    """Floating-point tensors of a nested batch in float64."""
+    if isinstance(tree, Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {key: double(value) for key, value in tree.items()}
+    return type(tree)(double(item) for item in tree)
+
+
+class Reference:
+    """A^-1 b at an alternation's end point, in float64, to a residual of 1e-5; what was solved helps what comes."""
+
+    def __init__(self, alternation: Alternation, batches: list[Any]) -> None:
+        problem = copy.deepcopy(alternation.trainer.problem)
+        for module in (problem.lower_backbone, problem.upper_backbone, problem.heads, problem.head):  # type: ignore[attr-defined]
+            module.double()
+        upper, lower = problem.variables()  # type: ignore[attr-defined]
+        self.system = linearize(problem, upper, lower, double(batches), solver=REFERENCE, hvp=KEPT, damping=C - LAMBDA)
+
+    def solve(self, b: Params) -> Params:
+        solution = self.system.solve(double(b))
+        if not solution.status.ok:
+            raise RuntimeError(f"the reference solve failed: {solution.status.value}")
+        return solution.value
+
+
+@torch.no_grad()
+def distance(x: Params, reference: Params) -> float:
+    """||x - reference|| / ||reference||, in float64."""
+    return float(norm(sub(double(x), double(reference))) / norm(double(reference)))
+
+
+def total(parts: list[Params]) -> Params:
+    result = zeros_like(parts[0])
+    for part in parts:
+        result = axpy(1.0, part, result)
+    return result
+
+
+def measure_error(reference: Reference, alternation: Alternation) -> dict[str, Any]:
+    """The record of one setting but for its time."""
+    solved = alternation.recorder.solved
+    exact = [reference.solve(b) for b, _ in solved]
+    errors = sorted(distance(s.value, x) for (_, s), x in zip(solved, exact, strict=True))
+    products = sum(s.num_hvps for _, s in solved)
+    return {
+        "error": distance(total([s.value for _, s in solved]), total(exact)),
+        "solve_error": errors[len(errors) // 2] if len(errors) > 1 else None,
+        "products": products,
+        "hvps": products * alternation.trainer.hessian_batches,
+        "noise": next((s.noise for _, s in solved if s.noise is not None), None),
+        "cosine": min(s.cosine for _, s in solved),
+        "departure": max(s.departure for _, s in solved),
+    }
+
+
+def noise_floor(setup: Setup, reference: Reference, alternation: Alternation) -> float:
+    """Distance of the summed update between two disjoint sets of K batches."""
+    count = setup.sizes.hessian_batches
+    other = Reference(alternation, setup.lower_batches[count : 2 * count])
+    right = total([b for b, _ in alternation.recorder.solved])
+    return distance(other.solve(right), reference.solve(right))
+
+
+def aggregation_bias(setup: Setup, *, quick: bool) -> list[dict[str, Any]]:
+    """How far aggregation alone moves the upper weights' change over one alternation."""
+    rows = []
+    start, _ = setup.problem.variables()
+    for gamma, momentum, limit in AGGREGATED[:1] if quick else AGGREGATED:
+        ends = []
+        for aggregate in (False, True):
+            solver = CG(80, 1e-5, recycle=80)
+            options = {"gamma": gamma, "momentum": momentum, "max_grad_norm": limit}
+            setting = Setting(solver, KEPT, aggregate, hessian_batches=1, lower_steps=1, **options)
+            alternation = prepare(setup, setting)
+            alternation.run()
+            ends.append({name: leaf.detach() - start[name] for name, leaf in alternation.trainer.upper.items()})
+        backbone = [{n: t for n, t in end.items() if n.startswith("backbone.")} for end in ends]
+        row = {"gamma": gamma, "momentum": momentum, "max_grad_norm": limit}
+        rows.append({**row, "bias": distance(backbone[1], backbone[0]), "length_ratio": _lengths(*backbone)})
+    return rows
+
+
+@torch.no_grad()
+def _lengths(separate: Params, aggregated: Params) -> float:
+    return float(norm(aggregated) / norm(separate))
+
+
+def measure(setup: Setup, repeats: int, names: list[str], *, quick: bool) -> dict[str, Any]:
+    """All figures."""
+    made: dict[str, Alternation] = {}
+
+    def alternate(name: str) -> Callable[[], None]:
+        def run() -> None:
+            made[name] = prepare(setup, SETTINGS[name])
+            made[name].run()
+
+        return run
+
+    cheap = [name for name in names if name != "paper"]
+    functions = {"plain": lambda: plain_training(setup), **{n: alternate(n) for n in cheap}}
+    times = interleaved(functions, repeats, warm_up=min(1, repeats - 1))
+    if "paper" in names:
+        # It takes as long as all others together: a plain run before and after, and fewer repeats.
+        few = interleaved(
+            {"plain": lambda: plain_training(setup), "paper": alternate("paper")}, max(1, repeats // 3), warm_up=0
+        )
+        times["paper"] = few["paper"].over(few["plain"])
+    # The lower steps are the same in all settings, and so are the weights and the batches of the system.
+    reference = Reference(made[names[0]], setup.lower_batches[: setup.sizes.hessian_batches])
+    overhead = {}
+    for name in names:
+        ratio = times[name] if name == "paper" else times[name].over(times["plain"])
+        # The peak of an upper step does not depend on how many there are.
+        short = replace(SETTINGS[name], lower_steps=1, upper_steps=2)
+        memory = peak_memory(prepare(setup, short).run, setup.device)
+        overhead[name] = {"ratio": ratio.median, "quartiles": [ratio.q1, ratio.q3], "repeats": len(ratio.samples)}
+        overhead[name] |= measure_error(reference, made[name]) | {"peak_memory_mib": memory / 2**20}
+    plain_memory = peak_memory(lambda: plain_training(setup), setup.device) / 2**20
+    return {
+        "overhead": overhead,
+        "noise_floor": noise_floor(setup, reference, made[names[0]]),
+        "plain": {"seconds": times["plain"].record(), "peak_memory_mib": plain_memory},
+        "aggregation": aggregation_bias(setup, quick=quick),
+    }
+
+
+def report(figures: dict[str, Any]) -> None:
+    """The tables."""
+    rows = [
+        [
+            name,
+            f"{f['ratio']:.2f} ({f['quartiles'][0]:.2f} to {f['quartiles'][1]:.2f}, n={f['repeats']})",
+            f"{f['error']:.1e}",
+            "" if f["solve_error"] is None else f"{f['solve_error']:.1e}",
+            str(f["hvps"]),
+            f"{f['peak_memory_mib']:.0f}",
+        ]
+        for name, f in figures["overhead"].items()
+    ]
+    header = ["setting", "x plain training", "error", "median solve", "single-batch HVPs", "peak MiB"]
+    show(f"One alternation; noise floor {figures['noise_floor']:.1e}", header, rows)
+    rows = [
+        [str(r["gamma"]), str(r["momentum"]), str(r["max_grad_norm"]), f"{r['bias']:.1e}", f"{r['length_ratio']:.2f}"]
+        for r in figures["aggregation"]
+    ]
+    show("Aggregated against separate solves", ["gamma", "momentum", "norm limit", "distance", "length"], rows)
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--images", default="photographs", help='"folder:PATH" of class folders, or "photographs"')
+    options.add_argument("--repeats", type=int, default=5, help="interleaved repeats")
+    options.add_argument("--lower-batch", type=int, default=96, help="images of a lower batch (two views each)")
+    options.add_argument("--upper-batch", type=int, default=48, help="images of an upper batch")
+    options.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="which to run")
+    arguments = options.parse_args()
+    use_threads(arguments.threads)
+    whole = Sizes(lower_batch=arguments.lower_batch, upper_batch=arguments.upper_batch)
+    setup = make_setup(arguments.images, arguments.device, QUICK if arguments.quick else whole)
+    repeats = 1 if arguments.quick else arguments.repeats
+    figures = measure(setup, repeats, arguments.settings, quick=arguments.quick)
+    report(figures)
+    machine = environment(arguments.device)
+    kept = {"quick": arguments.quick, "environment": machine, "setup": setup.describe(), **figures}
+    write_json(arguments.json, kept)
+
+
+if __name__ == "__main__":
+    main()

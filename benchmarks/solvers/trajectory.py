@@ -1,0 +1,123 @@
+"""Ridge regression whose lower level is stopped early: hypergradients of different kinds against closed forms.
+
+The lower level makes T steps of gradient descent from 0. Every hypergradient is compared with two derivatives: that of
+F(x, y*(x)), y* the exact lower solution, by the closed form, and that of F(x, y_T(x)), by differentiating a plain loop.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import CG, Hypergradient, Neumann, Params, Problem, SGDUpdate, unrolled_hypergradient
+from bilevel.hypergradients import darts_hypergradient, hypergradient, penalty_hypergradient
+
+STEPS = (3, 10, 30, 100, 300, 1000)
+FEATURES, POINTS = 20, 60
+
+Batch = tuple[Tensor, Tensor]
+Method = Callable[[Problem, Params, Params, Params, Batch, Batch], Hypergradient]
+"""(problem, x, y at the start, y after the steps, train, val) -> hypergradient"""
+
+
+class Ridge(Problem):
+    """One log-weight a feature; counts how often the lower objective is evaluated."""
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
+        self.evaluations += 1
+        X, t = batch
+        penalty = (upper["log_weight"].exp() * lower["w"].square()).sum()
+        return 0.5 * (X @ lower["w"] - t).square().mean() + 0.5 * penalty
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
+        X, t = batch
+        return 0.5 * (X @ lower["w"] - t).square().mean()
+
+
+def data() -> tuple[Batch, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2 * POINTS, FEATURES, generator=generator, dtype=torch.float64)
+    X = X * torch.logspace(-0.4, 0.4, FEATURES, dtype=torch.float64)
+    t = X @ torch.randn(FEATURES, generator=generator, dtype=torch.float64)
+    t = t + torch.randn(2 * POINTS, generator=generator, dtype=torch.float64)
+    return (X[:POINTS], t[:POINTS]), (X[POINTS:], t[POINTS:])
+
+
+def closed_form(x: Tensor, train: Batch, val: Batch) -> Tensor:
+    """-exp(x_j) y_j [H^-1 v]_j."""
+    X, t = train
+    H = X.T @ X / POINTS + torch.diag(x.exp())
+    y = torch.linalg.solve(H, X.T @ t / POINTS)
+    v = val[0].T @ (val[0] @ y - val[1]) / POINTS
+    return -x.exp() * y * torch.linalg.solve(H, v)
+
+
+def descend(x: Tensor, train: Batch, steps: int, lr: float) -> Tensor:
+    """y_T, differentiable in x."""
+    X, t = train
+    y = torch.zeros(FEATURES, dtype=torch.float64)
+    for _ in range(steps):
+        y = y - lr * (X.T @ (X @ y - t) / POINTS + x.exp() * y)
+    return y
+
+
+def through_the_loop(x: Tensor, train: Batch, val: Batch, steps: int, lr: float) -> Tensor:
+    """d F(x, y_T(x)) / dx."""
+    x = x.clone().requires_grad_()
+    residual = val[0] @ descend(x, train, steps, lr) - val[1]
+    return torch.autograd.grad(0.5 * residual.square().mean(), x)[0]
+
+
+def methods(lr: float, steps: int) -> dict[str, Method]:
+    update = SGDUpdate(lr)
+    return {
+        "implicit, CG(200, 1e-10)": lambda p, x, _, y, train, val: hypergradient(
+            p, x, y, upper_batch=val, lower_batches=[train], solver=CG(200, 1e-10)
+        ),
+        "implicit, Neumann(10, scale=lr)": lambda p, x, _, y, train, val: hypergradient(
+            p, x, y, upper_batch=val, lower_batches=[train], solver=Neumann(10, scale=lr)
+        ),
+        "unrolled, all T steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
+            p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update
+        ),
+        "unrolled, last 10 steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
+            p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update, truncation=10
+        ),
+        "one virtual step (DARTS)": lambda p, x, _, y, train, val: darts_hypergradient(
+            p, x, y, upper_batch=val, lower_batches=[train], step_size=lr
+        ),
+        "penalty (F2SA), sigma = 100": lambda p, x, _, y, train, val: penalty_hypergradient(
+            p, x, y, upper_batch=val, lower_batches=[train] * steps, update=update, penalty=100.0
+        ),
+    }
+
+
+def measure(*, quick: bool) -> list[dict[str, Any]]:
+    train, val = data()
+    x = torch.full((FEATURES,), -2.0, dtype=torch.float64)
+    H = train[0].T @ train[0] / POINTS + torch.diag(x.exp())
+    lr = 1.0 / float(torch.linalg.eigvalsh(H)[-1])
+    exact, rows = closed_form(x, train, val), []
+    for steps in STEPS[:3] if quick else STEPS:
+        y = descend(x, train, steps, lr)
+        loop = through_the_loop(x, train, val, steps, lr)
+        for name, method in methods(lr, steps).items():
+            problem = Ridge()
+            start = {"w": torch.zeros(FEATURES, dtype=torch.float64)}
+            result = method(problem, {"log_weight": x}, start, {"w": y}, train, val)
+            grad = result.grad["log_weight"]
+            rows.append(
+                {
+                    "method": name,
+                    "steps": steps,
+                    "error": float((grad - exact).norm() / exact.norm()),
+                    "error_to_loop": float((grad - loop).norm() / loop.norm()),
+                    "stationarity": result.stationarity,
+                    "evaluations": problem.evaluations + (0 if name.startswith("unrolled") else steps),
+                }
+            )
+    return rows

@@ -1,0 +1,315 @@
+"""The linear system behind one hypergradient, built once and solved for many right-hand sides."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.linear import (
+    CG,
+    FunctionOperator,
+    LinearOperator,
+    MeanOperator,
+    ScaledOperator,
+    ShiftedOperator,
+    Solution,
+    Solver,
+    SumOperator,
+    WatchedOperator,
+    mean_and_error,
+)
+from bilevel.lower import BufferWatch, LowerObjectives, StaleSystemError, check_given, check_marks, take_marks
+from bilevel.problem import Problem
+from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider
+from bilevel.tree import Params
+
+Shift = float | Mapping[str, float]
+Implicit = Callable[[str], bool] | Iterable[str]
+
+
+class System:
+    r"""A and the cross term at one point, as `linearize` documents them, with the solver's reusable state.
+
+    Attributes:
+        operator: A, over the implicit lower variables.
+        implicit: names of the implicit lower variables.
+        solver, hvp, damping, shift, lower_batches: what shaped the system.
+        weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        upper: Params,
+        lower: Params,
+        lower_batches: Sequence[Any],
+        *,
+        solver: Solver,
+        hvp: HVPProvider,
+        damping: float,
+        shift: Shift,
+        implicit: tuple[str, ...],
+    ) -> None:
+        self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
+        self.lower_batches = tuple(lower_batches)
+        self.solver, self.hvp, self.damping, self.shift, self.implicit = solver, hvp, damping, shift, implicit
+        seed = int(torch.randint(2**31 - 1, ()))
+        self._buffers = BufferWatch()
+        self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
+        point = self.variables(lower)
+        self.regularized = self._objectives.regularizer(tree.detach(upper), point) is not None
+        if not self.regularized and damping != 0.0:
+            raise ValueError(
+                f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
+                "shift for Tikhonov damping of A alone"
+            )
+        self._regularization_weight = problem.regularization_weight
+        total = problem.regularization_weight + damping
+        self.regularized = self.regularized and total > 0.0
+        self.weight = total if self.regularized else 1.0
+        make = self._objectives.composed if hvp.needs_outputs else self._objectives.whole
+        objectives = [make(batch, seed + k) for k, batch in enumerate(self.lower_batches)]
+        # Not of a whole batch that is too large for the memory.
+        if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
+            self._objectives.check_composition(self.lower_batches[0], upper, point)
+        living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
+        self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
+        self.operator = self._build_operator(point)
+        self.state = solver.prepare(self.operator)
+        self._invalidated = False
+        self._marks = take_marks(self._named_tensors())
+
+    def variables(self, lower: Params) -> Params:
+        """The implicit part of `lower`, detached."""
+        return {name: lower[name].detach() for name in self.implicit}
+
+    def solve(self, b: Params, *, x0: Params | None = None, watch: Callable[[], None] | None = None) -> Solution:
+        """Solve A x = b with the system's solver and state; b is over the implicit variables.
+
+        Args:
+            x0: first iterate.
+            watch: called before each product; what it raises ends the solve.
+
+        Raises:
+            StaleSystemError: something the system was built from has changed.
+            ValueError: a b with other names or shapes than the implicit variables.
+        """
+        self.check_fresh()
+        if {n: t.shape for n, t in b.items()} != {n: self.lower[n].shape for n in self.implicit}:
+            raise ValueError(
+                f"b must have the names and shapes of the implicit variables {list(self.implicit)}, got {list(b)}"
+            )
+        b = {name: b[name] for name in self.implicit}
+        operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
+        return self.solver.solve(operator, b, x0=x0, state=self.state)
+
+    def cross(self, x: Params, upper: Params | None = None) -> Params:
+        """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
+        point = tree.detach(self.upper if upper is None else upper)
+        if self._loss_uses_upper:
+            loss_part = MeanOperator(
+                [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
+            )
+            total = tree.scale(1.0 / self.weight, loss_part(x))
+        else:
+            total = tree.zeros_like(point)
+        if self.regularized:
+            # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
+            exact = ReverseOverReverse().linearize(self._objectives.penalty, point, self.variables(self.lower))
+            total = tree.add(exact.cross(x, point), total)
+        return total
+
+    def stationarity(self, upper: Params | None = None) -> float:
+        """Norm of `gradient`."""
+        return float(tree.norm(self.gradient(upper)))
+
+    def gradient(self, upper: Params | None = None) -> Params:
+        """dG/dy over the implicit variables, with the undamped regularization weight; `upper` as in `cross`."""
+        return self.gradient_and_noise(upper)[0]
+
+    def gradient_noise(self, upper: Params | None = None) -> float | None:
+        r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
+        / (K (K - 1)))^{1/2}`; None for a single batch. A `stationarity` of a few times this is as stationary as the
+        batches can tell."""
+        return self.gradient_and_noise(upper)[1]
+
+    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
+        """`gradient` and `gradient_noise`, from one pass over the batches."""
+        upper = tree.detach(self.upper if upper is None else upper)
+        gradient, noise = self._loss_gradient(upper)
+        weight = self.problem.regularization_weight
+        if self.regularized and weight > 0.0:
+            y = tree.as_variables(self.variables(self.lower))
+            with torch.enable_grad():
+                value = self._objectives.penalty(upper, y)
+            gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
+        return gradient, noise
+
+    def invalidate(self) -> None:
+        """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
+        self._invalidated = True
+
+    def check_fresh(self, upper: Params | None = None, lower: Params | None = None) -> None:
+        """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums.
+
+        Args:
+            upper, lower: variables about to be used with the system; they must be the ones it was built from, but for
+                upper ones that the curvature does not depend on, which may be others of the same names and shapes.
+        """
+        if self._invalidated:
+            raise StaleSystemError("the system was invalidated; call linearize again")
+        weight = self.problem.regularization_weight
+        if weight != self._regularization_weight:
+            raise StaleSystemError(
+                f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
+                "linearize again"
+            )
+        if upper is not None:
+            check_given("upper", upper, self.upper, others_of_same_shape=not self.problem.curvature_depends_on_upper)
+        if lower is not None:
+            check_given("lower", lower, self.lower)
+        check_marks(self._marks, take_marks(self._named_tensors()))
+        self._buffers.check()
+
+    @cached_property
+    def _loss_uses_upper(self) -> bool:
+        """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
+        return self.operator.agree(any(loss.uses_upper() for loss in self._losses))
+
+    def _build_operator(self, point: Params) -> LinearOperator:
+        losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
+        operator: LinearOperator = MeanOperator(losses)
+        if self.regularized:
+            exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
+            operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
+        if isinstance(self.shift, Mapping) or self.shift != 0.0:
+            operator = ShiftedOperator(operator, self.shift)
+        return operator
+
+    def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
+        """The mean of the batches' gradients, and its standard error."""
+        if not self.problem.curvature_depends_on_upper and self._loss_uses_upper:
+            return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
+        return self._loss_gradient_here
+
+    @cached_property
+    def _loss_gradient_here(self) -> tuple[Params, float | None]:
+        return mean_and_error([loss.gradient() for loss in self._losses])
+
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors that the system was built from, under the names that messages give them."""
+        named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
+        if self.problem.curvature_depends_on_upper:
+            named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
+        for k, batch in enumerate(self.lower_batches):
+            named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
+        return named
+
+
+def linearize(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    lower_batches: Sequence[Any],
+    *,
+    solver: Solver | None = None,
+    hvp: HVP | None = None,
+    damping: float = 0.0,
+    shift: Shift = 0.0,
+    implicit: Implicit | None = None,
+) -> System:
+    r"""Build the linear system of the implicit function theorem at (upper, lower).
+
+    With a regularizer r and :math:`c = \lambda + \text{damping} > 0`:
+
+    .. math:: A = \frac{1}{c} \frac{\partial^2 L}{\partial y^2} + \frac{\partial^2 r}{\partial y^2} + \text{shift},
+       \qquad \text{cross} = \frac{1}{c} \frac{\partial^2 L}{\partial x \partial y}
+       + \frac{\partial^2 r}{\partial x \partial y},
+
+    so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + shift and
+    cross = d2L/dxdy. L is the mean over `lower_batches` (and over ranks). Random masks are drawn once per batch and
+    stay the same for every product.
+
+    Args:
+        upper, lower: variables; the system keeps them and is stale once they change.
+        lower_batches: a sequence of batches, whatever the Problem's lower_objective takes.
+        solver: default ``CG()``.
+        hvp: default ``ReverseOverReverse()``; "auto" measures the exact providers and takes the fastest that works
+            (``system.hvp.report``).
+        damping: added to the regularization weight in the whole system; needs a regularizer.
+        shift: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
+        implicit: names, or a predicate on names, of the lower variables that respond to the upper ones; default the
+            Problem's `implicit`.
+
+    Raises:
+        TypeError: variables that are not Params; an `implicit` that is a bare string; batches that are not a sequence.
+        ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
+            without a regularizer; an unknown name in `shift`.
+    """
+    tree.check_params("upper", upper)
+    tree.check_params("lower", lower)
+    check_batches(lower_batches)
+    _check_number("damping", damping)
+    _check_number("regularization_weight", problem.regularization_weight)
+    names = implicit_names(problem, lower, implicit)
+    if isinstance(shift, Mapping):
+        unknown = sorted(set(shift) - set(names))
+        if unknown:
+            raise ValueError(f"shift names {unknown}, which are not implicit lower variables; there are {list(names)}")
+        for name, value in shift.items():
+            _check_number(f"shift[{name!r}]", value)
+    else:
+        _check_number("shift", shift)
+    return System(
+        problem,
+        upper,
+        lower,
+        lower_batches,
+        solver=CG() if solver is None else solver,
+        hvp=as_provider(hvp),
+        damping=damping,
+        shift=shift,
+        implicit=names,
+    )
+
+
+def check_batches(lower_batches: Sequence[Any]) -> None:
+    """Raise unless these are one or more batches in a sequence."""
+    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
+        raise TypeError(
+            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
+            "for a single one"
+        )
+    if not lower_batches:
+        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+
+
+def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
+    """Names of `lower` that `implicit` selects, in the order of `lower`."""
+    if isinstance(implicit, str):
+        raise TypeError(
+            f"implicit must be a sequence of names or a predicate, got the string {implicit!r}; pass [{implicit!r}]"
+        )
+    if callable(implicit):
+        return tuple(name for name in lower if implicit(name))
+    wanted = list(implicit)
+    unknown = [name for name in wanted if name not in lower]
+    if unknown:
+        raise ValueError(f"implicit names {unknown}, which are not lower variables; there are {list(lower)}")
+    return tuple(name for name in lower if name in wanted)
+
+
+def implicit_names(problem: Problem, lower: Params, implicit: Implicit | None) -> tuple[str, ...]:
+    """Names of the implicit variables, the Problem's where `implicit` is None; raises if there are none."""
+    names = implicit_matches(problem.implicit if implicit is None else implicit, lower)
+    if not names:
+        raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")
+    return names
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

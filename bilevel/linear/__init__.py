@@ -1,0 +1,47 @@
+"""linear."""
+
+from bilevel.linear.operators import (
+    FunctionOperator,
+    LinearOperator,
+    MeanOperator,
+    ScaledOperator,
+    ShiftedOperator,
+    SumOperator,
+    WatchedOperator,
+    mean_and_error,
+)
+from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
+from bilevel.linear.solution import Solution, Status
+from bilevel.linear.solver import Solver
+from bilevel.linear.solvers.approximate_inverse import ApproximateInverse
+from bilevel.linear.solvers.cg import CG
+from bilevel.linear.solvers.dense import Dense
+from bilevel.linear.solvers.escalating import Escalating
+from bilevel.linear.solvers.identity import Identity
+from bilevel.linear.solvers.minres import MINRES
+from bilevel.linear.solvers.neumann import Neumann
+from bilevel.linear.solvers.nystrom import Nystrom
+
+__all__ = [
+    "CG",
+    "MINRES",
+    "ApproximateInverse",
+    "Dense",
+    "Diagonal",
+    "Escalating",
+    "FunctionOperator",
+    "Identity",
+    "LinearOperator",
+    "MeanOperator",
+    "Neumann",
+    "Nystrom",
+    "NystromPreconditioner",
+    "ScaledOperator",
+    "ShiftedOperator",
+    "Solution",
+    "Solver",
+    "Status",
+    "SumOperator",
+    "WatchedOperator",
+    "mean_and_error",
+]

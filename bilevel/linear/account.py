@@ -1,0 +1,119 @@
+"""The book-keeping that iterative solvers share: products, scales met, residuals, verdicts."""
+
+import math
+from typing import final
+
+from bilevel import tree
+from bilevel.linear.operators import LinearOperator
+from bilevel.linear.solution import Solution, Status
+from bilevel.linear.solver import attainable, classify_curvature, product_error, residual, rounding_unit
+from bilevel.tree import Params
+
+
+@final
+class CountedOperator(LinearOperator):
+    """An operator that counts its products."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator, self.exact, self.products = operator, operator.exact, 0
+
+    def __call__(self, vector: Params) -> Params:
+        self.products += 1
+        return self.operator(vector)
+
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        self.products += 1
+        return self.operator.sampled(vector)
+
+    def agree(self, flag: bool) -> bool:
+        return self.operator.agree(flag)
+
+
+@final
+class Account:
+    """What one iterative solve must know to stop in time and to report on itself.
+
+    Attributes:
+        operator: A, counting its products.
+        norm_a: the largest ``||A d|| / ||d||`` met, an estimate of ``||A||`` from below.
+        curve: relative residual of the recursion after each iteration.
+        noise: relative standard error of a product from the choice of batches, where it was measured.
+    """
+
+    def __init__(
+        self, operator: LinearOperator, b: Params, max_iterations: int, rtol: float | None, products: int = 0
+    ) -> None:
+        self.operator, self.b = CountedOperator(operator), b
+        self.operator.products = products
+        self.max_iterations, self.rtol = max_iterations, rtol
+        self.norm_b = float(tree.norm(b))
+        self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
+        self.norm_a = 0.0
+        self.min_curvature: float | None = None
+        self.curve: list[float] = []
+        self.noise: float | None = None
+
+    @property
+    def iterations(self) -> int:
+        return len(self.curve)
+
+    def residual(self, x: Params) -> Params:
+        return residual(self.operator, self.b, x)
+
+    def relative(self, r: Params) -> float:
+        return float(tree.norm(r)) / self.norm_b
+
+    def meet(self, curvature: float, gain: float) -> Status | None:
+        """Take note of a direction; what it says about A, as `classify_curvature`."""
+        self.norm_a = max(self.norm_a, gain if math.isfinite(gain) else 0.0)
+        if math.isfinite(curvature):
+            self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
+        return classify_curvature(curvature, gain, self.norm_a, self.product_error)
+
+    def attainable(self, x: Params) -> float:
+        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+
+    def drifted(self, x: Params, relative: float) -> bool:
+        """Whether the recursion's residual may differ from the true one by more than a tenth."""
+        return not self.operator.exact or max(self.iterations, 1) * self.attainable(x) > 0.1 * relative
+
+    def settled(self, x: Params, relative: float) -> bool:
+        """Whether a measured residual has reached the rounding level, below which no iteration helps."""
+        return self.operator.exact and relative <= 10.0 * self.attainable(x)
+
+    def good_enough(self, relative: float) -> bool:
+        return relative <= max(self.rtol or 0.0, self.rounding)
+
+    def unfinished(self, relative: float) -> bool:
+        """Whether another iteration is both needed and allowed."""
+        return self.iterations < self.max_iterations and not self.good_enough(relative)
+
+    def verdict(self, relative: float, settled: bool) -> Status:
+        """The status of a solve without breakdown, from its measured residual."""
+        if not math.isfinite(relative):
+            return Status.NON_FINITE
+        if self.rtol is None:
+            # A layer-wise recursion may run out of residual early, at a point that solves another system.
+            early = self.iterations < self.max_iterations
+            return Status.CONVERGED if early and (settled or self.good_enough(relative)) else Status.BUDGET
+        # Batches that agree to rounding ask for no more than rounding lets be reached.
+        as_good_as_noise = self.noise is not None and settled
+        return Status.CONVERGED if relative <= self.rtol or as_good_as_noise else Status.NOT_CONVERGED
+
+    def close(
+        self,
+        status: Status,
+        x: Params,
+        residuals: tuple[float, float],
+        ritz_range: tuple[float, float] | None = None,
+    ) -> Solution:
+        return Solution(
+            x,
+            status,
+            residuals,
+            self.iterations,
+            self.operator.products,
+            self.min_curvature,
+            residual_curve=tuple(self.curve),
+            ritz_range=ritz_range,
+        )

@@ -1,0 +1,92 @@
+"""Eigenvalue estimates: Ritz values, from Lanczos steps of their own or from the coefficients of a solve."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.linear.operators import LinearOperator
+from bilevel.linear.solver import rounding_unit
+from bilevel.tree import Params
+
+Block = tuple[Sequence[float], Sequence[float]]
+"""Diagonal and off-diagonal of a symmetric tridiagonal matrix; an off-diagonal too long is cut."""
+
+# The leading part of a longer matrix has Ritz values too, and its eigenvalues cost next to nothing.
+_LARGEST_BLOCK = 256
+
+
+def ritz_values(operator: LinearOperator, b: Params, steps: int) -> tuple[float, ...]:
+    """Eigenvalue estimates of A from `steps` Lanczos steps that start at b, ascending; one product a step.
+
+    Fewer come back where the Krylov space is exhausted; a product that is not finite gives a NaN.
+    """
+    q = tree.scale(1.0 / float(tree.norm(b)), b)
+    basis = [q]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    for _ in range(steps):
+        w = operator(q)
+        diagonal.append(float(tree.dot(q, w)))
+        for vector in basis:
+            w = tree.axpy(-tree.dot(vector, w), vector, w)
+        beta = float(tree.norm(w))
+        if not (math.isfinite(beta) and math.isfinite(diagonal[-1])):
+            return (math.nan,) * len(diagonal)
+        if beta <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal) or len(diagonal) == steps:
+            break
+        off_diagonal.append(beta)
+        q = tree.scale(1.0 / beta, w)
+        basis.append(q)
+    return tuple(_eigenvalues(diagonal, off_diagonal).tolist())
+
+
+def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:
+    """Smallest and largest eigenvalue over the blocks that Lanczos runs left; None if nothing finite was met."""
+    lows, highs = [], []
+    for diagonal, off_diagonal in blocks:
+        length = _finite_length(diagonal, off_diagonal)
+        if length:
+            values = _eigenvalues(diagonal[:length], off_diagonal[: length - 1])
+            lows.append(float(values[0]))
+            highs.append(float(values[-1]))
+    return (min(lows), max(highs)) if lows else None
+
+
+def union_of_ranges(ranges: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """The smallest interval that holds all of those known; None if there is none."""
+    known = [found for found in ranges if found is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def conjugate_block(pivots: Sequence[Tensor], conjugations: Sequence[Tensor]) -> Block:
+    """The Lanczos matrix of a CG run: ``T = L D L'`` with pivots D = d'Ad / r'r (inverse step lengths).
+
+    Args:
+        pivots: ``d_k'A d_k / r_k'r_k``, one a product.
+        conjugations: ``beta_k = r_{k+1}'r_{k+1} / r_k'r_k``.
+    """
+    if not pivots:
+        return [], []
+    count = len(pivots)
+    readings = torch.stack([*pivots, *conjugations[: count - 1]]).to(torch.float64).tolist()
+    steps, betas = readings[:count], readings[count:]
+    diagonal = [step + (betas[k - 1] * steps[k - 1] if k else 0.0) for k, step in enumerate(steps)]
+    return diagonal, [math.sqrt(beta) * step for beta, step in zip(betas, steps, strict=False)]
+
+
+def _finite_length(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> int:
+    for k, value in enumerate(diagonal[:_LARGEST_BLOCK]):
+        if not math.isfinite(value) or (k and not math.isfinite(off_diagonal[k - 1])):
+            return k
+    return min(len(diagonal), _LARGEST_BLOCK)
+
+
+def _eigenvalues(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Tensor:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if off_diagonal:
+        band = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
+        matrix = matrix + band + band.T
+    return torch.linalg.eigvalsh(matrix)

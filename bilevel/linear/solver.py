@@ -1,0 +1,166 @@
+"""The abstract solver: everything that all methods share."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bilevel import tree
+from bilevel.linear.operators import LinearOperator, as_operator
+from bilevel.linear.solution import Solution, Status
+from bilevel.tree import Params
+
+
+class Solver(ABC):
+    """Solves A x = b for a symmetric operator A. A solver is a frozen set of options and holds no state of its own.
+
+    Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1 and 2 (up to the
+    extremes that `tree.power_of_two` names).
+    """
+
+    @property
+    def learns(self) -> bool:
+        """Whether a right-hand side may leave something in the state that changes what comes of later ones; where it
+        may, a trainer resumes before the first solve of a system, not between two."""
+        return type(self).prepare is not Solver.prepare
+
+    def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
+        """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
+        return None
+
+    def solve(
+        self,
+        operator: LinearOperator | Callable[[Params], Params],
+        b: Params,
+        *,
+        x0: Params | None = None,
+        state: Any = None,
+    ) -> Solution:
+        """An approximate solution of A x = b.
+
+        Args:
+            operator: A, or a function that computes products with it.
+            b: right-hand side.
+            x0: first iterate, with the names and shapes of b; zero if None. `Dense` and `Identity` have no use for it.
+            state: what `prepare` returned for this operator; None makes a fresh one.
+
+        Returns:
+            A `Solution`. b = 0 gives 0 and CONVERGED; a b that is not finite, or whose solution is beyond the dtype's
+            range, is given back with NON_FINITE. After a breakdown the best iterate is kept; at the first step that
+            is x0 or, without one, b itself, never 0.
+
+        Raises:
+            TypeError: an operator that cannot be called, or a b or x0 that is not Params.
+            ValueError: x0 with other names or shapes than b.
+        """
+        operator = as_operator(operator)
+        tree.check_params("b", b)
+        if x0 is not None:
+            _check_start(x0, b)
+        b = tree.detach(b)
+        if operator.agree(not tree.all_finite(b)):
+            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
+        scale = tree.power_of_two(b)
+        if scale == 0.0:
+            return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
+        unit = tree.scale(1.0 / scale, b)
+        # From zero a breakdown at the first step keeps b, which a zero given as x0 would silence.
+        given = x0 is not None and not bool(tree.norm(x0) == 0.0)
+        start = {name: x0[name].detach() / scale for name in b} if given and x0 is not None else None
+        state = self.prepare(operator) if state is None else state
+        with torch.no_grad():
+            solution = self._solve(operator, unit, start, state)
+            if solution.value is unit:
+                # Bit for bit, also where entries far below the largest do not survive the scaling.
+                return replace(solution, value=b)
+            value = tree.scale(scale, solution.value)
+            if not tree.all_finite(value):
+                return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
+            departure, cosine = _compare(solution.value, unit)
+        return replace(solution, value=value, departure=departure, cosine=cosine)
+
+    @abstractmethod
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
+        """The method itself."""
+
+
+def residual(operator: LinearOperator, b: Params, x: Params) -> Params:
+    """``b - A x``; one product."""
+    return tree.sub(b, operator(x))
+
+
+def rounding_unit(x: Params) -> float:
+    """The largest machine epsilon among the leaves' dtypes."""
+    return max(torch.finfo(leaf.dtype).eps for leaf in x.values())
+
+
+def product_error(operator: LinearOperator, x: Params) -> float:
+    """Relative error to expect in a product: eps, or ``eps^(2/3)`` for central differences."""
+    return rounding_unit(x) if operator.exact else rounding_unit(x) ** (2 / 3)
+
+
+def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> None:
+    """Raise ValueError unless the budget is a positive whole number and rtol a non-negative number or None."""
+    check_count(f"{solver}: max_iterations", max_iterations, least=1)
+    check_rtol(solver, rtol)
+
+
+def check_rtol(solver: str, rtol: float | None) -> None:
+    """Raise ValueError unless rtol is None or lies in [0, 1)."""
+    if rtol is not None and not 0.0 <= rtol < 1.0:
+        raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
+
+
+def check_count(argument: str, value: int, *, least: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")
+
+
+def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
+    """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+    return rounding * (1.0 + operator_norm * float(tree.norm(x)) / norm_b)
+
+
+def classify_curvature(curvature: float, gain: float, scale: float, error: float) -> Status | None:
+    """What a direction d says about A, or None if ``d'Ad > 4 error ||A|| d'd``.
+
+    Args:
+        curvature: ``d'Ad / d'd``.
+        gain: ``||A d|| / ||d||``.
+        scale: the largest gain met so far, an estimate of ``||A||`` from below.
+        error: of products, as `product_error`.
+    """
+    if not (math.isfinite(curvature) and math.isfinite(gain)):
+        return Status.NON_FINITE
+    if curvature > 4.0 * error * scale:
+        return None
+    # A semidefinite A has ||Ad||^2 <= ||A|| d'Ad: then d is, to rounding, a null vector that b has a part along.
+    return Status.INCONSISTENT if gain <= 4.0 * math.sqrt(error) * scale else Status.NEGATIVE_CURVATURE
+
+
+def is_null(curvature: float, gain: float, scale: float, error: float) -> bool:
+    """Whether a direction is, to rounding, a null vector of A; arguments as for `classify_curvature`."""
+    return abs(curvature) <= 4.0 * error * scale and gain <= 4.0 * math.sqrt(error) * scale
+
+
+def _unmeasured(solution: Solution) -> tuple[float, float]:
+    return solution.residual_norms[0], math.nan
+
+
+def _compare(x: Params, b: Params) -> tuple[float, float]:
+    norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
+    departure = float(tree.norm(tree.sub(x, b))) / norm_b
+    return departure, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
+
+
+def _check_start(x0: Params, b: Params) -> None:
+    tree.check_params("x0", x0)
+    if {n: t.shape for n, t in x0.items()} != {n: t.shape for n, t in b.items()}:
+        raise ValueError(
+            f"x0 must have the names and shapes of b; got {sorted(x0)} for {sorted(b)}. Pass a former Solution.value "
+            "of the same variables, or None"
+        )

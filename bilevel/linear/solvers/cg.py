@@ -1,0 +1,137 @@
+"""Conjugate gradients, global, layer-wise, preconditioned and recycled."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+from bilevel import tree
+from bilevel.linear.account import Account, CountedOperator
+from bilevel.linear.conjugate_gradients import ConjugateGradients
+from bilevel.linear.lanczos import union_of_ranges
+from bilevel.linear.operators import LinearOperator
+from bilevel.linear.preconditioner import Inverse, Preconditioner
+from bilevel.linear.recycling import Directions
+from bilevel.linear.solution import Solution, Status
+from bilevel.linear.solver import Solver, check_count, check_iterations
+from bilevel.tree import Params
+
+
+@dataclass
+class _Prepared:
+    """What one operator's right-hand sides share; filled by the first of them, which gives the shapes."""
+
+    directions: Directions
+    inverse: Inverse | None = None
+    noise: float | None = None
+    norm_a: float = 0.0
+    min_curvature: float | None = None
+    ritz_range: tuple[float, float] | None = None
+
+
+@final
+@dataclass(frozen=True)
+class CG(Solver):
+    """Conjugate gradients (Hestenes and Stiefel 1952) for symmetric positive definite A.
+
+    Args:
+        max_iterations: at most this many iterations, one product each.
+        rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
+            solve ends early where the residual has reached the rounding level, below which no iteration helps.
+            "noise" takes for rtol the standard error of ``A x / ||b||`` that comes from the choice of the batches whose
+            mean A is, ``se(A d) ||x|| / (||d|| ||b||)`` with d the first direction and x the first iterate of a state:
+            it is measured on the first product, for nothing, kept for later right-hand sides and reported as
+            `Solution.noise`. No product is then spent on digits that other batches would change.
+        layerwise: take step lengths and conjugation coefficients per leaf while the product stays the full one. This
+            is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it
+            converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the block-diagonal matrix of step lengths, which is
+            biased unless A is block-diagonal.
+        preconditioner: a symmetric positive definite approximation of A, made once for a state and kept for every
+            right-hand side, its products counted in the first solve. The stopping rule stays on the residual itself.
+        recycle: keep at most this many search directions in the state, for two vectors of memory each. Later
+            right-hand sides start from their projection on the kept ones, which takes no product and leaves a known
+            residual, and search only what these leave over (`Directions`).
+
+    The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
+    product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
+    it. In the layer-wise method the recursion's vector is not the residual, so the true one is always measured at the
+    end, by one more product, and decides the status.
+
+    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
+    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+
+    Raises:
+        ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or
+            with recycle; at solve, a preconditioner that is not positive definite, or rtol="noise" where the operator
+            is no mean over two batches or more.
+        TypeError: a preconditioner that is not a `Preconditioner`.
+    """
+
+    max_iterations: int = 10
+    rtol: float | Literal["noise"] | None = 1e-3
+    layerwise: bool = False
+    preconditioner: Preconditioner | None = None
+    recycle: int = 0
+
+    def __post_init__(self) -> None:
+        check_iterations("CG", self.max_iterations, 0.0 if self.rtol == "noise" else self.rtol)
+        check_count("CG: recycle", self.recycle, least=0)
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
+            raise TypeError(
+                f"CG: preconditioner must be a Preconditioner or None, got {type(self.preconditioner).__name__}"
+            )
+        if self.layerwise and self.preconditioner is not None:
+            raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
+        if self.layerwise and self.recycle:
+            raise ValueError(
+                f"CG: layerwise=True has no conjugate directions to recycle, but recycle={self.recycle}; leave one of "
+                "the two out"
+            )
+
+    @property
+    def learns(self) -> bool:
+        return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise"
+
+    def prepare(self, operator: Any) -> _Prepared:
+        return _Prepared(Directions(self.recycle))
+
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Prepared) -> Solution:
+        products = 0
+        if self.preconditioner is not None and state.inverse is None:
+            counted = CountedOperator(operator)
+            state.inverse = self.preconditioner.prepare(counted, b)
+            products = counted.products
+            if state.inverse is None:
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+        rtol = (state.noise or 0.0) if isinstance(self.rtol, str) else self.rtol
+        account = Account(operator, b, self.max_iterations, rtol, products)
+        account.noise = state.noise
+        r = b if x0 is None else account.residual(x0)
+        start = account.relative(r)
+        if operator.agree(not math.isfinite(start)):
+            return account.close(Status.NON_FINITE, b, (start, math.nan))
+        relative = start
+        account.norm_a = state.norm_a
+        if len(state.directions):
+            ahead = state.directions.project(tree.zeros_like(b) if x0 is None else x0, r)
+            projected = account.relative(ahead[1])
+            if projected < start:
+                (x0, r), relative = ahead, projected
+        run = ConjugateGradients(
+            account,
+            layerwise=self.layerwise,
+            inverse=state.inverse,
+            directions=state.directions,
+            stop_at_noise=self.rtol == "noise" and state.noise is None,
+            watched=self.rtol is not None or not next(iter(b.values())).is_cuda,
+        )
+        found = run.solve(x0, r, relative)
+        state.noise, state.norm_a = account.noise, account.norm_a if self.recycle else 0.0
+        solution = replace(found, residual_norms=(start, found.residual_norms[1]), noise=account.noise)
+        return self._with_kept_estimates(solution, state) if self.recycle else solution
+
+    def _with_kept_estimates(self, solution: Solution, state: _Prepared) -> Solution:
+        """What earlier solves met holds for the directions that this one took over."""
+        curvatures = [c for c in (state.min_curvature, solution.min_curvature) if c is not None]
+        state.min_curvature = min(curvatures, default=None)
+        state.ritz_range = union_of_ranges([state.ritz_range, solution.ritz_range])
+        return replace(solution, min_curvature=state.min_curvature, ritz_range=state.ritz_range)

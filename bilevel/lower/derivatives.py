@@ -1,0 +1,78 @@
+"""The two levels' objectives and their first derivatives, as hypergradients and lower steps evaluate them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import distributed, tree
+from bilevel.lower.objectives import check_scalar
+from bilevel.nn import curvature_pass, own_draws
+from bilevel.problem import Problem
+from bilevel.products import micro_batched_gradient
+from bilevel.tree import Params
+
+
+def upper_derivatives(
+    problem: Problem, upper: Params, lower: Params, names: Sequence[str], batch: Any
+) -> tuple[Tensor, Params, Params]:
+    """F, dF/dx and dF/dy over the lower variables `names`, averaged over the ranks."""
+    x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
+    with torch.enable_grad(), own_draws(), curvature_pass():
+        loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
+    return _averaged(loss, x, y)
+
+
+def lower_derivatives(
+    problem: Problem, upper: Params, lower: Params, names: Sequence[str], batch: Any, seed: int
+) -> tuple[Params, Params]:
+    """dG/dx and dG/dy over the lower variables `names`, averaged over the ranks; `seed` as in `lower_value`."""
+    x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
+    with torch.enable_grad():
+        value = lower_value(problem, x, {**tree.detach(lower), **y}, batch, seed)
+    return _averaged(value, x, y)[1:]
+
+
+def training_derivatives(
+    problem: Problem, upper: Params, lower: Params, batch: Any, micro_batch: int | None
+) -> tuple[Tensor, Params]:
+    """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
+    writes buffers and draws random masks from the default generators.
+
+    Args:
+        micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
+    """
+    x, y = tree.detach(upper), tree.as_variables(lower)
+    if micro_batch is None:
+        with own_draws():
+            loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
+        gradient = tree.gradients(loss, y)
+    else:
+        loss, gradient = micro_batched_gradient(
+            lambda variables, chunk: problem.lower_outputs(x, variables, chunk),
+            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(z, batch)),
+            y,
+            problem.split_batch(batch, micro_batch),
+        )
+    penalty = problem.regularizer(x, y)
+    if penalty is not None:
+        gradient = tree.axpy(problem.regularization_weight, tree.gradients(penalty, y), gradient)
+    return distributed.mean_with_gradient(loss.detach(), gradient)
+
+
+def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
+    """G = L + lambda r on one batch, 0-d, writing no buffer; equal seeds give equal random masks."""
+    with curvature_pass(seed):
+        loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
+        penalty = problem.regularizer(upper, lower)
+    if penalty is None:
+        return loss
+    return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
+
+
+def _averaged(value: Tensor, x: Params, y: Params) -> tuple[Tensor, Params, Params]:
+    """The value and both gradients, in one backward pass and one collective."""
+    tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
+    mean, both = distributed.mean_with_gradient(value.detach(), tree.gradients(value, tagged))
+    return mean, {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}

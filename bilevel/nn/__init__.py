@@ -1,0 +1,24 @@
+"""nn."""
+
+from bilevel.nn.double_backward import CheapDoubleBackward
+from bilevel.nn.functional import (
+    chunk_seeds,
+    curvature_pass,
+    functional_call,
+    in_curvature_pass,
+    own_draws,
+    training_pass,
+)
+from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
+
+__all__ = [
+    "CheapDoubleBackward",
+    "SyncBatchNorm",
+    "chunk_seeds",
+    "curvature_pass",
+    "functional_call",
+    "in_curvature_pass",
+    "own_draws",
+    "synchronised",
+    "training_pass",
+]

@@ -1,0 +1,246 @@
+"""Modules as functions of their parameters, safe in curvature passes."""
+
+import inspect
+import logging
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.distributed import rank, world_size
+from bilevel.nn.sync_batch_norm import SyncBatchNorm
+
+_in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
+_buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
+
+_buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
+
+_NORM_LAYERS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+_CHECKPOINT_REMEDY = (
+    "saved-tensor hooks (activation checkpointing, offloading) cannot run inside a hypergradient's passes: a "
+    "recomputed forward would read the module's own parameters instead of those it was called with. Switch "
+    "checkpointing off in the objectives, and use ReverseOverReverse(keep_graph=False) or fewer, "
+    "smaller batches to save memory"
+)
+
+
+def in_curvature_pass() -> bool:
+    """Whether the caller runs within a pass of `hypergradient` or `linearize`.
+
+    For objectives that compute plain training passes otherwise, for example under autocast or compiled.
+    """
+    return _in_curvature_pass.get()
+
+
+class BufferNotes(Protocol):
+    """Takes note of the buffers that a pass reads."""
+
+    def note(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
+
+
+@contextmanager
+def curvature_pass(seed: int | None = None, notes: BufferNotes | None = None) -> Iterator[None]:
+    """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
+
+    Args:
+        seed: seeds the default generators for the length of the pass and restores them afterwards; None leaves them.
+        notes: is told the buffers that `functional_call` reads.
+    """
+    with ExitStack() as stack:
+        if seed is not None:
+            stack.enter_context(_seeded(seed))
+        stack.callback(_in_curvature_pass.reset, _in_curvature_pass.set(True))
+        stack.callback(_buffer_notes.reset, _buffer_notes.set(notes))
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT_REMEDY))
+        yield
+
+
+@contextmanager
+def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
+    """An ordinary pass that can be made twice: inside, random masks are those of `seed`.
+
+    Args:
+        write_buffers: False makes `functional_call` write to copies of the buffers.
+    """
+    token = _buffers_kept.set(not write_buffers)
+    try:
+        with _seeded(seed):
+            yield
+    finally:
+        _buffers_kept.reset(token)
+
+
+@contextmanager
+def own_draws() -> Iterator[None]:
+    """An ordinary pass on this rank's samples: it leaves the default generators as equal on all ranks as they were."""
+    if world_size() == 1:
+        yield
+        return
+    with _seeded(int(torch.randint(2**31 - 1, ()))):
+        yield
+
+
+def chunk_seeds(seed: int, count: int) -> list[int]:
+    """One seed for each chunk of a batch whose seed is `seed`; a single chunk has the batch's own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [seed, *torch.randint(2**31 - 1, (count - 1,), generator=generator).tolist()]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the default generators of torch, NumPy and Python, and restores them afterwards.
+
+    Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
+    """
+    seed = (seed + 2654435761 * rank()) % 2**32
+    on_gpu = torch.cuda.is_initialized()
+    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    try:
+        # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(state)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)
+
+
+def functional_call(
+    module: nn.Module, params: Mapping[str, Tensor], args: Any = (), kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Call `module` with `params` in place of its own parameters; as `torch.func.functional_call`.
+
+    In an ordinary pass buffers update as always. In every pass that `hypergradient` and `linearize` make, nothing is
+    written: BatchNorm and InstanceNorm in train mode use batch statistics without touching running statistics or
+    counters (eval mode stays eval), and every other buffer is replaced by a copy for the length of the call. There
+    attention takes torch's plain kernel, since the fused ones do not differentiate twice: slower, and with memory that
+    grows with the square of the sequence length. The logger "bilevel" says so once a process, at level INFO, where the
+    module holds an `nn.MultiheadAttention`; direct calls of ``scaled_dot_product_attention`` are switched unannounced.
+
+    Args:
+        params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
+        args: positional arguments; a single non-tuple is taken as the only one.
+
+    Raises:
+        ValueError: `params` names something the module does not have.
+        TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
+            torch's SyncBatchNorm over several ranks); the message gives the remedy.
+        RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
+    """
+    curvature = _in_curvature_pass.get()
+    _refuse_wrappers(module, curvature)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    unknown = [name for name in params if name not in parameters and name not in buffers]
+    if unknown:
+        raise ValueError(
+            f"functional_call: {type(module).__name__} has no parameter or buffer named {unknown[0]!r} "
+            f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
+        )
+    keywords = dict(kwargs) if kwargs else None
+    if not curvature and not _buffers_kept.get():
+        return torch.func.functional_call(module, dict(params), args, keywords)
+    with ExitStack() as stack:
+        if curvature:
+            if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
+                _announce_plain_attention()
+            stack.enter_context(_without_running_statistics(module))
+            stack.enter_context(_without_reentrant_checkpoints(module))
+        read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
+        notes = _buffer_notes.get() if curvature else None
+        if notes is not None:
+            notes.note(read)
+        copies = {name: buffer.detach().clone() for name, buffer in read}
+        given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
+        return torch.func.functional_call(module, {**copies, **given}, args, keywords)
+
+
+@cache
+def _announce_plain_attention() -> None:
+    """The cache lets it speak once."""
+    logging.getLogger("bilevel").info(
+        "attention takes torch's plain (MATH) kernel in the passes of a hypergradient: the fused kernels have no "
+        "second derivative; training passes keep them"
+    )
+
+
+@contextmanager
+def _without_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalisation layers in train mode lose their running statistics inside, and get the same objects back."""
+    saved = []
+    for layer in module.modules():
+        if isinstance(layer, _NORM_LAYERS) and layer.training and layer.track_running_stats:
+            saved.append((layer, layer.running_mean, layer.running_var, layer.num_batches_tracked))
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, mean, variance, count in saved:
+            layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, variance, count
+            layer.track_running_stats = True
+
+
+@contextmanager
+def _without_reentrant_checkpoints(module: nn.Module) -> Iterator[None]:
+    """Refuses the kind of checkpointing that needs no saved-tensor hook: it cuts the parameters out of the graph."""
+
+    def check(layer: nn.Module, args: Any) -> None:
+        frame = None if torch.is_grad_enabled() else inspect.currentframe()
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise RuntimeError(_CHECKPOINT_REMEDY)
+            frame = frame.f_back
+
+    with ExitStack() as stack:
+        if torch.is_grad_enabled():
+            for layer in module.modules():
+                stack.callback(layer.register_forward_pre_hook(check).remove)
+        yield
+
+
+def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "functional_call: the module is wrapped in DistributedDataParallel, whose hooks do not run twice; "
+                "pass the bare module (wrapper.module): gradients and products are averaged over ranks by bilevel"
+            )
+        if not curvature:
+            continue
+        # torch.compile's wrapper has no public type: it keeps the bare module as the child `_orig_mod`, and
+        # Module.compile() its call in `_compiled_call_impl`.
+        if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:
+            raise TypeError(
+                "functional_call: a compiled module does not support double backward; pass the module from before "
+                "torch.compile in the objectives that a hypergradient differentiates"
+            )
+        torchs = isinstance(layer, nn.SyncBatchNorm) and not isinstance(layer, SyncBatchNorm)
+        if torchs and layer.training and world_size() > 1:
+            raise TypeError(
+                "functional_call: torch's SyncBatchNorm has no double backward; build the module with BatchNorm "
+                "and call bilevel.nn.sync_batch_norm.synchronised(module), whose layers have one, or put the layer in "
+                "eval mode"
+            )

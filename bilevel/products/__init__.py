@@ -1,0 +1,23 @@
+"""products."""
+
+from bilevel.products.automatic import HVP, Automatic, as_provider
+from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
+from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
+from bilevel.products.micro_batch import MicroBatched, check_rows, check_size, micro_batched_gradient
+
+__all__ = [
+    "HVP",
+    "Automatic",
+    "ComposedObjective",
+    "FiniteDifference",
+    "ForwardOverReverse",
+    "GaussNewton",
+    "HVPProvider",
+    "MicroBatched",
+    "Objective",
+    "ReverseOverReverse",
+    "as_provider",
+    "check_rows",
+    "check_size",
+    "micro_batched_gradient",
+]

@@ -1,0 +1,297 @@
+"""Hessian-vector product providers: different ways to the same second derivatives of an objective L(x, y).
+
+A provider linearizes L at a point; the `Linearization` then answers products ``(d2L/dydy) w`` and ``(d2L/dxdy) w``.
+Costs are in units of one plain gradient of L.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.nn import CheapDoubleBackward
+from bilevel.products.graph_memory import GraphAccount, graph_bytes
+from bilevel.tree import Params
+
+Objective = Callable[[Params, Params], Tensor]
+"""L(x, y) on one fixed batch with fixed randomness; 0-d."""
+
+
+class Linearization(ABC):
+    """Second derivatives of one objective at one point (x, y)."""
+
+    def __init__(self, objective: Objective, upper: Params, lower: Params) -> None:
+        self.objective, self.upper, self.lower = objective, upper, lower
+        self._gradient: Params | None = None
+
+    @abstractmethod
+    def hessian(self, vector: Params) -> Params:
+        """``(d2L/dydy) w`` for `vector` over the lower variables."""
+
+    @abstractmethod
+    def cross(self, vector: Params, upper: Params) -> Params:
+        """``(d2L/dxdy) w = d/dx <dL/dy, w>``, over the upper variables, at the upper values given."""
+
+    def gradient(self) -> Params:
+        """dL/dy at the point; computed once, and for nothing where a product has met it on its way."""
+        if self._gradient is None:
+            self._gradient = self.gradient_at(self.upper)
+        return self._gradient
+
+    def gradient_at(self, upper: Params) -> Params:
+        """dL/dy at other upper values."""
+        return _gradient(self.objective, upper, self.lower)
+
+    def uses_upper(self) -> bool:
+        """Whether L reaches any upper variable at all (decided on the graph of one forward pass)."""
+        with torch.enable_grad():
+            x = tree.as_variables(self.upper)
+            loss = self.objective(x, tree.detach(self.lower))
+            if not x or not loss.requires_grad:
+                return False
+            return any(g is not None for g in torch.autograd.grad(loss, list(x.values()), allow_unused=True))
+
+    def kept_bytes(self) -> int | None:
+        """Bytes of the graph that is kept between products, measured now; None where none is kept."""
+        return None
+
+
+class HVPProvider(ABC):
+    """Makes linearizations.
+
+    Attributes:
+        exact: whether products are derivatives to rounding (False: finite differences).
+        needs_outputs: whether `linearize` takes a `ComposedObjective` only (the Problem's `lower_outputs` and
+            `lower_output_loss`), not any function.
+    """
+
+    exact: bool = True
+    needs_outputs: bool = False
+
+    @abstractmethod
+    def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
+        """Prepare products of `objective`'s second derivatives at (upper, lower)."""
+
+    def linearize_all(
+        self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
+    ) -> list[Linearization]:
+        """`linearize` for every batch of one system, under one memory budget where the provider has one.
+
+        Args:
+            resident: tensors that live as long as the system anyway, such as its batches: not charged to the budget.
+        """
+        return [self.linearize(objective, upper, lower) for objective in objectives]
+
+
+@final
+@dataclass(frozen=True)
+class ReverseOverReverse(HVPProvider):
+    """Double backward: ``H w = d/dy <dL/dy, w>`` (Pearlmutter 1994, in reverse mode twice).
+
+    On a CPU, 2-d convolutions and batch normalisations take cheaper kernels for the second pass
+    (`bilevel.nn.double_backward`); products are the same to rounding.
+
+    Args:
+        keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
+            after the first saves the forward and the first backward pass, for the memory of one graph per batch.
+        memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
+            measured (`bilevel.products.graph_memory.graph_bytes`) when the batch's first product has built it, and kept if it
+            still fits beside those kept before; the other batches are recomputed for every product, and the products
+            are the same. As without kept graphs, one more graph exists while such a product is made.
+
+    Raises:
+        ValueError: a budget without `keep_graph`, or one that is not a number of bytes >= 0.
+    """
+
+    keep_graph: bool = False
+    memory_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_budget is None:
+            return
+        check_memory_budget("ReverseOverReverse", self.memory_budget)
+        if not self.keep_graph:
+            raise ValueError(
+                f"ReverseOverReverse: memory_budget={self.memory_budget!r} limits kept graphs, and none are kept; pass "
+                "keep_graph=True with it"
+            )
+
+    def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
+        return self.linearize_all([objective], upper, lower)[0]
+
+    def linearize_all(
+        self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
+    ) -> list[Linearization]:
+        living = (*upper.values(), *lower.values(), *resident)
+        limit = inf if self.memory_budget is None else self.memory_budget
+        account = GraphAccount(limit, living) if self.keep_graph else None
+        return [_Reverse(objective, upper, lower, account) for objective in objectives]
+
+
+@final
+@dataclass(frozen=True)
+class ForwardOverReverse(HVPProvider):
+    """``H w = jvp of grad`` by torch.func: about one third less memory traffic than a double backward, no kept graph.
+
+    The order matters: jvp of jacrev gives wrong products through BatchNorm in train mode, jvp of grad is exact.
+    Every operation of the objective needs a forward-mode rule.
+
+    Gradients and products of one system see the same random masks, but not always those of the other providers with
+    the same seed: torch fills a dropout mask in the order in which the activations lie in memory, and its transforms
+    in the order of their indices. Where the two differ (attention layers), so do the draws, not their distribution.
+    """
+
+    def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
+        return _Forward(objective, upper, lower)
+
+
+@final
+@dataclass(frozen=True)
+class FiniteDifference(HVPProvider):
+    r"""Differences of gradients, :math:`H w \approx [g(y + \epsilon w) - g(y - \epsilon w)] / 2 \epsilon`.
+
+    Works through anything that has a first derivative. Exact on quadratics only, and far off at the kinks of ReLU
+    networks: check it before trusting it.
+
+    Args:
+        step: length ``epsilon ||w||`` of the step in y, absolute. None takes ``eps^(1/3) (1 + ||y||)`` for central and
+            ``eps^(1/2) (1 + ||y||)`` for one-sided differences, eps being the dtype's rounding unit.
+        central: two gradients a product; False reuses the gradient at y, one gradient a product, first-order accurate.
+
+    Raises:
+        ValueError: a step that is not positive.
+    """
+
+    step: float | None = None
+    central: bool = True
+    exact = False
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not self.step > 0:
+            raise ValueError(
+                f"FiniteDifference: step must be positive, got {self.step}; leave it out for an automatic one"
+            )
+
+    def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
+        return _Difference(objective, upper, lower, step=self.step, central=self.central)
+
+
+def check_memory_budget(owner: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+        raise ValueError(f"{owner}: memory_budget must be a number of bytes >= 0, got {value!r}; 4e9 is 4 GB")
+
+
+class _Reverse(Linearization):
+    """`account` decides whether the graph is kept; None keeps none."""
+
+    def __init__(self, objective: Objective, upper: Params, lower: Params, account: GraphAccount | None) -> None:
+        super().__init__(objective, upper, lower)
+        self._account, self._offered = account, False
+        self._graph: tuple[Params, Params] | None = None
+
+    def _differentiable_gradient(self) -> tuple[Params, Params]:
+        """(y, dL/dy with its graph); also records the gradient's value."""
+        if self._graph is not None:
+            return self._graph
+        y = tree.as_variables(self.lower)
+        with CheapDoubleBackward():
+            loss = self.objective(tree.detach(self.upper), y)
+        g = tree.gradients(loss, y, create_graph=True)
+        self._gradient = tree.detach(g)
+        # Offered once: what is kept only grows, so that a graph that does not fit now never will.
+        if self._account is not None and not self._offered and self._account.admits(g.values()):
+            self._graph = y, g
+        self._offered = True
+        return y, g
+
+    @torch.enable_grad()
+    def hessian(self, vector: Params) -> Params:
+        y, g = self._differentiable_gradient()
+        return tree.pullback(g, vector, [y], retain_graph=self._graph is not None)[0]
+
+    def kept_bytes(self) -> int | None:
+        if self._graph is None or self._account is None:
+            return None
+        return graph_bytes(self._graph[1].values(), self._account.resident)
+
+    @torch.enable_grad()
+    def cross(self, vector: Params, upper: Params) -> Params:
+        x, y = tree.as_variables(upper), tree.as_variables(self.lower)
+        g = tree.gradients(self.objective(x, y), y, create_graph=True)
+        return tree.pullback(g, vector, [x])[0]
+
+
+class _Forward(Linearization):
+    @torch.enable_grad()
+    def hessian(self, vector: Params) -> Params:
+        upper = tree.detach(self.upper)
+        self._gradient, product = self._derivative(torch.func.grad(lambda y: self.objective(upper, y)), vector)
+        return product
+
+    @torch.enable_grad()
+    def cross(self, vector: Params, upper: Params) -> Params:
+        x = tree.detach(upper)
+        return self._derivative(lambda y: torch.func.grad(lambda z: self.objective(z, y))(x), vector)[1]
+
+    @torch.enable_grad()
+    def gradient_at(self, upper: Params) -> Params:
+        # By the same transform as the products: random masks are drawn in another order without it.
+        point = tree.detach(upper)
+        return tree.detach(torch.func.grad(lambda y: self.objective(point, y))(tree.detach(self.lower)))
+
+    def _derivative(self, gradient: Callable[[Params], Params], vector: Params) -> tuple[Params, Params]:
+        """A gradient as a function of y, and its directional derivative, at the point."""
+        y = tree.detach(self.lower)
+        value, product, *_ = torch.func.jvp(gradient, (y,), ({name: vector[name] for name in y},))
+        return value, product
+
+
+class _Difference(Linearization):
+    def __init__(
+        self, objective: Objective, upper: Params, lower: Params, *, step: float | None, central: bool
+    ) -> None:
+        super().__init__(objective, upper, lower)
+        self.step, self.central = step, central
+
+    @torch.enable_grad()
+    def hessian(self, vector: Params) -> Params:
+        base = None if self.central else self.gradient()
+        return self._difference(lambda y: _gradient(self.objective, self.upper, y), vector, base)
+
+    @torch.enable_grad()
+    def cross(self, vector: Params, upper: Params) -> Params:
+        def upper_gradient(y: Params) -> Params:
+            x = tree.as_variables(upper)
+            return tree.gradients(self.objective(x, tree.detach(y)), x)
+
+        base = None if self.central else upper_gradient(self.lower)
+        return self._difference(upper_gradient, vector, base)
+
+    def _difference(self, function: Callable[[Params], Params], vector: Params, base: Params | None) -> Params:
+        y = tree.detach(self.lower)
+        # Through a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
+        magnitude = tree.power_of_two(vector)
+        if magnitude == 0.0:
+            return tree.zeros_like(function(y))
+        direction = tree.scale(1.0 / magnitude, vector)
+        length = float(tree.norm(direction))
+        rounding = max(torch.finfo(leaf.dtype).eps for leaf in y.values())
+        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + float(tree.norm(y)))
+        epsilon = (self.step or automatic) / length
+        ahead = function(tree.axpy(epsilon, direction, y))
+        if base is not None:
+            return tree.scale(magnitude / epsilon, tree.sub(ahead, base))
+        behind = function(tree.axpy(-epsilon, direction, y))
+        return tree.scale(0.5 * magnitude / epsilon, tree.sub(ahead, behind))
+
+
+@torch.enable_grad()
+def _gradient(objective: Objective, upper: Params, lower: Params) -> Params:
+    y = tree.as_variables(lower)
+    return tree.gradients(objective(tree.detach(upper), y), y)

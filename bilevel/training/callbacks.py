@@ -1,0 +1,294 @@
+"""What listens to a training run: metrics, progress, checkpoints."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from bilevel.checkpoint import save_checkpoint
+from bilevel.distributed import rank
+from bilevel.hypergradients import Hypergradient
+from bilevel.linear import Solution, Status
+
+Record = dict[str, Any]
+"""One event: ``event`` ("lower", "adaptation", "upper", "alternation"), ``step``, ``alternation``, and its numbers."""
+
+
+def solve_record(result: Hypergradient, solution: Solution) -> Record:
+    """The numbers of an upper event that say how far its hypergradient can be trusted."""
+    ritz_min, ritz_max = solution.ritz_range or (None, None)
+    return {
+        "status": solution.status.name,
+        "residual": solution.residual_norms[1],
+        "residual_curve": list(solution.residual_curve),
+        "departure": solution.departure,
+        "cosine": solution.cosine,
+        "min_curvature": solution.min_curvature,
+        "ritz_min": ritz_min,
+        "ritz_max": ritz_max,
+        "shift": solution.shift,
+        "unshifted_residual": solution.unshifted_residual,
+        "solver_noise": solution.noise,
+        "iterations": solution.iterations,
+        "num_hvps": solution.num_hvps,
+        "stationarity": result.stationarity,
+        "gradient_noise": result.noise,
+        "stationarity_over_noise": result.stationarity_over_noise,
+    }
+
+
+class Callback:
+    """Receives a trainer's events; the methods do nothing by default.
+
+    `trainer` is passed as anything that has `state_dict`, `alternation` and `schedule`.
+    """
+
+    def on_run_start(self, trainer: Any) -> None:
+        """Before the first alternation of this process."""
+
+    def on_event(self, trainer: Any, record: Record) -> None:
+        """After each lower step, adaptation and upper step, and at the end of each alternation."""
+
+    def on_alternation_end(self, trainer: Any) -> None:
+        """When an alternation is whole, a point to save the trainer's state at."""
+
+    def on_nonfinite(self, trainer: Any, record: Record) -> str | None:
+        """When a loss or gradient is not finite, before the step is given up; what to add to the message, if anything.
+
+        `record` is the step's event, and every variable is as it was before the step.
+        """
+        return None
+
+    def on_interrupt(self, trainer: Any) -> None:
+        """When a signal stops the run early, between two steps (`bilevel.interruption`)."""
+
+    def on_run_end(self, trainer: Any) -> None:
+        """After the last alternation, and after an exception or an interrupt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for this callback."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+
+
+class JSONLWriter(Callback):
+    """Appends one JSON object per event to a file; numbers that are not finite become null, in lists too.
+
+    The checkpoint holds the file's length, and resuming cuts the file back to it, so that no event is there twice. Of
+    several ranks the first writes.
+
+    Args:
+        path: the file; its folder must exist.
+        context: fields that every line carries, for example {"stage": "bissl", "seed": 0}.
+    """
+
+    def __init__(self, path: str | Path, context: Mapping[str, Any] | None = None) -> None:
+        self.path, self.context = Path(path), dict(context or {})
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        if rank() > 0:
+            return
+        line = json.dumps({**self.context, **{key: _finite(value) for key, value in record.items()}}, allow_nan=False)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def on_event(self, trainer: Any, record: Record) -> None:
+        self.write(record)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"length": self.path.stat().st_size if self.path.exists() else 0}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if rank() == 0 and self.path.exists() and self.path.stat().st_size > state["length"]:
+            os.truncate(self.path, state["length"])
+
+
+class ProgressBar(Callback):
+    """A bar over the alternations with both levels' losses and the state of the last solve, on the first rank."""
+
+    def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
+        self.console, self.description = console, description
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._latest: dict[str, str] = {}
+
+    def on_run_start(self, trainer: Any) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
+            TextColumn("{task.fields[status]}"),
+            console=self.console,
+            disable=rank() > 0,
+        )
+        self._bar.start()
+        total = trainer.schedule.alternations
+        self._task = self._bar.add_task(self.description, total=total, completed=trainer.alternation, status="")
+
+    def on_event(self, trainer: Any, record: Record) -> None:
+        if record["event"] in ("lower", "upper"):
+            self._latest[record["event"]] = f"{record['event']} {record['loss']:.4f}"
+        if record["event"] == "upper" and record["status"] is not None:
+            self._latest["solve"] = f"{record['status'].lower()}, residual {record['residual']:.1e}"
+        if self._bar is not None and record["event"] == "alternation":
+            self._bar.update(self._task, completed=record["alternation"], status="  ".join(self._latest.values()))
+
+    def on_run_end(self, trainer: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class Checkpointing(Callback):
+    """Saves the trainer's state every so many alternations, after the last, and when a signal stops the run.
+
+    Put it last in the list of callbacks. The checkpoint's number is that of the last whole alternation.
+
+    Args:
+        directory: where `save_checkpoint` writes and `load_checkpoint` looks.
+        every: alternations between two checkpoints.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: str | Path, *, every: int = 1, keep: int = 2) -> None:
+        if every < 1:
+            raise ValueError(f"Checkpointing: every must be at least 1 alternation, got {every}")
+        self.directory, self.every, self.keep = Path(directory), every, keep
+
+    def on_alternation_end(self, trainer: Any) -> None:
+        if trainer.alternation % self.every == 0 or trainer.alternation == trainer.schedule.alternations:
+            self.on_interrupt(trainer)
+
+    def on_interrupt(self, trainer: Any) -> None:
+        save_checkpoint(self.directory, trainer.alternation, trainer.state_dict(), keep=self.keep)
+
+
+# Of the columns that need another width than their titles'.
+_WIDTHS = {"Ritz values": 20, "status": 0}
+
+
+class Diagnostics(Callback):
+    """Prints what is known about the linear solves: a line every so many alternations, and a summary at the end.
+
+    A line covers the upper steps since the line before: how many solves ended with which `Status`; the largest relative
+    residual; iterations and operator products, summed; the smallest curvature and the extreme Ritz values met; the mean
+    of ``||x - v|| / ||v||`` and of cos(x, v), near 0 and 1 where solving changed little; and, of the last step, the
+    stationarity of the lower level and its multiple of the noise of the mini-batches
+    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. Where `Escalating` shifted systems,
+    the status ends with the largest shift and the largest residual without it. The summary counts the run's solves by
+    status, and says what each status means and asks to do.
+
+    Args:
+        console: where to print; share it with a `ProgressBar`, and place this callback after the bar.
+        every: alternations a line; None prints the summary alone.
+
+    Raises:
+        ValueError: `every` below 1.
+    """
+
+    def __init__(self, console: Console | None = None, every: int | None = 1) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"Diagnostics: every must be at least 1 alternation, or None for no lines, got {every}")
+        self.console, self.every = console or Console(quiet=rank() > 0), every
+        self._since: list[Record] = []
+        self._headed = False
+
+    def on_run_start(self, trainer: Any) -> None:
+        self._headed = False
+
+    def on_event(self, trainer: Any, record: Record) -> None:
+        if self.every is None:
+            return
+        if record["event"] == "upper" and record["status"] is not None:
+            self._since.append(record)
+        if record["event"] == "alternation" and self._since:
+            number = record["alternation"]
+            if number % self.every == 0 or number == trainer.schedule.alternations:
+                self._print_line(diagnostics_cells(number, self._since))
+                self._since = []
+
+    def on_run_end(self, trainer: Any) -> None:
+        if trainer.solves:
+            self.console.print(solves_table(trainer.solves))
+
+    def _print_line(self, cells: Mapping[str, str]) -> None:
+        """As plain text: a `Table` would be cut to the width of the terminal."""
+        widths = [_WIDTHS.get(title, max(len(title), 8)) for title in cells]
+        for row in [cells.values()] if self._headed else [cells.keys(), cells.values()]:
+            text = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._headed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": list(self._since)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._since = list(state["since"])
+
+
+def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, str]:
+    """Column -> cell of one line over "upper" events, as `Diagnostics` describes it."""
+
+    def met(name: str) -> list[float]:
+        return [record[name] for record in solves if record[name] is not None and not math.isnan(record[name])]
+
+    def mean(name: str) -> float | None:
+        return sum(met(name)) / len(met(name)) if met(name) else None
+
+    ritz = f"{_short(min(met('ritz_min')))} .. {_short(max(met('ritz_max')))}" if met("ritz_min") else "-"
+    statuses = [f"{count} {status}" for status, count in Counter(record["status"] for record in solves).items()]
+    if any(met("shift")):
+        without = _short(max(met("unshifted_residual"), default=None))
+        statuses.append(f"shift {_short(max(met('shift')))} (residual without it {without})")
+    return {
+        "alternation": str(alternation),
+        "residual": _short(max(met("residual"), default=None)),
+        "iterations": str(sum(met("iterations"))),
+        "products": str(sum(met("num_hvps"))),
+        "curvature": _short(min(met("min_curvature"), default=None)),
+        "Ritz values": ritz,
+        "|x-v|/|v|": _short(mean("departure")),
+        "cos(x, v)": _short(mean("cosine")),
+        "stationarity": _short(solves[-1]["stationarity"]),
+        "x noise": _short(solves[-1]["stationarity_over_noise"]),
+        "status": ", ".join(statuses),
+    }
+
+
+def solves_table(solves: Mapping[str, int]) -> Table:
+    """Counts of solves by the name of their `Status`, successes first, each with what the status says."""
+    failed = sum(count for name, count in solves.items() if not Status[name].ok)
+    table = Table(title=f"{sum(solves.values())} linear solves, {failed or 'none'} of them failed")
+    table.add_column("status", no_wrap=True)
+    table.add_column("solves", justify="right")
+    table.add_column("what it means and asks for")
+    for name in (status.name for status in Status if solves.get(status.name)):
+        table.add_row(name, str(solves[name]), Status[name].value)
+    return table
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,65 @@
+"""What is kept of a step whose numbers are not finite, for a person to look at."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel.checkpoint import write_atomic
+from bilevel.distributed import rank
+from bilevel.training.batches import BatchSource, BatchStack
+from bilevel.training.callbacks import Callback, Record
+
+
+def write_inspection(path: Path, content: Mapping[str, Any]) -> None:
+    """Write nested dictionaries, lists and tuples of tensors, numbers and strings; torch.load(weights_only) reads it.
+
+    Of several ranks the first writes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if rank() > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def last_indices(source: BatchSource) -> list[int] | None:
+    """The points of the batch that a `BatchStack` gave last; None for other sources."""
+    indices = source.last_indices if isinstance(source, BatchStack) else None
+    return None if indices is None else indices.tolist()
+
+
+class Inspect(Callback):
+    """Saves what a step whose loss or gradient is not finite was made of, as ``LEVEL-step-N.pt`` in a folder.
+
+    A dictionary for ``torch.load(path, weights_only=True)``: the event ("event", "step", "loss", "grad_norm", ...),
+    "indices" of the level's batch where its data are a `BatchStack`, and "upper", "lower", "optimizers" and "problem"
+    as they were before the step.
+
+    Args:
+        directory: made where missing.
+        prefix: of the files' names.
+    """
+
+    def __init__(self, directory: str | Path, *, prefix: str = "") -> None:
+        self.directory, self.prefix = Path(directory), prefix
+
+    def on_nonfinite(self, trainer: Any, record: Record) -> str | None:
+        level = record["event"]
+        path = self.directory / f"{self.prefix}{level}-step-{record['step']}.pt"
+        content = {
+            **record,
+            "indices": last_indices(trainer.data[level]),
+            "upper": {name: leaf.detach() for name, leaf in trainer.upper.items()},
+            "lower": {name: leaf.detach() for name, leaf in trainer.lower.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
+            "problem": trainer.problem.state_dict(),
+        }
+        write_inspection(path, content)
+        return f"batch and state are in {path}"

@@ -1,0 +1,178 @@
+"""``run.py features``: the features of both arms' backbones before fine-tuning, side by side, and their scores."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from bilevel.checkpoint import write_atomic
+from bilevel.training import derive_seed
+
+from ...experiment.errors import ConfigError
+from ...experiment.folder.run_folder import FEATURES, FEATURES_PICTURE
+from ...vision.imagesets import DataError, ImageSet
+from ..outcome.execution import before_finetuning, open_finished
+from ..outcome.features.embedding import Method, tsne
+from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures, arm_features
+from ..outcome.features.figure import FeaturePanel, feature_figure
+from ..outcome.features.record import ArmRecord, FeatureRecord
+from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
+from ..outcome.report import write_report
+from ..training.context import Context
+
+Split = Literal["test", "val"]
+
+_DESCRIPTION = f"""\
+Features of the backbones of a finished run before fine-tuning: BiSSL's lower-level backbone and the baseline's after
+pre-training (paper, section 4.4 and appendix C.1). {BATCHES} batches of training images refresh the statistics of
+BatchNorm, then t-SNE draws the test images of each backbone, and k-NN, a linear probe and the silhouette score them.
+
+Written: {FEATURES_PICTURE} and {FEATURES}; in the run's own folder, also its report is written anew. Artifacts stay as
+they are.
+"""
+
+_TITLES = {"bissl": "BiSSL, lower-level backbone", "baseline": "baseline, pre-training alone"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How features are embedded and drawn."""
+
+    split: Split
+    method: Method
+    perplexity: float
+    max_points: int
+    seed: int
+
+
+def main(arguments: list[str]) -> int:
+    """Make the picture and the scores that `arguments` ask for.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: the run, its data or its stages cannot be used, or files are in the way.
+    """
+    given = _parser().parse_args(arguments)
+    run = Path(given.run)
+    target = Path(given.to) if given.to else run
+    there = [name for name in (FEATURES_PICTURE, FEATURES) if (target / name).exists()]
+    if there and not given.overwrite:
+        raise ConfigError(f"{target} holds {' and '.join(there)} already; replace them with --overwrite, or give --to")
+    context = open_finished(run, Path(given.artifacts) if given.artifacts else None)
+    seed = context.config.seed if given.seed is None else given.seed
+    arms = list(dict.fromkeys(given.arms.split(",")))
+    options = Options(given.split, given.method, given.perplexity, given.max_points, seed)
+    record, picture = show_features(context, arms, options)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_atomic(target / FEATURES_PICTURE, picture)
+        # Last: it marks both as finished.
+        write_atomic(target / FEATURES, record.dump())
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written to ({error.strerror})") from error
+    for arm, entry in record.arms.items():
+        print(f"{arm}: {_numbers(entry.scores)}")
+    print(f"{target / FEATURES_PICTURE}, {target / FEATURES}" + (f", {_report(run)}" if target == run else ""))
+    return 0
+
+
+def show_features(context: Context, arms: list[str], options: Options) -> tuple[FeatureRecord, bytes]:
+    """The record and the PNG of `arms` of a finished run.
+
+    Raises:
+        ConfigError, DataError, ArtifactError: as `main`.
+    """
+    config, sets = context.config, context.data.downstream
+    if options.max_points < 3:
+        raise ConfigError(f"--max-points: must be at least 3, got {options.max_points}")
+    if sets.kind != "single-label":
+        raise DataError(
+            f"{sets.train.name}: has {sets.kind} labels, but a picture of features needs one class an image"
+        )
+    images = sets.test if options.split == "test" else sets.val
+    artifacts = before_finetuning(context, arms, options.seed)
+    chosen = _chosen(images, options)
+    records, panels = {}, []
+    for arm, artifact in artifacts.items():
+        train, shown = arm_features(context.at(arm, options.seed), artifact, images)
+        drawn = LabelledFeatures(shown.features[chosen], shown.labels[chosen])
+        points = tsne(drawn.features, method=options.method, perplexity=options.perplexity, seed=options.seed)
+        scores = {
+            **feature_scores(train, shown),
+            "silhouette_features": silhouette(drawn.features, drawn.labels),
+            "silhouette_embedding": silhouette(points, drawn.labels),
+        }
+        records[arm] = ArmRecord(stage=artifact.stage, key=artifact.key, scores=scores)
+        panels.append(FeaturePanel(_TITLES.get(arm, arm), points, _numbers(scores)))
+    size = min(BATCH_SIZE, len(sets.train))
+    record = FeatureRecord(
+        dataset=config.data.downstream,
+        split=options.split,
+        seed=options.seed,
+        method=options.method,
+        perplexity=options.perplexity,
+        classes=len(images.classes),
+        train_images=len(sets.train),
+        images=len(images),
+        points=len(chosen),
+        batch_norm=f"mean over {BATCHES} batches of {size} training images, of each one's means and unbiased variances",
+        definitions=DEFINITIONS,
+        arms=records,
+    )
+    labels = images.labels
+    assert labels is not None, "labelled sets have labels"
+    try:
+        return record, feature_figure(panels, labels.numpy()[chosen], images.classes, record.caption())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _chosen(images: ImageSet, options: Options) -> np.ndarray:
+    """Positions of the images that are drawn, the same for every arm."""
+    if len(images) <= options.max_points:
+        return np.arange(len(images))
+    generator = np.random.default_rng(derive_seed(options.seed, "shown features"))
+    return np.sort(generator.choice(len(images), options.max_points, replace=False))
+
+
+def _numbers(scores: dict[str, float | None]) -> str:
+    names = {
+        "knn_top1": "k-NN {:.1f}%",
+        "linear_top1": "linear probe {:.1f}%",
+        "silhouette_features": "silhouette {:.3f}",
+        "silhouette_embedding": "({:.3f} drawn)",
+    }
+    shown = [text.format(value) for name, text in names.items() if (value := scores[name]) is not None]
+    return ", ".join(shown).replace(", (", " (")
+
+
+def _report(run: Path) -> Path:
+    try:
+        return write_report(run)
+    except ValueError as error:
+        raise ConfigError(f"the report was not written, all other files were: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py features",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="output folder of a finished run")
+    parser.add_argument("--seed", type=int, help="which repeat of the pipeline (default: the run's first)")
+    parser.add_argument(
+        "--arms", default="baseline,bissl", help="arms of the run, in the order of the panels (default: %(default)s)"
+    )
+    parser.add_argument("--split", choices=get_args(Split), default="test", help="images to show (default: test)")
+    parser.add_argument("--method", choices=get_args(Method), default="sklearn", help="which t-SNE (default: sklearn)")
+    parser.add_argument("--perplexity", type=float, default=30.0, help="of t-SNE (default: 30)")
+    parser.add_argument(
+        "--max-points", type=int, default=5000, help="draw a random choice of as many images (default: 5000)"
+    )
+    parser.add_argument("--artifacts", metavar="DIR", help="folder of the run's stages (default: RUN_DIR/checkpoints)")
+    parser.add_argument("--to", metavar="DIR", help="folder for the files (default: RUN_DIR, with its report)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    return parser

@@ -1,0 +1,196 @@
+"""The command line as a whole: which command, which exit code, what is said."""
+
+import errno
+import sys
+import warnings
+from collections.abc import Callable
+from signal import SIG_IGN, Signals, signal
+from typing import NoReturn
+
+from bilevel import NonFiniteError
+from bilevel.checkpoint import CheckpointError
+from bilevel.distributed import CollectiveError
+from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
+
+from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore, read_artifact
+from ...experiment.errors import ConfigError
+from ...experiment.folder.leases import ClaimLost
+from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS
+from ...experiment.plugins import PluginError
+from ...experiment.ranks.agreement import check_same
+from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
+from ...experiment.terminal import printable
+from ...experiment.tracking import check_installed
+from ...vision.imagesets import DataError
+from ...vision.networks.backbones import build_backbone
+from ..outcome import estimate
+from ..outcome.agreement import check_data
+from ..outcome.execution import begin, make_context, run_whole
+from ..outcome.results_table import comparison_lines, number_text, results_table
+from ..settings.arms import arm_of
+from ..settings.presets import list_presets
+from ..training.context import Context
+from ..training.stages import bissl, finetune, head, pretext
+from . import data, export, features, figure2, search, table
+from .parsing import Request, parse, show_config
+
+BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 2, 130, 3, 74, 75
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+"""A file system that takes no more, or does not answer."""
+TOOLS: dict[str, Callable[[list[str]], int]] = {
+    "data": data.main,
+    "search": search.main,
+    "table": table.main,
+    "figure2": figure2.main,
+    "features": features.main,
+    "export": export.main,
+}
+"""Subcommands besides the stages."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; the process's exit code.
+
+    0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
+    76 another rank is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3 and 74, the same
+    command with --resume continues.
+    """
+    with Interruption():
+        return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
+
+
+def _as_a_rank(arguments: list[str]) -> int:
+    """Run as one of the processes that torchrun has started, or as the only one."""
+    try:
+        ranks = Ranks(Launch.of_environment())
+    except ConfigError as error:
+        print(f"run.py: error: {printable(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    code, message = 1, ""
+    try:
+        code, message = _guarded(arguments, ranks)
+    finally:
+        # Also where an exception goes on from here: the others must not wait for this rank.
+        with deferred():
+            tells = ranks.leave(code)
+    if message and tells:
+        who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
+        print(f"run.py: {who}{printable(message)}", file=sys.stderr)
+    return code
+
+
+def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
+    """Exit code, and why it is not 0."""
+    try:
+        if arguments and arguments[0] in TOOLS:
+            ranks.refuse_several(arguments[0])
+            return TOOLS[arguments[0]](arguments[1:]), ""
+        return _execute(parse(arguments), ranks), ""
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, ClaimLost) as error:
+        return BAD_INPUT, f"error: {error}"
+    except NonFiniteError as error:
+        return DIVERGED, f"stopped: {error}"
+    except CollectiveError as error:
+        with deferred():
+            message, code = ranks.account(error)
+        return code, f"stopped: {message}"
+    except Interrupted as stop:
+        code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
+        return code, f"{stop}, and saved; the same command with --resume continues"
+    except OSError as error:
+        # A name too long, a folder without permission: no fault of the program either.
+        if error.errno not in WRITE_ERRORS:
+            return BAD_INPUT, f"error: {error}"
+        where = "" if error.filename is None else f" ({error.filename})"
+        return UNWRITABLE, (
+            f"cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, and "
+            "continue by the same command with --resume"
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED, "interrupted; the same command with --resume continues"
+
+
+def run_stage(context: Context, request: Request, parent: Artifact | None) -> None:
+    """One stage alone, from the artifact that the command line names."""
+    config = context.config
+    at = context.at(request.arm, config.seed)
+    if request.command == "finetune":
+        seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
+        for artifact in [finetune.run(context.at(request.arm, seed), parent) for seed in seeds]:
+            scores = ", ".join(f"{name} {number_text(value)}" for name, value in artifact.info["test"].items())
+            _say(context, f"seed {artifact.info['seed']}: test {scores}")
+            _say(context, f"artifact: {artifact.directory}")
+        return
+    stages = {"pretext": pretext.run, "restart": pretext.restart, "head": head.run, "bissl": bissl.run}
+    stage = stages[request.command]
+    _say(context, f"artifact: {stage(at, parent).directory}")
+
+
+def _execute(request: Request, ranks: Ranks) -> int:
+    config, directory = request.config, request.directory
+    if request.list_presets:
+        print(list_presets())
+        return 0
+    if request.dry_run:
+        ranks.refuse_several("--dry-run")
+        description = estimate.describe(config)
+        directory.open(config, resume=request.resume, overwrite=False)
+        print(show_config(config))
+        print(description)
+        return 0
+    store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
+    context = make_context(config, directory, store, ranks=ranks)
+    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
+    # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
+    parent = _parent(request)
+    with first_on_each_machine(ranks.launch):
+        context.data.read()
+    check_data(context.data)
+    estimate.check_data(context)
+    check_installed(config.tracking)
+    with directory.held(config, resume=request.resume, overwrite=request.overwrite):
+        if request.command != "all":
+            begin(context, directory)
+            run_stage(context, request, parent)
+            return 0
+        results = run_whole(context, directory)
+    context.console.print(results_table(results))
+    for line in comparison_lines(results):
+        _say(context, line)
+    _say(context, f"{directory.path / REPORT}, {directory.path / RESULTS}")
+    return 0
+
+
+def _say(context: Context, line: str) -> None:
+    """Print a line as it is: brackets are no markup, and a path is not broken."""
+    context.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _parent(request: Request) -> Artifact | None:
+    """The artifact that the command line names, verified."""
+    if request.parent is None:
+        return None
+    artifact = read_artifact(request.parent)
+    # Fine-tuning takes the rates of its arm, so that weights of another one would be tuned with the wrong ones.
+    then = arm_of(request.arm).then
+    fine_tuned = "pretext" if then == "nothing" else then
+    expected = {"head": "pretext", "restart": "pretext", "bissl": "head", "finetune": fine_tuned}[request.command]
+    if artifact.stage != expected:
+        raise ArtifactError(
+            f"--from: {request.command} of the arm {request.arm!r} starts from a {expected} artifact, {request.parent} "
+            f"is of {artifact.stage}; name another one, or another --arm"
+        )
+    config = request.config
+    artifact.load_into({"backbone": build_backbone(config.model.backbone, image_size=config.data.image_size)})
+    return artifact
+
+
+def console() -> NoReturn:
+    """Run this process's command line and end with its exit code."""
+    # torch.func's first use makes torch import its own deprecated TorchScript.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    exit_code = main()
+    # From here on a signal could only change the exit code.
+    for number in SIGNALS:
+        signal(number, SIG_IGN)
+    sys.exit(exit_code)

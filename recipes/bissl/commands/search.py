@@ -1,0 +1,278 @@
+"""``run.py search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bilevel import NonFiniteError, interruption
+from bilevel.checkpoint import CheckpointError, write_atomic
+from bilevel.interruption import Interruption
+
+from ...experiment.artifacts import Artifact, ArtifactError, read_artifact
+from ...experiment.configuration import differences, read_config_file
+from ...experiment.errors import ConfigError
+from ...experiment.folder.run_folder import CHECKPOINTS, SAFE_TO_CHANGE
+from ...experiment.plugins import PluginError
+from ...experiment.tracking import check_installed
+from ...vision.imagesets import DataError
+from ..outcome.execution import compute_device
+from ..outcome.search.results import CHOSEN, SELECTION, lines, table, write_selection
+from ..outcome.search.selection import TOLERANCE, select
+from ..outcome.search.trials import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, RandomPairs, grid_around
+from ..outcome.search.work import Search, check, prepare, sweep, work
+from ..settings.arms import ARMS, arm_of
+from ..training.context import Datasets
+from .parsing import Request, parse, show_config
+
+MANIFEST = "search.json"
+UNFINISHED = 1
+
+_DESCRIPTION = """\
+A search for the learning rate and weight decay of an arm's fine-tuning, or, with --stage head, of the head's warm-up
+and the upper level. Trials are scored on the validation set; the test set is not used. The same command, on this
+machine or on others that see the folder, continues and joins the search. Options of the pipeline (--preset, --arm,
+--artifacts, --finetune.epochs, ...) are taken as well: run.py --help lists them.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Search as `arguments` say; exit code 0 if all trials that were asked for are done, 1 if workers died before.
+
+    Raises:
+        ConfigError, DataError, ArtifactError, PluginError: bad input.
+        NonFiniteError: the stage that all trials start from went wrong.
+    """
+    given, others = _parser().parse_known_args(arguments)
+    request = parse(others)
+    _check(given, request)
+    search, console = _search(given, request), Console()
+    if request.dry_run:
+        print(show_config(search.config))
+        for trial in search.trials:
+            print(f"trial {trial.number:03d}: lr {trial.lr:.6g}, weight decay {trial.weight_decay:.6g}")
+        return 0
+    if not given.summary:
+        _begin(search, console, given)
+        _run(search, console, given)
+    elif not (search.directory / MANIFEST).exists():
+        raise ConfigError(f"--summary: {search.directory} holds no search")
+    return _report(search, console, given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py search", description=_DESCRIPTION, allow_abbrev=False)
+    add: Callable[..., Any] = parser.add_argument
+    add("--stage", choices=("finetune", "head"), default="finetune", help="what to search for (default: finetune)")
+    add("--from", dest="source", metavar="ARTIFACT", help="artifact to start from (default: the arm's, made if needed)")
+    add("--output-dir", metavar="DIR", help="folder of the search (default: runs/PRESET-search-ARM)")
+    add("--workers", type=int, default=None, metavar="N", help="worker processes on this machine (default: 1)")
+    add("--trial", type=int, default=None, metavar="I", help="do this one trial only, as a job array does")
+    add("--summary", action="store_true", help="show how far the search is; run nothing")
+    add("--resume", action="store_true", help="continue; the same command always does")
+    add(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"score that may be given up for a lower validation loss, in the metric's unit (default: {TOLERANCE:g})",
+    )
+    add(
+        "--lease",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="silence after which a worker's trial is taken up by another (default: 600)",
+    )
+    pairs = parser.add_argument_group("random pairs, for --stage finetune")
+    add = pairs.add_argument
+    add("--trials", type=int, default=None, help=f"how many (default: {TRIALS}); may be raised later")
+    add("--search-seed", type=int, default=0, help="seed of the pairs (default: 0)")
+    add("--lr-range", type=float, nargs=2, default=LR_RANGE, metavar=("LOW", "HIGH"), help="(default: 1e-4 1)")
+    add(
+        "--weight-decay-range",
+        type=float,
+        nargs=2,
+        default=WEIGHT_DECAY_RANGE,
+        metavar=("LOW", "HIGH"),
+        help="(default: 1e-5 1e-2)",
+    )
+    grid = parser.add_argument_group("grid around the baseline's fine-tuning rates, for --stage head")
+    add = grid.add_argument
+    add("--grid-side", type=int, default=3, help="values of each of the two, odd (default: 3)")
+    add("--grid-factor", type=float, default=10**0.5, help="between neighbours (default: the square root of 10)")
+    return parser
+
+
+def _check(given: argparse.Namespace, request: Request) -> None:
+    """Refuse what does not go together."""
+    if request.command != "all":
+        raise ConfigError(f"search: takes no command, got {request.command!r}")
+    if request.overwrite:
+        raise ConfigError("--overwrite: a search is not overwritten, others may work on it; delete its folder by hand")
+    if given.workers is not None and given.trial is not None:
+        raise ConfigError("--workers and --trial exclude each other; give one of them")
+    if given.workers is not None and given.workers < 1:
+        raise ConfigError(f"--workers: must be at least 1, got {given.workers}")
+    if given.stage == "head" and given.trials is not None:
+        raise ConfigError("--trials: --stage head tries a grid; give --grid-side instead")
+    if given.stage == "head" and arm_of(request.arm).then != "bissl":
+        names = ", ".join(name for name, arm in ARMS.items() if arm.then == "bissl")
+        raise ConfigError(f"--arm: --stage head belongs to {names}, not to {request.arm!r}")
+    if request.arm == "baseline-time" and given.source is None:
+        raise ConfigError("--arm: how long baseline-time trains is known only after others; give --from ARTIFACT")
+    if not given.lease > 0 or given.lease == float("inf"):
+        raise ConfigError(f"--lease: must be a positive number of seconds, got {given.lease:g}")
+    if not given.tolerance >= 0:
+        raise ConfigError(f"--tolerance: must be 0 or above, got {given.tolerance:g}")
+
+
+def _search(given: argparse.Namespace, request: Request) -> Search:
+    config, of = request.config, "head" if given.stage == "head" else request.arm
+    if given.stage == "head":
+        trials = grid_around(config.finetune.rates("baseline"), side=given.grid_side, factor=given.grid_factor)
+    else:
+        count = TRIALS if given.trials is None else given.trials
+        ranges = tuple(given.lr_range), tuple(given.weight_decay_range)
+        trials = RandomPairs(count, given.search_seed, *ranges).all()
+    if given.trial is not None and not 0 <= given.trial < len(trials):
+        raise ConfigError(f"--trial: there are trials 0 to {len(trials) - 1}, got {given.trial}")
+    directory = Path(given.output_dir or Path("runs") / f"{config.preset}-search-{of}")
+    artifacts = request.artifacts or directory / CHECKPOINTS
+    return Search(config, directory, artifacts, given.stage, request.arm, tuple(trials), given.lease)
+
+
+def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | None:
+    """The artifact of --from, verified."""
+    if given.source is None:
+        return None
+    then = arm_of(search.arm).then
+    if arm_of(search.arm).start == "random":
+        raise ConfigError(f"--from: the arm {search.arm!r} starts from random weights; leave out one of the two")
+    expected = "pretext" if search.stage == "head" or then == "nothing" else then
+    artifact = read_artifact(Path(given.source))
+    if artifact.stage != expected:
+        raise ArtifactError(
+            f"--from: search of {search.stage} for the arm {search.arm!r} starts from a {expected} artifact, "
+            f"{given.source} is of {artifact.stage}; name another one, or another --arm"
+        )
+    artifact.tensors()
+    return artifact
+
+
+def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
+    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+    parent = _given_artifact(given, search)
+    compute_device(search.config)
+    check_installed(search.config.tracking)
+    # Let go of when this is done: workers map the cache instead.
+    data = Datasets(search.config)
+    if not (search.directory / MANIFEST).exists():
+        check(search, parent, data, console)
+    _open(search, given)
+    prepare(search, parent, data, console)
+
+
+def _open(search: Search, given: argparse.Namespace) -> None:
+    """Begin the search in its folder, or join the one that is there if it is the same.
+
+    Raises:
+        ConfigError: it is another one, or the folder cannot be written to.
+    """
+    path = search.directory / MANIFEST
+    settings: dict[str, Any] = {"stage": search.stage, "arm": search.arm}
+    if search.stage == "finetune":
+        ranges = {"lr_range": list(given.lr_range), "weight_decay_range": list(given.weight_decay_range)}
+        settings |= {"search_seed": given.search_seed, **ranges}
+    else:
+        settings |= {"grid_side": given.grid_side, "grid_factor": given.grid_factor}
+    content = {"search": settings, "config": json.loads(search.config.model_dump_json())}
+    try:
+        if not path.exists():
+            # Hidden files may be those that another worker is just writing.
+            if search.directory.exists() and any(file.name[0] != "." for file in search.directory.iterdir()):
+                raise ConfigError(f"output-dir: {search.directory} holds other files, but no {MANIFEST}; name another")
+            search.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        raise ConfigError(f"output-dir: {search.directory} cannot be written to ({error.strerror})") from error
+    changed = differences(read_config_file(path), content)
+    refused = [line for line in changed if line.partition(":")[0].removeprefix("config.") not in SAFE_TO_CHANGE]
+    if refused:
+        raise ConfigError(
+            f"output-dir: {search.directory} holds another search:\n  " + "\n  ".join(refused) + "\nName another folder"
+        )
+
+
+def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
+    """All missing trials, or one of them."""
+    count = given.workers or 1
+    if count == 1:
+        work(search, console, only=given.trial)
+        return
+    # Not forked from this process, whose CUDA and threads would not survive it, but from one that only has imported.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["recipes.bissl.outcome.search.work"])
+    processes = [server.Process(target=_worker, args=(search,), daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    with interruption.deferred():
+        for process in processes:
+            while process.exitcode is None:
+                process.join(1.0)
+                _pass_on_signals(processes)
+        interruption.check()
+    ended = [str(process.exitcode) for process in processes if process.exitcode]
+    if ended:
+        print(f"run.py search: {len(ended)} of {count} workers ended early, with {', '.join(ended)}", file=sys.stderr)
+
+
+def _pass_on_signals(processes: Sequence[BaseProcess]) -> None:
+    """What asks this process to stop asks its workers."""
+    handler = interruption.installed()
+    if handler is not None and handler.asked_by is not None:
+        for process in processes:
+            process.terminate()
+
+
+def _worker(search: Search) -> None:
+    """One worker process; bad input is one line, as in the first."""
+    try:
+        with Interruption():
+            work(search, Console())
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
+        print(f"run.py search: a worker stopped: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
+    """Print what there is; write the selection where every trial is done."""
+    records, missing = search.records(), search.missing()
+    if given.trial is not None and missing:
+        return 0
+    if missing:
+        held = [holder for trial in missing if (holder := search.claims.holder(f"{trial.number:03d}"))]
+        _say(console, f"{len(records)} of {len(search.trials)} trials done, {len(held)} being worked on")
+        for holder in held:
+            _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
+    if records:
+        selection = select(records, given.tolerance)
+        console.print(table(search, selection))
+        for line in lines(search, selection, given.tolerance):
+            _say(console, line if not missing else f"so far, {line}")
+        if not missing and not given.summary:
+            write_selection(search, selection, given.tolerance)
+            sweep(search)
+            _say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
+    return 0 if given.summary or not missing else UNFINISHED
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

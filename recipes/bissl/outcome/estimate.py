@@ -1,0 +1,162 @@
+"""What a run will take, without training: sizes of the data, steps, and time measured on a few small batches."""
+
+import time
+
+import torch
+
+from ...vision.imagesets import DataError
+from ...vision.networks.backbones import build_backbone
+from ...vision.sources.published.catalog import DATASETS
+from ..settings.config import BilevelConfig, Config
+from ..settings.plan import Plan, batches_per_epoch, make_plan
+from ..training.context import Context, Datasets, check_batch_size
+from ..training.warm_start import check_initial_weights
+
+PROBE = {"cpu": 16, "cuda": 256}
+"""Images that the time of one is measured on: enough to fill the device."""
+
+KNOWN_VAL_FRACTION = 0.2
+"""The validation share that the known sizes are for, where a set has no validation part of its own."""
+
+HVP_COST = 4.0
+"""Gradients that a Hessian-vector product costs: about 3 in operations, 4 to 5 on a CPU."""
+
+
+def check_data(context: Context) -> None:
+    """Read both data sets and make the first batches, so that whatever is wrong is found before anything is written.
+
+    Raises:
+        DataError, ConfigError: naming what is wrong.
+    """
+    check_initial_weights(context.config.model, context.config.data.image_size)
+    for fraction in _fractions(context.config):
+        context.pretext_stack(context.config.pretext_task(), "check", fraction)
+    check_labelled(context)
+
+
+def check_labelled(context: Context) -> None:
+    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does.
+
+    Raises:
+        DataError, ConfigError: naming what is wrong.
+    """
+    config, sets = context.config, context.data.downstream
+    task = config.downstream_task(sets.train.classes)
+    if task.labels not in (None, sets.train.kind):
+        raise DataError(
+            f"data.downstream: {config.data.downstream!r} has {sets.train.kind} labels, but downstream.task "
+            f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
+        )
+    context.labelled_stack(task, "check")
+
+
+def describe(config: Config) -> str:
+    """Steps of each arm and a rough time on this machine; of a set of known size no file is opened.
+
+    Raises:
+        DataError: data of unknown size are not there.
+        ConfigError: a batch is larger than the data.
+    """
+    images, labelled, notes = _sizes(config)
+    check_batch_size("downstream.batch_size", config.downstream.batch_size, labelled, "labelled images")
+    for fraction in _fractions(config):
+        count = round(fraction * images)
+        check_batch_size("pretext.batch_size", config.pretext.batch_size, count, "pretext images")
+    device = _device(config)
+    unit = _seconds_per_image(config, device)
+    lines = [
+        f"pretext images {images}, batches an epoch {batches_per_epoch(images, config.pretext.batch_size)}; labelled "
+        f"images {labelled}, batches an epoch {batches_per_epoch(labelled, config.downstream.batch_size)}"
+    ]
+    total = 0.0
+    for arm in config.arms:
+        plan = make_plan(config, arm, images, labelled)
+        products = _products(config.for_arm(arm).bissl) if plan.upper else 0
+        total += unit * _gradients(config, plan, products, images, labelled)
+        lines.append(
+            f"{arm}: pretext {plan.pretext} + lower {plan.lower} = {plan.pretext_steps} pretext steps "
+            f"(lr {plan.pretext_lr:g}); head {plan.head} + upper {plan.upper} + fine-tuning {plan.finetune} = "
+            f"{plan.label_steps} labelled steps" + _solves(config.for_arm(arm).bissl, products)
+        )
+    lines.append(
+        f"about {_duration(total * (config.pipeline_seeds or 1))} of computing on this machine, augmentation left out: "
+        f"{unit * 1e3:.3g} ms an image and gradient measured on {PROBE[device.type]} images on the "
+        f"{'CPU' if device.type == 'cpu' else 'GPU'} in float32, {HVP_COST:g} gradients a Hessian-vector product "
+        "assumed"
+    )
+    return "\n".join(lines + notes)
+
+
+def _fractions(config: Config) -> list[float]:
+    """Shares of the pretext images that stages draw batches from: all of them, and the bilevel stage's in each arm."""
+    return [1.0, *(config.for_arm(arm).bissl.pretext_fraction for arm in config.arms)]
+
+
+def _gradients(config: Config, plan: Plan, products: int, images: int, labelled: int) -> float:
+    """Gradients of single images that an arm takes in one repeat of the pipeline; a pretext image has two views."""
+    pretext = 2 * min(config.pretext.batch_size, images)
+    tunings = 1 if config.pipeline_seeds else config.seeds
+    labelled_steps = plan.head + 2 * plan.upper + tunings * plan.finetune
+    return pretext * (plan.pretext_steps + HVP_COST * products) + labelled_steps * min(
+        config.downstream.batch_size, labelled
+    )
+
+
+def _products(fields: BilevelConfig) -> int:
+    """At most this many Hessian-vector products on single batches, all solves together, escalation left out."""
+    if fields.solver == "identity":
+        return 0
+    solves = fields.alternations * (1 if fields.aggregate else fields.upper_steps)
+    # Layer-wise CG carries no true residual along and takes a product to measure it.
+    each = solves * (fields.solver_iterations + fields.layerwise)
+    model = fields.alternations * fields.nystrom_rank if fields.solver == "nystrom" else 0
+    return fields.hessian_batches * (each + model)
+
+
+def _solves(fields: BilevelConfig, products: int) -> str:
+    if not products:
+        return ""
+    bound = "" if fields.solver_rtol is None else "at most "
+    return f"; {bound}{products} Hessian-vector products on single batches"
+
+
+def _sizes(config: Config) -> tuple[int, int, list[str]]:
+    c, notes = config.data, []
+    data = Datasets(config.model_copy(update={"data": c.model_copy(update={"download": False})}))
+    pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
+    if pretext is None:
+        images = len(data.pretext)
+    else:
+        images = pretext.pretext
+        notes.append(f"note: the size of {c.pretext}, the pretext images, is its published one; no file was opened")
+    images = min(images, c.pretext_limit or images)
+    if downstream is None or (c.val_fraction != KNOWN_VAL_FRACTION and "val" not in downstream.counts):
+        return images, len(data.downstream.train), notes
+    notes.append(f"note: the size of {c.downstream}, the labelled images, is its published one; no file was opened")
+    return images, downstream.split[0] if c.labels_per_class is None else c.labels_per_class * downstream.classes, notes
+
+
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _seconds_per_image(config: Config, device: torch.device) -> float:
+    backbone = build_backbone(config.model.backbone, image_size=config.data.image_size).to(device).train()
+    side = config.data.image_size
+    inputs = torch.zeros(PROBE[device.type], 3, side, side, device=device)
+
+    def gradient() -> float:
+        began = time.perf_counter()
+        backbone(inputs).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return sorted(gradient() for _ in range(4))[1] / len(inputs)
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

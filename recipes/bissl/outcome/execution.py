@@ -1,0 +1,164 @@
+"""A run as a whole: made into its folder, or found there again when it is finished."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bilevel import SolverWarning
+from bilevel.distributed import rank
+
+from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
+from ...experiment.errors import ConfigError
+from ...experiment.folder.run_folder import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+from ...experiment.ranks.processes import Launch, Ranks
+from ..settings.arms import arm_of
+from ..settings.config import Config, build_config
+from ..settings.presets import PRESETS
+from ..training.context import Context, Datasets
+from .agreement import check_ranks
+from .pipeline import EQUAL_TIME, pretrain, run_pipeline, summarise
+from .report import write_report
+
+ALONE = Ranks(Launch())
+"""The only process of its run."""
+
+
+class FinishedStages(ArtifactStore):
+    """A store of a finished run: a stage that is not in it is an error instead of something to train."""
+
+    def find(self, stage: str, key: str) -> Artifact:
+        artifact = super().find(stage, key)
+        if artifact is None:
+            raise ArtifactError(
+                f"{self.folder} holds no finished {stage} artifact of this run ({stage}-{key}); finish the run with "
+                "--resume, or name the folder of its stages by --artifacts"
+            )
+        return artifact
+
+
+def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.device:
+    """The device that the config asks for; of several GPUs the one with this process's number on its machine.
+
+    Raises:
+        ConfigError: torch does not see it.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.world_size == 1:
+        return torch.device("cuda")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK: this machine has {torch.cuda.device_count()} GPUs, but a process number {launch.local_rank} "
+            "(from 0) was started on it; start at most one a GPU"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
+
+
+def make_context(
+    config: Config, directory: RunDirectory, store: ArtifactStore, data: Datasets | None = None, *, ranks: Ranks = ALONE
+) -> Context:
+    """The context of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
+
+    Args:
+        data: may be another run's.
+
+    Raises:
+        ConfigError: the device is not there, or the ranks cannot make this run together.
+    """
+    device = compute_device(config, ranks.launch)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    ranks.join(device, config.rank_timeout)
+    check_ranks(config, device)
+    if rank() > 0:
+        # Rank 0 says it for all.
+        warnings.simplefilter("ignore", SolverWarning)
+    sets = Datasets(config) if data is None else data
+    context = Context(config, device, store, directory.path / METRICS, sets, Console(quiet=rank() > 0))
+    context.computing.set_up()
+    return context
+
+
+def begin(context: Context, directory: RunDirectory) -> None:
+    """Write what every run leaves before its first stage."""
+    if rank() == 0:
+        (directory.path / METRICS).touch()
+    directory.write_json(SPLITS, context.data.downstream.indices)
+
+
+def run_whole(context: Context, directory: RunDirectory) -> dict[str, Any]:
+    """All stages of all arms into an opened run directory; the content of its results.json.
+
+    Raises:
+        ConfigError: the report could not be written; everything else was.
+    """
+    begin(context, directory)
+    results = summarise(context, run_pipeline(context))
+    directory.write_json(RESULTS, results)
+    try:
+        if rank() == 0:
+            write_report(directory.path)
+    except ValueError as error:
+        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
+    return results
+
+
+def config_of(run: Path) -> Config:
+    """The configuration that is saved in a run's folder.
+
+    Raises:
+        ConfigError: there is none, or it is of no run of this program.
+    """
+    saved = RunDirectory(run).saved_config()
+    if saved is None:
+        raise ConfigError(f"{run} holds no config.json of a run; name the output folder of a run")
+    preset = saved["preset"]
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"{run}: the saved config names the preset {preset!r}; there are {', '.join(PRESETS)}")
+    return build_config(PRESETS[preset]("v2"), saved)
+
+
+def open_finished(run: Path, artifacts: Path | None = None) -> Context:
+    """The context of a finished run, in which no stage can be trained.
+
+    Args:
+        run: The run's folder.
+        artifacts: The folder of its stages, where they are not in the run's own.
+
+    Raises:
+        ConfigError: as `config_of` and `make_context`.
+    """
+    return make_context(config_of(run), RunDirectory(run), FinishedStages(artifacts or run / CHECKPOINTS))
+
+
+def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[str, Artifact]:
+    """What each of `arms` fine-tunes in the repeat `seed` of a finished run: the paper compares these (section 4.4).
+
+    The lower-level backbone after the bilevel stage, and the baseline's after its pre-training, are "backbone" in them.
+
+    Raises:
+        ArtifactError: a stage is not finished or damaged.
+        ConfigError: the run has no such arm or seed, or the arm starts from random weights.
+    """
+    config = context.config
+    seeds = range(config.seed, config.seed + (config.pipeline_seeds or 1))
+    if seed not in seeds:
+        raise ConfigError(f"--seed: stages before fine-tuning were made for {', '.join(map(str, seeds))}, not {seed}")
+    for arm in arms:
+        if arm not in config.arms:
+            raise ConfigError(f"--arms: the run has {', '.join(config.arms)}, not {arm!r}")
+        if arm_of(arm).start == "random":
+            raise ConfigError(f"--arms: {arm} has random weights before fine-tuning; leave it out")
+    # How long the arm of equal time trained is seen from those two.
+    needed = dict.fromkeys(("bissl", "baseline", *arms) if EQUAL_TIME in arms else arms)
+    made: dict[str, Artifact | None] = {}
+    for arm in needed:
+        made[arm] = pretrain(context.at(arm, seed), made)
+    return {arm: artifact for arm in arms if (artifact := made[arm]) is not None}

@@ -1,0 +1,104 @@
+"""Decoded training and validation images in files that all workers of a machine map into memory, and share."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....vision.imagesets import DataError, DownstreamSets, ImageSet
+from ...settings.config import Config
+from ...training.context import Datasets
+
+FORMAT = 1
+SETS = ("train", "val")
+FACTS = "sets.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainAndVal:
+    """Labelled sets to train on and to choose by. There is no test set here, so that nothing can be scored on it."""
+
+    train: ImageSet
+    val: ImageSet
+
+
+class CachedImages(Datasets):
+    """The labelled sets of a cache folder, as a stage asks for them; no test set and no pretext images.
+
+    The pages of the files are shared by all processes that map them: workers beside the first cost no memory for
+    images, unless `compute.data_device` copies them to a device.
+    """
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        super().__init__(config)
+        self.folder = folder
+
+    @cached_property
+    def downstream(self) -> Any:
+        """The two sets.
+
+        Raises:
+            DataError: a file of the cache is missing or damaged.
+        """
+        return read_cache(self.folder)
+
+
+def cache_folder(config: Config, store: Path) -> Path:
+    """Where the images of a configuration lie: one folder for all that decides which they are."""
+    fields = config.data.model_dump(exclude={"download", "pretext", "pretext_limit"})
+    content = json.dumps([FORMAT, {**fields, "root": os.path.abspath(config.data.root)}], sort_keys=True)
+    return store / f"images-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def write_cache(folder: Path, sets: DownstreamSets) -> None:
+    """Write training and validation sets to `folder`, which appears whole or not at all; the test set is left out."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        facts: dict[str, Any] = {"format": FORMAT}
+        for part, images in (("train", sets.train), ("val", sets.val)):
+            assert images.labels is not None, "checked by DownstreamSets"
+            np.save(temporary / f"{part}-images.npy", images.images.numpy(), allow_pickle=False)
+            np.save(temporary / f"{part}-labels.npy", images.labels.numpy(), allow_pickle=False)
+            facts[part] = {"name": images.name, "classes": images.classes, "count": len(images)}
+        (temporary / FACTS).write_text(json.dumps(facts))
+        temporary.chmod(0o755)
+        if not folder.exists():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_cache(folder: Path) -> TrainAndVal:
+    """The sets in a folder, mapped rather than read.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        train, val = (_image_set(folder, part, facts[part]) for part in SETS)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"the image cache {folder} cannot be read ({error}); delete the folder to remake it") from error
+    return TrainAndVal(train, val)
+
+
+def _image_set(folder: Path, part: str, facts: dict[str, Any]) -> ImageSet:
+    images, labels = _mapped(folder / f"{part}-images.npy"), _mapped(folder / f"{part}-labels.npy")
+    if len(images) != facts["count"]:
+        raise ValueError(f"{part}-images.npy holds {len(images)} images instead of {facts['count']}")
+    return ImageSet(images, labels, tuple(facts["classes"]), facts["name"])
+
+
+def _mapped(path: Path) -> Tensor:
+    # Copy-on-write: torch takes no read-only arrays, and nothing writes, so that pages stay shared.
+    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))

@@ -1,0 +1,208 @@
+"""The images of a run: unlabelled ones for the pretext task, and train, val and test sets for the downstream task."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ...experiment.plugins import PluginError, resolve
+from ..imagesets import DataError, DownstreamSets, ImageSet
+from .label_file import LABEL_FILE, open_label_file
+from .published.catalog import DATASETS
+from .published.dataset import open_dataset
+from .sources import Request, Source, open_digits, open_folder
+from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
+
+__all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
+
+DIGITS = "digits"
+FOLDER_PREFIX = "folder:"
+
+
+@runtime_checkable
+class CustomSource(Protocol):
+    """What a class named as `module:Class` must offer; it is made without arguments."""
+
+    def pretext(self) -> ImageSet:
+        """Images for the pretext task; it is up to the class to leave the test images out."""
+        ...
+
+    def downstream(self) -> DownstreamSets:
+        """The three labelled sets."""
+        ...
+
+
+def _custom(source: str) -> CustomSource:
+    """An instance of the class named by `source`. Raises DataError if it leads to no such class."""
+    try:
+        found = resolve(source)
+    except PluginError as error:
+        raise DataError(f"the data source {error}") from error
+    if not isinstance(found, type):
+        raise DataError(f"the data source {source!r} must name a class, but it is a {type(found).__name__}")
+    instance = found()
+    if not isinstance(instance, CustomSource):
+        raise DataError(f"the data source {source!r} must have the methods pretext() and downstream()")
+    return instance
+
+
+def _open(source: str, request: Request) -> Source | CustomSource:
+    """The source by its name. Raises DataError, with all the forms there are, on an unknown one."""
+    if source == DIGITS:
+        return open_digits(request)
+    if source in DATASETS:
+        return open_dataset(DATASETS[source], request)
+    if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
+        path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
+        return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
+    if ":" in source and not source.startswith(FOLDER_PREFIX):
+        return _custom(source)
+    raise DataError(
+        f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
+        "folder:PATH (class folders of images, or images with labels.csv) and module:Class (your own)"
+    )
+
+
+def _without_test(source: Source, labels: Tensor, test_fraction: float, split_seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of the test set and of the train part without it; the same for either purpose."""
+    if "test" in source.parts:
+        return source.parts["test"], source.parts["train"]
+    return hold_out(
+        source.parts["train"],
+        labels,
+        source.classes,
+        name=source.name,
+        fraction=test_fraction,
+        keep=1 if "val" in source.parts else 2,
+        generator=stream(split_seed, TEST_STREAM),
+    )
+
+
+def _capped_sets(sets: DownstreamSets, train_cap: Cap, val_cap: Cap, split_seed: int) -> DownstreamSets:
+    """The sets of a custom source with the caps applied."""
+
+    def kept(images: ImageSet, cap: Cap) -> list[int]:
+        assert images.labels is not None  # checked by DownstreamSets
+        return cap.kept(torch.arange(len(images)), images.labels, images.classes, images.name, split_seed).tolist()
+
+    train, val = kept(sets.train, train_cap), kept(sets.val, val_cap)
+    indices = sets.indices | {
+        "train": [sets.indices["train"][position] for position in train],
+        "val": [sets.indices["val"][position] for position in val],
+    }
+    return DownstreamSets(sets.train.subset(train), sets.val.subset(val), sets.test, indices)
+
+
+def _check_numbers(split_seed: int, fractions: dict[str, float], counts: dict[str, int | None]) -> None:
+    """Raise DataError on a number outside its range."""
+    if split_seed < 0:
+        raise DataError(f"split_seed must be 0 or above, got {split_seed}")
+    for name, fraction in fractions.items():
+        if not 0 < fraction < 1:
+            raise DataError(f"{name} must lie strictly between 0 and 1, got {fraction}")
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise DataError(f"{name} must be at least 1, got {count}")
+
+
+def load_downstream(
+    source: str,
+    *,
+    image_size: int,
+    root: Path | str,
+    download: bool,
+    labels_per_class: int | None = None,
+    val_per_class: int | None = None,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.25,
+    split_seed: int = 0,
+) -> DownstreamSets:
+    """The labelled sets of `source`, split once and for all by `split_seed`; images are `image_size` px square.
+
+    `source` is "digits", a published set of `datasets.catalog` such as "stl10" (below `root`, fetched if `download`),
+    "folder:PATH" (class folders of images; or train/ and optionally val/ and test/ of them; or images with labels.csv,
+    see `label_file`) or "module:Class" (a `CustomSource`, taken at its own image size).
+    Where the source fixes no test set, the stratified `test_fraction` of all images is held out; where it fixes no
+    validation set, the stratified `val_fraction` of the remaining ones (20% in the paper, appendix B.1). Then
+    `labels_per_class` and `val_per_class` keep that many images of each class, smaller choices within larger ones;
+    the test set stays whole. Raises DataError, with the remedy, for whatever is wrong with a source or a number.
+    """
+    _check_numbers(
+        split_seed,
+        {"val_fraction": val_fraction, "test_fraction": test_fraction},
+        {"image_size": image_size, "labels_per_class": labels_per_class, "val_per_class": val_per_class},
+    )
+    train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
+    val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
+    opened = _open(source, Request(image_size, Path(root), download, "downstream", split_seed))
+    if not isinstance(opened, Source):
+        sets = opened.downstream()
+        if not isinstance(sets, DownstreamSets):
+            raise DataError(f"{source}: downstream() must return DownstreamSets, got {type(sets).__name__}")
+        return _capped_sets(sets, train_cap, val_cap, split_seed)
+    labels = opened.labels
+    if labels is None:
+        raise DataError(f"{source}: a downstream task needs labels, but this source has none")
+    test, train = _without_test(opened, labels, test_fraction, split_seed)
+    if "val" in opened.parts:
+        val = opened.parts["val"]
+    else:
+        val, train = hold_out(
+            train,
+            labels,
+            opened.classes,
+            name=opened.name,
+            fraction=val_fraction,
+            keep=1,
+            generator=stream(split_seed, VAL_STREAM),
+            rounding=opened.val_rounding,
+        )
+    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed)
+    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed)
+
+    def images(positions: Tensor) -> ImageSet:
+        return ImageSet(opened.read(positions), labels[positions], opened.classes, opened.name)
+
+    indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
+    return DownstreamSets(images(train), images(val), images(test), indices)
+
+
+def load_pretext(
+    source: str,
+    *,
+    image_size: int,
+    root: Path | str,
+    download: bool,
+    limit: int | None = None,
+    split_seed: int = 0,
+    test_fraction: float = 0.25,
+) -> ImageSet:
+    """The images of `source` for the pretext task, without labels and without any test image.
+
+    The unlabelled part of the source where it has one, else all its images save the test set that `load_downstream`
+    makes with the same `test_fraction` and `split_seed` (a class of one's own answers for that itself). `limit` keeps
+    at most that many, chosen at random by `split_seed`, smaller choices within larger ones. Sources and errors are
+    those of `load_downstream`.
+    """
+    _check_numbers(split_seed, {"test_fraction": test_fraction}, {"image_size": image_size, "limit": limit})
+    opened = _open(source, Request(image_size, Path(root), download, "pretext", split_seed))
+    if not isinstance(opened, Source):
+        images = opened.pretext()
+        if not isinstance(images, ImageSet):
+            raise DataError(f"{source}: pretext() must return an ImageSet, got {type(images).__name__}")
+        if limit is not None:
+            images = images.subset(limited(len(images), limit, split_seed))
+        return replace(images, labels=None)
+    if opened.labels is None:
+        positions = opened.parts["unlabelled"]
+    else:
+        _, train = _without_test(opened, opened.labels, test_fraction, split_seed)
+        positions = torch.cat((train, opened.parts["val"])) if "val" in opened.parts else train
+    if limit is not None:
+        positions = positions[limited(len(positions), limit, split_seed)]
+    return ImageSet(opened.read(positions), None, opened.classes, opened.name)

@@ -1,0 +1,69 @@
+"""STL-10: 100,000 unlabelled photographs for the pretext task, and 13,000 of ten classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import STL10
+
+from ...imagesets import DataError
+from ..sources import CHUNK, Request, Source, resized
+
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+STL10_COUNTS = {"train": 5000, "test": 8000, "unlabeled": 100000}
+SIDE = 96
+
+
+def _check_files(folder: Path, splits: tuple[str, ...]) -> None:
+    """Raise DataError, naming the file, if one of `splits` is missing or cut short."""
+    for split in splits:
+        sizes = {f"{split}_X.bin": 3 * SIDE**2 * STL10_COUNTS[split]}
+        if split != "unlabeled":
+            sizes[f"{split}_y.bin"] = STL10_COUNTS[split]
+        for name, size in sizes.items():
+            file = folder / name
+            if not file.is_file():
+                raise DataError(f"the file {file} is missing")
+            if file.stat().st_size != size:
+                raise DataError(f"the file {file} is incomplete: {file.stat().st_size:,} bytes instead of {size:,}")
+
+
+def _read(files: list[Path], positions: Tensor, side: int) -> Tensor:
+    """The images at `positions` of the *_X.bin `files`, counted through, as uint8 [n, 3, side, side].
+
+    The format: for each image its red, green and blue plane, each 96 x 96 bytes column by column.
+    """
+    images = torch.empty(len(positions), 3, side, side, dtype=torch.uint8)
+    first = 0
+    for file in files:
+        stored = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, 3, SIDE, SIDE)
+        here = ((positions >= first) & (positions < first + len(stored))).nonzero().squeeze(1)
+        for chunk in here.split(CHUNK):
+            chosen = stored[(positions[chunk] - first).numpy()].transpose(0, 1, 3, 2)
+            images[chunk] = resized(torch.from_numpy(chosen), side)
+        first += len(stored)
+    return images
+
+
+def open_stl10(request: Request) -> Source:
+    """STL-10 below `request.root`: train and test for a downstream task, the 100,000 unlabelled images as pretext data.
+
+    Raises DataError, naming the file, if one that the purpose needs is missing or incomplete.
+    """
+    splits = ("unlabeled",) if request.purpose == "pretext" else ("train", "test")
+    folder = request.root / STL10.base_folder
+    _check_files(folder, splits)
+
+    def read(positions: Tensor) -> Tensor:
+        return _read([folder / f"{split}_X.bin" for split in splits], positions, request.image_size)
+
+    if request.purpose == "pretext":
+        return Source("stl10", STL10_CLASSES, None, {"unlabelled": torch.arange(STL10_COUNTS["unlabeled"])}, read)
+    stored = np.concatenate([np.fromfile(folder / f"{split}_y.bin", dtype=np.uint8) for split in splits])
+    labels = torch.from_numpy(stored.astype(np.int64)) - 1
+    count = STL10_COUNTS["train"]
+    parts = {"train": torch.arange(count), "test": torch.arange(count, len(labels))}
+    return Source("stl10", STL10_CLASSES, labels, parts, read)

@@ -1,0 +1,298 @@
+"""Random views of a whole batch at once, on the device of its images.
+
+Pixels lie as [N, x, 3, y], so that a linear step along x (a resize, a blur) is a weighted sum of a few contiguous rows,
+and one along y is the same after a transposition. Parameters are read on the CPU alone: what depends on them, such as
+the rows that an operation applies to, is worked out there and moved once, so that the host never waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .view_policy import ViewParameters, ViewPolicy
+
+SOLARIZE_THRESHOLD = 128 / 255
+LUMA = (0.2989, 0.587, 0.114)
+KERNEL_RADIUS = {"bicubic": 2.0, "bilinear": 1.0}
+CPU_CHUNK = 32
+"""Images at a time on a CPU: their buffers then stay in its caches."""
+DEVICE_CHUNK = 1024
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, NOTHING = range(6)
+COLOURS = ("brightness", "contrast", "saturation", "hue")
+"""In the numbering of `ViewParameters.order`."""
+
+
+def checked_images(images: Tensor, parameters: ViewParameters | None = None) -> Tensor:
+    """`images`, once they are found to be uint8 [N, 1 or 3, H, W] and as many as `parameters`; else ValueError."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8 of shape [N, 1 or 3, H, W], got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    if parameters is not None and len(images) != len(parameters):
+        raise ValueError(f"parameters describe {len(parameters)} views, but images has {len(images)}")
+    return images
+
+
+def moves(parameters: ViewParameters) -> bool:
+    """Whether any view is rotated, shifted or zoomed."""
+    return bool((parameters.angle != 0).any() | (parameters.zoom != 1).any() | (parameters.translate != 0).any())
+
+
+def move_matrices(parameters: ViewParameters) -> Tensor:
+    """For `affine_grid`, float32 [N, 2, 3]: output point p reads the input at R(-angle) (p - shift) / zoom."""
+    radians = torch.deg2rad(parameters.angle.double())
+    cos, sin = radians.cos() / parameters.zoom, radians.sin() / parameters.zoom
+    linear = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)
+    # grid_sample's coordinates run over [-1, 1]: a shift by the whole side is 2.
+    offset = -2 * linear @ parameters.translate.double().unsqueeze(-1)
+    return torch.cat((linear, offset), dim=-1).float()
+
+
+def move(views: Tensor, matrices: Tensor) -> Tensor:
+    """Views [N, 3, H, W] by `move_matrices`, bilinear, black outside."""
+    grid = functional.affine_grid(matrices, list(views.shape), align_corners=False)
+    return functional.grid_sample(views, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def normalize(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(views - mean) / std per channel, in place."""
+    for channel, (centre, width) in enumerate(zip(mean, std, strict=True)):
+        views[:, channel].sub_(centre).mul_(1 / width)
+    return views
+
+
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """CPU tensors of one type on `device`, by one transfer that the host does not wait for."""
+    if device.type == "cpu":
+        return list(tensors)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Taps:
+    """Weights [n, S, K] of the K input rows at `indices` [n, S, K] that make each of S output rows."""
+
+    indices: Tensor
+    weights: Tensor
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """[n, R, C, F] to [n, S, C, F], each output row the weighted sum of its K rows."""
+        count, inputs, channels, features = rows.shape
+        first = torch.arange(0, count * inputs, inputs, dtype=torch.int32, device=rows.device)
+        indices = (self.indices + first.view(-1, 1, 1)).flatten(0, 1)
+        # A single grey image would come as a strided view, which is summed in another order.
+        table, weights = rows.reshape(-1, channels * features).contiguous(), self.weights.flatten(0, 1)
+        sums = functional.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+        return sums.view(count, -1, channels, features)
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """The cubic convolution kernel with a = -1/2, which antialiased resizing uses; zero beyond 2."""
+    x = x.abs().clamp_max_(2)
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return torch.where(x < 1, inner, outer)
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp_min_(0)
+
+
+def _resize_taps(
+    interpolation: str, start: Tensor, length: Tensor, flip: Tensor | None, size: int, extent: int, longest: int
+) -> _Taps:
+    """Antialiased resize of the pixels [start, start + length) of `extent` to `size`, mirrored where `flip`.
+
+    Downscaling widens the kernel by the scale; at the crop's borders it is cut off and renormalised.
+    `longest` is the greatest length, known on the CPU.
+    """
+    radius = KERNEL_RADIUS[interpolation]
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
+    scale = length / size
+    stretch = scale.clamp_min(1)
+    position = torch.arange(size, device=start.device).view(1, -1, 1) + 0.5
+    if flip is not None:
+        position = torch.where(flip.view(-1, 1, 1) > 0, size - position, position)
+    centre = start + scale * position
+    taps = torch.arange(math.ceil(2 * radius * max(1.0, longest / size)), device=start.device)
+    indices = (centre - radius * stretch + 0.5).floor() + taps
+    distances = (indices + 0.5 - centre) / stretch
+    weights = _cubic(distances) if interpolation == "bicubic" else _triangle(distances)
+    weights = torch.where((indices >= start) & (indices < start + length), weights, 0.0)
+    return _Taps(indices.clamp_(0, extent - 1).int(), weights / weights.sum(dim=-1, keepdim=True))
+
+
+def _blur_taps(sigma: Tensor, kernel_size: int, size: int) -> _Taps:
+    """Gaussian weights of `kernel_size` neighbours, reflected at the borders without repeating the border pixel."""
+    offsets = torch.arange(kernel_size, device=sigma.device) - kernel_size // 2
+    indices = (torch.arange(size, device=sigma.device).view(-1, 1) + offsets).abs()
+    indices = torch.minimum(indices, 2 * (size - 1) - indices).int().expand(len(sigma), -1, -1)
+    weights = (-0.5 * (offsets / sigma.view(-1, 1)).square()).exp()
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return _Taps(indices, weights.unsqueeze(1).expand(-1, size, -1))
+
+
+def _cropped(policy: ViewPolicy, images: Tensor, box: Sequence[Tensor], flip: Tensor, longest: Sequence[int]) -> Tensor:
+    """Crops [n, x, 3, y] in [0, 1] of uint8 images; `box` is top, left, height, width."""
+    (top, left, height, width), (_, channels, rows, columns) = box, images.shape
+    down = _resize_taps(policy.interpolation, top, height, None, policy.size, rows, longest[0])
+    across = _resize_taps(policy.interpolation, left, width, flip, policy.size, columns, longest[1])
+    pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    pixels = across.sums(down.sums(pixels).permute(0, 3, 2, 1))
+    # Bicubic weights are partly negative and overshoot.
+    return pixels.clamp_(0, 1).repeat(1, 1, 3, 1) if channels == 1 else pixels.clamp_(0, 1)
+
+
+def _light(x: Tensor) -> Tensor:
+    """Greyscale [n, x, 1, y], ITU-R 601."""
+    red, green, blue = x.split(1, dim=2)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _turn_hue(x: Tensor, turns: Tensor) -> None:
+    """Shift the hue of HSV by `turns` [n, 1, 1, 1], in place; value and saturation stay.
+
+    On the colour circle red, green and blue lie at 0, 1/3 and 2/3 turns; with the channels scaled to lowest 0 and
+    highest 1, hue is (1 + green + blue - red) / 6 turns away from red, towards green where green exceeds blue. The
+    other way, a channel is 2 - 6 * (distance from its place), limited to [0, 1].
+    """
+    red, green, blue = x.split(1, dim=2)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    spread = torch.maximum(torch.maximum(red, green), blue).sub_(low)
+    towards = green - blue
+    # Where the spread is 0 any hue gives the same grey.
+    away = (green + blue).sub_(red).sub_(low).div_(spread.clamp_min(torch.finfo(x.dtype).tiny)).add_(1).clamp_min_(0)
+    hue = torch.copysign(away, towards).mul_(1 / 6).add_(turns)
+    for place, channel in enumerate((red, green, blue)):
+        distance = hue - place / 3
+        distance.sub_(distance.round()).abs_()
+        torch.addcmul(low, spread, distance.mul_(-6).add_(2).clamp_(0, 1), out=channel)
+
+
+def _change(operation: int, x: Tensor, value: Tensor) -> None:
+    """One colour change of rows [n, x, 3, y] by their factors (turns of hue) [n], in place."""
+    value = value.view(-1, 1, 1, 1)
+    if operation == BRIGHTNESS:
+        x.mul_(value)
+    elif operation == CONTRAST:
+        mean = _light(x.mean(dim=(1, 3), keepdim=True))
+        x.mul_(value).add_(mean * (1 - value))
+    elif operation == SATURATION:
+        light = _light(x).mul_(1 - value)
+        x.mul_(value).add_(light)
+    elif operation == HUE:
+        return _turn_hue(x, value)
+    else:
+        x.copy_(_light(x))
+    x.clamp_(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """Rows lined up by what is done to them: `rows` says where each lay before, part k ends at `ends[k]`."""
+
+    rows: Tensor
+    values: Tensor
+    ends: tuple[int, ...]
+
+    def parts(self) -> list[tuple[int, slice]]:
+        starts = (0, *self.ends)
+        return [(k, slice(a, b)) for k, (a, b) in enumerate(zip(starts, self.ends, strict=False)) if a < b]
+
+
+def _rounds(parameters: ViewParameters) -> tuple[list[_Round], _Round, Tensor]:
+    """The colour rounds, the last one (blur, solarisation), and the rows that undo all lining up; all on the CPU."""
+    strengths = torch.stack([getattr(parameters, name) for name in COLOURS], dim=1)
+    changes = parameters.jitter.view(-1, 1) & (strengths != torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    colours = torch.where(changes.gather(1, parameters.order), parameters.order, NOTHING).T
+    grey = torch.where(parameters.grey, GREY, NOTHING).unsqueeze(0)
+    # The blurred are the first two kinds, the solarised the second and third.
+    last = torch.where(parameters.blur, parameters.solarize.long(), 3 - parameters.solarize.long()).unsqueeze(0)
+    values = torch.cat((strengths.gather(1, parameters.order).T, parameters.sigma.expand(2, -1)))
+    kinds = torch.cat((colours, grey, last))
+    busy = (kinds != NOTHING).any(dim=1)
+    kinds, values = kinds[busy], values[busy]
+
+    samples = kinds.argsort(dim=1, stable=True)
+    places = samples.argsort(dim=1)
+    before = torch.cat((torch.arange(len(parameters)).unsqueeze(0), places[:-1]))
+    columns = zip(before.gather(1, samples), values.gather(1, samples), strict=True)
+    ends = (kinds.unsqueeze(-1) <= torch.arange(NOTHING)).sum(dim=1).tolist()
+    rounds = [_Round(rows, value, tuple(end)) for (rows, value), end in zip(columns, ends, strict=True)]
+    return rounds[:-1], rounds[-1], places[-1]
+
+
+def _blurred(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Gaussian blur of [n, x, 3, y], as [n, y, 3, x]."""
+    taps = _blur_taps(sigma, kernel_size, x.shape[1])
+    return taps.sums(taps.sums(x).permute(0, 3, 2, 1))
+
+
+def _write_views(
+    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, out: Tensor, longest: Sequence[int], moving: bool
+) -> None:
+    """Views of one chunk into `out`; the batch's longest crop sides and whether any of it moves are given."""
+    rounds, last, restoring = _rounds(parameters)
+    box = [side.float() for side in (parameters.top, parameters.left, parameters.height, parameters.width)]
+    numbers = [*box, parameters.flip.float(), move_matrices(parameters), last.values, *(step.values for step in rounds)]
+    top, left, height, width, flip, matrices, sigma, *values = _moved(numbers, images.device)
+    lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], images.device)
+
+    x = _cropped(policy, images, (top, left, height, width), flip, longest)
+    if moving:
+        x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()
+    for step, moved, value in zip(rounds, rows, values, strict=True):
+        x = x.index_select(0, moved)
+        for operation, part in step.parts():
+            _change(operation, x[part], value[part])
+    x = x.index_select(0, lined_up)
+    first_solarized, blurred, solarized = last.ends[:3]
+    views = x.new_empty(len(x), 3, policy.size, policy.size)
+    views[blurred:] = x[blurred:].permute(0, 2, 3, 1)
+    if blurred:
+        views[:blurred] = _blurred(x[:blurred], sigma[:blurred], policy.kernel_size).permute(0, 2, 1, 3)
+    if first_solarized < solarized:
+        part = views[first_solarized:solarized]
+        part.copy_(torch.where(part >= SOLARIZE_THRESHOLD, 1 - part, part))
+    torch.index_select(views, 0, restoring, out=out)
+    normalize(out, policy.mean, policy.std)
+
+
+def apply_view_batched(
+    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, rows: slice = slice(None)
+) -> Tensor:
+    """The views of `apply_view`, made a batch at a time on the device of `images`.
+
+    Args:
+        policy: Its `size`, `interpolation`, kernel of the blur, mean and std are used; what is random is drawn already.
+        images: uint8 ``[N, 1 or 3, H, W]`` on any device; greyscale images become three equal channels.
+        parameters: `N` drawn views, on the CPU, each with its own values and its own order of colour changes.
+        rows: Which of the samples are made and returned; among all of them they are the same but for rounding.
+
+    Returns:
+        float32 ``[N, 3, size, size]``, or as many as `rows` has, on the device of `images`. Sample by sample it differs
+        from `apply_view` by float32 rounding alone, except for a pixel at the very threshold of solarisation (by 1/255
+        before mean and std).
+
+    Raises:
+        ValueError: `images` has another type or shape, or another length than `parameters`.
+    """
+    images = checked_images(images, parameters)[rows]
+    # The whole batch decides how a chunk is computed, so that a part of it comes out alike.
+    longest = [max(side.tolist(), default=0) for side in (parameters.height, parameters.width)]
+    moving, parameters = moves(parameters), parameters[rows]
+    views = torch.empty(len(images), 3, policy.size, policy.size, device=images.device)
+    chunk = CPU_CHUNK if images.device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        _write_views(policy, images[part], parameters[part], views[part], longest, moving)
+    return views

@@ -1,0 +1,123 @@
+"""The documentation against the code: every public name is there, every example runs, every link leads somewhere."""
+
+import doctest
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bilevel
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```(?P<language>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S)
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+
+
+def page_name(page: Path) -> str:
+    return page.name
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def examples(page: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, language, code) of each block of Python on a page."""
+    text = page.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        if match["language"] in ("python", "pycon"):
+            yield text.count("\n", 0, match.start()) + 2, match["language"], match["body"]
+
+
+def run_examples(page: Path) -> None:
+    """A page's blocks in order and in one namespace; ``pycon`` blocks are doctests."""
+    names: dict[str, object] = {"__name__": page.stem}
+    for line, language, code in examples(page):
+        if language == "python":
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+            continue
+        runner = doctest.DocTestRunner(optionflags=OPTIONS)
+        test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line - 1)
+        report: list[str] = []
+        runner.run(test, out=report.append, clear_globs=False)
+        names = test.globs
+        assert not runner.failures, "".join(report)
+
+
+def anchors(page: Path) -> set[str]:
+    """Targets within a page: explicit ones, and headings as GitHub and MyST spell them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r"^\(([\w-]+)\)=$", text, re.M))
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for target in re.findall(r"\]\(<?([^)\s>]+)>?\)", without_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page if not path else (page.parent / path).resolve()
+        exists = linked.exists() and (not anchor or (linked.suffix == ".md" and anchor in anchors(linked)))
+        broken += [] if exists else [target]
+    return broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=page_name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_examples(page)
+    assert not list(tmp_path.iterdir()), "an example left files behind"
+
+
+def test_the_readmes_ridge_example_is_short() -> None:
+    (code,) = (body for _, language, body in examples(ROOT / "README.md") if "class Ridge" in body)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_a_wrong_example_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nn = 1\n```\n\n```pycon\n>>> n + 1\n3\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=r"Expected:\s+3\s+Got:\s+2"):
+        run_examples(page)
+
+
+def test_documented_names_are_the_public_ones() -> None:
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\.\. (?:auto\w+|py:type):: bilevel\.(\w+)$", text, re.M)
+    assert sorted(documented) == sorted(bilevel.__all__)
+
+
+def test_public_names_are_few_and_there() -> None:
+    assert len(bilevel.__all__) <= 40
+    assert len(set(bilevel.__all__)) == len(bilevel.__all__)
+    assert not [name for name in bilevel.__all__ if name not in vars(bilevel)]
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    (toctree,) = (m["body"] for m in FENCE.finditer(index) if m["language"] == "{toctree}")
+    listed = [line for line in toctree.splitlines() if line and not line.startswith(":")]
+    assert sorted([*listed, "index"]) == sorted(page.stem for page in PAGES)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=page_name)
+def test_links_resolve(page: Path) -> None:
+    assert not broken_links(page)
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A b\n\n[x](#a-b) [x](page.md#a-b) [y](#c) [z](none.md) `[w](w.md)` <https://a.b>\n", "utf-8")
+    assert broken_links(page) == ["#c", "none.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=page_name)
+def test_no_places_of_one_machine(page: Path) -> None:
+    roots = "|".join(["home", "root", "work", "Users", "usr", "opt", "tmp", "var", "mnt", "srv", "media"])
+    assert not re.findall(rf"(?<![\w.~/-])/(?:{roots})/?[\w./-]*|\b[A-Z]:\\\S*", page.read_text(encoding="utf-8"))

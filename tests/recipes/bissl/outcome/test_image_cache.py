@@ -1,0 +1,45 @@
+"""The image cache: the same images, no test set, found by what decides them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.bissl.outcome.search.image_cache import cache_folder, read_cache, write_cache
+from recipes.vision.imagesets import DataError, DownstreamSets
+from recipes.vision.sources.loading import load_downstream
+from tests.support.recipes.small_runs import small_config
+
+
+def digits_sets() -> DownstreamSets:
+    return load_downstream("digits", image_size=8, root="data", download=False, labels_per_class=3, val_per_class=2)
+
+
+def test_the_cache_holds_training_and_validation_images_and_no_test(tmp_path: Path) -> None:
+    sets = digits_sets()
+    write_cache(tmp_path / "store" / "images", sets)
+    found = read_cache(tmp_path / "store" / "images")
+    for part in ("train", "val"):
+        kept, original = getattr(found, part), getattr(sets, part)
+        assert torch.equal(kept.images, original.images)
+        assert torch.equal(kept.labels, original.labels)
+        assert (kept.classes, kept.name) == (original.classes, original.name)
+    assert not hasattr(found, "test")
+    stored = sum(path.stat().st_size for path in (tmp_path / "store" / "images").glob("*-images.npy"))
+    assert stored < sets.train.images.numel() + sets.val.images.numel() + 1000
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["images"]
+
+
+def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
+    write_cache(tmp_path / "images", digits_sets())
+    file = tmp_path / "images" / "val-images.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"cannot be read.*delete the folder"):
+        read_cache(tmp_path / "images")
+
+
+def test_the_cache_is_found_by_what_decides_the_images(tmp_path: Path) -> None:
+    folder = cache_folder(small_config(), tmp_path)
+    assert cache_folder(small_config("--data.pretext-limit=50", "--finetune.lr=0.5"), tmp_path) == folder
+    for option in ("--data.labels-per-class=2", "--data.split-seed=5", "--data.image-size=16", "--data.root=other"):
+        assert cache_folder(small_config(option), tmp_path) != folder

@@ -1,0 +1,230 @@
+"""The search as a whole: workers, kills and single trials change nothing; stages that stop before the test."""
+
+import json
+import multiprocessing
+import random
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.bissl.commands.parsing import parse
+from recipes.bissl.commands.search import main
+from recipes.bissl.outcome.search.trials import RandomPairs
+from recipes.bissl.training.stages import finetune, head, pretext
+from recipes.experiment.artifacts import ArtifactError
+from recipes.experiment.errors import ConfigError
+from recipes.experiment.folder.leases import ClaimLost
+from recipes.vision.imagesets import DataError
+from tests.support.recipes.small_runs import SMALL_OPTIONS, small_config, small_context
+
+COUNT = 12
+
+
+def search(*arguments: object) -> int:
+    return main([*SMALL_OPTIONS, *map(str, arguments)])
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each trial's record without its time."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "trials").glob("*.json"))}
+    return {name: {key: value for key, value in one.items() if key != "seconds"} for name, one in found.items()}
+
+
+def selection(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "selection.json").read_text())
+
+
+def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    config = small_config()
+    whole = finetune.fit(small_context(tmp_path / "a", config), None, tmp_path / "a" / "checkpoints")
+    steps = []
+
+    def stop() -> None:
+        steps.append(None)
+        if len(steps) == 6:
+            raise ClaimLost("taken over")
+
+    context = small_context(tmp_path / "b", config)
+    with pytest.raises(ClaimLost):
+        finetune.fit(context, None, tmp_path / "b" / "checkpoints", check=stop)
+    # Two steps an epoch, and a checkpoint each: the sixth is in the third epoch, which begins anew.
+    again: list[None] = []
+    resumed = finetune.fit(context, None, tmp_path / "b" / "checkpoints", check=lambda: again.append(None))
+    assert len(again) == whole.steps - 4
+    assert resumed.facts == whole.facts
+    for name, value in whole.modules.state_dict().items():
+        assert torch.equal(value, resumed.modules.state_dict()[name])
+
+
+def kill_workers() -> int:
+    """SIGKILL this process's children, one after the other; how many there were."""
+    children = multiprocessing.active_children()
+    for child in random.Random(0).sample(children, len(children)):
+        child.kill()
+    return len(children)
+
+
+def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, three = tmp_path / "one", tmp_path / "three"
+    options = ("--arm", "baseline", "--trials", COUNT, "--lease", 3, "--lr-range", 1e-3, 1.0)
+    assert search(*options, "--output-dir", one) == 0
+    expected = records(one)
+    assert list(expected) == [f"{number:03d}" for number in range(COUNT)]
+    assert len({(r["lr"], r["weight_decay"]) for r in expected.values()}) == COUNT
+
+    codes: list[int] = []
+    shared = (*options, "--artifacts", one / "checkpoints", "--output-dir", three, "--workers", 3)
+    thread = threading.Thread(target=lambda: codes.append(search(*shared)))
+    thread.start()
+    deadline = time.monotonic() + 120
+    while not records(three) and thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kill_workers() == 3
+    thread.join()
+    survivors = records(three)
+    assert codes == [1]
+    assert 1 <= len(survivors) < COUNT
+    assert not (three / "selection.json").exists()
+    capsys.readouterr()
+    assert search(*shared, "--summary") == 0
+    assert f"{len(survivors)} of {COUNT} trials done" in capsys.readouterr().out
+
+    assert search(*shared) == 0
+    assert records(three) == expected
+    assert selection(three)["ranking"] == selection(one)["ranking"]
+    assert selection(three)["winner"]["trial"] == selection(one)["winner"]["trial"]
+    assert (three / "chosen.toml").read_text() == (one / "chosen.toml").read_text()
+    assert not list(three.glob("trials/*/step-*"))
+    assert not list(three.glob("claims/*.claim"))
+
+    winner = selection(one)["winner"]
+    config = parse([*SMALL_OPTIONS, "--config", str(one / "chosen.toml")]).config
+    context = small_context(one, config).at("baseline", 0)
+    artifact = finetune.run(context, pretext.run(context))
+    best = artifact.info["best"]
+    assert (best["epoch"], best["top1"], best["loss"]) == (winner["epoch"], winner["score"], winner["loss"])
+    assert set(artifact.info["test"]) == {"top1", "top5", "loss"}
+
+
+def test_single_trials_make_up_the_search(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    options = ("--arm", "scratch", "--trials", 3, "--lr-range", 1e-2, 1e30, "--output-dir", folder)
+    for number in (1, 0, 1):
+        assert search(*options, "--trial", number) == 0
+    assert list(records(folder)) == ["000", "001"]
+    assert not (folder / "selection.json").exists()
+    with pytest.raises(ConfigError, match="--trial: there are trials 0 to 2, got 3"):
+        search(*options, "--trial", 3)
+    with pytest.raises(ConfigError, match=r"search.lr_range: \[0.01, 1e\+30\]"):
+        search(*options, "--lr-range", 1e-2, 1.0)
+    assert search(*options, "--trial", 2) == 0
+    # A learning rate of 1e26 cannot go well: that is recorded, and cannot be chosen.
+    diverged = records(folder)["001"]
+    assert diverged["lr"] > 1e20
+    assert (diverged["status"], diverged["score"], diverged["epoch"]) == ("diverged", None, None)
+    assert "loss" in diverged["message"]
+    assert selection(folder)["diverged"] == [1]
+    assert sorted(selection(folder)["ranking"]) == [0, 2]
+
+
+def test_the_artifact_that_trials_start_from_is_checked(tmp_path: Path) -> None:
+    first, second = (
+        pretext.run(small_context(tmp_path / name, small_config(*options)).at("baseline", 0))
+        for name, options in (("a", ()), ("b", ("--pretext.lr=0.5",)))
+    )
+    options = ("--trials", 1, "--output-dir", tmp_path / "s", "--from")
+    with pytest.raises(ArtifactError, match="starts from a bissl artifact"):
+        search(*options, first.directory)
+    assert search("--arm", "baseline", *options, first.directory) == 0
+    # Nothing was trained but the one trial.
+    assert not list((tmp_path / "s").glob("checkpoints/pretext-*"))
+    with pytest.raises(ConfigError, match="begun from another artifact"):
+        search("--arm", "baseline", *options, second.directory)
+    (tmp_path / "s" / "trials" / "000.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"000.json is no record of a trial .* delete the file to repeat"):
+        search("--arm", "baseline", *options, first.directory)
+
+
+def test_the_heads_grid_is_scored_by_its_last_epoch(tmp_path: Path) -> None:
+    rates = ("--finetune.baseline-lr=0.07", "--finetune.baseline-weight-decay=0.002")
+    assert search("--stage", "head", "--grid-side", 1, *rates, "--output-dir", tmp_path) == 0
+    found = records(tmp_path)["000"]
+    assert (found["lr"], found["weight_decay"]) == (0.07, 0.002)
+
+    config = parse([*SMALL_OPTIONS, "--config", str(tmp_path / "chosen.toml")]).config
+    assert (config.head.lr, config.bissl.upper_lr) == (0.07, 0.07)
+    assert (config.head.weight_decay, config.bissl.upper_weight_decay) == (0.002, 0.002)
+    context = replace(small_context(tmp_path, config), metrics_path=tmp_path / "own.jsonl").at("bissl", 0)
+    head.run(context, pretext.run(context))
+    events = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    last = [event for event in events if event["stage"] == "head" and event["event"] == "epoch"][-1]
+    assert (last["epoch"], last["val_top1"], last["val_loss"]) == (found["epoch"], found["score"], found["loss"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pretext",), "search: takes no command"),
+        (("--trials", "0"), "--trials: must be at least 1, got 0"),
+        (("--lr-range", "1", "0.1"), "--lr-range: needs 0 < LOW <= HIGH, got 1 0.1"),
+        (("--weight-decay-range", "0", "1"), "--weight-decay-range: needs 0 < LOW"),
+        (("--workers", "2", "--trial", "1"), "exclude each other"),
+        (("--workers", "0"), "--workers: must be at least 1"),
+        (("--lease", "nan"), "--lease"),
+        (("--tolerance", "nan"), "--tolerance"),
+        (("--stage", "head", "--trials", "9"), "tries a grid"),
+        (("--stage", "head", "--grid-side", "2"), "--grid-side: must be odd"),
+        (("--stage", "head", "--grid-factor", "1"), "--grid-factor: must be above 1"),
+        (("--stage", "head", "--arm", "baseline"), "--stage head belongs to bissl"),
+        (("--arm", "baseline-time"), "give --from ARTIFACT"),
+        (("--arm", "scratch", "--from", "x"), "starts from random weights"),
+        (("--summary",), "holds no search"),
+        (("--overwrite",), "delete its folder by hand"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(*arguments, "--output-dir", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    cases: list[tuple[str, type[Exception], str]] = [
+        (f"--data.downstream=folder:{tmp_path / 'none'}", DataError, "there is no folder"),
+        (f"--data.pretext=folder:{tmp_path / 'none'}", DataError, "there is no folder"),
+        ("--downstream.task=multilabel", DataError, "has single-label labels, but downstream.task 'multilabel'"),
+        ("--downstream.batch-size=5000", ConfigError, "downstream.batch_size: 5000 is larger than the data"),
+        ("--pretext.batch-size=5000", ConfigError, "pretext.batch_size: 5000 is larger than the data"),
+        ('--tracking=["wandb"]', ConfigError, "tracking: the package wandb is not installed"),
+    ]
+    for option, error, message in cases:
+        with pytest.raises(error, match=message):
+            search(option, "--trials", 1, "--output-dir", tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+    # Where nothing is pre-trained, the pretext images are not asked for.
+    arguments = ("--arm", "scratch", f"--data.pretext=folder:{tmp_path / 'none'}", "--output-dir", tmp_path / "s")
+    assert search("--trials", 1, *arguments) == 0
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        search("--arm", "scratch", "--output-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs.txt"]
+
+
+def test_a_dry_run_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search("--dry-run", "--trials", 2, "--output-dir", tmp_path / "s") == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
+    pairs = RandomPairs(trials=2).all()
+    assert printed == [f"trial {t.number:03d}: lr {t.lr:.6g}, weight decay {t.weight_decay:.6g}" for t in pairs]
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,386 @@
+"""How a run computes: what each field of the section `compute` does, and where it must do nothing."""
+
+import re
+import shutil
+import warnings
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilevel import MINRES, linearize
+from bilevel.hypergradients import hypergradient
+from bilevel.nn.functional import curvature_pass, in_curvature_pass
+from bilevel.products.micro_batch import MicroBatched
+from recipes.bissl.settings.config import Config, build_config
+from recipes.bissl.settings.sections import ComputeConfig
+from recipes.bissl.tasks.classification import Classification
+from recipes.bissl.tasks.simclr import SimCLR
+from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.context import Context
+from recipes.bissl.training.problem import BiSSLProblem, PretextLoss
+from recipes.bissl.training.stages import bissl, finetune, head, pretext
+from recipes.experiment.artifacts import Artifact
+from recipes.experiment.errors import ConfigError
+from recipes.vision.imagesets import ImageSet
+from recipes.vision.networks.backbones import SmallResNet
+from tests.support.recipes.small_runs import execute, of_stage, part, refused, run_all, small_config, small_context
+
+CPU = torch.device("cpu")
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+
+WRONG = [
+    (("precision=fp8",), "compute.precision: Input should be 'float32' or 'bf16', got 'fp8'"),
+    (("tf32=maybe",), "compute.tf32: Input should be a valid boolean"),
+    (("channels-last=3",), "compute.channels_last: Input should be a valid boolean"),
+    (("compile=fast",), "compute.compile: Input should be a valid boolean"),
+    (("views=gpu",), "compute.views: Input should be 'per-image' or 'batched', got 'gpu'"),
+    (("data-device=gpu",), "compute.data_device: Input should be 'cpu' or 'device', got 'gpu'"),
+    (("data-device=device",), "data_device=device draws views on the device, a batch at a time; set views to batched"),
+    (("micro-batch=1",), "compute.micro_batch: Input should be greater than or equal to 2, got '1'"),
+    (("micro-batch=10", "--bissl.hvp=forward"), "compute.micro_batch: .* but bissl.hvp is 'forward'; set bissl.hvp to"),
+    (("micro-batch=10", "--pretext.task=tests.plugin_tasks:Colour"), "Colour' does not define outputs and output_loss"),
+    # Batches of 24 images; and 47 images, whose last batch has 23.
+    (("micro-batch=23",), "compute.micro_batch: chunks of 23 leave a single image of a batch of 24"),
+    (("micro-batch=22", "--data.pretext-limit=47"), "compute.micro_batch: chunks of 22 .* last one, of 23; BatchNorm"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_fields_are_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *others = arguments
+    error = refused(capsys, f"--compute.{first}", *others, "--output-dir", str(tmp_path / "run"))
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_are_parsed_and_reach_the_tasks() -> None:
+    names = ("precision=bf16", "tf32=true", "channels-last=true", "compile=true", "views=batched")
+    config = small_config(*(f"--compute.{name}" for name in (*names, "data-device=device", "micro-batch=10")))
+    assert config.compute == ComputeConfig(
+        precision="bf16",
+        tf32=True,
+        channels_last=True,
+        compile=True,
+        views="batched",
+        data_device="device",
+        micro_batch=10,
+    )
+    assert (config.pretext_task().views, config.downstream_task(("a", "b")).views) == ("batched", "batched")
+    assert small_config().pretext_task().views == "per-image"
+
+
+@pytest.fixture
+def cuda_precision() -> Iterator[Callable[[], tuple[Any, Any]]]:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = matmul.fp32_precision, conv.fp32_precision
+    yield lambda: (matmul.fp32_precision, conv.fp32_precision)
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+def test_tf32_is_set_on_cuda_alone(cuda_precision: Callable[[], tuple[Any, Any]]) -> None:
+    before = cuda_precision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Computing(ComputeConfig(tf32=True), CPU).set_up()
+        assert cuda_precision() == before
+        Computing(ComputeConfig(tf32=True), torch.device("cuda")).set_up()
+        assert cuda_precision() == ("tf32", "tf32")
+        Computing(ComputeConfig(), torch.device("cuda")).set_up()
+        assert cuda_precision() == ("ieee", "ieee")
+
+
+def test_channels_last_changes_the_layout_and_not_the_result() -> None:
+    results = []
+    for fields in (ComputeConfig(), ComputeConfig(channels_last=True)):
+        torch.manual_seed(0)
+        computing, net = Computing(fields, CPU), SmallResNet((4, 8)).double()
+        images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+        computing.place(net)
+        batch = computing.move({"views": [images, (images[0], 3)], "label": torch.arange(6)})
+        for tensor in (batch["views"][0], net.conv1.weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) is fields.channels_last
+        assert torch.equal(batch["views"][0], images)
+        assert torch.equal(batch["label"], torch.arange(6))
+        assert batch["views"][1][1] == 3
+        loss = net(batch["views"][0]).square().mean()
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(net.parameters()))])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-12)
+
+
+def small_problem(first_order: Callable[[PretextLoss], PretextLoss]) -> tuple[BiSSLProblem, Any, Any]:
+    torch.manual_seed(0)
+    task = SimCLR(image_size=8, projector_widths=(6, 5))  # type: ignore[call-arg]
+    downstream = Classification(image_size=8, classes=("a", "b"))  # type: ignore[call-arg]
+    lower, upper = SmallResNet((4, 8)), SmallResNet((4, 8))
+    problem = BiSSLProblem(
+        task, downstream, lower, upper, task.build(lower), downstream.build(upper), first_order=first_order
+    )
+    batch = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
+    return problem, batch, (torch.randn(8, 3, 8, 8), torch.arange(8) % 2)
+
+
+def dtypes_of(*modules: Any) -> list[torch.dtype]:
+    """A list that grows by the dtype of every output of the modules."""
+    seen: list[torch.dtype] = []
+    for module in modules:
+        module.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    return seen
+
+
+def test_bf16_is_for_first_order_passes_alone() -> None:
+    """A lower step runs in bfloat16; products, cross term, right-hand side and hypergradient are float32 to the bit."""
+    steps, products, totals = [], [], []
+    for precision in ("float32", "bf16"):
+        problem, batch, upper_batch = small_problem(
+            Computing(ComputeConfig(precision=precision), CPU).first_order  # type: ignore[arg-type]
+        )
+        seen = dtypes_of(problem.lower_backbone.conv1, problem.upper_backbone.conv1)
+        x, y = problem.variables()
+        loss = problem.lower_objective(x, y, batch)
+        assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert loss.dtype == torch.float32
+        steps.append(torch.autograd.grad(loss, list(y.values())))
+        assert {g.dtype for g in steps[-1]} == {torch.float32}
+        seen.clear()
+        options = {"solver": MINRES(3, None), "damping": 10.0}
+        system = linearize(problem, x, y, [batch], **options)  # type: ignore[arg-type]
+        products.append(system.operator({name: torch.ones_like(y[name]) for name in system.implicit}))
+        result = hypergradient(problem, x, y, upper_batch=upper_batch, system=system)
+        totals.append({**result.grad, "loss": result.loss})
+        assert set(seen) == {torch.float32}
+    plain, other = (torch.cat([g.flatten() for g in step]) for step in steps)
+    assert 1e-4 < float((other - plain).norm() / plain.norm()) < 0.2
+    for plain, other in (products, totals):
+        assert plain.keys() == other.keys()
+        for name in plain:
+            assert other[name].dtype == torch.float32
+            assert torch.equal(other[name], plain[name]), name
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Artifact]]:
+    """A run of all stages with nothing but defaults."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run_all(small_context(folder, small_config()))
+
+
+def test_every_first_order_stage_takes_bf16(plain: tuple[Path, dict[str, Artifact]], tmp_path: Path) -> None:
+    """The first step of each stage, from the same weights, by both precisions: near and not the same."""
+    folder, made = plain
+    context = small_context(tmp_path, small_config("--compute.precision=bf16"))
+    pretext.run(context)
+    head.run(context, made["pretext"])
+    bissl.run(context, made["head"])
+    finetune.run(context, made["bissl"])
+    for stage, event in (("pretext", "train"), ("head", "train"), ("bissl", "lower"), ("finetune", "train")):
+        before, after = (of_stage(place, stage, event)[0]["loss"] for place in (folder, tmp_path))
+        assert after != before
+        assert after == pytest.approx(before, rel=0.05)
+
+
+def test_in_curvature_pass() -> None:
+    assert not in_curvature_pass()
+    with curvature_pass():
+        assert in_curvature_pass()
+    assert not in_curvature_pass()
+
+
+def test_compiled_losses_are_those_of_plain_steps_alone(
+    plain: tuple[Path, dict[str, Artifact]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def watched(loss: Callable[..., Tensor], *, dynamic: bool) -> Callable[..., Tensor]:
+        number = len(compiled)
+        compiled.append(0)
+
+        def call(*args: Any) -> Tensor:
+            assert not in_curvature_pass()
+            compiled[number] += 1
+            return loss(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", watched)
+    made = run_all(small_context(tmp_path, small_config("--compute.compile=true")))
+    # 4 pretext, 4 head and 8 fine-tuning steps; 2 x 2 lower steps, whose outputs alone are never asked for.
+    assert sorted(compiled) == [0, 4, 4, 4, 8]
+    for stage, artifact in plain[1].items():
+        before, after = artifact.tensors(), made[stage].tensors()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before), stage
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_compiled_loss_is_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    names = set(net.state_dict())
+
+    def loss(x: Tensor) -> Tensor:
+        return net(x).tanh().square().mean()
+
+    compiled = Computing(ComputeConfig(compile=True), CPU).first_order(loss)
+    ours, reference = (
+        (value.detach(), *torch.autograd.grad(value, list(net.parameters()))) for value in (compiled(x), loss(x))
+    )
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b)
+    assert set(net.state_dict()) == names
+
+
+def test_a_compilation_that_fails_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> Tensor:
+        raise RuntimeError("No working C++ compiler\nwith details")
+
+    monkeypatch.setattr(torch, "compile", lambda loss, *, dynamic: broken)
+    assert execute("--compute.compile=true", "--output-dir", str(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run.py: error: compute.compile: torch.compile failed (No working C++ compiler); ")
+    assert error.count("\n") == 1
+    # What is wrong with the loss is not blamed on compilation.
+    step = Computing(ComputeConfig(compile=True), CPU).first_order(lambda x: x @ x)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        step(torch.ones(2, 3))
+
+
+def images(count: int) -> ImageSet:
+    pixels = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(count) % 2, ("a", "b"), "noise")
+
+
+def batches(context: Context) -> list[Tensor]:
+    config = context.config
+    tasks = config.pretext_task(), config.downstream_task(context.data.downstream.train.classes)
+    stacks = context.pretext_stack(tasks[0], "test"), context.labelled_stack(tasks[1], "test")
+    return [tensor for stack in stacks for _ in range(3) for tensor in stack.next()]
+
+
+class Elsewhere(Computing):
+    """Settles on a copy, as a device does."""
+
+    def settle(self, images: ImageSet) -> ImageSet:
+        return ImageSet(images.images.clone(), images.labels, images.classes, images.name)
+
+
+def test_resident_data_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--compute.views=batched",)
+    away = batches(small_context(tmp_path, small_config(*arguments)))
+    resident = small_context(tmp_path, small_config(*arguments, "--compute.data-device=device"))
+    monkeypatch.setattr(Context, "computing", property(lambda self: Elsewhere(self.config.compute, self.device)))
+    here = batches(resident)
+    assert all(torch.equal(a, b) for a, b in zip(here, away, strict=True))
+    # Moved once, and drawn from there.
+    settled = resident.data.settled("pretext", resident.computing)
+    assert settled is resident.at("baseline", 3).data.settled("pretext", resident.computing)
+    settled.images.zero_()
+    assert not torch.equal(batches(resident)[0], here[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
+    device = ("--compute.views=batched", "--device=cuda", "--compute.data-device=device")
+    away = batches(small_context(tmp_path, small_config("--compute.views=batched")))
+    for a, b in zip(batches(small_context(tmp_path, small_config(*device))), away, strict=True):
+        assert a.is_cuda
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.05)
+
+
+def test_data_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = ComputeConfig(views="batched", data_device="device")
+    sample = images(20_000)
+    assert Computing(resident, CPU).settle(sample) is sample
+    assert Computing(ComputeConfig(), torch.device("cuda")).settle(sample) is sample
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**20, 80 * 2**30))
+    with pytest.raises(ConfigError, match=r"compute.data_device: noise takes 3 MiB, but cuda has 2 MiB left; set it"):
+        Computing(resident, torch.device("cuda")).settle(sample)
+
+
+@dataclass
+class Labelled:
+    images: Tensor
+    name: str
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def test_batches_of_every_kind_are_moved() -> None:
+    computing = Computing(ComputeConfig(channels_last=True), CPU)
+    images = torch.arange(96.0).reshape(2, 3, 4, 4)
+    labelled = computing.move(Labelled(images, "a"))
+    pair = computing.move(Pair(images, [3]))
+    assert (type(labelled), labelled.name, type(pair), pair.second) == (Labelled, "a", Pair, [3])
+    for tensor in (labelled.images, pair.first):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(tensor, images)
+
+
+class Plain(nn.Module):
+    """A backbone whose samples do not meet."""
+
+    def __init__(self, name: str, image_size: int | None = None) -> None:
+        super().__init__()
+        self.num_features, self.conv = 4, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, feature_map: bool = False) -> Tensor:
+        x = self.conv(x).tanh()
+        return x if feature_map else x.mean(dim=(2, 3))
+
+
+def test_micro_batches_of_pretext_steps_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretext, "build_backbone", Plain)
+    sizes: list[int] = []
+    forward = Plain.forward
+
+    def counted(self: Plain, x: Tensor, *args: Any) -> Tensor:
+        if self.training:
+            sizes.append(len(x))
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(Plain, "forward", counted)
+    made = []
+    for size in ("null", "10"):
+        (tmp_path / size).mkdir()
+        sizes.clear()
+        options = '--pretext.options={"projector_widths": [5]}', f"--compute.micro-batch={size}"
+        made.append(part(pretext.run(small_context(tmp_path / size, small_config(*options))), "backbone"))
+        assert set(sizes) == ({24} if size == "null" else {10, 4})
+    for name, value in made[0].items():
+        torch.testing.assert_close(made[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = small_context(tmp_path, small_config("--compute.micro-batch=10"))
+    parent = head.run(context, pretext.run(context))
+    given: dict[str, Any] = {}
+
+    def stop(*args: Any, **options: Any) -> None:
+        given.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bissl, "Trainer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bissl.run(context, parent)
+    assert (given["hvp"], given["micro_batch"]) == (MicroBatched(10), 10)
+
+
+def test_where_the_data_lie_decides_nothing() -> None:
+    def named(config: Config) -> dict[str, Any]:
+        return config.compute.model_dump(exclude={"data_device"})
+
+    base = build_config(small_config(), {"compute": {"views": "batched"}})
+    resident = build_config(base, {"compute": {"data_device": "device"}})
+    assert resident != base
+    assert named(resident) == named(base)

@@ -1,0 +1,407 @@
+"""The four stages: what each makes of the artifact before it, and when it is not made again."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilevel import CG, AlternatingSchedule, ReverseOverReverse
+from recipes.bissl.settings.config import Config, build_config
+from recipes.bissl.training import supervised
+from recipes.bissl.training.context import Context
+from recipes.bissl.training.stages import bissl, finetune, head, pretext
+from recipes.bissl.training.stages.finetune import _Best
+from recipes.experiment.artifacts import Artifact, ArtifactStore
+from recipes.vision.metrics import Metric, evaluate, top_k
+from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.optimizers import LARS
+from tests.support.recipes.small_runs import (
+    STAGES,
+    events,
+    execute,
+    of_stage,
+    part,
+    run_all,
+    small_config,
+    small_context,
+)
+
+# Values at which a limit or a decay that is left out shows in the weights.
+NOTICEABLE = "--bissl.solver", "identity", "--bissl.max-grad-norm", "0.3", "--pretext.weight-decay", "0.05"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def context(folder: Path) -> Context:
+    return small_context(folder, small_config(*NOTICEABLE))
+
+
+@pytest.fixture(scope="module")
+def made(context: Context) -> dict[str, Artifact]:
+    return run_all(context)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if "running" in key or "num_batches" in key}
+
+
+def parameters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in statistics(state)}
+
+
+def test_steps_of_each_stage_add_up(made: dict[str, Artifact]) -> None:
+    counts = {name: (artifact.info["pretext_steps"], artifact.info["label_steps"]) for name, artifact in made.items()}
+    assert counts == {"pretext": (4, 0), "head": (4, 4), "bissl": (8, 8), "finetune": (8, 16)}
+    seconds = [artifact.info["seconds"] for artifact in made.values()]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_pretext_is_watched(made: dict[str, Artifact], folder: Path) -> None:
+    assert [line["step"] for line in of_stage(folder, "pretext", "train")] == [1, 2, 3, 4]
+    seen = of_stage(folder, "pretext", "monitor")
+    assert [(line["step"], line["epoch"]) for line in seen] == [(2, 1.0), (4, 2.0)]
+    for line in seen:
+        assert 0 <= line["knn_top1"] <= 100
+        assert 0 < line["embedding_spread"] <= 1
+
+
+def test_watching_changes_no_weight(made: dict[str, Artifact], tmp_path: Path) -> None:
+    config = small_config(*NOTICEABLE, "--pretext.monitor-every", "9", "--pretext.checkpoint-every", "9")
+    artifact = pretext.run(small_context(tmp_path, config))
+    assert artifact.key == made["pretext"].key
+    assert same(artifact.tensors(), made["pretext"].tensors())
+    assert [line["step"] for line in of_stage(tmp_path, "pretext", "monitor")] == [4]
+
+
+def test_head_leaves_the_backbone_alone(made: dict[str, Artifact], folder: Path) -> None:
+    before, after = made["pretext"], made["head"]
+    assert same(part(after, "backbone"), part(before, "backbone"))
+    assert same(part(after, "heads"), part(before, "heads"))
+    assert same(part(after, "upper_backbone"), part(before, "backbone"))
+    assert part(after, "head").keys() == {"weight", "bias"}
+    rates = {line["lr"] for line in of_stage(folder, "head", "train")}
+    assert len(rates) == 1
+
+
+def test_head_in_train_mode_moves_only_the_upper_statistics(
+    made: dict[str, Artifact], context: Context, tmp_path: Path
+) -> None:
+    config = build_config(context.config, {"head": {"batch_norm": "train"}})
+    artifact = head.run(small_context(tmp_path, config), made["pretext"])
+    before, upper = part(made["pretext"], "backbone"), part(artifact, "upper_backbone")
+    assert same(part(artifact, "backbone"), before)
+    assert same(parameters(upper), parameters(before))
+    moved = statistics(upper)
+    assert not any(torch.equal(moved[key], before[key]) for key in moved)
+    # One pass a step, none from validation.
+    assert {int(moved[key] - before[key]) for key in moved if "num_batches" in key} == {4}
+
+
+def warm_cosine(step: int, total: int, warm: int) -> float:
+    """The schedule of the lower level, from its definition."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return float((1 + torch.cos(torch.tensor(torch.pi * (step - warm) / (total - warm), dtype=torch.float64))) / 2)
+
+
+def clip(gradients: list[Tensor], limit: float) -> list[Tensor]:
+    norm = torch.cat([g.reshape(-1) for g in gradients]).norm()
+    return [g * limit / norm if norm > limit else g for g in gradients]
+
+
+def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], context: Context, folder: Path) -> None:
+    """Both levels again with plain modules, autograd and optimizers; the solver is the identity here."""
+    config, c = context.config, context.config.bissl
+    tasks = config.pretext_task(), config.downstream_task(context.data.downstream.train.classes)
+    theta_p, theta_d = build_backbone(config.model.backbone), build_backbone(config.model.backbone)
+    phi_p, phi_d = tasks[0].build(theta_p), tasks[1].build(theta_d)
+    made["head"].load_into({"backbone": theta_p, "upper_backbone": theta_d, "heads": phi_p, "head": phi_d})
+    for module in (theta_p, theta_d, phi_p, phi_d):
+        module.train()
+    lower, upper = [*theta_p.parameters(), *phi_p.parameters()], [*theta_d.parameters(), *phi_d.parameters()]
+    lars = LARS(lower, lr=c.lower_lr, weight_decay=config.pretext.weight_decay)
+    sgd = torch.optim.SGD(upper, lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay)
+    stacks = context.pretext_stack(tasks[0], "bissl lower"), context.labelled_stack(tasks[1], "bissl upper")
+    seen: list[tuple[str, float, float]] = []
+
+    def update(
+        level: str, optimizer: torch.optim.Optimizer, gradients: list[Tensor], rate: float, loss: Tensor
+    ) -> None:
+        limited = clip(gradients, 0.3)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            for p, g in zip(group["params"], limited, strict=True):
+                p.grad = g
+        optimizer.step()
+        seen.append((level, rate, loss.item()))
+
+    for alternation in (1, 2):
+        stacks[0].begin_stage(2)
+        for step in range(2):
+            loss = tasks[0].loss(theta_p, dict(phi_p.items()), stacks[0].next())
+            pull = sum(
+                (a - b.detach()).square().sum() for a, b in zip(theta_p.parameters(), theta_d.parameters(), strict=True)
+            )
+            gradients = torch.autograd.grad(loss + 0.5 * c.regularization_weight * pull, lower)
+            rate = c.lower_lr * warm_cosine(2 * alternation - 2 + step, 4, 2)
+            update("lower", lars, list(gradients), rate, loss)
+        if alternation == 2:
+            with torch.no_grad():
+                for a, b in zip(theta_d.parameters(), theta_p.parameters(), strict=True):
+                    a.copy_((1 - c.adaptation_strength) * a + c.adaptation_strength * b)
+        stacks[1].begin_stage(2)
+        for step in range(2):
+            images, labels = stacks[1].next()
+            kept = {key: value.clone() for key, value in theta_p.named_buffers()}
+            own = {key: value.clone() for key, value in theta_d.named_buffers()}
+            through = nn.functional.cross_entropy(phi_d(theta_p(images)), labels)
+            direct = c.gamma * nn.functional.cross_entropy(phi_d(theta_d(images)), labels)
+            v = torch.autograd.grad(through, [*theta_p.parameters(), *phi_d.parameters()])
+            g = torch.autograd.grad(direct, upper)
+            for module, values in ((theta_p, kept), (theta_d, own)):
+                for key, buffer in module.named_buffers():
+                    buffer.copy_(values[key])
+            rate = c.upper_lr * warm_cosine(2 * alternation - 2 + step, 4, 0)
+            update("upper", sgd, [a + b for a, b in zip(v, g, strict=True)], rate, through + direct)
+            with torch.no_grad():
+                theta_d(images)
+    lines = [line for line in events(folder) if line["stage"] == "bissl" and line["event"] in ("lower", "upper")]
+    assert [line["event"] for line in lines] == [level for level, _, _ in seen]
+    assert [line["lr"] for line in lines] == pytest.approx([rate for _, rate, _ in seen], rel=1e-6)
+    assert [line["loss"] for line in lines] == pytest.approx([loss for _, _, loss in seen], rel=1e-4)
+    for name, module in {"backbone": theta_p, "upper_backbone": theta_d, "heads": phi_p, "head": phi_d}.items():
+        for key, value in part(made["bissl"], name).items():
+            torch.testing.assert_close(value, module.state_dict()[key], rtol=1e-4, atol=1e-6)
+    assert not same(parameters(part(made["bissl"], "upper_backbone")), parameters(part(made["head"], "upper_backbone")))
+
+
+def test_bilevel_stage_hands_on_its_settings(
+    made: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(*args: Any, **options: Any) -> None:
+        given.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bissl, "Trainer", stop)
+    settings = {
+        **{"alternations": 7, "lower_steps": 6, "upper_steps": 5, "adaptation_every": 3, "adaptation_strength": 0.4},
+        **{"hessian_batches": 4, "damping": 1.25, "max_grad_norm": None, "hvp": "reverse-kept"},
+        **{"solver": "cg", "layerwise": True, "solver_iterations": 9, "solver_rtol": 0.25},
+    }
+    config = build_config(small_config(), {"bissl": settings})
+    with pytest.raises(KeyboardInterrupt):
+        bissl.run(small_context(tmp_path, config), made["head"])
+    assert given["schedule"] == AlternatingSchedule(7, 6, 5, 3, 0.4)
+    assert (given["hessian_batches"], given["damping"], given["max_grad_norm"]) == (4, 1.25, None)
+    assert given["hvp"] == ReverseOverReverse(keep_graph=True)
+    assert given["solver"] == CG(9, 0.25, True)
+    names = build_backbone(config.model.backbone).state_dict().keys()
+    assert given["adaptation_pairs"].keys() == {
+        f"backbone.{n}" for n in names if "running" not in n and "num_" not in n
+    }
+    assert all(upper == lower for upper, lower in given["adaptation_pairs"].items())
+
+
+def test_bilevel_stage_tells_what_it_did(made: dict[str, Artifact], folder: Path) -> None:
+    counts = {name: len(of_stage(folder, "bissl", name)) for name in ("lower", "upper", "adaptation", "alternation")}
+    assert counts == {"lower": 4, "upper": 4, "adaptation": 1, "alternation": 2}
+    # In the last alternation too, between its levels.
+    assert of_stage(folder, "bissl", "adaptation")[0]["alternation"] == 2
+    for line in of_stage(folder, "bissl", "upper"):
+        assert {"residual", "status", "stationarity", "num_hvps", "grad_norm", "lr", "loss"} <= line.keys()
+    # Two alternations of two upper steps, with the solver `identity`.
+    assert made["bissl"].info["solves"] == {"BUDGET": 4}
+    assert made["finetune"].info["solves"] == {"BUDGET": 4}
+
+
+def accuracy(context: Context, artifact: Artifact, k: int) -> float:
+    """Top-k of an artifact's weights on the test images, without the recipe's metrics or evaluation loop."""
+    sets, task = context.data.downstream, context.config.downstream_task(context.data.downstream.train.classes)
+    backbone = build_backbone(context.config.model.backbone)
+    classifier = task.build(backbone)
+    artifact.load_into({"backbone": backbone, "head": classifier})
+    backbone.eval()
+    images, labels = task.transform(train=False)(sets.test.images, sets.test.labels, torch.Generator())
+    with torch.no_grad():
+        best = classifier(backbone(images)).argsort(dim=1, descending=True)[:, :k]
+    return 100.0 * float((best == labels[:, None]).any(dim=1).double().mean())
+
+
+def test_fine_tuning_tests_the_best_epoch(made: dict[str, Artifact], context: Context, folder: Path) -> None:
+    info = made["finetune"].info
+    lines = of_stage(folder, "finetune", "epoch")
+    assert [line["epoch"] for line in lines] == [2, 4]
+    best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"], -line["epoch"]))
+    assert info["best"] == {"epoch": best["epoch"], **{n: best[f"val_{n}"] for n in ("top1", "top5", "loss")}}
+    assert info["test"]["top1"] == pytest.approx(accuracy(context, made["finetune"], 1))
+    assert info["test"]["top5"] == pytest.approx(accuracy(context, made["finetune"], 5))
+    assert (info["primary_metric"], info["seed"], info["arm"]) == ("top1", 0, "bissl")
+    train = of_stage(folder, "finetune", "train")
+    assert [line["step"] for line in train] == list(range(1, 9))
+    assert lines[0]["train_loss"] == pytest.approx(sum(line["loss"] for line in train[:4]) / 4)
+    cosine = [context.config.finetune.lr * warm_cosine(step, 8, 0) for step in range(8)]
+    assert [line["lr"] for line in train] == pytest.approx(cosine)
+
+
+def test_fine_tuning_goes_back_to_the_best_epoch(
+    made: dict[str, Artifact], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    outputs: list[Tensor] = []
+
+    def better_first(forward: Callable[[Tensor], Tensor], *others: Any) -> dict[str, float]:
+        with torch.no_grad():
+            outputs.append(forward(probe))
+        return {**evaluate(forward, *others), "top1": 60.0 - len(outputs)}
+
+    monkeypatch.setattr(supervised, "evaluate", better_first)
+    artifact = finetune.run(small_context(tmp_path, context.config), made["bissl"])
+    assert artifact.info["best"]["epoch"] == 2
+    validated_first, validated_last, tested = outputs
+    assert torch.equal(tested, validated_first)
+    assert not torch.equal(validated_last, validated_first)
+    backbone = build_backbone(context.config.model.backbone)
+    classifier = context.config.downstream_task(context.data.downstream.train.classes).build(backbone)
+    artifact.load_into({"backbone": backbone, "head": classifier})
+    assert torch.equal(classifier(backbone.eval()(probe)), validated_first)
+
+
+def test_arms_differ_in_rates_and_start(made: dict[str, Artifact], context: Context) -> None:
+    config = build_config(context.config, {"finetune": {"baseline_lr": 0.07, "scratch_lr": 0.08}})
+    here = small_context(context.metrics_path.parent, config)
+    scratch = finetune.run(here.at("scratch", 0))
+    baseline = finetune.run(here.at("baseline", 0), made["pretext"])
+    assert (scratch.info["pretext_steps"], scratch.info["label_steps"]) == (0, 8)
+    assert (baseline.info["pretext_steps"], baseline.info["label_steps"]) == (4, 8)
+    lines = of_stage(context.metrics_path.parent, "finetune", "train")
+    first = {line["arm"]: line for line in reversed(lines)}
+    assert first["scratch"]["lr"] == 0.08
+    assert first["baseline"]["lr"] == 0.07
+    # Same seed, same fresh head, same first batch: only the backbones differ.
+    assert len({line["loss"] for line in first.values()}) == 3
+
+
+METRICS = {"high": top_k(1), "low": Metric(top_k(1).accumulate, top_k(1).compute, higher_is_better=False)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "offers", "best"),
+    [
+        ("high", [(50.0, 1.0), (60.0, 2.0), (55.0, 0.1)], 2),
+        ("low", [(50.0, 1.0), (60.0, 0.1), (40.0, 2.0)], 3),
+        ("high", [(50.0, 1.0), (50.0, 0.5), (50.0, 0.7)], 2),
+        ("high", [(50.0, 1.0), (50.0, 1.0)], 1),
+        ("high", [(float("nan"), 1.0), (10.0, 1.0)], 2),
+        ("low", [(float("nan"), 1.0), (10.0, 1.0)], 2),
+        ("high", [(50.0, float("nan")), (50.0, 3.0)], 2),
+    ],
+)
+def test_best_epoch(metric: str, offers: list[tuple[float, float]], best: int) -> None:
+    model = nn.Linear(1, 1)
+    keeper = _Best(model, {metric: METRICS[metric]})
+    for epoch, (score, loss) in enumerate(offers, 1):
+        nn.init.constant_(model.weight, float(epoch))
+        keeper.offer(epoch, {metric: score, "loss": loss})
+    keeper.restore()
+    assert keeper.epoch == best
+    assert model.weight.item() == best
+
+
+def test_finished_stages_are_not_made_again(
+    made: dict[str, Artifact], context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in STAGES.values():
+        monkeypatch.setattr(stage, "build_backbone", None)
+    assert run_all(context) == made
+
+
+class Finding(ArtifactStore):
+    """Takes every artifact for finished, so that running a stage only names it."""
+
+    def find(self, stage: str, key: str) -> Artifact:
+        return Artifact(stage, key, self.folder, {})
+
+
+KEYS = [
+    ("seeds", 9, ""),
+    ("threads", 2, ""),
+    ("data.root", "elsewhere", ""),
+    ("data.download", True, ""),
+    ("pretext.monitor_every", 7, ""),
+    ("pretext.checkpoint_every", 7, ""),
+    ("pretext.baseline_epochs", 7, ""),
+    ("downstream.eval_batch_size", 7, ""),
+    ("bissl.checkpoint_every", 7, ""),
+    ("finetune.checkpoint_every", 7, ""),
+    ("finetune.baseline_lr", 0.123, ""),
+    ("finetune.lr", 0.123, "finetune"),
+    ("finetune.epochs", 7, "finetune"),
+    ("bissl.gamma", 0.123, "bissl finetune"),
+    ("bissl.solver_iterations", 7, "bissl finetune"),
+    ("head.lr", 0.123, "head bissl finetune"),
+    ("downstream.batch_size", 7, "head bissl finetune"),
+    ("downstream.options", {"eval_resize": 9}, "head bissl finetune"),
+    ("data.labels_per_class", 2, "head bissl finetune"),
+    ("data.val_per_class", 1, "head bissl finetune"),
+    ("pretext.lr", 0.123, "pretext head bissl finetune"),
+    ("pretext.options", {"temperature": 0.123}, "pretext head bissl finetune"),
+    ("data.pretext_limit", 40, "pretext head bissl finetune"),
+    ("data.test_fraction", 0.3, "pretext head bissl finetune"),
+    ("data.split_seed", 99, "pretext head bissl finetune"),
+    ("model.backbone", "resnet-small", "pretext head bissl finetune"),
+    ("seed", 5, "pretext head bissl finetune"),
+    ("compute.precision", "bf16", "pretext head bissl finetune"),
+    ("compute.tf32", True, "pretext head bissl finetune"),
+    ("compute.channels_last", True, "pretext head bissl finetune"),
+    ("compute.compile", True, "pretext head bissl finetune"),
+    ("compute.views", "batched", "pretext head bissl finetune"),
+    ("compute.micro_batch", 10, "pretext head bissl finetune"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), KEYS)
+def test_a_change_remakes_what_it_decides_and_nothing_else(
+    field: str, value: Any, expected: str, context: Context, tmp_path: Path
+) -> None:
+    def keys(config: Config) -> dict[str, str]:
+        here = Context(config, context.device, Finding(tmp_path), tmp_path / "m", context.data, seed=config.seed)
+        return {name: artifact.key for name, artifact in run_all(here).items()}
+
+    override: Any = value
+    for name in reversed(field.split(".")):
+        override = {name: override}
+    before, after = keys(context.config), keys(build_config(context.config, override))
+    assert [name for name in STAGES if before[name] != after[name]] == expected.split()
+
+
+def test_divergence_stops_before_a_weight_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = pretext.optimizer_step, [0]
+
+    def poisoned(loss: Tensor, *others: Any) -> dict[str, Any]:
+        calls[0] += 1
+        return real(loss * float("nan") if calls[0] == 3 else loss, *others)
+
+    monkeypatch.setattr(pretext, "optimizer_step", poisoned)
+    assert execute("--output-dir", str(tmp_path / "run")) == 3
+    error = capsys.readouterr().err
+    assert re.match(r"run\.py: stopped: pretext step \d+: loss nan", error)
+    assert "no weight was changed" in error
+    assert error.count("\n") == 1
+    assert len(of_stage(tmp_path / "run", "pretext", "train")) == 2

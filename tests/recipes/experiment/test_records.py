@@ -1,0 +1,73 @@
+"""Curves and bands taken from recorded events."""
+
+import math
+
+import numpy as np
+
+from recipes.experiment.records import Curve, alternation_bands, curves, last_solves, mean_curve, select, thin
+
+
+def test_resumed_steps_count_once() -> None:
+    head = {"stage": "bissl", "arm": "bissl", "seed": 0, "event": "upper"}
+    rows = [head | {"step": k, "alternation": k // 4, "residual": 10.0 ** -(k % 4 + 1)} for k in range(8)]
+    again = [row | {"residual": 0.5} for row in rows[4:]]
+    upper = select(rows + again, "bissl", "upper")
+    assert len(upper) == 8
+    band = alternation_bands(upper, "residual")["bissl"]
+    np.testing.assert_allclose(band.mean, [(0.1 + 0.01 + 0.001 + 0.0001) / 4, 0.5])
+    np.testing.assert_allclose(band.low, [0.0001, 0.5])
+    np.testing.assert_allclose(band.high, [0.1, 0.5])
+
+
+def test_band_skips_nulls_and_keeps_gaps() -> None:
+    head = {"stage": "bissl", "arm": "a", "seed": 0, "event": "upper"}
+    rows = [head | {"step": k, "alternation": k // 2, "residual": r} for k, r in enumerate([1.0, None, None, None])]
+    band = alternation_bands(rows, "residual")["a"]
+    np.testing.assert_array_equal(band.x, [0, 1])
+    np.testing.assert_array_equal(band.mean, [1.0, math.nan])
+
+
+def test_the_last_solve_of_each_seed_over_its_iterations() -> None:
+    def solve(seed: int, step: int, curve: list[float | None] | None) -> dict[str, object]:
+        rest = {} if curve is None else {"residual_curve": curve}
+        return {"stage": "bissl", "arm": "a", "seed": seed, "event": "upper", "step": step, "residual": 9.0, **rest}
+
+    # An empty curve is that of a method without iterations, none at all that of a step without a solve.
+    rows = [solve(0, 1, [0.5]), solve(0, 2, [0.5, None, 0.1]), solve(0, 3, []), solve(0, 4, None), solve(1, 1, [0.2])]
+    by_seed = curves(last_solves(rows), "residual", x="iteration")["a"]
+    np.testing.assert_array_equal(by_seed[0].x, [1, 2, 3])
+    np.testing.assert_array_equal(by_seed[0].y, [0.5, math.nan, 0.1])
+    np.testing.assert_array_equal(by_seed[1].y, [0.2])
+
+
+def test_mean_over_seeds_covers_their_common_steps() -> None:
+    long, short = Curve(np.arange(4.0), np.array([1.0, 2, 3, 4])), Curve(np.array([1.0, 2]), np.array([4.0, 9]))
+    mean = mean_curve({0: long, 1: short})
+    np.testing.assert_array_equal(mean.x, [1, 2])
+    np.testing.assert_array_equal(mean.y, [3, 6])
+
+
+def test_curves_sort_steps_and_turn_null_into_nan() -> None:
+    head = {"stage": "s", "arm": "a", "seed": 3, "event": "e"}
+    rows = [head | {"step": 2, "loss": 5.0}, head | {"step": 1, "loss": None}, head | {"step": 3, "lr": 1.0}]
+    curve = curves(rows, "loss")["a"][3]
+    np.testing.assert_array_equal(curve.x, [1, 2])
+    np.testing.assert_array_equal(curve.y, [math.nan, 5.0])
+
+
+def test_thinned_curve_keeps_extremes_and_order() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=50_001)
+    values[12_345], values[40_000] = 99.0, -99.0
+    values[100:120] = math.nan
+    curve = thin(Curve(np.arange(50_001.0), values))
+    assert curve.x.size <= 2000
+    assert (np.diff(curve.x) > 0).all()
+    assert np.nanmax(curve.y) == 99.0
+    assert np.nanmin(curve.y) == -99.0
+    np.testing.assert_array_equal(values[curve.x.astype(int)], curve.y)
+
+
+def test_short_curve_stays_as_it_is() -> None:
+    curve = Curve(np.arange(2000.0), np.zeros(2000))
+    assert thin(curve) is curve

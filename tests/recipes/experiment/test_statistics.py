@@ -1,0 +1,117 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from recipes.experiment.statistics import Comparison, holm, mean_std, paired, welch
+
+A = [81.2, 80.4, 82.9, 81.0, 83.3, 80.7]
+B = [79.9, 80.6, 81.1, 80.2, 81.8, 80.1]
+
+
+def test_mean_std_of_a_sample() -> None:
+    mean, std = mean_std([2, 4, 4, 4, 5, 5, 7, 9])
+    assert mean == 5
+    assert std == pytest.approx(math.sqrt(32 / 7))
+    assert mean_std([3.5]) == (3.5, None)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
+def test_paired_agrees_with_scipy(level: float) -> None:
+    expected: Any = stats.ttest_rel(A, B)
+    interval = expected.confidence_interval(level)
+    result = paired(A, B, level)
+    assert result.test == "paired t"
+    assert result.difference == pytest.approx(np.mean(A) - np.mean(B))
+    assert result.p_value == pytest.approx(expected.pvalue)
+    assert result.ci95 == pytest.approx((interval.low, interval.high))
+
+
+@pytest.mark.parametrize("b", [B, B[:3]])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_welch_agrees_with_scipy(b: list[float], level: float) -> None:
+    expected: Any = stats.ttest_ind(A, b, equal_var=False)
+    interval = expected.confidence_interval(level)
+    result = welch(A, b, level)
+    assert result.test == "welch"
+    assert result.difference == pytest.approx(np.mean(A) - np.mean(b))
+    assert result.p_value == pytest.approx(expected.pvalue)
+    assert result.ci95 == pytest.approx((interval.low, interval.high))
+
+
+def test_welch_with_one_sample_that_does_not_vary_is_a_one_sample_test() -> None:
+    expected: Any = stats.ttest_1samp(A, 80.0)
+    assert welch(A, [80.0, 80.0]).p_value == pytest.approx(expected.pvalue)
+
+
+def test_default_level_is_95_percent() -> None:
+    assert paired(A, B) == paired(A, B, 0.95)
+    assert welch(A, B) == welch(A, B, 0.95)
+
+
+def test_swapping_the_samples_changes_the_sign_alone() -> None:
+    for test in (paired, welch):
+        forth, back = test(A, B), test(B, A)
+        assert forth.ci95 is not None
+        assert back.difference == pytest.approx(-forth.difference)
+        assert back.ci95 == pytest.approx((-forth.ci95[1], -forth.ci95[0]))
+        assert back.p_value == pytest.approx(forth.p_value)
+
+
+def test_what_one_seed_cannot_tell_is_none() -> None:
+    assert paired([3.0], [1.0]) == Comparison(2.0, None, "paired t (undefined: one pair)", None)
+    assert welch([3.0], [1.0, 2.0]) == Comparison(1.5, None, "welch (undefined: a single value has no spread)", None)
+
+
+def test_equal_differences_have_no_test_even_when_rounding_spreads_them() -> None:
+    a, b = [0.3, 80.1], [0.2, 80.0]
+    assert len({x - y for x, y in zip(a, b, strict=True)}) > 1
+    result = paired(a, b)
+    assert result.difference == pytest.approx(0.1)
+    assert (result.ci95, result.p_value) == (None, None)
+    assert "equal" in result.test
+    assert paired(a, a).p_value is None
+
+
+def test_welch_without_any_spread_is_undefined() -> None:
+    result = welch([50.0, 50.0], [40.0, 40.0])
+    assert (result.difference, result.ci95, result.p_value) == (10.0, None, None)
+    assert "neither sample varies" in result.test
+
+
+def test_a_small_spread_is_still_a_spread() -> None:
+    result = paired([80.0, 80.0 + 1e-9], [79.0, 79.0])
+    assert result.p_value is not None
+
+
+def test_holm_by_hand() -> None:
+    # Ascending, 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 is 0.04, 0.06, 0.06, 0.04, and the sequence may not fall.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_holm_does_not_count_what_was_not_tested() -> None:
+    assert holm([None, 0.02, None, 0.5]) == [None, pytest.approx(0.04), None, pytest.approx(0.5)]
+
+
+@pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf]])
+def test_samples_must_be_finite_numbers(bad: list[float]) -> None:
+    for call in (lambda: mean_std(bad), lambda: paired(bad, bad), lambda: welch(A, bad)):
+        with pytest.raises(ValueError, match="finite numbers"):
+            call()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="6 and 5 values"):
+        paired(A, B[:5])
+    for test in (paired, welch):
+        with pytest.raises(ValueError, match="level"):
+            test(A, B, 95)
+    for p in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="p_values"):
+            holm([0.5, p])

@@ -1,0 +1,264 @@
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.vision.optimizers import LARS, constant, schedule, warmup_cosine
+
+SHAPES = {"matrix": (3, 4), "kernel": (2, 3, 2, 2), "zero": (2, 2), "bias": (4,), "scalar": ()}
+
+
+def setting(steps: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    rng = np.random.default_rng(3)
+    start = {name: np.asarray(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+    start["zero"] = np.zeros(SHAPES["zero"])
+    gradients = [{name: np.asarray(rng.normal(size=shape)) for name, shape in SHAPES.items()} for _ in range(steps)]
+    return start, gradients
+
+
+def by_hand(
+    start: dict[str, np.ndarray],
+    gradients: list[dict[str, np.ndarray]],
+    rates: list[float],
+    *,
+    momentum: float,
+    decay: float,
+    eta: float,
+    exclude: bool,
+) -> dict[str, np.ndarray]:
+    result = {}
+    for name, value in start.items():
+        p, m = value.copy(), np.zeros_like(value)
+        for gradient, rate in zip(gradients, rates, strict=True):
+            d = gradient[name]
+            if p.ndim > 1 or not exclude:
+                d = d + decay * p
+                lengths = math.sqrt((p * p).sum()), math.sqrt((d * d).sum())
+                if lengths[0] > 0 and lengths[1] > 0:
+                    d = d * (eta * lengths[0] / lengths[1])
+            m = momentum * m + d
+            p = p - rate * m
+        result[name] = p
+    return result
+
+
+def tensors(start: dict[str, np.ndarray]) -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+
+
+def assign(parameters: dict[str, torch.nn.Parameter], gradients: dict[str, np.ndarray]) -> None:
+    for name, parameter in parameters.items():
+        parameter.grad = torch.tensor(gradients[name])
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_lars_is_its_definition(exclude: bool) -> None:
+    start, gradients = setting(6)
+    rates = [0.0, 0.5, 1.0, 4.8, 0.3, 0.1]
+    parameters = tensors(start)
+    optimizer = LARS(
+        parameters.values(), lr=9.0, momentum=0.8, weight_decay=0.05, trust_coefficient=0.02, exclude_1d=exclude
+    )
+    for gradient, rate in zip(gradients, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        assign(parameters, gradient)
+        optimizer.step()
+    expected = by_hand(start, gradients, rates, momentum=0.8, decay=0.05, eta=0.02, exclude=exclude)
+    for name, parameter in parameters.items():
+        np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+def test_lars_with_a_zero_gradient_and_no_decay_stays() -> None:
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.zeros(2, 2)
+    LARS([p], lr=1.0).step()
+    assert torch.equal(p.detach(), torch.ones(2, 2))
+
+
+def test_lars_leaves_gradients_and_parameters_without_gradient_alone() -> None:
+    used, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    used.grad = torch.full((2, 2), 3.0)
+    LARS([used, unused], lr=1.0, weight_decay=0.5).step()
+    assert torch.equal(used.grad, torch.full((2, 2), 3.0))
+    assert torch.equal(unused.detach(), torch.ones(2, 2))
+
+
+def test_lars_returns_the_loss_of_a_closure() -> None:
+    p = torch.nn.Parameter(torch.full((2, 2), 2.0))
+    optimizer = LARS([p], lr=1.0, momentum=0.0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 16.0
+    # ||p|| = 4 and d = 2 p, so the step is 0.001 * ||p|| / ||d|| * d = 0.001 p.
+    torch.testing.assert_close(p.detach(), torch.full((2, 2), 2.0 * 0.999))
+
+
+def test_lars_groups_have_their_own_options() -> None:
+    fast, slow = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    for p in (fast, slow):
+        p.grad = torch.ones(3)
+    LARS([{"params": [fast]}, {"params": [slow], "lr": 0.25}], lr=0.5).step()
+    assert fast.detach().tolist() == [0.5] * 3
+    assert slow.detach().tolist() == [0.75] * 3
+
+
+def test_lars_resumes_exactly() -> None:
+    start, gradients = setting(5)
+    straight, resumed = tensors(start), tensors(start)
+    options: dict[str, Any] = {"lr": 0.7, "weight_decay": 0.01, "trust_coefficient": 0.1}
+    first, second = LARS(straight.values(), **options), LARS(resumed.values(), **options)
+    for gradient in gradients[:3]:
+        for parameters, optimizer in ((straight, first), (resumed, second)):
+            assign(parameters, gradient)
+            optimizer.step()
+    file = io.BytesIO()
+    torch.save(second.state_dict(), file)
+    file.seek(0)
+    third = LARS(resumed.values(), lr=0.1)
+    third.load_state_dict(torch.load(file, weights_only=True))
+    for gradient in gradients[3:]:
+        for parameters, optimizer in ((straight, first), (resumed, third)):
+            assign(parameters, gradient)
+            optimizer.step()
+    assert all(torch.equal(straight[name], resumed[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+        ("weight_decay", -1.0),
+        ("trust_coefficient", 0.0),
+    ],
+)
+def test_lars_refuses(option: str, value: float) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    options: dict[str, Any] = {"lr": 0.1, option: value}
+    with pytest.raises(ValueError, match=option):
+        LARS([p], **options)
+    with pytest.raises(ValueError, match=option):
+        LARS([{"params": [p], option: value}], lr=0.1)
+
+
+def test_lars_refuses_sparse_gradients() -> None:
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        LARS(table.parameters(), lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 1 / 11),
+        (4, 5 / 11),
+        (9, 10 / 11),
+        (10, 1.0),
+        (35, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),
+        (60, 0.55),
+        (110, 0.1),
+        (111, 0.1),
+        (1000, 0.1),
+    ],
+)
+def test_warmup_cosine_closed_form(step: int, expected: float) -> None:
+    value = warmup_cosine(step, total_steps=110, warmup_steps=10, floor=0.1)
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_without_warmup_starts_at_the_base_and_falls_to_zero() -> None:
+    values = [warmup_cosine(step, total_steps=8) for step in range(9)]
+    assert values[0] == 1.0
+    assert values[4] == pytest.approx(0.5)
+    assert values[8] == pytest.approx(0.0, abs=1e-15)
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_warmup_never_starts_at_the_base(warmup: int) -> None:
+    values = [warmup_cosine(step, total_steps=20, warmup_steps=warmup) for step in range(warmup + 1)]
+    assert 0 < values[0] < 1
+    assert values[-1] == 1.0
+    np.testing.assert_allclose(np.diff(values), 1 / (warmup + 1))
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "message"),
+    [
+        (-1, {"total_steps": 5}, "step"),
+        (0, {"total_steps": 0}, "warmup_steps"),
+        (0, {"total_steps": 5, "warmup_steps": 5}, "warmup_steps"),
+        (0, {"total_steps": 5, "warmup_steps": -1}, "warmup_steps"),
+        (0, {"total_steps": 5, "floor": 1.5}, "floor"),
+        (0, {"total_steps": 5, "floor": math.nan}, "floor"),
+    ],
+)
+def test_warmup_cosine_refuses(step: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        warmup_cosine(step, **options)
+
+
+def rates_used(
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int
+) -> list[list[float]]:
+    used = []
+    for _ in range(steps):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return used
+
+
+def two_groups() -> LARS:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (4.8, 0.1)]
+    return LARS(groups, lr=1.0)
+
+
+def test_schedule_drives_every_group_from_its_own_base() -> None:
+    optimizer = two_groups()
+    scheduler = schedule(optimizer, total_steps=6, warmup_steps=2, floor=0.001)
+    used = rates_used(optimizer, scheduler, 6)
+    shape = [1 / 3, 2 / 3] + [0.001 + 0.999 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    np.testing.assert_allclose(used, [[4.8 * value, 0.1 * value] for value in shape], rtol=1e-12)
+    assert scheduler.get_last_lr() == pytest.approx([4.8e-3, 1e-4])
+
+
+def test_schedule_resumes_exactly() -> None:
+    optimizer = two_groups()
+    straight = rates_used(optimizer, schedule(optimizer, total_steps=9, warmup_steps=3), 9)
+    optimizer = two_groups()
+    scheduler = schedule(optimizer, total_steps=9, warmup_steps=3)
+    head = rates_used(optimizer, scheduler, 4)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": scheduler.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    optimizer = two_groups()
+    scheduler = schedule(optimizer, total_steps=9, warmup_steps=3)
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["schedule"])
+    assert head + rates_used(optimizer, scheduler, 5) == straight
+
+
+def test_constant_schedule_keeps_the_base_rates() -> None:
+    optimizer = two_groups()
+    assert rates_used(optimizer, schedule(optimizer, "constant", total_steps=1), 4) == [[4.8, 0.1]] * 4
+    assert [constant(step) for step in (0, 7)] == [1.0, 1.0]
+
+
+def test_schedule_refuses_an_unknown_shape_and_bad_lengths() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        schedule(two_groups(), "linear", total_steps=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="warmup_steps"):
+        schedule(two_groups(), total_steps=3, warmup_steps=3)

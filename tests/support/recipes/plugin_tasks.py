@@ -1,0 +1,87 @@
+"""Tasks as a user might write them, in a file of their own: neither is bundled, neither is a classification."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
+from recipes.vision.metrics import Metric, State
+
+
+class Colour(PretextTask):
+    """Predict an image's mean from a noisy copy, near the prediction of a slowly moving target."""
+
+    noise: float = Field(default=0.1, ge=0, description="standard deviation of the noise")
+
+    def build(self, backbone: nn.Module) -> nn.ModuleDict:
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        heads = nn.ModuleDict({"decoder": nn.Linear(features, 3), "target": nn.Linear(features, 3)})
+        heads["target"].load_state_dict(heads["decoder"].state_dict())
+        heads["target"].requires_grad_(False)
+        return heads
+
+    def transform(self) -> Callable[[Tensor, torch.Generator], dict[str, Tensor]]:
+        def view(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+            clean = images.expand(-1, 3, -1, -1) / 255
+            noise = self.noise * torch.randn(clean.shape, generator=generator)
+            return {"noisy": clean + noise, "mean": clean.mean(dim=(2, 3))}
+
+        return view
+
+    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: dict[str, Tensor]) -> Tensor:
+        features = backbone(batch["noisy"])
+        prediction = heads["decoder"](features)
+        return nn.functional.mse_loss(prediction, 0.9 * batch["mean"] + 0.1 * heads["target"](features).detach())
+
+    def after_step(self, backbone: nn.Module, heads: nn.ModuleDict, step: int) -> None:
+        with torch.no_grad():
+            for slow, fast in zip(heads["target"].parameters(), heads["decoder"].parameters(), strict=True):
+                slow.lerp_(fast, 0.1)
+
+    def optimizer(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(list(parameters), lr=0.01 * lr)
+
+
+def _accumulate(state: State | None, outputs: Tensor, targets: Tensor) -> State:
+    error, count = (outputs - targets).abs().sum(), torch.tensor(len(targets))
+    return (error, count) if state is None else (state[0] + error, state[1] + count)
+
+
+class Brightness(DownstreamTask):
+    """Regression of the mean brightness from the feature map, with inputs that are no single tensor."""
+
+    def build(self, backbone: nn.Module) -> nn.Module:
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        return nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 1))
+
+    def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[dict[str, Tensor], Tensor]]:
+        def view(images: Tensor, targets: Any, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+            image = images.expand(-1, 3, -1, -1) / 255
+            return {"image": image}, image.mean(dim=(1, 2, 3))
+
+        return view
+
+    def forward(self, backbone: Bound, head: Bound, inputs: dict[str, Tensor]) -> Tensor:
+        return head(backbone(inputs["image"], feature_map=True).mean(dim=(2, 3))).squeeze(1)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.mse_loss(outputs, targets)
+
+    def metrics(self) -> dict[str, Metric]:
+        return {"error": Metric(_accumulate, lambda state: float(state[0] / state[1]), higher_is_better=False)}
+
+
+class Unfinished(PretextTask):
+    """Says nothing of its loss."""
+
+    def build(self, backbone: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
+        return lambda images, generator: images
+
+
+not_a_class = 3

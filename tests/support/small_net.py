@@ -1,0 +1,98 @@
+"""A problem with all that a resumption could lose."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    BatchStack,
+    Callback,
+    Checkpointing,
+    JSONLWriter,
+    Params,
+    Problem,
+    Trainer,
+    functional_call,
+    proximal,
+)
+from tests.support.cases import vector
+from tests.support.two_heads import inverse
+
+
+class Net(Problem):
+    """Dropout, BatchNorm and a momentum target: all that a resumption could lose."""
+
+    regularization_weight = 0.5
+    curvature_depends_on_upper = False
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
+        self.target = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            goal = functional_call(self.net, self.target, batch)
+        return (functional_call(self.net, lower, batch) - goal - batch[:, :2]).square().mean()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return (
+            functional_call(self.net, lower, batch).square().mean()
+            + 0.1 * functional_call(self.net, upper, batch).mean()
+        )
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        return proximal(upper, lower)
+
+    def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
+        for name, leaf in self.target.items():
+            leaf.lerp_(lower[name].detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        buffers = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
+        return {"target": {name: leaf.clone() for name, leaf in self.target.items()}, "buffers": buffers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, leaf in self.target.items():
+            leaf.copy_(state["target"][name])
+        for name, buffer in self.net.named_buffers():
+            buffer.copy_(state["buffers"][name])
+
+
+DATA = vector(80, 60).reshape(20, 4).float()
+
+
+def net_trainer(folder: Path, *extra: Callback) -> Trainer:
+    problem = Net()
+    upper, lower = ({name: p.detach().clone() for name, p in problem.net.named_parameters()} for _ in range(2))
+    lower_optimizer = torch.optim.SGD(lower.values(), lr=0.2, momentum=0.9)
+    upper_optimizer = torch.optim.Adam(upper.values(), lr=0.05)
+
+    def load(indices: Tensor, seed: int) -> Tensor:
+        noise = torch.randn(len(indices), 4, generator=torch.Generator().manual_seed(seed))
+        return DATA[indices] + 0.1 * noise
+
+    return Trainer(
+        problem,
+        upper,
+        lower,
+        lower_optimizer=lower_optimizer,
+        upper_optimizer=upper_optimizer,
+        lower_data=BatchStack(20, 6, load, seed=1),
+        upper_data=BatchStack(9, 4, load, seed=2),
+        schedule=AlternatingSchedule(4, 3, 3, adaptation_every=2, adaptation_strength=0.3),
+        solver=CG(3, rtol=None),
+        damping=2.0,
+        hessian_batches=2,
+        lower_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
+        upper_scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
+        max_grad_norm=1.0,
+        adaptation_pairs={name: name for name in upper},
+        on_failure="ignore",
+        callbacks=[JSONLWriter(folder / "metrics.jsonl", {"seed": 1}), Checkpointing(folder / "checkpoints"), *extra],
+    )
