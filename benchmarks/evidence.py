@@ -121,14 +121,18 @@ def solves(events: Sequence[Event]) -> dict[str, Figures]:
             kinds.setdefault(event["arm"], []).append(event)
     rows = {}
     for arm, solved in kinds.items():
-        cosines, departures = ([float(e[field]) for e in solved] for field in ("cosine", "departure"))
+        cosines, departures = ([float(e[field]) for e in solved] for field in ("cosine", "relative_change"))
         by_alternation: dict[int, list[float]] = {}
         for event in solved:
             by_alternation.setdefault(int(event["alternation"]), []).append(float(event["cosine"]))
         rows[arm] = {
             "solves": len(solved),
             "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
-            "departure": {"min": min(departures), "median": statistics.median(departures), "max": max(departures)},
+            "relative_change": {
+                "min": min(departures),
+                "median": statistics.median(departures),
+                "max": max(departures),
+            },
             "cosine_by_alternation": [statistics.median(by_alternation[i]) for i in sorted(by_alternation)],
             "products": statistics.mean(float(e["num_hvps"]) for e in solved),
             "statuses": {s: sum(e["status"] == s for e in solved) for s in sorted({e["status"] for e in solved})},
@@ -164,7 +168,7 @@ def tables(figures: Figures) -> dict[str, str]:
         [
             *(f"`{arm}`", str(r["solves"])),
             *(f"{r['cosine'][key]:.3f}" for key in ("min", "median", "max")),
-            *(f"{r['departure']['median']:.3f}", f"{r['products']:.1f}"),
+            *(f"{r['relative_change']['median']:.3f}", f"{r['products']:.1f}"),
             ", ".join(f"{count} {status}" for status, count in r["statuses"].items()),
         ]
         for arm, r in figures["solves"].items()

@@ -32,15 +32,15 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def share(count: int) -> slice:
+def shard(count: int) -> slice:
     """The rows of a global batch of `count` that are this rank's: contiguous and in the order of ranks, as many as
-    `share_sizes` says. All rows where there is one process."""
-    sizes, own = share_sizes(count), rank()
+    `shard_sizes` says. All rows where there is one process."""
+    sizes, own = shard_sizes(count), rank()
     first = sum(sizes[:own])
     return slice(first, first + sizes[own])
 
 
-def share_sizes(count: int) -> tuple[int, ...]:
+def shard_sizes(count: int) -> tuple[int, ...]:
     """Each rank's number of rows of a batch of `count`; they differ by at most one, the first ranks' being larger."""
     least, more = divmod(count, world_size())
     return tuple(least + (number < more) for number in range(world_size()))

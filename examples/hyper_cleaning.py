@@ -46,8 +46,8 @@ def load() -> tuple[Batch, Batch, Batch, Tensor]:
     order = torch.randperm(len(t), generator=generator)
     X, t = X[order].float() / 16, t[order]
     wrong = torch.rand(800, generator=generator) < WRONG
-    shift = torch.randint(1, 10, (800,), generator=generator)
-    noisy = torch.where(wrong, (t[:800] + shift) % 10, t[:800])
+    tikhonov = torch.randint(1, 10, (800,), generator=generator)
+    noisy = torch.where(wrong, (t[:800] + tikhonov) % 10, t[:800])
     return (X[:800], noisy), (X[800:1000], t[800:1000]), (X[1000:], t[1000:]), wrong
 
 

@@ -1,1 +1,1 @@
-"""Recipes built on `bilevel`."""
+"""Recipes: whole experiments on top of `bilevel`, and what they have in common."""

@@ -214,7 +214,7 @@ def measure_error(reference: Reference, alternation: Alternation) -> dict[str, A
         "hvps": products * alternation.trainer.hessian_batches,
         "noise": next((s.noise for _, s in solved if s.noise is not None), None),
         "cosine": min(s.cosine for _, s in solved),
-        "departure": max(s.departure for _, s in solved),
+        "relative_change": max(s.relative_change for _, s in solved),
     }
 
 

@@ -1,7 +1,8 @@
 """What several processes exchange in BiSSL's steps, counted and predicted, and how long that takes.
 
     python benchmarks/communication/run.py --json benchmarks/results/communication.json --docs docs/distributed.md
-    python benchmarks/communication/run.py --from benchmarks/results/communication.json --docs docs/distributed.md --check
+    python benchmarks/communication/run.py --from benchmarks/results/communication.json \
+        --docs docs/distributed.md --check
 
 Two processes of this machine talk through gloo over its loopback interface. The run fails where the calls that were
 counted are not those of `communication_model`, kind by kind and byte by byte.

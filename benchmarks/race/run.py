@@ -2,7 +2,8 @@
 
     pip install -e ".[bench]"
     pip install "pip<24.1" && pip install --no-deps betty-ml
-    python benchmarks/race/run.py --json benchmarks/results/race.json --docs docs/peers.md --figure docs/_static/race.svg
+    python benchmarks/race/run.py --json benchmarks/results/race.json \
+        --docs docs/peers.md --figure docs/_static/race.svg
     python benchmarks/race/run.py --from benchmarks/results/race.json --docs docs/peers.md --check
 
 Every method tries the same small grid of step sizes once for a fixed time; its best one is then run again with other

@@ -47,7 +47,7 @@ class Bench:
     """One system with its right-hand sides and exact solutions.
 
     Attributes:
-        shift: what is known about A beforehand, the damping of a Nystrom model; None where nothing is.
+        tikhonov: what is known about A beforehand, the damping of a Nystrom model; None where nothing is.
         noise: distance of the exact solutions from those of other batches; None where there are no batches.
     """
 
@@ -58,7 +58,7 @@ class Bench:
     rights: Sequence[Params]
     exact: Sequence[Tensor]
     budgets: Sequence[int]
-    shift: float | None = None
+    tikhonov: float | None = None
     noise: float | None = None
 
     def linearize(self, solver: Solver, hvp: HVPProvider | None = None) -> System:
@@ -71,18 +71,18 @@ class Bench:
             gradient(self.problem, self.lower, batch)
 
 
-def methods(budget: int, shift: float | None) -> dict[str, Solver]:
+def methods(budget: int, tikhonov: float | None) -> dict[str, Solver]:
     """Every solver with this many iterations; those that take none are the same for every budget."""
     return {
         "CG": CG(budget, None),
         "CG, recycled": CG(budget, None, recycle=64),
         "CG, diagonal": CG(budget, None, preconditioner=Diagonal()),
-        "CG, Nyström": CG(budget, None, preconditioner=NystromPreconditioner(RANK, shift=shift)),
+        "CG, Nyström": CG(budget, None, preconditioner=NystromPreconditioner(RANK, tikhonov=tikhonov)),
         "MINRES": MINRES(budget, None),
         "Escalating(CG)": Escalating(CG(budget, None)),
         "layer-wise CG": CG(budget, None, layerwise=True),
         "Neumann": Neumann(budget),
-        "Nyström": Nystrom(RANK, shift=shift, max_refinements=budget, rtol=None),
+        "Nyström": Nystrom(RANK, tikhonov=tikhonov, max_refinements=budget, rtol=None),
         "Dense": Dense(),
         "Identity": Identity(),
     }
@@ -141,7 +141,7 @@ def network(setting: Setting, hessians: Spectra, *, quick: bool) -> Bench:
     exact, noise = hessians.solutions(10.0, rights)
     budgets = (1, 2) if quick else BISSL_BUDGETS
     problem, lower = setting.problem(10.0), setting.lower
-    return Bench(BISSL, problem, lower, setting.batches, rights, exact, budgets, shift=1.0, noise=noise)
+    return Bench(BISSL, problem, lower, setting.batches, rights, exact, budgets, tikhonov=1.0, noise=noise)
 
 
 @dataclass
@@ -168,13 +168,13 @@ def measure_bench(bench: Bench, count: int) -> list[dict[str, Any]]:
     """The curves of all methods, first and later right-hand sides; a method that is exact enough goes no further."""
     unit = interleaved({"gradient": bench.gradient}, 31)["gradient"].median
     rows: list[dict[str, Any]] = []
-    for name, smallest in methods(1, bench.shift).items():
+    for name, smallest in methods(1, bench.tikhonov).items():
         if name != "Dense":
             bench.linearize(smallest).solve(bench.rights[0])
         curves: dict[str, list[dict[str, Any]]] = {"first": [], "later": []}
         for budget in bench.budgets:
             # One product for each variable is timed once.
-            points = _solve_all(bench, methods(budget, bench.shift)[name], count, 1 if name == "Dense" else count)
+            points = _solve_all(bench, methods(budget, bench.tikhonov)[name], count, 1 if name == "Dense" else count)
             for use, point in points.items():
                 curves[use].append(point.record(budget, unit))
             done = all(max(point.errors) <= EXACT_ENOUGH for point in points.values())
@@ -237,13 +237,13 @@ SUCCESSIVE: dict[str, tuple[Solver, HVPProvider]] = {
     "CG to the noise": (CG(50, "noise"), ReverseOverReverse(keep_graph=True)),
     "CG recycled, to the noise": (CG(50, "noise", recycle=40), ReverseOverReverse(keep_graph=True)),
     "CG, Nyström, to 1e-2": (
-        CG(50, 1e-2, preconditioner=NystromPreconditioner(RANK, shift=1.0)),
+        CG(50, 1e-2, preconditioner=NystromPreconditioner(RANK, tikhonov=1.0)),
         ReverseOverReverse(keep_graph=True),
     ),
     "MINRES to 1e-2": (MINRES(50, 1e-2), ReverseOverReverse(keep_graph=True)),
     "Neumann to 1e-2": (Neumann(50, 1e-2), ReverseOverReverse(keep_graph=True)),
     "Nyström to 1e-2": (
-        Nystrom(RANK, shift=1.0, max_refinements=50, rtol=1e-2),
+        Nystrom(RANK, tikhonov=1.0, max_refinements=50, rtol=1e-2),
         ReverseOverReverse(keep_graph=True),
     ),
     "Identity": (Identity(), ReverseOverReverse()),

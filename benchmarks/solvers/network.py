@@ -51,8 +51,8 @@ SOLVERS: dict[str, tuple[Solver, HVPProvider]] = {
     "Neumann(5)": (Neumann(5), REVERSE),
     "Neumann(20)": (Neumann(20), REVERSE),
     "Neumann(5, scale=1.0)": (Neumann(5, scale=1.0), REVERSE),
-    "Nystrom(20, shift=1.0, max_refinements=0)": (Nystrom(20, shift=1.0, max_refinements=0, rtol=None), REVERSE),
-    "Nystrom(20, shift=1.0, max_refinements=5)": (Nystrom(20, shift=1.0, max_refinements=5, rtol=None), REVERSE),
+    "Nystrom(20, tikhonov=1.0, max_refinements=0)": (Nystrom(20, tikhonov=1.0, max_refinements=0, rtol=None), REVERSE),
+    "Nystrom(20, tikhonov=1.0, max_refinements=5)": (Nystrom(20, tikhonov=1.0, max_refinements=5, rtol=None), REVERSE),
     "CG(5, None, preconditioner=Diagonal())": (CG(5, None, preconditioner=Diagonal()), REVERSE),
     "Escalating(CG(20, None))": (Escalating(CG(20, None)), REVERSE),
     "CG(20, None) with GaussNewton()": (CG(20, None), GaussNewton()),
@@ -224,7 +224,7 @@ def measure_solvers(setting: Setting, spectra: Spectra, weights: Sequence[float]
                     "error": statistics.median(errors),
                     "first_products": solutions[0].num_hvps,
                     "products": statistics.median([s.num_hvps for s in solutions[1:]]),
-                    "shifted": any(s.shift > 0.0 for s in solutions),
+                    "shifted": any(s.tikhonov > 0.0 for s in solutions),
                     "status": statuses.pop() if len(statuses) == 1 else "MIXED",
                 }
             )

@@ -2,7 +2,8 @@
 
     python benchmarks/solvers/run.py --json benchmarks/results/solvers.json \
         --docs docs/choosing.md docs/outcomes.md --figure docs/_static/solvers.svg
-    python benchmarks/solvers/run.py --from benchmarks/results/solvers.json --docs docs/choosing.md docs/outcomes.md --check
+    python benchmarks/solvers/run.py --from benchmarks/results/solvers.json \
+        --docs docs/choosing.md docs/outcomes.md --check
 
 The first command measures everything (a few minutes on two cores), keeps the figures, draws them and writes the tables
 into the pages, each between its two markers. The second only compares pages with kept figures. `--quick` makes smaller

@@ -153,7 +153,7 @@ def measure_one(case: Case, solver: Solver, provider: HVPProvider) -> dict[str, 
         "products": solution.num_hvps,
         "error": float((x - reference).norm() / reference.norm()) if known else None,
         "residual": float((case.matrix @ x - case.right).norm() / case.right.norm()) if known else None,
-        "shifted": solution.shift > 0.0,
+        "shifted": solution.tikhonov > 0.0,
     }
 
 

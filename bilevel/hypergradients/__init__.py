@@ -1,4 +1,4 @@
-"""hypergradients."""
+"""Hypergradients: the linear system behind them, the ways to compute them, the check of one."""
 
 from bilevel.hypergradients.check import check_hypergradient
 from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
@@ -11,7 +11,7 @@ from bilevel.hypergradients.hypergradient import (
     through_system,
 )
 from bilevel.hypergradients.penalty import penalty_hypergradient
-from bilevel.hypergradients.system import Shift, System, linearize
+from bilevel.hypergradients.system import System, Tikhonov, linearize
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.unrolled import unrolled_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
@@ -21,10 +21,10 @@ __all__ = [
     "Hypergradient",
     "OnFailure",
     "SGDUpdate",
-    "Shift",
     "SolverError",
     "SolverWarning",
     "System",
+    "Tikhonov",
     "check_hypergradient",
     "darts_hypergradient",
     "from_optimizer",

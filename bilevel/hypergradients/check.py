@@ -12,7 +12,7 @@ import torch
 from bilevel import tree
 from bilevel.hypergradients.differences import derivative, step_ranges
 from bilevel.hypergradients.hypergradient import Hypergradient, hypergradient
-from bilevel.hypergradients.system import Implicit, Shift, linearize
+from bilevel.hypergradients.system import Implicit, Tikhonov, linearize
 from bilevel.linear import CG, Solver
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
@@ -79,7 +79,7 @@ def check_hypergradient(
     solver: Solver | None = None,
     hvp: HVP | None = None,
     damping: float = 0.0,
-    shift: Shift = 0.0,
+    tikhonov: Tikhonov = 0.0,
     implicit: Implicit | None = None,
     gradient: Params | None = None,
     directions: int = 4,
@@ -107,8 +107,8 @@ def check_hypergradient(
             the upper variables, the lower start and the batches, and returns the lower variables. Objectives must be
             deterministic; batch statistics are fine and no buffer is written.
         solver: default ``CG(200, 1e-10)``; give the one that is used in training to check that.
-        hvp, shift, implicit: as for `hypergradient`. A shift is not part of any problem that could be re-solved: its
-            effect counts as an error.
+        hvp, tikhonov, implicit: as for `hypergradient`. A Tikhonov term is not part of any problem that could be
+            re-solved: its effect counts as an error.
         gradient: check this in place of the hypergradient, for one that was computed elsewhere at the re-solved y.
         directions: number of directions; all coordinates where there are no more than that.
         tolerance: largest relative error that passes.
@@ -124,7 +124,15 @@ def check_hypergradient(
     resolved = _Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches, tolerance)
     start = resolved.solve(point)
     system = linearize(
-        problem, point, start, lower_batches, solver=solver, hvp=hvp, damping=damping, shift=shift, implicit=implicit
+        problem,
+        point,
+        start,
+        lower_batches,
+        solver=solver,
+        hvp=hvp,
+        damping=damping,
+        tikhonov=tikhonov,
+        implicit=implicit,
     )
     result = hypergradient(problem, point, start, upper_batch=upper_batch, system=system, on_failure="ignore")
     resolved, axes = replace(resolved, start=start), _orthonormal(point, directions, seed)
@@ -258,7 +266,7 @@ def _reasons(predicted: Sequence[float], axes: Sequence[Params], result: Hypergr
             return [f"the solve ended {solution.status.name}"]
         if solution is not None and solution.num_hvps == 0:
             return ["the solver makes no product, which takes A for the identity"]
-        return ["the solve did what was asked: look at its residual, at shift, and at `implicit`"]
+        return ["the solve did what was asked: look at its residual, at tikhonov, and at `implicit`"]
     mistakes = {
         "the direct part is missing": result.implicit,
         "the implicit part is missing": result.direct,

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.hypergradients.system import Implicit, Shift, System, implicit_matches, linearize
+from bilevel.hypergradients.system import Implicit, System, Tikhonov, implicit_matches, linearize
 from bilevel.linear import Solution, Solver
 from bilevel.lower import upper_derivatives
 from bilevel.problem import Problem
@@ -80,7 +80,7 @@ def hypergradient(
     solver: Solver | None = None,
     hvp: HVP | None = None,
     damping: float | None = None,
-    shift: Shift | None = None,
+    tikhonov: Tikhonov | None = None,
     implicit: Implicit | None = None,
     system: System | None = None,
     x0: Params | None = None,
@@ -98,7 +98,7 @@ def hypergradient(
         upper, lower: variables x and y.
         upper_batch: the batch of F.
         lower_batches: sequence of batches, the lower objective being their mean. Not needed with `system`.
-        solver, hvp, damping, shift, implicit: as for `linearize` (defaults ``CG()``, ``ReverseOverReverse()``, 0, 0,
+        solver, hvp, damping, tikhonov, implicit: as for `linearize` (defaults ``CG()``, ``ReverseOverReverse()``, 0, 0,
             the Problem's). With `system` they may be left out; giving another value than the system's raises.
         system: the result of `linearize`, reused; it must still be fresh.
         x0: first iterate of the solve, for example a former ``solution.value``.
@@ -123,11 +123,11 @@ def hypergradient(
             solver=solver,
             hvp=hvp,
             damping=damping or 0.0,
-            shift=0.0 if shift is None else shift,
+            tikhonov=0.0 if tikhonov is None else tikhonov,
             implicit=implicit,
         )
     else:
-        _check_same(system, problem, lower, lower_batches, solver, hvp, damping, shift, implicit)
+        _check_same(system, problem, lower, lower_batches, solver, hvp, damping, tikhonov, implicit)
         system.check_fresh(upper, lower)
     return through_system(
         system, upper, lower, upper_batch, solve=lambda v: system.solve(v, x0=x0), on_failure=on_failure
@@ -203,7 +203,7 @@ def _check_same(
     solver: Solver | None,
     hvp: HVP | None,
     damping: float | None,
-    shift: Shift | None,
+    tikhonov: Tikhonov | None,
     implicit: Implicit | None,
 ) -> None:
     if problem is not system.problem:
@@ -219,7 +219,7 @@ def _check_same(
         ("solver", solver, system.solver),
         ("hvp", hvp, system.hvp),
         ("damping", damping, system.damping),
-        ("shift", shift, system.shift),
+        ("tikhonov", tikhonov, system.tikhonov),
         ("implicit", names, system.implicit),
     ):
         if given is not None and given != own:

@@ -14,10 +14,10 @@ from bilevel.linear import (
     LinearOperator,
     MeanOperator,
     ScaledOperator,
-    ShiftedOperator,
     Solution,
     Solver,
     SumOperator,
+    TikhonovOperator,
     WatchedOperator,
     mean_and_error,
 )
@@ -26,7 +26,7 @@ from bilevel.problem import Problem
 from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
-Shift = float | Mapping[str, float]
+Tikhonov = float | Mapping[str, float]
 Implicit = Callable[[str], bool] | Iterable[str]
 
 
@@ -36,7 +36,7 @@ class System:
     Attributes:
         operator: A, over the implicit lower variables.
         implicit: names of the implicit lower variables.
-        solver, hvp, damping, shift, lower_batches: what shaped the system.
+        solver, hvp, damping, tikhonov, lower_batches: what shaped the system.
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
     """
 
@@ -50,12 +50,12 @@ class System:
         solver: Solver,
         hvp: HVPProvider,
         damping: float,
-        shift: Shift,
+        tikhonov: Tikhonov,
         implicit: tuple[str, ...],
     ) -> None:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
         self.lower_batches = tuple(lower_batches)
-        self.solver, self.hvp, self.damping, self.shift, self.implicit = solver, hvp, damping, shift, implicit
+        self.solver, self.hvp, self.damping, self.tikhonov, self.implicit = solver, hvp, damping, tikhonov, implicit
         seed = int(torch.randint(2**31 - 1, ()))
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
@@ -64,7 +64,7 @@ class System:
         if not self.regularized and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
-                "shift for Tikhonov damping of A alone"
+                "tikhonov for Tikhonov damping of A alone"
             )
         self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
@@ -185,8 +185,8 @@ class System:
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
-        if isinstance(self.shift, Mapping) or self.shift != 0.0:
-            operator = ShiftedOperator(operator, self.shift)
+        if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
+            operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
@@ -218,18 +218,18 @@ def linearize(
     solver: Solver | None = None,
     hvp: HVP | None = None,
     damping: float = 0.0,
-    shift: Shift = 0.0,
+    tikhonov: Tikhonov = 0.0,
     implicit: Implicit | None = None,
 ) -> System:
     r"""Build the linear system of the implicit function theorem at (upper, lower).
 
     With a regularizer r and :math:`c = \lambda + \text{damping} > 0`:
 
-    .. math:: A = \frac{1}{c} \frac{\partial^2 L}{\partial y^2} + \frac{\partial^2 r}{\partial y^2} + \text{shift},
+    .. math:: A = \frac{1}{c} \frac{\partial^2 L}{\partial y^2} + \frac{\partial^2 r}{\partial y^2} + \text{tikhonov},
        \qquad \text{cross} = \frac{1}{c} \frac{\partial^2 L}{\partial x \partial y}
        + \frac{\partial^2 r}{\partial x \partial y},
 
-    so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + shift and
+    so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + tikhonov and
     cross = d2L/dxdy. L is the mean over `lower_batches` (and over ranks). Random masks are drawn once per batch and
     stay the same for every product.
 
@@ -240,14 +240,14 @@ def linearize(
         hvp: default ``ReverseOverReverse()``; "auto" measures the exact providers and takes the fastest that works
             (``system.hvp.report``).
         damping: added to the regularization weight in the whole system; needs a regularizer.
-        shift: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
+        tikhonov: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
         implicit: names, or a predicate on names, of the lower variables that respond to the upper ones; default the
             Problem's `implicit`.
 
     Raises:
         TypeError: variables that are not Params; an `implicit` that is a bare string; batches that are not a sequence.
         ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
-            without a regularizer; an unknown name in `shift`.
+            without a regularizer; an unknown name in `tikhonov`.
     """
     tree.check_params("upper", upper)
     tree.check_params("lower", lower)
@@ -255,14 +255,16 @@ def linearize(
     _check_number("damping", damping)
     _check_number("regularization_weight", problem.regularization_weight)
     names = implicit_names(problem, lower, implicit)
-    if isinstance(shift, Mapping):
-        unknown = sorted(set(shift) - set(names))
+    if isinstance(tikhonov, Mapping):
+        unknown = sorted(set(tikhonov) - set(names))
         if unknown:
-            raise ValueError(f"shift names {unknown}, which are not implicit lower variables; there are {list(names)}")
-        for name, value in shift.items():
-            _check_number(f"shift[{name!r}]", value)
+            raise ValueError(
+                f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}"
+            )
+        for name, value in tikhonov.items():
+            _check_number(f"tikhonov[{name!r}]", value)
     else:
-        _check_number("shift", shift)
+        _check_number("tikhonov", tikhonov)
     return System(
         problem,
         upper,
@@ -271,7 +273,7 @@ def linearize(
         solver=CG() if solver is None else solver,
         hvp=as_provider(hvp),
         damping=damping,
-        shift=shift,
+        tikhonov=tikhonov,
         implicit=names,
     )
 

@@ -1,12 +1,12 @@
-"""linear."""
+"""Linear operators, solvers of A x = b that say what happened, preconditioners."""
 
 from bilevel.linear.operators import (
     FunctionOperator,
     LinearOperator,
     MeanOperator,
     ScaledOperator,
-    ShiftedOperator,
     SumOperator,
+    TikhonovOperator,
     WatchedOperator,
     mean_and_error,
 )
@@ -37,11 +37,11 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "ScaledOperator",
-    "ShiftedOperator",
     "Solution",
     "Solver",
     "Status",
     "SumOperator",
+    "TikhonovOperator",
     "WatchedOperator",
     "mean_and_error",
 ]

@@ -134,12 +134,12 @@ class WatchedOperator(_Combined):
 
 
 @final
-class ShiftedOperator(_Combined):
-    """``A + shift I`` (Tikhonov); `shift` is one number or one per leaf, leaves left out getting 0."""
+class TikhonovOperator(_Combined):
+    """``A + tikhonov I`` (Tikhonov); `tikhonov` is one number or one per leaf, leaves left out getting 0."""
 
-    def __init__(self, operator: LinearOperator, shift: float | Mapping[str, float]) -> None:
+    def __init__(self, operator: LinearOperator, tikhonov: float | Mapping[str, float]) -> None:
         super().__init__(operator)
-        self.shift = shift
+        self.tikhonov = tikhonov
 
     def __call__(self, vector: Params) -> Params:
         return self._shifted(self.operators[0](vector), vector)
@@ -149,10 +149,10 @@ class ShiftedOperator(_Combined):
         return self._shifted(product, vector), error
 
     def _shifted(self, product: Params, vector: Params) -> Params:
-        if not isinstance(self.shift, Mapping):
-            return tree.axpy(self.shift, vector, product)
-        shift = self.shift
-        return {name: leaf + shift.get(name, 0.0) * vector[name] for name, leaf in product.items()}
+        if not isinstance(self.tikhonov, Mapping):
+            return tree.axpy(self.tikhonov, vector, product)
+        tikhonov = self.tikhonov
+        return {name: leaf + tikhonov.get(name, 0.0) * vector[name] for name, leaf in product.items()}
 
 
 def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:

@@ -79,21 +79,21 @@ class NystromPreconditioner(Preconditioner):
     """The low-rank model of `Nystrom` with the modulus of its eigenvalues (Frangella, Tropp and Udell 2023).
 
     Args:
-        rank, shift, seed: as for `Nystrom`.
+        rank, tikhonov, seed: as for `Nystrom`.
 
     Raises:
-        ValueError: rank < 1, a shift that is not positive, a negative seed.
+        ValueError: rank < 1, a Tikhonov term that is not positive, a negative seed.
     """
 
     rank: int = 20
-    shift: float | None = None
+    tikhonov: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_model("NystromPreconditioner", self.rank, self.shift, self.seed)
+        check_model("NystromPreconditioner", self.rank, self.tikhonov, self.seed)
 
     def prepare(self, operator: LinearOperator, like: Params) -> Inverse | None:
-        sketch = draw_sketch(operator, like, self.rank, self.shift, self.seed)
+        sketch = draw_sketch(operator, like, self.rank, self.tikhonov, self.seed)
         return None if sketch is None else sketch.precondition
 
 

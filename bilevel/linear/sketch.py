@@ -55,15 +55,15 @@ class Sketch:
         return {name: back[name] for name in b}
 
 
-def draw_sketch(operator: LinearOperator, like: Params, rank: int, shift: float | None, seed: int) -> Sketch | None:
+def draw_sketch(operator: LinearOperator, like: Params, rank: int, tikhonov: float | None, seed: int) -> Sketch | None:
     r"""A Gaussian sketch of A, `rank` products (n if that is less); None if one of them is not finite.
 
     With an orthonormal basis W of the sample, Y = A W and B = A - rho I, the model is the Nystrom approximation of B,
 
     .. math:: \hat A = \rho I + (B W) (W^T B W)^+ (B W)^T,
 
-    its core W'BW taken by eigenvalues of at least rounding size. Without a `shift`, rho is the smallest eigenvalue of
-    W'AW, so that the core is positive semidefinite.
+    its core W'BW taken by eigenvalues of at least rounding size. Without a `tikhonov`, rho is the smallest eigenvalue
+    of W'AW, so that the core is positive semidefinite.
     """
     flat = tree.flatten(like)
     dtype = torch.promote_types(flat.dtype, torch.float32)
@@ -79,21 +79,21 @@ def draw_sketch(operator: LinearOperator, like: Params, rank: int, shift: float 
     norm_a = float(image.norm(dim=0).max())
     core = _symmetric(sample.T @ image)
     ritz = torch.linalg.eigvalsh(core)
-    rho = float(ritz[0]) if shift is None else shift
+    rho = float(ritz[0]) if tikhonov is None else tikhonov
     error = product_error(operator, like)
     core = core - rho * torch.eye(rank, dtype=core.dtype)
     vectors, values = _nystrom(image.sub_(sample, alpha=rho), core, 10.0 * error * norm_a)
     return _invert(tuple(like), vectors, rho, rho + values, (float(ritz[0]), float(ritz[-1])), norm_a, error)
 
 
-def check_model(owner: str, rank: int, shift: float | None, seed: int) -> None:
+def check_model(owner: str, rank: int, tikhonov: float | None, seed: int) -> None:
     """Raise ValueError unless `draw_sketch` can work with these."""
     check_count(f"{owner}: rank", rank, least=1)
     check_count(f"{owner}: seed", seed, least=0)
-    if shift is not None and not 0.0 < shift < math.inf:
+    if tikhonov is not None and not 0.0 < tikhonov < math.inf:
         raise ValueError(
-            f"{owner}: shift must be a positive number, the multiple of the identity that A contains, or None for an "
-            f"estimate; got {shift!r}"
+            f"{owner}: tikhonov must be a positive number, the multiple of the identity that A contains, or None for "
+            f"an estimate; got {tikhonov!r}"
         )
 
 

@@ -17,11 +17,11 @@ class Status(Enum):
     )
     NEGATIVE_CURVATURE = (
         "negative curvature: a direction with d'Ad <= 0 was met, so A is not positive definite and the best iterate "
-        "before it was kept; raise damping or shift, train the lower level further, or use MINRES"
+        "before it was kept; raise damping or tikhonov, train the lower level further, or use MINRES"
     )
     DIVERGED = (
-        "diverged: the residual grew and the best iterate was kept; raise damping or shift, or give Neumann a smaller "
-        "scale"
+        "diverged: the residual grew and the best iterate was kept; raise damping or tikhonov, or give Neumann a "
+        "smaller scale"
     )
     NON_FINITE = (
         "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step "
@@ -29,7 +29,7 @@ class Status(Enum):
     )
     INCONSISTENT = (
         "inconsistent: A is singular and the right-hand side is not in its range, so there is no solution; add damping "
-        "or shift, or leave the variables without curvature out of `implicit`"
+        "or tikhonov, or leave the variables without curvature out of `implicit`"
     )
 
     @property
@@ -50,18 +50,20 @@ class Solution:
         iterations: iterations made.
         num_hvps: products with A, each over all the batches, preparation included.
         min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.
-        departure: ``||x - b|| / ||b||``: how far the solve moved the right-hand side.
+        relative_change: ``||x - b|| / ||b||``: how far the solve moved the right-hand side.
         cosine: cosine of the angle between x and b.
         residual_curve: relative residual after each iteration as the recursion carries it along, which rounding, an
             inexact operator or the layer-wise method take away from the true one; empty where there is no recursion.
         ritz_range: smallest and largest Ritz value met. In exact arithmetic both lie between the extreme eigenvalues
             of A, and all of `Dense`'s are attained. None where none came for nothing (`Identity`, layer-wise or
             preconditioned CG, Neumann with a given scale).
-        shift: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status, iterations,
-            residual_norms and residual_curve are those of ``(A + shift I) x = b``; the other numbers stay those of A.
+        tikhonov: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status,
+            iterations, residual_norms and residual_curve are those of ``(A + tikhonov I) x = b``; the other numbers stay
+            those of A.
         noise: standard error of A x, relative to b, from the choice of A's batches, where the solver measured it
             (``CG(rtol="noise")``); None otherwise.
-        unshifted_residual: ``||b - A x|| / ||b||`` where shift is not 0; None otherwise, residual_norms saying it.
+        residual_without_tikhonov: ``||b - A x|| / ||b||`` where tikhonov is not 0; None otherwise, residual_norms
+            saying it.
     """
 
     value: Params
@@ -70,10 +72,10 @@ class Solution:
     iterations: int
     num_hvps: int
     min_curvature: float | None = None
-    departure: float = 0.0
+    relative_change: float = 0.0
     cosine: float = 1.0
     residual_curve: tuple[float, ...] = ()
     ritz_range: tuple[float, float] | None = None
-    shift: float = 0.0
-    unshifted_residual: float | None = None
+    tikhonov: float = 0.0
+    residual_without_tikhonov: float | None = None
     noise: float | None = None

@@ -79,8 +79,8 @@ class Solver(ABC):
             value = tree.scale(scale, solution.value)
             if not tree.all_finite(value):
                 return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
-            departure, cosine = _compare(solution.value, unit)
-        return replace(solution, value=value, departure=departure, cosine=cosine)
+            relative_change, cosine = _compare(solution.value, unit)
+        return replace(solution, value=value, relative_change=relative_change, cosine=cosine)
 
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
@@ -153,8 +153,8 @@ def _unmeasured(solution: Solution) -> tuple[float, float]:
 
 def _compare(x: Params, b: Params) -> tuple[float, float]:
     norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
-    departure = float(tree.norm(tree.sub(x, b))) / norm_b
-    return departure, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
+    relative_change = float(tree.norm(tree.sub(x, b))) / norm_b
+    return relative_change, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
 
 
 def _check_start(x0: Params, b: Params) -> None:

@@ -1,4 +1,4 @@
-"""lower."""
+"""The lower level's objective and its derivatives, and whether they are still those of the present variables."""
 
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives

@@ -1,4 +1,4 @@
-"""nn."""
+"""Modules inside a differentiated objective: functional calls, layers that differentiate twice."""
 
 from bilevel.nn.double_backward import CheapDoubleBackward
 from bilevel.nn.functional import (

@@ -1,4 +1,4 @@
-"""products."""
+"""Products with second derivatives of the lower objective: providers, Gauss-Newton, micro-batches."""
 
 from bilevel.products.automatic import HVP, Automatic, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton

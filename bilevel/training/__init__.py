@@ -1,4 +1,4 @@
-"""training."""
+"""Training: levels, schedule, data, callbacks and the trainer."""
 
 from bilevel.training.batches import BatchSource, BatchStack, derive_seed
 from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSONLWriter, ProgressBar

@@ -36,13 +36,13 @@ def solve_record(result: Hypergradient, solution: Solution) -> Record:
         "status": solution.status.name,
         "residual": solution.residual_norms[1],
         "residual_curve": list(solution.residual_curve),
-        "departure": solution.departure,
+        "relative_change": solution.relative_change,
         "cosine": solution.cosine,
         "min_curvature": solution.min_curvature,
         "ritz_min": ritz_min,
         "ritz_max": ritz_max,
-        "shift": solution.shift,
-        "unshifted_residual": solution.unshifted_residual,
+        "tikhonov": solution.tikhonov,
+        "residual_without_tikhonov": solution.residual_without_tikhonov,
         "solver_noise": solution.noise,
         "iterations": solution.iterations,
         "num_hvps": solution.num_hvps,
@@ -192,8 +192,8 @@ class Diagnostics(Callback):
     of ``||x - v|| / ||v||`` and of cos(x, v), near 0 and 1 where solving changed little; and, of the last step, the
     stationarity of the lower level and its multiple of the noise of the mini-batches
     (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. Where `Escalating` shifted systems,
-    the status ends with the largest shift and the largest residual without it. The summary counts the run's solves by
-    status, and says what each status means and asks to do.
+    the status ends with the largest Tikhonov term and the largest residual without it. The summary counts the run's
+    solves by status, and says what each status means and asks to do.
 
     Args:
         console: where to print; share it with a `ProgressBar`, and place this callback after the bar.
@@ -254,9 +254,9 @@ def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, s
 
     ritz = f"{_short(min(met('ritz_min')))} .. {_short(max(met('ritz_max')))}" if met("ritz_min") else "-"
     statuses = [f"{count} {status}" for status, count in Counter(record["status"] for record in solves).items()]
-    if any(met("shift")):
-        without = _short(max(met("unshifted_residual"), default=None))
-        statuses.append(f"shift {_short(max(met('shift')))} (residual without it {without})")
+    if any(met("tikhonov")):
+        without = _short(max(met("residual_without_tikhonov"), default=None))
+        statuses.append(f"tikhonov {_short(max(met('tikhonov')))} (residual without it {without})")
     return {
         "alternation": str(alternation),
         "residual": _short(max(met("residual"), default=None)),
@@ -264,7 +264,7 @@ def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, s
         "products": str(sum(met("num_hvps"))),
         "curvature": _short(min(met("min_curvature"), default=None)),
         "Ritz values": ritz,
-        "|x-v|/|v|": _short(mean("departure")),
+        "|x-v|/|v|": _short(mean("relative_change")),
         "cos(x, v)": _short(mean("cosine")),
         "stationarity": _short(solves[-1]["stationarity"]),
         "x noise": _short(solves[-1]["stationarity_over_noise"]),

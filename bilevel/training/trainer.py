@@ -11,7 +11,7 @@ import torch
 from bilevel import interruption, tree
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.distributed import check_replicated
-from bilevel.hypergradients import Hypergradient, OnFailure, Shift, System, linearize, through_system
+from bilevel.hypergradients import Hypergradient, OnFailure, System, Tikhonov, linearize, through_system
 from bilevel.interruption import Interrupted
 from bilevel.linear import Solution, Solver, Status
 from bilevel.lower import training_derivatives, upper_derivatives
@@ -37,7 +37,7 @@ class Trainer:
     Args:
         upper, lower: leaf tensors; each optimizer must hold exactly the tensors of its level.
         lower_data, upper_data: a `BatchSource`, or a sequence of batches that is cycled through.
-        solver, hvp, damping, shift: as for `linearize`.
+        solver, hvp, damping, tikhonov: as for `linearize`.
         aggregate: solve once an alternation, for the sum of its upper steps' right-hand sides (each by its learning
             rate), instead of once a step: all but the last step go along dF/dx alone, and the last one takes the whole
             implicit part. Needs ``curvature_depends_on_upper = False``. The summed update is that of separate solves
@@ -83,7 +83,7 @@ class Trainer:
         solver: Solver | None = None,
         hvp: HVP | None = None,
         damping: float = 0.0,
-        shift: Shift = 0.0,
+        tikhonov: Tikhonov = 0.0,
         aggregate: bool = False,
         hessian_batches: int = 1,
         lower_scheduler: LRSchedule | None = None,
@@ -102,7 +102,7 @@ class Trainer:
             "lower": lower_data if isinstance(lower_data, BatchSource) else Cycle(lower_data),
             "upper": upper_data if isinstance(upper_data, BatchSource) else Cycle(upper_data),
         }
-        options = {"solver": solver, "hvp": as_provider(hvp), "damping": damping, "shift": shift}
+        options = {"solver": solver, "hvp": as_provider(hvp), "damping": damping, "tikhonov": tikhonov}
         self.system_options: dict[str, Any] = options
         self.hessian_batches, self.max_grad_norm, self.aggregate = hessian_batches, max_grad_norm, aggregate
         self.micro_batch, self.nonfinite_skips = micro_batch, nonfinite_skips

@@ -1,1 +1,1 @@
-"""BiSSL: bilevel self-supervised pre-training and fine-tuning, as a recipe on `bilevel`."""
+"""BiSSL: bilevel optimization for self-supervised pre-training and fine-tuning."""

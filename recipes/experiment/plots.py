@@ -87,7 +87,7 @@ def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | Non
     upper = select(events, "bissl", "upper")
     shown = (
         ("relative residual", "residual", True, False),
-        ("‖x − v‖ / ‖v‖", "departure", False, False),
+        ("‖x − v‖ / ‖v‖", "relative_change", False, False),
         ("cos(x, v)", "cosine", False, False),
         ("lower stationarity", "stationarity", True, False),
         ("lower stationarity / its noise", "stationarity_over_noise", True, False),

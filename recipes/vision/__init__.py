@@ -1,0 +1,1 @@
+"""Images for any recipe: sources, views, networks, losses, optimizers, metrics."""

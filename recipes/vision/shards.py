@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.distributed import gather, share, share_sizes, world_size
+from bilevel.distributed import gather, shard, shard_sizes, world_size
 from bilevel.tree import map_tensors, tensors_in
 
 from .imagesets import DataError
@@ -15,7 +15,7 @@ Transform = Callable[..., Any]
 """``(images, generator) -> batch`` or ``(images, targets, generator) -> batch``, as tasks give them."""
 
 
-def views_of_share(transform: Transform, task: str) -> Transform:
+def views_of_shard(transform: Transform, task: str) -> Transform:
     """`transform`, to be called with the whole batch's images as before, making this rank's share of the batch alone.
 
     A transform that takes the keyword `rows` draws for the whole batch and computes the share. Another one computes the
@@ -33,7 +33,7 @@ def views_of_share(transform: Transform, task: str) -> Transform:
     def views(images: Tensor, *others: Any) -> Any:
         if world_size() == 1:
             return transform(images, *others)
-        rows = share(len(images))
+        rows = shard(len(images))
         if takes_rows:
             return transform(images, *others, rows=rows)
         remedy = "return one row an image in every tensor, or give the function that transform returns a keyword rows"
@@ -42,7 +42,7 @@ def views_of_share(transform: Transform, task: str) -> Transform:
     return views
 
 
-def on_shares(forward: Callable[[Any], Any], inputs: Any) -> Any:
+def on_shards(forward: Callable[[Any], Any], inputs: Any) -> Any:
     """Outputs of `forward` on a whole batch of `inputs`, the same on every rank; each rank computes its share of rows.
 
     Inputs and outputs are tensors, or nested structures of them, with one row for each of N samples, which do not
@@ -55,12 +55,12 @@ def on_shares(forward: Callable[[Any], Any], inputs: Any) -> Any:
     count, ranks = len(next(tensors_in(inputs))), world_size()
     if ranks == 1 or count < ranks:
         return forward(inputs)
-    own = share(count)
+    own = shard(count)
     remedy = "evaluation over several processes needs one row a sample in every tensor"
     outputs = forward(_cut(inputs, count, own, "evaluation inputs", remedy))
     local = own.stop - own.start
     return map_tensors(
-        lambda x: gather(_with_rows(x, local, "evaluation outputs", remedy), share_sizes(count)), outputs
+        lambda x: gather(_with_rows(x, local, "evaluation outputs", remedy), shard_sizes(count)), outputs
     )
 
 

@@ -30,7 +30,7 @@ def test_the_figures_of_a_small_alternation(monkeypatch: pytest.MonkeyPatch) -> 
     assert default["hvps"] == default["products"] * 2 > 0
     # Identity's error is the part of the update that the solve is for.
     assert separate["error"] < 0.5 * identity["error"]
-    assert identity["error"] == pytest.approx(separate["departure"], rel=0.5)
+    assert identity["error"] == pytest.approx(separate["relative_change"], rel=0.5)
     assert separate["solve_error"] < 0.5 * identity["error"]
     assert default["error"] < 1.5 * found["noise_floor"]
     assert 0.0 < found["noise_floor"] < 1.0

@@ -260,10 +260,10 @@ class TestNetwork:
         assert network("Identity()", 10.0)["error"] > noise(10.0)
 
     def test_models(self) -> None:
-        plain = network("Nystrom(20, shift=1.0, max_refinements=0)", 10.0)
+        plain = network("Nystrom(20, tikhonov=1.0, max_refinements=0)", 10.0)
         assert (plain["first_products"], plain["products"]) == (21, 1)
         assert plain["error"] > network("CG(2, None)", 10.0)["error"]
-        refined = network("Nystrom(20, shift=1.0, max_refinements=5)", 10.0)
+        refined = network("Nystrom(20, tikhonov=1.0, max_refinements=5)", 10.0)
         assert refined["error"] < network("CG(5, None)", 10.0)["error"]
         assert (refined["first_products"], refined["products"]) == (26, 6)
         assert network("CG(5, None, preconditioner=Diagonal())", 10.0)["error"] > network("CG(5, None)", 10.0)["error"]

@@ -63,7 +63,7 @@ def _holm(p: list[float]) -> list[float]:
 
 
 def test_solves_are_summarised_by_arm_and_alternation() -> None:
-    common = {"stage": "bissl", "event": "upper", "num_hvps": 3, "departure": 0.2}
+    common = {"stage": "bissl", "event": "upper", "num_hvps": 3, "relative_change": 0.2}
     rows = [
         {**common, "arm": "a", "seed": s, "step": 4 * t, "alternation": t, "cosine": c, "status": k}
         for s, t, c, k in [(0, 1, 0.9, "CONVERGED"), (0, 2, 0.8, "BUDGET"), (1, 1, 0.7, "BUDGET")]

@@ -34,7 +34,7 @@ from bilevel.distributed import (
     rank,
     replicate,
     rows_of_all,
-    share,
+    shard,
     world_size,
 )
 from bilevel.hypergradients import hypergradient
@@ -79,7 +79,7 @@ def variables() -> tuple[Params, Params]:
     return upper, {"w": vector(6, 73).reshape(3, 2), "scale": torch.tensor(0.8, dtype=torch.float64)}
 
 
-def shard(points: Tensor) -> Tensor:
+def own_part(points: Tensor) -> Tensor:
     return points.chunk(world_size())[dist.get_rank()] if world_size() > 1 else points
 
 
@@ -88,12 +88,12 @@ def products() -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     upper, lower = variables()
     y = {name: leaf.clone().requires_grad_() for name, leaf in lower.items()}
-    loss = Contrastive().lower_objective(upper, y, shard(POINTS))
+    loss = Contrastive().lower_objective(upper, y, own_part(POINTS))
     gradient = mean_over_ranks(dict(zip(y, torch.autograd.grad(loss, list(y.values())), strict=True)))
     found["gradient"] = joined(gradient)
     for weighted in (False, True):
         problem = Contrastive(weighted=weighted)
-        batches = [shard(POINTS), shard(POINTS.flip(0) * 1.5)]
+        batches = [own_part(POINTS), own_part(POINTS.flip(0) * 1.5)]
         for keep in (False, True):
             system = linearize(problem, upper, lower, batches, hvp=ReverseOverReverse(keep_graph=keep), damping=4.0)
             direction = {"w": vector(6, 74).reshape(3, 2), "scale": vector(1, 75)[0]}
@@ -104,7 +104,7 @@ def products() -> dict[str, Tensor]:
                 problem,
                 upper,
                 lower,
-                upper_batch=shard(POINTS * 2.0),
+                upper_batch=own_part(POINTS * 2.0),
                 lower_batches=batches,
                 damping=4.0,
                 solver=solver,
@@ -125,7 +125,7 @@ def products() -> dict[str, Tensor]:
 
 def stopped_at_the_noise(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> Tensor:
     """What the batches' differences decide: they are those of global batches, however many ranks have a share."""
-    options: dict[str, Any] = {"upper_batch": shard(POINTS * 2.0), "lower_batches": batches, "damping": 4.0}
+    options: dict[str, Any] = {"upper_batch": own_part(POINTS * 2.0), "lower_batches": batches, "damping": 4.0}
     result = hypergradient(problem, upper, lower, solver=CG(10, rtol="noise"), on_failure="ignore", **options)
     assert result.solution is not None
     assert result.noise is not None
@@ -134,7 +134,7 @@ def stopped_at_the_noise(problem: Problem, upper: Params, lower: Params, batches
 
 
 def without_a_solve(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> dict[str, Hypergradient]:
-    options: dict[str, Any] = {"upper_batch": shard(POINTS * 2.0), "lower_batches": batches}
+    options: dict[str, Any] = {"upper_batch": own_part(POINTS * 2.0), "lower_batches": batches}
     adam = AdamUpdate(0.1, eps=0.1)
     return {
         "unrolled": unrolled_hypergradient(
@@ -157,8 +157,8 @@ def trained() -> Tensor:
         lower,
         lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1, momentum=0.9),
         upper_optimizer=torch.optim.SGD(upper.values(), lr=0.1, momentum=0.9),
-        lower_data=[shard(POINTS), shard(POINTS * 0.5)],
-        upper_data=[shard(POINTS * 2.0)],
+        lower_data=[own_part(POINTS), own_part(POINTS * 0.5)],
+        upper_data=[own_part(POINTS * 2.0)],
         schedule=AlternatingSchedule(2, 2, 2),
         solver=CG(3, rtol=None),
         damping=4.0,
@@ -174,13 +174,13 @@ def refusals() -> list[str]:
     upper, lower = variables()
     messages = []
     try:
-        system = linearize(Contrastive(), upper, lower, [shard(POINTS)], hvp=ForwardOverReverse())
+        system = linearize(Contrastive(), upper, lower, [own_part(POINTS)], hvp=ForwardOverReverse())
         system.operator(lower)
     except RuntimeError as error:
         messages.append(str(error))
-    broken = shard(POINTS) * (float("nan") if dist.get_rank() == 1 else 1.0)
+    broken = own_part(POINTS) * (float("nan") if dist.get_rank() == 1 else 1.0)
     result = hypergradient(
-        Contrastive(), upper, lower, upper_batch=shard(POINTS), lower_batches=[broken], on_failure="ignore"
+        Contrastive(), upper, lower, upper_batch=own_part(POINTS), lower_batches=[broken], on_failure="ignore"
     )
     assert result.solution is not None
     messages.append(result.solution.status.name)
@@ -205,7 +205,7 @@ def uneven(rank: int) -> dict[str, Tensor]:
     """A loss of rows of which ranks have different numbers, with its first two derivatives."""
     rows = vector(7 * 2, 90).reshape(7, 2)
     w = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
-    everywhere = gather(torch.tanh(rows[share(7)] * w))
+    everywhere = gather(torch.tanh(rows[shard(7)] * w))
     loss = (everywhere @ everywhere.T).logsumexp(dim=1).mean()
     (slope,) = torch.autograd.grad(loss, w, create_graph=True)
     direction = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -325,7 +325,7 @@ def test_one_process_is_its_own_mean() -> None:
     assert on_first_rank(lambda: x) is x
     assert rows_of_all(4) == (4,)
     assert rank() == 0
-    assert share(7) == slice(0, 7)
+    assert shard(7) == slice(0, 7)
     with own_draws():
         drawn = torch.rand(2)
     assert drawn.numel() == 2
@@ -339,7 +339,7 @@ def test_shares_are_the_batch_in_order(ranks: int, count: int, monkeypatch: pyte
     for own in range(ranks):
         monkeypatch.setattr("bilevel.distributed.world_size", lambda: ranks)
         monkeypatch.setattr("bilevel.distributed.rank", lambda own=own: own)
-        part = list(range(count))[share(count)]
+        part = list(range(count))[shard(count)]
         rows += part
         sizes.append(len(part))
     assert rows == list(range(count))

@@ -36,23 +36,25 @@ def check_honest(case: Case, operator: Counting, solution: Solution, rtol: float
     x = joined(solution.value).double() / case.length
     assert bool(x.isfinite().all())
     assert float(x.norm()) > 0.0, "a term was silenced"
-    matrix = case.matrix + solution.shift * torch.eye(len(case.right), dtype=torch.float64)
+    matrix = case.matrix + solution.tikhonov * torch.eye(len(case.right), dtype=torch.float64)
     size = 1.0 + float(torch.linalg.matrix_norm(matrix, 2) * x.norm())
     true = float((case.right / case.length - matrix @ x).norm())
     assert solution.residual_norms[1] == pytest.approx(true, rel=0.15, abs=20 * error * size)
     if solution.status is Status.CONVERGED:
         assert true <= max(1.2 * rtol, 100 * error)
-    if solution.shift > 0.0:
-        assert solution.unshifted_residual == pytest.approx(true_residual(case, x), rel=1e-6, abs=20 * error * size)
+    if solution.tikhonov > 0.0:
+        assert solution.residual_without_tikhonov == pytest.approx(
+            true_residual(case, x), rel=1e-6, abs=20 * error * size
+        )
     else:
-        assert solution.unshifted_residual is None
+        assert solution.residual_without_tikhonov is None
     check_ritz_range(case, solution, 100 * error)
 
 
 def check_ritz_range(case: Case, solution: Solution, error: float) -> None:
     """Ritz values and curvatures lie among the eigenvalues."""
     values = torch.linalg.eigvalsh(case.matrix)
-    slack = error * (float(values.abs().max()) + solution.shift)
+    slack = error * (float(values.abs().max()) + solution.tikhonov)
     if solution.ritz_range is not None:
         low, high = solution.ritz_range
         assert float(values[0]) - slack <= low <= high <= float(values[-1]) + slack

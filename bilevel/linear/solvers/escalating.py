@@ -1,4 +1,4 @@
-"""Tikhonov's shift as an answer to breakdowns."""
+"""A growing Tikhonov term as an answer to breakdowns."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any, final
 from bilevel import tree
 from bilevel.linear.account import CountedOperator
 from bilevel.linear.lanczos import ritz_values, union_of_ranges
-from bilevel.linear.operators import LinearOperator, ShiftedOperator
+from bilevel.linear.operators import LinearOperator, TikhonovOperator
 from bilevel.linear.solution import Solution, Status
 from bilevel.linear.solver import Solver, check_count, residual
 from bilevel.tree import Params
@@ -19,10 +19,10 @@ _SMALLEST_PART = 1e-3
 
 @dataclass
 class _Level:
-    """The shift that serves an operator, 0 until a breakdown, and the inner solver's state for it."""
+    """the Tikhonov term that serves an operator, 0 until a breakdown, and the inner solver's state for it."""
 
     state: Any
-    shift: float = 0.0
+    tikhonov: float = 0.0
 
 
 @final
@@ -32,18 +32,18 @@ class Escalating(Solver):
 
     Where `solver` ends with NEGATIVE_CURVATURE, DIVERGED or INCONSISTENT, ``(A + s I) x = b`` is solved instead, for
     s = initial, ``factor * initial``, ... until no such breakdown occurs. The Solution is then that of the last of
-    these systems, its status included: `Solution.shift` > 0 says that it is not one of A x = b, and
-    `Solution.unshifted_residual` how far from one, measured by one more product. Where `attempts` shifts break down
-    too, it is the solution of the first try. `num_hvps` counts everything.
+    these systems, its status included: `Solution.tikhonov` > 0 says that it is not one of A x = b, and
+    `Solution.residual_without_tikhonov` how far from one, measured by one more product. Where `attempts` terms break
+    down too, it is the solution of the first try. `num_hvps` counts everything.
 
-    The shift that worked stays in the state, and later right-hand sides start with it: they share one operator, and so
-    one system. No shift helps `Neumann` with a given scale that is too large for A.
+    The term that worked stays in the state, and later right-hand sides start with it: they share one operator, and so
+    one system. No such term helps `Neumann` with a given scale that is too large for A.
 
     Args:
-        solver: what solves; it is prepared anew for every shift.
-        factor: by which the shift grows.
+        solver: what solves; it is prepared anew for every term.
+        factor: by which the Tikhonov term grows.
         attempts: at most this many shifts for one right-hand side.
-        initial: the first shift, in units of A's eigenvalues. None takes ``max(-2 l, size / 1000)``, with l the
+        initial: the first term, in units of A's eigenvalues. None takes ``max(-2 l, size / 1000)``, with l the
             smallest eigenvalue estimate and size the largest modulus of one: Ritz values of the solve that broke down
             or, where it has none, of 5 Lanczos steps from b (counted). For A = 0 it takes 1.
 
@@ -72,43 +72,43 @@ class Escalating(Solver):
         return _Level(self.solver.prepare(operator))
 
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Level) -> Solution:
-        counted, before = CountedOperator(operator), (state.state, state.shift)
+        counted, before = CountedOperator(operator), (state.state, state.tikhonov)
         made = [self._attempt(counted, b, x0, state)]
         while made[-1].status in _BREAKDOWNS and len(made) <= self.attempts:
-            state.shift = self._next_shift(counted, b, made[-1], state.shift)
-            state.state = self.solver.prepare(ShiftedOperator(counted, state.shift))
+            state.tikhonov = self._next_tikhonov(counted, b, made[-1], state.tikhonov)
+            state.state = self.solver.prepare(TikhonovOperator(counted, state.tikhonov))
             made.append(self._attempt(counted, b, x0, state))
         chosen = made[-1]
         if chosen.status in _BREAKDOWNS:
-            chosen, (state.state, state.shift) = made[0], before
+            chosen, (state.state, state.tikhonov) = made[0], before
         unshifted = None
-        if state.shift > 0.0:
+        if state.tikhonov > 0.0:
             unshifted = float(tree.norm(residual(counted, b, chosen.value)) / tree.norm(b))
         return replace(
             chosen,
             num_hvps=counted.products,
             min_curvature=min((s.min_curvature for s in made if s.min_curvature is not None), default=None),
             ritz_range=union_of_ranges([s.ritz_range for s in made]),
-            shift=state.shift,
-            unshifted_residual=unshifted,
+            tikhonov=state.tikhonov,
+            residual_without_tikhonov=unshifted,
         )
 
     def _attempt(self, operator: LinearOperator, b: Params, x0: Params | None, level: _Level) -> Solution:
         """One solve, its eigenvalue estimates those of A."""
-        shift = level.shift
-        if shift > 0.0:
-            operator = ShiftedOperator(operator, shift)
+        tikhonov = level.tikhonov
+        if tikhonov > 0.0:
+            operator = TikhonovOperator(operator, tikhonov)
         found = self.solver.solve(operator, b, x0=x0, state=level.state)
         low, ritz = found.min_curvature, found.ritz_range
         return replace(
             found,
-            min_curvature=None if low is None else low - shift,
-            ritz_range=None if ritz is None else (ritz[0] - shift, ritz[1] - shift),
+            min_curvature=None if low is None else low - tikhonov,
+            ritz_range=None if ritz is None else (ritz[0] - tikhonov, ritz[1] - tikhonov),
         )
 
-    def _next_shift(self, operator: LinearOperator, b: Params, failed: Solution, shift: float) -> float:
-        if shift > 0.0:
-            return self.factor * shift
+    def _next_tikhonov(self, operator: LinearOperator, b: Params, failed: Solution, tikhonov: float) -> float:
+        if tikhonov > 0.0:
+            return self.factor * tikhonov
         if self.initial is not None:
             return self.initial
         values = failed.ritz_range or ritz_values(operator, b, _LANCZOS_STEPS)

@@ -39,7 +39,7 @@ class Nystrom(Solver):
 
     Args:
         rank: products for the sample (the number of variables if that is less).
-        shift: rho, the multiple of the identity that A is known to contain: 1 in BiSSL's I + H/c, the `shift` of
+        tikhonov: rho, the multiple of the identity that A is known to contain: 1 in BiSSL's I + H/c, the `tikhonov` of
             `linearize` where the lower objective has no regularizer. None takes the smallest eigenvalue of W'AW,
             which is near rho where the variables are many more than `rank` and keeps B positive on the sample. With
             a given rho, B may be indefinite: then of its core W'BW only the larger two thirds of the directions, and
@@ -56,17 +56,18 @@ class Nystrom(Solver):
     iteration.
 
     Raises:
-        ValueError: rank < 1, a shift that is not positive, max_refinements < 0, rtol outside [0, 1), a negative seed.
+        ValueError: rank < 1, a Tikhonov term that is not positive, max_refinements < 0, rtol outside [0, 1), a negative
+            seed.
     """
 
     rank: int = 20
-    shift: float | None = None
+    tikhonov: float | None = None
     max_refinements: int = 5
     rtol: float | None = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_model("Nystrom", self.rank, self.shift, self.seed)
+        check_model("Nystrom", self.rank, self.tikhonov, self.seed)
         check_count("Nystrom: max_refinements", self.max_refinements, least=0)
         check_rtol("Nystrom", self.rtol)
 
@@ -77,7 +78,7 @@ class Nystrom(Solver):
         products = 0
         if state.sketch is None:
             counted = CountedOperator(operator)
-            state.sketch = draw_sketch(counted, b, self.rank, self.shift, self.seed)
+            state.sketch = draw_sketch(counted, b, self.rank, self.tikhonov, self.seed)
             products = counted.products
         if state.sketch is None:
             return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
@@ -98,7 +99,7 @@ class Nystrom(Solver):
         if agree(not math.isfinite(relative)):
             return account.close(Status.NON_FINITE, b if x0 is None else x0, (start, math.nan))
         account.curve.append(relative)
-        settled = account.settled(x, relative)
+        settled = account.to_device(x, relative)
         if settled or account.good_enough(relative):
             return account.close(account.verdict(relative, settled), x, (start, relative))
         indefinite = sketch.ritz_range[0] < -4.0 * account.product_error * account.norm_a

@@ -20,7 +20,7 @@ OFFICIAL = "official"
 
 @dataclass(frozen=True)
 class Switch:
-    """One departure.
+    """One relative_change.
 
     Attributes:
         meaning: what the code does, as a sentence of the report.
@@ -151,7 +151,7 @@ SWITCHES: dict[str, Switch] = {
         _cifar10_split,
     ),
 }
-"""Name -> departure, in the order in which they are made."""
+"""Name -> relative_change, in the order in which they are made."""
 
 NOT_OFFERED: dict[str, str] = {
     "adaptation that stops the program": "a crash; no-adaptation is what remains of it",

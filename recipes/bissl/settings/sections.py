@@ -187,16 +187,17 @@ class BilevelConfig(Section):
         default=False,
         description="let phi_P respond to the upper level too (the paper holds it fixed)",
     )
-    head_shift: float = Field(
+    head_tikhonov: float = Field(
         default=1.0,
         ge=0,
-        description="with implicit_head: shift of phi_P's block (multiples of lambda + damping)",
+        description="with implicit_head: Tikhonov term of phi_P's block (multiples of lambda + damping)",
     )
     layerwise: bool = Field(
         default=False, description="CG with step lengths per tensor, the paper's variant (not exact)"
     )
     escalate: bool = Field(
-        default=False, description="answer a breakdown of the solver (negative curvature, ...) by a growing shift"
+        default=False,
+        description="answer a breakdown of the solver (negative curvature, ...) by a growing Tikhonov term",
     )
     hvp: Literal["auto", "reverse", "reverse-kept", "forward", "finite-difference"] = Field(
         default="reverse",

@@ -1,0 +1,1 @@
+"""The bilevel problem, and the stages that train."""

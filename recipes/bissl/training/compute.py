@@ -94,7 +94,7 @@ class Computing:
 
         return under_autocast
 
-    def settle(self, images: ImageSet) -> ImageSet:
+    def to_device(self, images: ImageSet) -> ImageSet:
         """The images where batches are drawn from them: on the device or where they are.
 
         Raises:

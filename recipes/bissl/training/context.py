@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bilevel.distributed import rank, share_sizes, world_size
+from bilevel.distributed import rank, shard_sizes, world_size
 from bilevel.training import BatchStack, TrackerError, derive_seed
 
 from ...experiment.artifacts import ArtifactStore
@@ -18,7 +18,7 @@ from ...experiment.events import StageEvents
 from ...experiment.folder.run_folder import TRACKING
 from ...experiment.tracking import make_trackers
 from ...vision.imagesets import DownstreamSets, ImageSet
-from ...vision.shards import views_of_share
+from ...vision.shards import views_of_shard
 from ...vision.sources.loading import load_downstream, load_pretext
 from ..settings.config import Config
 from ..tasks.base import DownstreamTask, PretextTask
@@ -33,7 +33,7 @@ class Datasets:
 
     def __init__(self, config: Config) -> None:
         self.config = config.data
-        self._settled: dict[str, ImageSet] = {}
+        self._on_device: dict[str, ImageSet] = {}
 
     @cached_property
     def pretext(self) -> ImageSet:
@@ -69,12 +69,12 @@ class Datasets:
         """Read all of them now."""
         _ = self.pretext, self.downstream
 
-    def settled(self, part: Literal["pretext", "train"], computing: Computing) -> ImageSet:
+    def to_device(self, part: Literal["pretext", "train"], computing: Computing) -> ImageSet:
         """The images of training batches where `computing` wants them, moved once."""
-        if part not in self._settled:
+        if part not in self._on_device:
             images = self.pretext if part == "pretext" else self.downstream.train
-            self._settled[part] = computing.settle(images)
-        return self._settled[part]
+            self._on_device[part] = computing.to_device(images)
+        return self._on_device[part]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Context:
 
     def pretext_stack(self, task: PretextTask, purpose: str, fraction: float = 1.0) -> BatchStack:
         """Batches of a random `fraction` of the pretext images, the smaller last one of an epoch included."""
-        images = self.data.settled("pretext", self.computing)
-        transform = views_of_share(task.transform(), type(task).__name__)
+        images = self.data.to_device("pretext", self.computing)
+        transform = views_of_shard(task.transform(), type(task).__name__)
         count = round(fraction * len(images))
         what = "pretext images" if fraction == 1.0 else f"pretext images (bissl.pretext_fraction={fraction:g})"
         size = check_batch_size("pretext.batch_size", self.config.pretext.batch_size, count, what)
@@ -135,8 +135,8 @@ class Context:
 
     def labelled_stack(self, task: DownstreamTask, purpose: str) -> BatchStack:
         """Labelled training batches."""
-        images = self.data.settled("train", self.computing)
-        transform = views_of_share(task.transform(train=True), type(task).__name__)
+        images = self.data.to_device("train", self.computing)
+        transform = views_of_shard(task.transform(train=True), type(task).__name__)
         size = check_batch_size(
             "downstream.batch_size", self.config.downstream.batch_size, len(images), "labelled images"
         )
@@ -161,7 +161,7 @@ class Context:
         ranks, least = world_size(), 2 if self.config.compute.batch_norm == "local" else 1
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics. It is left out.
         rest = 0 if count % size == 1 else count % size
-        shares = {part for batch in (size, rest) if batch for part in share_sizes(batch)}
+        shares = {part for batch in (size, rest) if batch for part in shard_sizes(batch)}
         if ranks > 1 and min(shares) < least:
             raise ConfigError(
                 f"{field_name}: {ranks} processes leave one of them {min(shares)} images of a batch of {size} or of an "

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...vision.metrics import evaluate
-from ...vision.shards import on_shares
+from ...vision.shards import on_shards
 from ..tasks.base import DownstreamTask
 from .compute import Computing
 from .global_loss import downstream_loss
@@ -43,7 +43,7 @@ class SupervisedModel:
         for module, _ in modes:
             module.eval()
         forward = self.task.forward
-        outputs = partial(on_shares, lambda inputs: forward(self.backbone, self.head, inputs))
+        outputs = partial(on_shards, lambda inputs: forward(self.backbone, self.head, inputs))
         values = evaluate(outputs, batches, self.metrics, self.task.loss)
         for module, training in modes:
             module.train(training)

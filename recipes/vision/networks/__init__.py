@@ -1,0 +1,1 @@
+"""Backbones, and weights from elsewhere."""

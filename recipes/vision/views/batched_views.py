@@ -46,7 +46,7 @@ def moves(parameters: ViewParameters) -> bool:
 
 
 def move_matrices(parameters: ViewParameters) -> Tensor:
-    """For `affine_grid`, float32 [N, 2, 3]: output point p reads the input at R(-angle) (p - shift) / zoom."""
+    """For `affine_grid`, float32 [N, 2, 3]: output point p reads the input at R(-angle) (p - tikhonov) / zoom."""
     radians = torch.deg2rad(parameters.angle.double())
     cos, sin = radians.cos() / parameters.zoom, radians.sin() / parameters.zoom
     linear = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)
@@ -159,7 +159,7 @@ def _light(x: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> None:
-    """Shift the hue of HSV by `turns` [n, 1, 1, 1], in place; value and saturation stay.
+    """Tikhonov the hue of HSV by `turns` [n, 1, 1, 1], in place; value and saturation stay.
 
     On the colour circle red, green and blue lie at 0, 1/3 and 2/3 turns; with the channels scaled to lowest 0 and
     highest 1, hue is (1 + green + blue - red) / 6 turns away from red, towards green where green exceeds blue. The

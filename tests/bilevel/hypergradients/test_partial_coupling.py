@@ -53,7 +53,7 @@ def test_both_blocks_implicit_equals_the_schur_complement(solver: object, dampin
         lower_batches=[torch.zeros(9, dtype=torch.float64)],
         solver=solver,  # type: ignore[arg-type]
         damping=damping,
-        shift={"phi": mu},
+        tikhonov={"phi": mu},
         implicit=["theta", "phi"],
     )
     c = LAMBDA + damping
@@ -71,7 +71,7 @@ def test_a_growing_shift_on_the_head_gives_the_paper_back() -> None:
     fixed = hypergradient(problem, upper, lower, implicit=["theta"], **options).grad["theta"]  # type: ignore[arg-type]
     both = {"implicit": ["theta", "phi"], **options}
     free = hypergradient(problem, upper, lower, **both).grad["theta"]  # type: ignore[arg-type]
-    held = hypergradient(problem, upper, lower, shift={"phi": 1e6}, **both).grad["theta"]  # type: ignore[arg-type]
+    held = hypergradient(problem, upper, lower, tikhonov={"phi": 1e6}, **both).grad["theta"]  # type: ignore[arg-type]
     assert torch.allclose(held, fixed, rtol=1e-4)
     assert not torch.allclose(free, fixed, rtol=1e-2)
 

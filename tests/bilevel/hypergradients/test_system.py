@@ -90,11 +90,11 @@ def test_the_scale_of_the_system(weight: float, damping: float, regularized: boo
 
 
 @pytest.mark.parametrize(
-    ("shift", "diagonal"), [(0.7, [0.7] * 5), ({"v": 0.7}, [0.0] * 3 + [0.7] * 2), ({}, [0.0] * 5)]
+    ("tikhonov", "diagonal"), [(0.7, [0.7] * 5), ({"v": 0.7}, [0.0] * 3 + [0.7] * 2), ({}, [0.0] * 5)]
 )
-def test_shift_is_in_the_operator_alone(shift: Any, diagonal: list[float]) -> None:
+def test_shift_is_in_the_operator_alone(tikhonov: Any, diagonal: list[float]) -> None:
     problem, (upper, lower) = Smooth(0.5), variables()
-    system = linearize(problem, upper, lower, BATCHES[:1], shift=shift, damping=1.0)
+    system = linearize(problem, upper, lower, BATCHES[:1], tikhonov=tikhonov, damping=1.0)
     operator, cross = oracle(problem, upper, lower, 1.0, BATCHES[:1])
     expected = operator + torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     torch.testing.assert_close(matrix(system, lower), expected, rtol=0.0, atol=1e-12)
@@ -154,10 +154,10 @@ def test_objectives_meet_the_lower_variables_in_their_own_order() -> None:
         ({"implicit": lambda name: False}, ValueError, "implicit selects no lower variable"),
         ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0, got -1.0"),
         ({"damping": float("nan")}, ValueError, "damping"),
-        ({"shift": -1.0}, ValueError, "shift must be"),
-        ({"shift": {"w": float("inf")}}, ValueError, r"shift\['w'\]"),
-        ({"shift": {"u": 1.0}}, ValueError, r"shift names \['u'\]"),
-        ({"shift": {"w": 1.0}, "implicit": ["v"]}, ValueError, r"shift names \['w'\]"),
+        ({"tikhonov": -1.0}, ValueError, "shift must be"),
+        ({"tikhonov": {"w": float("inf")}}, ValueError, r"shift\['w'\]"),
+        ({"tikhonov": {"u": 1.0}}, ValueError, r"shift names \['u'\]"),
+        ({"tikhonov": {"w": 1.0}, "implicit": ["v"]}, ValueError, r"shift names \['w'\]"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: Any, error: type[Exception], match: str) -> None:

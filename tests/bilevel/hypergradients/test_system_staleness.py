@@ -55,7 +55,7 @@ def by_object(x: Params, name: str) -> None:
 
 
 @pytest.mark.parametrize("change", [by_optimizer, by_data, by_object])
-@pytest.mark.parametrize(("argument", "name"), [("lower", "v"), ("upper", "shift"), ("lower_batches[1]", "x")])
+@pytest.mark.parametrize(("argument", "name"), [("lower", "v"), ("upper", "tikhonov"), ("lower_batches[1]", "x")])
 def test_a_changed_system_is_stale(argument: str, name: str, change: Callable[[Params, str], None]) -> None:
     system, upper, lower, batches = fresh_system()
     use(system, upper, lower)
@@ -139,7 +139,7 @@ def test_parameters_given_again_with_a_system_must_be_the_same() -> None:
         "solver": CG(50, rtol=1e-6),
         "hvp": ForwardOverReverse(),
         "damping": 2.0,
-        "shift": {"v": 1.0},
+        "tikhonov": {"v": 1.0},
         "implicit": ["w", "v"],
     }
     system = linearize(problem, upper, lower, BATCHES, **shaped)
@@ -153,7 +153,7 @@ def test_parameters_given_again_with_a_system_must_be_the_same() -> None:
         "solver": CG(51, rtol=1e-6),
         "hvp": ReverseOverReverse(),
         "damping": 0.0,
-        "shift": 1.0,
+        "tikhonov": 1.0,
         "implicit": ["w"],
     }
     for name, other in others.items():
@@ -184,7 +184,7 @@ def _frozen(**options: Any) -> tuple[_Frozen, System]:
     problem = _Frozen()
     lower = {name: p.detach() for name, p in problem.net.named_parameters()}
     batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
-    return problem, linearize(problem, {}, lower, batches, shift=1.0, **options)
+    return problem, linearize(problem, {}, lower, batches, tikhonov=1.0, **options)
 
 
 @pytest.mark.parametrize("keep_graph", [False, True], ids=["recomputed", "kept"])

@@ -16,7 +16,7 @@ def test_cg_solves_the_identity_in_one_step(rtol: float | None) -> None:
     assert solution.iterations == 1
     assert solution.residual_norms == (1.0, 0.0)
     assert solution.min_curvature == pytest.approx(1.0, rel=1e-15)
-    assert solution.departure == 0.0
+    assert solution.relative_change == 0.0
     assert solution.cosine == pytest.approx(1.0, rel=1e-15)
 
 

@@ -61,9 +61,9 @@ NEEDS_SHIFT = {
 }
 
 
-def shifted_solution(case: Case, shift: float) -> Tensor:
+def shifted_solution(case: Case, tikhonov: float) -> Tensor:
     eye = torch.eye(len(case.right), dtype=torch.float64)
-    return torch.linalg.solve(case.matrix + shift * eye, case.right / case.length)
+    return torch.linalg.solve(case.matrix + tikhonov * eye, case.right / case.length)
 
 
 @pytest.mark.parametrize("name", INNER)
@@ -73,13 +73,13 @@ def test_right_answer_or_right_status(case: Case, name: str) -> None:
     check_honest(case, operator, solution, rtol=1e-6 if name == "neumann" else 1e-7)
     if case.kind == NON_FINITE:
         return
-    assert (solution.shift > 0.0) == (case.kind in NEEDS_SHIFT[name])
+    assert (solution.tikhonov > 0.0) == (case.kind in NEEDS_SHIFT[name])
     slow = name == "neumann" and (case.kind == INCONSISTENT or case.name == "ill-conditioned")
     if not slow:
         assert solution.status is Status.CONVERGED
-    if solution.shift > 0.0 and solution.status is Status.CONVERGED:
+    if solution.tikhonov > 0.0 and solution.status is Status.CONVERGED:
         x = joined(solution.value) / case.length
-        exact = shifted_solution(case, solution.shift)
+        exact = shifted_solution(case, solution.tikhonov)
         torch.testing.assert_close(x, exact, rtol=1e-4, atol=1e-4 * float(exact.norm()))
 
 
@@ -89,7 +89,7 @@ def test_single_precision(case: Case) -> None:
     check_honest(case, operator, solution, rtol=1e-3, error=1.2e-7)
     if case.kind in (INDEFINITE, INCONSISTENT):
         assert solution.status is Status.CONVERGED
-        assert solution.shift > 0.0
+        assert solution.tikhonov > 0.0
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.kind in (DEFINITE, CONSISTENT)])
@@ -104,7 +104,7 @@ def test_without_a_breakdown_it_is_the_inner_solver(name: str) -> None:
         plain.num_hvps,
     )
     assert (wrapped.residual_curve, wrapped.ritz_range) == (plain.residual_curve, plain.ritz_range)
-    assert (wrapped.shift, wrapped.unshifted_residual) == (0.0, None)
+    assert (wrapped.tikhonov, wrapped.residual_without_tikhonov) == (0.0, None)
 
 
 def test_the_first_shift_comes_from_the_spectrum_that_was_seen() -> None:
@@ -113,13 +113,13 @@ def test_the_first_shift_comes_from_the_spectrum_that_was_seen() -> None:
     assert broken.ritz_range is not None
     assert broken.min_curvature is not None
     solution, _ = solve_case(Escalating(CG(60, rtol=1e-9)), case)
-    assert solution.shift == pytest.approx(-2.0 * min(broken.ritz_range[0], broken.min_curvature))
+    assert solution.tikhonov == pytest.approx(-2.0 * min(broken.ritz_range[0], broken.min_curvature))
     # A singular one has no negative part: a thousandth of its size.
     singular, _ = solve_case(Escalating(CG(60, rtol=1e-9)), BY_NAME["singular, inconsistent"])
-    assert singular.shift == pytest.approx(4e-3, rel=1e-3)
+    assert singular.tikhonov == pytest.approx(4e-3, rel=1e-3)
     # Layer-wise CG knows no Ritz values: Lanczos steps of its own, counted.
     layerwise, operator = solve_case(Escalating(CG(60, layerwise=True)), BY_NAME["negative definite"])
-    assert layerwise.shift == pytest.approx(8.0, rel=0.05)
+    assert layerwise.tikhonov == pytest.approx(8.0, rel=0.05)
     assert layerwise.num_hvps == len(operator.asked)
 
 
@@ -127,10 +127,10 @@ def test_shifts_grow_by_the_factor_until_one_works() -> None:
     case = BY_NAME["negative definite"]
     solution, operator = solve_case(Escalating(CG(60, rtol=1e-9), initial=0.1, factor=4.0, attempts=5), case)
     assert solution.status is Status.CONVERGED
-    assert solution.shift == pytest.approx(0.1 * 4.0**3)
+    assert solution.tikhonov == pytest.approx(0.1 * 4.0**3)
     check_honest(case, operator, solution, rtol=1e-9)
     enough, _ = solve_case(Escalating(CG(60, rtol=1e-9), initial=0.1, factor=4.0, attempts=4), case)
-    assert enough.shift == solution.shift
+    assert enough.tikhonov == solution.tikhonov
 
 
 def test_where_no_shift_works_the_first_breakdown_is_what_comes_back() -> None:
@@ -138,7 +138,7 @@ def test_where_no_shift_works_the_first_breakdown_is_what_comes_back() -> None:
     plain, once = solve_case(CG(60, rtol=1e-9), case)
     solution, operator = solve_case(Escalating(CG(60, rtol=1e-9), initial=1e-3, factor=2.0, attempts=2), case)
     assert solution.status is Status.NEGATIVE_CURVATURE
-    assert (solution.shift, solution.unshifted_residual) == (0.0, None)
+    assert (solution.tikhonov, solution.residual_without_tikhonov) == (0.0, None)
     assert torch.equal(joined(solution.value), joined(plain.value))
     assert solution.residual_norms == plain.residual_norms
     assert len(operator.asked) == solution.num_hvps == 3 * len(once.asked)
@@ -152,23 +152,23 @@ def test_the_shift_that_worked_serves_later_right_hand_sides() -> None:
     before = len(operator.asked)
     right = vector(8, seed=5)
     second = solver.solve(operator, case.split(right), state=state)
-    assert second.shift == first.shift > 0.0
+    assert second.tikhonov == first.tikhonov > 0.0
     assert second.num_hvps == len(operator.asked) - before < first.num_hvps
-    exact = torch.linalg.solve(case.matrix + second.shift * torch.eye(8, dtype=torch.float64), right)
+    exact = torch.linalg.solve(case.matrix + second.tikhonov * torch.eye(8, dtype=torch.float64), right)
     torch.testing.assert_close(joined(second.value), exact, rtol=1e-6, atol=1e-6)
-    shifted = case.matrix + second.shift * torch.eye(8, dtype=torch.float64)
+    shifted = case.matrix + second.tikhonov * torch.eye(8, dtype=torch.float64)
     alone = CG(60, rtol=1e-9).solve(dense(shifted, case.split), case.split(right))
     assert alone.min_curvature is not None
-    assert second.min_curvature == pytest.approx(alone.min_curvature - second.shift)
+    assert second.min_curvature == pytest.approx(alone.min_curvature - second.tikhonov)
     # A shift that stopped working grows from where it was.
-    state.shift, state.state = 0.01, solver.solver.prepare(operator)
+    state.tikhonov, state.state = 0.01, solver.solver.prepare(operator)
     third = solver.solve(operator, case.b, state=state)
-    assert third.shift == pytest.approx(10.0)
+    assert third.tikhonov == pytest.approx(10.0)
     # None of the attempts worked: the next right-hand side starts where this one did.
     stubborn = Escalating(CG(60), initial=1e-6, attempts=1)
     state = stubborn.prepare(operator)
     assert not stubborn.solve(operator, case.b, state=state).status.ok
-    assert state.shift == 0.0
+    assert state.tikhonov == 0.0
 
 
 def test_numbers_other_than_the_solution_stay_those_of_the_operator() -> None:
@@ -177,27 +177,27 @@ def test_numbers_other_than_the_solution_stay_those_of_the_operator() -> None:
     assert solution.ritz_range == pytest.approx((-4.0, -0.8), rel=1e-7)
     assert solution.min_curvature is not None
     assert -4.0 <= solution.min_curvature <= -0.8
-    assert solution.departure == pytest.approx(
+    assert solution.relative_change == pytest.approx(
         float((joined(solution.value) - case.right).norm() / case.right.norm()), rel=1e-9
     )
     assert len(solution.residual_curve) == solution.iterations
     assert solution.residual_norms[0] == 1.0
-    assert f"shift={solution.shift!r}" in repr(solution)
+    assert f"tikhonov={solution.tikhonov!r}" in repr(solution)
 
 
 def test_the_inner_state_is_made_anew_for_the_shifted_operator() -> None:
     case = BY_NAME["singular, inconsistent"]
     solution, operator = solve_case(Escalating(Dense()), case)
-    torch.testing.assert_close(joined(solution.value), shifted_solution(case, solution.shift) * case.length)
+    torch.testing.assert_close(joined(solution.value), shifted_solution(case, solution.tikhonov) * case.length)
     assert solution.num_hvps == len(operator.asked) == 8 + 1 + 8 + 1 + 1
 
 
 def test_only_breakdowns_escalate() -> None:
     case = BY_NAME["ill-conditioned"]
     short, operator = solve_case(Escalating(CG(2, rtol=1e-9)), case)
-    assert (short.status, short.shift, len(operator.asked)) == (Status.NOT_CONVERGED, 0.0, 2)
+    assert (short.status, short.tikhonov, len(operator.asked)) == (Status.NOT_CONVERGED, 0.0, 2)
     first_order, operator = solve_case(Escalating(Identity()), BY_NAME["indefinite"])
-    assert (first_order.status, first_order.shift, len(operator.asked)) == (Status.BUDGET, 0.0, 0)
+    assert (first_order.status, first_order.tikhonov, len(operator.asked)) == (Status.BUDGET, 0.0, 0)
     drifting = Counting(lambda v: {name: leaf * math.nan for name, leaf in v.items()})
     assert Escalating(CG()).solve(drifting, case.b).status is Status.NON_FINITE
     assert len(drifting.asked) <= 2
@@ -209,12 +209,12 @@ def test_a_start_and_scale_equivariance() -> None:
     solver = Escalating(CG(60, rtol=1e-9))
     warm = solver.solve(dense(case.matrix, case.split), case.b, x0=start)
     assert warm.status is Status.CONVERGED
-    exact = torch.linalg.solve(case.matrix + warm.shift * torch.eye(8, dtype=torch.float64), case.right)
+    exact = torch.linalg.solve(case.matrix + warm.tikhonov * torch.eye(8, dtype=torch.float64), case.right)
     torch.testing.assert_close(joined(warm.value), exact, rtol=1e-6, atol=1e-6)
     for factor in (2.0**-800, 2.0**900):
         one, other = (solver.solve(dense(case.matrix, case.split), case.split(case.right * f)) for f in (1.0, factor))
         assert torch.equal(joined(other.value), joined(one.value) * factor)
-        assert (one.shift, one.unshifted_residual) == (other.shift, other.unshifted_residual)
+        assert (one.tikhonov, one.residual_without_tikhonov) == (other.tikhonov, other.residual_without_tikhonov)
 
 
 def test_the_split_into_leaves_does_not_matter() -> None:
@@ -223,7 +223,7 @@ def test_the_split_into_leaves_does_not_matter() -> None:
         solve_case(Escalating(CG(60, rtol=1e-9)), Case("", base.matrix, base.right, shapes, INDEFINITE))[0]
         for shapes in (((8,),), ((2, 2), (), (3,)))
     ]
-    assert found[0].shift == pytest.approx(found[1].shift, rel=1e-9)
+    assert found[0].tikhonov == pytest.approx(found[1].tikhonov, rel=1e-9)
     torch.testing.assert_close(joined(found[0].value), joined(found[1].value), rtol=1e-7, atol=1e-9)
 
 
@@ -235,8 +235,10 @@ def test_a_system_solves_the_shifted_one_and_the_hypergradient_says_so() -> None
     with_system = hypergradient(problem, {}, y, upper_batch=None, system=system)
     assert with_system.solution is not None
     assert with_system.solution.status is Status.CONVERGED
-    assert with_system.solution.shift > 0.0
-    same = linearize(problem, {}, y, [1.0], solver=CG(60, rtol=1e-9), shift=with_system.solution.shift).solve(case.b)
+    assert with_system.solution.tikhonov > 0.0
+    same = linearize(problem, {}, y, [1.0], solver=CG(60, rtol=1e-9), tikhonov=with_system.solution.tikhonov).solve(
+        case.b
+    )
     torch.testing.assert_close(with_system.solution.value, same.value, rtol=1e-7, atol=1e-9)
 
 
@@ -273,10 +275,10 @@ def test_a_training_record_carries_the_shift_and_the_ritz_range(solver: Solver, 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (r for r in records if r["event"] == "upper")
     if solver == CG(20, layerwise=True):
-        assert (record["shift"], record["ritz_min"], record["ritz_max"]) == (0.0, None, None)
+        assert (record["tikhonov"], record["ritz_min"], record["ritz_max"]) == (0.0, None, None)
         return
     assert -0.5 - 1e-9 <= record["ritz_min"] < 0.0 < record["ritz_max"] <= 2.0 + 1e-9
-    assert (record["shift"] > 0.5) == isinstance(solver, Escalating)
+    assert (record["tikhonov"] > 0.5) == isinstance(solver, Escalating)
 
 
 @pytest.mark.parametrize(

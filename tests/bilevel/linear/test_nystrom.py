@@ -35,18 +35,18 @@ def shifted_low_rank(rank: int, n: int = 30, *, signs: bool = False, weight: flo
     return Case("shifted low rank", matrix, vector(n), ((4, 5), (), (n - 21,)), DEFINITE)
 
 
-def sketch_of(case: Case, rank: int, shift: float | None) -> Sketch:
-    sketch = draw_sketch(dense(case.matrix, case.split), case.b, rank, shift, seed=0)
+def sketch_of(case: Case, rank: int, tikhonov: float | None) -> Sketch:
+    sketch = draw_sketch(dense(case.matrix, case.split), case.b, rank, tikhonov, seed=0)
     assert sketch is not None
     return sketch
 
 
-def textbook(case: Case, sample: Tensor, shift: float) -> Tensor:
+def textbook(case: Case, sample: Tensor, tikhonov: float) -> Tensor:
     """The model as a matrix, by pseudo-inverse."""
-    low_rank = case.matrix - shift * torch.eye(len(case.right), dtype=torch.float64)
+    low_rank = case.matrix - tikhonov * torch.eye(len(case.right), dtype=torch.float64)
     image = low_rank @ sample
     core = torch.linalg.pinv(sample.T @ image, hermitian=True, rtol=1e-12)
-    return shift * torch.eye(len(case.right), dtype=torch.float64) + image @ core @ image.T
+    return tikhonov * torch.eye(len(case.right), dtype=torch.float64) + image @ core @ image.T
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -65,10 +65,10 @@ def test_a_sketch_of_everything_solves_directly(case: Case) -> None:
             torch.testing.assert_close(joined(solution.value), case.solution())
 
 
-@pytest.mark.parametrize("shift", [None, 1.0])
+@pytest.mark.parametrize("tikhonov", [None, 1.0])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_small_sketch_is_refined(case: Case, shift: float | None) -> None:
-    solution, operator = solve_case(Nystrom(rank=3, shift=shift, max_refinements=40, rtol=1e-9), case)
+def test_a_small_sketch_is_refined(case: Case, tikhonov: float | None) -> None:
+    solution, operator = solve_case(Nystrom(rank=3, tikhonov=tikhonov, max_refinements=40, rtol=1e-9), case)
     check_honest(case, operator, solution, rtol=1e-9)
     if case.kind in (DEFINITE, CONSISTENT):
         assert solution.status is Status.CONVERGED
@@ -103,11 +103,11 @@ def test_single_precision(case: Case) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 9])
 def test_exact_at_the_rank_of_what_is_added_to_the_identity(rank: int) -> None:
     case = shifted_low_rank(rank)
-    solution, operator = solve_case(Nystrom(rank=rank, shift=1.0, max_refinements=0, rtol=1e-10), case)
+    solution, operator = solve_case(Nystrom(rank=rank, tikhonov=1.0, max_refinements=0, rtol=1e-10), case)
     assert (solution.status, solution.num_hvps) == (Status.CONVERGED, rank + 1)
     assert relative_error(case, solution) < 1e-11
     check_honest(case, operator, solution, rtol=1e-10)
-    # An estimated shift needs one direction more, which sees the identity alone.
+    # An estimated tikhonov needs one direction more, which sees the identity alone.
     estimated, _ = solve_case(Nystrom(rank=rank + 1, max_refinements=0, rtol=1e-10), case)
     assert estimated.status is Status.CONVERGED
     assert relative_error(case, estimated) < 1e-10
@@ -121,7 +121,7 @@ def test_exact_at_the_rank_of_what_is_added_to_the_identity(rank: int) -> None:
 def test_exact_on_both_signs_with_a_known_shift_and_half_as_many_directions_again() -> None:
     case = shifted_low_rank(8, signs=True)
     assert float(torch.linalg.eigvalsh(case.matrix)[0]) < 1.0
-    solution, _ = solve_case(Nystrom(rank=12, shift=1.0, max_refinements=0, rtol=1e-9), case)
+    solution, _ = solve_case(Nystrom(rank=12, tikhonov=1.0, max_refinements=0, rtol=1e-9), case)
     assert solution.status is Status.CONVERGED
     assert relative_error(case, solution) < 1e-9
 
@@ -129,7 +129,7 @@ def test_exact_on_both_signs_with_a_known_shift_and_half_as_many_directions_agai
 def test_an_indefinite_system_is_solved_where_the_sketch_holds_it() -> None:
     case = shifted_low_rank(8, signs=True, weight=1.0)
     assert float(torch.linalg.eigvalsh(case.matrix)[0]) < -0.9
-    solution, _ = solve_case(Nystrom(rank=12, shift=1.0, rtol=1e-9), case)
+    solution, _ = solve_case(Nystrom(rank=12, tikhonov=1.0, rtol=1e-9), case)
     assert (solution.status, solution.iterations) == (Status.CONVERGED, 1)
     assert relative_error(case, solution) < 1e-9
     poor, operator = solve_case(Nystrom(rank=20, rtol=1e-9), case)
@@ -145,23 +145,23 @@ def test_an_indefinite_system_is_solved_where_the_sketch_holds_it() -> None:
 
 def test_the_identity_needs_nothing_but_its_shift() -> None:
     case = Case("twice the identity", 2.0 * torch.eye(8, dtype=torch.float64), vector(8), ((2, 2), (), (3,)), DEFINITE)
-    for solver in (Nystrom(rank=3), Nystrom(rank=3, shift=2.0)):
+    for solver in (Nystrom(rank=3), Nystrom(rank=3, tikhonov=2.0)):
         solution, _ = solve_case(solver, case)
         assert (solution.status, solution.num_hvps) == (Status.CONVERGED, 4)
         torch.testing.assert_close(joined(solution.value), 0.5 * case.right)
 
 
-@pytest.mark.parametrize("shift", [0.6, None])
-def test_the_model_is_the_published_formula(shift: float | None) -> None:
+@pytest.mark.parametrize("tikhonov", [0.6, None])
+def test_the_model_is_the_published_formula(tikhonov: float | None) -> None:
     case = Case("definite", with_spectrum([0.8 + 0.1 * k**1.5 for k in range(20)]), vector(20), ((20,),), DEFINITE)
     operator = dense(case.matrix, case.split)
-    sketch = draw_sketch(operator, case.b, 6, shift, seed=0)
+    sketch = draw_sketch(operator, case.b, 6, tikhonov, seed=0)
     assert sketch is not None
     sample = torch.stack(operator.asked, dim=1)
     torch.testing.assert_close(sample.T @ sample, torch.eye(6, dtype=torch.float64))
     compression = torch.linalg.eigvalsh(sample.T @ case.matrix @ sample)
     assert sketch.ritz_range == pytest.approx((float(compression[0]), float(compression[-1])))
-    model = textbook(case, sample, float(compression[0]) if shift is None else shift)
+    model = textbook(case, sample, float(compression[0]) if tikhonov is None else tikhonov)
     torch.testing.assert_close(
         joined(sketch.solve(case.b)), torch.linalg.solve(model, case.right), rtol=1e-8, atol=1e-10
     )
@@ -192,7 +192,7 @@ def test_products_are_made_once_and_serve_every_right_hand_side() -> None:
         y = case.split(case.matrix @ joined({name: v[name] for name in names}))
         return {name: y[name] for name in v}
 
-    operator, solver = Counting(product), Nystrom(rank=5, shift=1.0, rtol=1e-9)
+    operator, solver = Counting(product), Nystrom(rank=5, tikhonov=1.0, rtol=1e-9)
     state = solver.prepare(operator)
     assert not operator.asked
     first = solver.solve(operator, case.b, state=state)
@@ -306,8 +306,8 @@ def test_non_finite_products_are_reported_and_not_kept() -> None:
     [
         ({"rank": 0}, "Nystrom: rank"),
         ({"rank": 2.0}, "Nystrom: rank"),
-        ({"shift": 0.0}, "Nystrom: shift"),
-        ({"shift": -1.0}, "Nystrom: shift"),
+        ({"tikhonov": 0.0}, "Nystrom: tikhonov"),
+        ({"tikhonov": -1.0}, "Nystrom: tikhonov"),
         ({"max_refinements": -1}, "Nystrom: max_refinements"),
         ({"rtol": 1.0}, "Nystrom: rtol"),
         ({"seed": -1}, "Nystrom: seed"),

@@ -10,8 +10,8 @@ from bilevel.linear.operators import (
     MeanOperator,
     ProductOperator,
     ScaledOperator,
-    ShiftedOperator,
     SumOperator,
+    TikhonovOperator,
     as_operator,
 )
 from tests.support.cases import Counting, dense, joined, vector, with_spectrum
@@ -36,8 +36,8 @@ SCALAR = torch.diag(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
         (SumOperator(dense(A, split), dense(B, split)), A + B),
         (ProductOperator(dense(A, split), dense(B, split)), A @ B),
         (ScaledOperator(-0.25, dense(A, split)), -0.25 * A),
-        (ShiftedOperator(dense(A, split), 0.7), A + 0.7 * EYE),
-        (ShiftedOperator(dense(A, split), {"scalar": 0.7}), A + 0.7 * SCALAR),
+        (TikhonovOperator(dense(A, split), 0.7), A + 0.7 * EYE),
+        (TikhonovOperator(dense(A, split), {"scalar": 0.7}), A + 0.7 * SCALAR),
         (SumOperator(ScaledOperator(2.0, MeanOperator([dense(A, split)])), dense(EYE, split)), 2 * A + EYE),
     ],
 )
@@ -58,7 +58,7 @@ def test_exactness_is_that_of_the_least_exact_part() -> None:
     ):
         assert make(exact).exact
         assert not make(rough).exact
-    assert not ShiftedOperator(SumOperator(exact, rough), 1.0).exact
+    assert not TikhonovOperator(SumOperator(exact, rough), 1.0).exact
     assert not FunctionOperator(lambda v: v, exact=False).exact
 
 

@@ -28,7 +28,7 @@ from tests.support.solver_checks import check_honest, in_single_precision, relat
 PRECONDITIONERS = {
     "diagonal": Diagonal(probes=4),
     "nystrom": NystromPreconditioner(rank=4),
-    "nystrom, known shift": NystromPreconditioner(rank=4, shift=0.5),
+    "nystrom, known shift": NystromPreconditioner(rank=4, tikhonov=0.5),
     "nystrom of everything": NystromPreconditioner(rank=50),
 }
 
@@ -194,7 +194,7 @@ def test_scale_equivariance_to_the_bit(preconditioner: Preconditioner, dtype: to
     assert one.residual_norms == other.residual_norms
 
 
-@pytest.mark.parametrize("preconditioner", [NystromPreconditioner(3), NystromPreconditioner(3, shift=0.7)])
+@pytest.mark.parametrize("preconditioner", [NystromPreconditioner(3), NystromPreconditioner(3, tikhonov=0.7)])
 def test_the_split_into_leaves_does_not_matter(preconditioner: Preconditioner) -> None:
     base = BY_NAME["well-conditioned"]
     values = [
@@ -255,8 +255,8 @@ def test_a_preconditioner_that_is_not_definite_is_refused() -> None:
         (lambda: Diagonal(probes=1), ValueError, "Diagonal: probes"),
         (lambda: Diagonal(seed=-1), ValueError, "Diagonal: seed"),
         (lambda: NystromPreconditioner(rank=0), ValueError, "NystromPreconditioner: rank"),
-        (lambda: NystromPreconditioner(shift=0.0), ValueError, "NystromPreconditioner: shift"),
-        (lambda: NystromPreconditioner(shift=math.nan), ValueError, "NystromPreconditioner: shift"),
+        (lambda: NystromPreconditioner(tikhonov=0.0), ValueError, "NystromPreconditioner: shift"),
+        (lambda: NystromPreconditioner(tikhonov=math.nan), ValueError, "NystromPreconditioner: shift"),
     ],
 )
 def test_bad_options_are_refused_by_name(make: Any, error: type[Exception], match: str) -> None:

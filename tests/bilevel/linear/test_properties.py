@@ -34,7 +34,7 @@ from bilevel import (
     unrolled_hypergradient,
 )
 from bilevel.hypergradients import hypergradient
-from bilevel.linear.operators import MeanOperator, ProductOperator, ScaledOperator, ShiftedOperator, SumOperator
+from bilevel.linear.operators import MeanOperator, ProductOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
 from bilevel.linear.solvers.escalating import Escalating
 from bilevel.products.automatic import Automatic
@@ -65,9 +65,9 @@ def mean(parts: Sequence[Pair]) -> Pair:
     return MeanOperator([operator for operator, _ in parts]), sum((m for _, m in parts), torch.zeros(5, 5)) / len(parts)
 
 
-def shifted(part: Pair, by_leaf: bool, shift: float) -> Pair:
-    diagonal = torch.tensor([0.0 if by_leaf else shift] * 4 + [shift], dtype=torch.float64)
-    return ShiftedOperator(part[0], {"scalar": shift} if by_leaf else shift), part[1] + diagonal.diag()
+def shifted(part: Pair, by_leaf: bool, tikhonov: float) -> Pair:
+    diagonal = torch.tensor([0.0 if by_leaf else tikhonov] * 4 + [tikhonov], dtype=torch.float64)
+    return TikhonovOperator(part[0], {"scalar": tikhonov} if by_leaf else tikhonov), part[1] + diagonal.diag()
 
 
 # Factors of a product must commute for it to be symmetric: powers of one operator do.
@@ -110,7 +110,7 @@ class InPairs(Problem):
 
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         z = batch @ torch.stack([lower["w"], lower["w"].flip(0) + lower["v"].sum()], dim=1)
-        return (z if self.linear else torch.tanh(z)) * torch.exp(0.3 * upper["t"]) + upper["shift"]
+        return (z if self.linear else torch.tanh(z)) * torch.exp(0.3 * upper["t"]) + upper["tikhonov"]
 
     def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.logsumexp(outputs @ outputs.T, dim=1).mean() + outputs.pow(4).mean()
@@ -153,8 +153,8 @@ EACH = [
 @cache
 def system_of(name: str, index: int) -> System:
     problem = SETTINGS[name].problem
-    shift = 0.0 if problem.regularization_weight else 0.25
-    return linearize(problem, UPPER, LOWER, BATCHES, hvp=SETTINGS[name].providers[index], shift=shift)
+    tikhonov = 0.0 if problem.regularization_weight else 0.25
+    return linearize(problem, UPPER, LOWER, BATCHES, hvp=SETTINGS[name].providers[index], tikhonov=tikhonov)
 
 
 @cache
@@ -170,8 +170,8 @@ def second_derivatives(name: str) -> tuple[Tensor, Tensor]:
         return total if penalty is None else total + penalty
 
     full: Any = torch.autograd.functional.hessian(value, torch.cat([joined(LOWER), joined(UPPER)]))
-    shift = 0.0 if weight else 0.25
-    return full[:n, :n] + shift * torch.eye(n, dtype=torch.float64), full[n:, :n]
+    tikhonov = 0.0 if weight else 0.25
+    return full[:n, :n] + tikhonov * torch.eye(n, dtype=torch.float64), full[n:, :n]
 
 
 @pytest.mark.parametrize(("name", "index"), EACH)
@@ -199,11 +199,11 @@ GLOBAL: list[Solver] = [
 
 @pytest.mark.parametrize("solver", GLOBAL, ids=str)
 @DRAWN
-@given(cuts=st.lists(st.integers(0, 9), max_size=4), seed=SEEDS, shift=st.floats(0.01, 3.0))
+@given(cuts=st.lists(st.integers(0, 9), max_size=4), seed=SEEDS, tikhonov=st.floats(0.01, 3.0))
 def test_global_solvers_do_not_see_how_variables_are_split(
-    solver: Solver, cuts: list[int], seed: int, shift: float
+    solver: Solver, cuts: list[int], seed: int, tikhonov: float
 ) -> None:
-    matrix = with_spectrum([shift + value for value in (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.0, 5.0)], seed)
+    matrix = with_spectrum([tikhonov + value for value in (0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.0, 5.0)], seed)
     shapes = tuple((b - a,) for a, b in itertools.pairwise([0, *sorted(cuts), 9]))
     whole = Case("whole", matrix, vector(9, seed), ((9,),), DEFINITE)
     parts = Case("parts", matrix, vector(9, seed), shapes, DEFINITE)
@@ -231,7 +231,7 @@ def test_solutions_scale_with_the_system(
     back = joined(other.value) / k * (1.0 if isinstance(solver, Identity) else c)
     assert relative_error(back, joined(one.value)) <= 1e-8
     assert (one.status, one.iterations) == (other.status, other.iterations)
-    assert other.shift == pytest.approx(c * one.shift, rel=1e-8)
+    assert other.tikhonov == pytest.approx(c * one.tikhonov, rel=1e-8)
 
 
 @DRAWN

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from bilevel import CG, LinearOperator, Params, Solution, Status
 from bilevel.linear.account import Account
 from bilevel.linear.conjugate_gradients import ConjugateGradients
-from bilevel.linear.operators import FunctionOperator, MeanOperator, ScaledOperator, ShiftedOperator, SumOperator
+from bilevel.linear.operators import FunctionOperator, MeanOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal
 from bilevel.linear.recycling import Directions
 from tests.support.cases import CASES, Case, Counting, dense, joined
@@ -152,7 +152,7 @@ def test_the_noise_is_the_standard_error_of_the_product() -> None:
     assert torch.allclose(joined(mean), products.mean(dim=0))
     assert measured == pytest.approx(standard_error, rel=1e-10)
     regular = FunctionOperator(lambda vector: vector)
-    built = ShiftedOperator(SumOperator(ScaledOperator(-0.5, operator), regular), 2.0)
+    built = TikhonovOperator(SumOperator(ScaledOperator(-0.5, operator), regular), 2.0)
     total, scaled = built.sampled(split(b))
     assert scaled == pytest.approx(0.5 * standard_error, rel=1e-10)
     assert torch.allclose(joined(total), joined(built(split(b))))

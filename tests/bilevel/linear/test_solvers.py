@@ -82,7 +82,7 @@ def check_honest(case: Case, operator: Counting, solution: Solution, error: floa
     if solution.status is Status.CONVERGED:
         assert true <= max(1e-9, 10 * error) * 1.2
     x, b = joined(solution.value) / case.length, case.right / case.length
-    assert solution.departure == pytest.approx(float((x - b).norm()), rel=1e-9, abs=1e-12)
+    assert solution.relative_change == pytest.approx(float((x - b).norm()), rel=1e-9, abs=1e-12)
     assert solution.cosine == pytest.approx(float(x @ b / x.norm()), rel=1e-9, abs=1e-12)
 
 
@@ -258,7 +258,7 @@ def test_scale_equivariance_to_the_bit(solver: Solver, dtype: torch.dtype, facto
     assert torch.equal(joined(other.value), joined(one.value) * factor)
     assert one.status is other.status
     assert one.residual_norms == other.residual_norms or math.isnan(one.residual_norms[1])
-    assert (one.cosine, one.departure) == (other.cosine, other.departure)
+    assert (one.cosine, one.relative_change) == (other.cosine, other.relative_change)
 
 
 def test_right_hand_sides_at_the_end_of_the_range() -> None:
@@ -281,7 +281,12 @@ def test_identity_gives_b_bit_for_bit_whatever_its_range() -> None:
     b = {"wide": torch.tensor([1e38, 1e-44, -3.0]), "empty": torch.zeros(0), "scalar": torch.tensor(1.1)}
     solution = Identity().solve(lambda v: v, b)
     assert all(torch.equal(solution.value[name], leaf) for name, leaf in b.items())
-    assert (solution.status, solution.num_hvps, solution.departure, solution.cosine) == (Status.BUDGET, 0, 0.0, 1.0)
+    assert (solution.status, solution.num_hvps, solution.relative_change, solution.cosine) == (
+        Status.BUDGET,
+        0,
+        0.0,
+        1.0,
+    )
     assert math.isnan(solution.residual_norms[1])
 
 

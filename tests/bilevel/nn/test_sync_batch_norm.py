@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import ForwardOverReverse, Params, Problem, functional_call, linearize, proximal
-from bilevel.distributed import gather, mean_over_ranks, share, world_size
+from bilevel.distributed import gather, mean_over_ranks, shard, world_size
 from bilevel.hypergradients import hypergradient
 from bilevel.nn.functional import curvature_pass
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
@@ -39,7 +39,7 @@ def derivatives(
     layer: nn.Module, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], orders: int
 ) -> dict[str, Tensor]:
     """Output and derivatives, in all variables, of a nonlinear function of what `forward` makes of this rank's rows."""
-    size, rows = math.prod(shape), share(shape[0])
+    size, rows = math.prod(shape), shard(shape[0])
     batch, weights = vector(size, 1).reshape(shape) * 2.0 + 0.7, vector(size, 2).reshape(shape)
     x = batch[rows].clone().requires_grad_()
     variables = {"x": x, **dict(layer.named_parameters())}
@@ -63,7 +63,7 @@ def derivatives(
 def two_passes(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Output, running statistics, gradients and a Hessian product."""
     layer = double_layer(make)
-    layer(vector(math.prod(shape), 3).reshape(shape)[share(shape[0])] - 1.0)
+    layer(vector(math.prod(shape), 3).reshape(shape)[shard(shape[0])] - 1.0)
     found = derivatives(layer, layer, shape, 2)
     return found | {name: buffer.clone() for name, buffer in layer.named_buffers()}
 
@@ -105,7 +105,7 @@ BATCHES = [vector(21, 11).reshape(7, 3), vector(27, 12).reshape(9, 3) + 1.0]
 def in_a_hypergradient() -> dict[str, Tensor]:
     problem = Fit()
     upper, lower = parameters(problem.module), parameters(problem.module)
-    batches = [batch[share(len(batch))] for batch in BATCHES]
+    batches = [batch[shard(len(batch))] for batch in BATCHES]
     found = {}
     system = linearize(problem, upper, lower, batches)
     found["product"] = joined(system.operator({name: leaf.cos() for name, leaf in lower.items()}))
@@ -133,7 +133,7 @@ def lower_precision() -> dict[str, Tensor]:
 
 def on(batch: Tensor) -> Tensor:
     """This rank's rows; the reference has all of them in double precision."""
-    return batch[share(len(batch))] if world_size() > 1 else batch.double()
+    return batch[shard(len(batch))] if world_size() > 1 else batch.double()
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -148,13 +148,13 @@ def refusals() -> dict[str, str]:
     layer = synchronised(nn.BatchNorm1d(3))
     torchs, x = nn.SyncBatchNorm(3), torch.ones(2, 3)
     problem = Fit()
-    lower, rows = parameters(problem.module), BATCHES[0][share(7)]
+    lower, rows = parameters(problem.module), BATCHES[0][shard(7)]
     system = linearize(problem, lower, lower, [rows], hvp=ForwardOverReverse())
     with curvature_pass():
         found = {"torch's": refused(lambda: functional_call(torchs, {}, x)), "ours": refused(lambda: layer(x))}
         found["torch's, evaluated"] = refused(lambda: functional_call(torchs.eval(), {}, x))
     return found | {
-        "one value": refused(lambda: layer(torch.ones(1, 3)[share(1)])),
+        "one value": refused(lambda: layer(torch.ones(1, 3)[shard(1)])),
         "no value": refused(lambda: layer(torch.ones(0, 3))),
         "channels": refused(lambda: layer(torch.ones(2, 1))),
         "dimensions": refused(lambda: layer(torch.ones(3))),

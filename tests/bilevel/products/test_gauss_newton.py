@@ -68,7 +68,7 @@ def test_products_equal_the_dense_matrix_and_are_semidefinite() -> None:
 
 def test_hypergradient_uses_the_exact_cross_term() -> None:
     upper, lower, batch = point(1)
-    shift = 0.1
+    tikhonov = 0.1
     found = hypergradient(
         Network(),
         upper,
@@ -77,7 +77,7 @@ def test_hypergradient_uses_the_exact_cross_term() -> None:
         lower_batches=[batch],
         hvp=GaussNewton(),
         solver=CG(100, 1e-12),
-        shift=shift,
+        tikhonov=tikhonov,
     )
     assert found.solution is not None
     assert found.solution.status is Status.CONVERGED
@@ -89,7 +89,9 @@ def test_hypergradient_uses_the_exact_cross_term() -> None:
     y = (lower["a"].requires_grad_(), lower["b"].requires_grad_())
     mixed = torch.autograd.functional.jacobian(lambda s: gradient(y, s), upper["scale"])
     v = torch.cat([g.flatten() for g in torch.autograd.grad(Network().upper_objective(upper, lower, batch), y)])
-    system = dense(upper, {n: t.detach() for n, t in lower.items()}, batch) + shift * torch.eye(21, dtype=torch.float64)
+    system = dense(upper, {n: t.detach() for n, t in lower.items()}, batch) + tikhonov * torch.eye(
+        21, dtype=torch.float64
+    )
     assert isinstance(mixed, Tensor)
     assert torch.allclose(found.implicit["scale"], -mixed @ torch.linalg.solve(system, v), rtol=1e-8)
 

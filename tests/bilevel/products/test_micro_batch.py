@@ -60,7 +60,7 @@ def test_equal_to_the_whole_batch(size: int) -> None:
     problem, upper, batch = Pairs(conv_net()), upper_point(), views()
     lower = parameters(problem.net) | {"0.bias": vector(4, 9)}
     w = split(vector(joined(lower).numel(), 3), lower)
-    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(size), shift=SHIFT)
+    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(size), tikhonov=SHIFT)
     check_system(system, lambda x, y: problem.lower_objective(x, y, batch), w)
     value, gradient = micro_batched_gradient(
         lambda y, chunk: problem.lower_outputs(upper, y, chunk),
@@ -82,7 +82,7 @@ def test_frozen_batch_norm_is_exact_and_stays_frozen() -> None:
     before = buffers(problem.net)
     lower = parameters(problem.net)
     w = split(vector(joined(lower).numel(), 3), lower)
-    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), shift=SHIFT)
+    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), tikhonov=SHIFT)
     check_system(system, lambda x, y: problem.lower_objective(x, y, batch), w)
     assert all(torch.equal(before[name], buffer) for name, buffer in problem.net.named_buffers())
 
@@ -119,7 +119,7 @@ def test_an_upper_level_that_the_outputs_do_not_use_has_no_cross_term() -> None:
 def test_hypergradient_is_that_of_the_whole_batch() -> None:
     problem, upper = Pairs(conv_net()), upper_point()
     lower = parameters(problem.net)
-    options: dict[str, Any] = {"upper_batch": views(20), "lower_batches": [views(0), views(2)], "shift": 50.0}
+    options: dict[str, Any] = {"upper_batch": views(20), "lower_batches": [views(0), views(2)], "tikhonov": 50.0}
     exact = hypergradient(problem, upper, lower, solver=CG(100, 1e-12), hvp=ReverseOverReverse(), **options)
     found = hypergradient(problem, upper, lower, solver=CG(100, 1e-12), hvp=MicroBatched(3), **options)
     close(found.grad, exact.grad)
@@ -146,7 +146,7 @@ def test_masks_are_equal_in_both_passes_and_fixed_within_a_system() -> None:
 
     w = split(vector(joined(lower).numel(), 3), lower)
     close(gradient, whole(objective, upper, lower, w)[0])
-    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), shift=SHIFT)
+    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), tikhonov=SHIFT)
     dropout.masks.clear()
     system.operator(w)
     first = dropout.masks[:6]
@@ -192,7 +192,7 @@ def test_train_mode_batch_norm_takes_the_statistics_of_each_chunk() -> None:
     lower = parameters(problem.net)
     w = split(vector(joined(lower).numel(), 3), lower)
     chunked, joint = Pairs(conv_net(ByHand(3))), Pairs(conv_net(ByHand(SAMPLES)))
-    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), shift=SHIFT)
+    system = linearize(problem, upper, lower, [batch], hvp=MicroBatched(3), tikhonov=SHIFT)
     before = buffers(problem.net)
     check_system(system, lambda x, y: chunked.lower_objective(x, y, batch), w)
     assert all(torch.equal(before[name], buffer) for name, buffer in problem.net.named_buffers())

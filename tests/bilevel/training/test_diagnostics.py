@@ -76,15 +76,22 @@ def test_every_solve_is_counted_by_its_status() -> None:
 
 
 def record(status: str = "CONVERGED", **numbers: Any) -> dict[str, Any]:
-    plain = {"residual": 0.5, "iterations": 2, "num_hvps": 3, "departure": 0.25, "cosine": 0.75, "stationarity": 6.0}
+    plain = {
+        "residual": 0.5,
+        "iterations": 2,
+        "num_hvps": 3,
+        "relative_change": 0.25,
+        "cosine": 0.75,
+        "stationarity": 6.0,
+    }
     rest = {"min_curvature": None, "ritz_min": None, "ritz_max": None, "stationarity_over_noise": None}
-    rest |= {"shift": 0.0, "unshifted_residual": None}
+    rest |= {"tikhonov": 0.0, "residual_without_tikhonov": None}
     return {"event": "upper", "status": status, **plain, **rest, **numbers}
 
 
 def test_a_line_is_over_the_solves_since_the_last() -> None:
     first = record(min_curvature=1.5, ritz_min=1.25, ritz_max=4.0, residual=math.nan)
-    second = record("NEGATIVE_CURVATURE", min_curvature=-0.5, ritz_min=-0.5, ritz_max=3.0, departure=0.75)
+    second = record("NEGATIVE_CURVATURE", min_curvature=-0.5, ritz_min=-0.5, ritz_max=3.0, relative_change=0.75)
     third = record(residual=0.125, stationarity=9.0, stationarity_over_noise=2.5, cosine=0.0)
     cells = diagnostics_cells(7, [first, second, third])
     assert list(cells) == TITLES
@@ -98,7 +105,10 @@ def test_a_line_is_over_the_solves_since_the_last() -> None:
 
 
 def test_a_line_names_the_shift_of_systems_that_were_shifted() -> None:
-    shifted = [record(shift=0.5, unshifted_residual=0.25), record(shift=2.0, unshifted_residual=0.125)]
+    shifted = [
+        record(tikhonov=0.5, residual_without_tikhonov=0.25),
+        record(tikhonov=2.0, residual_without_tikhonov=0.125),
+    ]
     cells = diagnostics_cells(1, [record(), *shifted])
     assert cells["status"] == "3 CONVERGED, shift 2 (residual without it 0.25)"
 

@@ -214,7 +214,7 @@ def test_records_carry_the_numbers_of_the_step() -> None:
     }
     assert (step["status"], step["num_hvps"], step["iterations"]) == ("CONVERGED", 4, 1)
     assert step["residual"] < 1e-14
-    assert 0.0 < step["departure"] < 1.0
+    assert 0.0 < step["relative_change"] < 1.0
     assert 0.9 < step["cosine"] <= 1.0
     assert step["min_curvature"] > 1.0
     assert step["stationarity"] > 0.0

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer_resume import metrics
 from torch import Tensor
 
 from bilevel import CG, Callback, Identity, Neumann, Params, Solver, Trainer
 from bilevel.checkpoint import load_checkpoint
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, check, deferred, installed
+from tests.bilevel.training.test_trainer_resume import metrics
 from tests.support.small_net import Net, net_trainer
 
 

@@ -15,7 +15,7 @@ from examples.segmentation import Segmentation
 from recipes.bissl.settings.config import DOWNSTREAM_TASKS, PRETEXT_TASKS
 from recipes.vision import shards as shares
 from recipes.vision.imagesets import DataError
-from recipes.vision.shards import on_shares, views_of_share
+from recipes.vision.shards import on_shards, views_of_shard
 from recipes.vision.views.random_view import RandomView, apply_view, apply_view_batched
 from recipes.vision.views.view_policy import ViewPolicy, draw
 from tests.support.recipes.view_reference import PLAIN, generator, photographs, policy_of
@@ -59,10 +59,10 @@ def transforms(name: str, views: str, channels: int) -> list[Callable[..., Any]]
         return photographs(count, 20, 20, channels)
 
     if name in PRETEXT_TASKS:
-        function = views_of_share(PRETEXT_TASKS[name](**options).transform(), name)
+        function = views_of_shard(PRETEXT_TASKS[name](**options).transform(), name)
         return [lambda count, drawn: function(images(count), drawn)]
     task = DOWNSTREAM_TASKS[name](classes=("a", "b"), **options)
-    made = [views_of_share(task.transform(train), name) for train in (True, False)]
+    made = [views_of_shard(task.transform(train), name) for train in (True, False)]
     return [lambda count, drawn, f=f: f(images(count), labels_of(task.labels, count), drawn) for f in made]
 
 
@@ -95,10 +95,10 @@ def test_shares_make_up_the_batch(name: str, views: str, on_rank: Callable[[int,
 
 
 def test_shares_of_tasks_of_ones_own(on_rank: Callable[[int, int], None]) -> None:
-    masked = views_of_share(MaskedAutoencoder(image_size=20).transform(), "MaskedAutoencoder")
+    masked = views_of_shard(MaskedAutoencoder(image_size=20).transform(), "MaskedAutoencoder")
     check_shares(lambda count, drawn: masked(photographs(count, 20, 20), drawn), on_rank)
     task = Segmentation(image_size=20, classes=("a", "b"), flip_probability=0.5)
-    segmented = views_of_share(task.transform(train=True), "Segmentation")
+    segmented = views_of_shard(task.transform(train=True), "Segmentation")
     check_shares(
         lambda count, drawn: segmented(photographs(count, 20, 20), labels_of("segmentation", count), drawn), on_rank
     )
@@ -137,9 +137,9 @@ def test_a_transform_without_rows_is_cut(on_rank: Callable[[int, int], None]) ->
         noise = torch.rand(images.shape, generator=drawn)
         return {"noisy": images / 255 + noise, "pair": (noise, [images.flip(0)]), "name": "plain"}
 
-    check_shares(lambda count, drawn: views_of_share(plain, "Plain")(photographs(count, 8, 8), drawn), on_rank)
+    check_shares(lambda count, drawn: views_of_shard(plain, "Plain")(photographs(count, 8, 8), drawn), on_rank)
     on_rank(3, 1)
-    batch = views_of_share(plain, "Plain")(photographs(7, 8, 8), generator())
+    batch = views_of_shard(plain, "Plain")(photographs(7, 8, 8), generator())
     assert batch["name"] == "plain"
     # A view would keep all the rows in memory.
     assert batch["noisy"].untyped_storage().nbytes() == batch["noisy"].nbytes
@@ -150,11 +150,11 @@ def test_a_batch_that_cannot_be_cut_is_refused(extra: Tensor, on_rank: Callable[
     def odd(images: Tensor, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
         return images, extra
 
-    assert views_of_share(odd, "Odd")(photographs(6, 8, 8), generator())[1] is extra
+    assert views_of_shard(odd, "Odd")(photographs(6, 8, 8), generator())[1] is extra
     on_rank(2, 0)
     message = r"the batch that Odd transforms: a tensor of shape \(.*\) does not have 6 rows; .* a keyword rows"
     with pytest.raises(DataError, match=message):
-        views_of_share(odd, "Odd")(photographs(6, 8, 8), generator())
+        views_of_shard(odd, "Odd")(photographs(6, 8, 8), generator())
 
 
 def test_a_transform_with_rows_may_share_a_tensor(on_rank: Callable[[int, int], None]) -> None:
@@ -163,14 +163,14 @@ def test_a_transform_with_rows_may_share_a_tensor(on_rank: Callable[[int, int], 
 
     on_rank(4, 2)
     images = photographs(9, 8, 8)
-    batch = views_of_share(knowing, "Knowing")(images, generator())
+    batch = views_of_shard(knowing, "Knowing")(images, generator())
     assert torch.equal(batch[0], images[5:7])
     assert batch[1].shape == ()
 
 
 def test_outputs_in_one_process_are_left_alone() -> None:
     made = torch.ones(())
-    assert on_shares(lambda inputs: made, torch.ones(4, 2)) is made
+    assert on_shards(lambda inputs: made, torch.ones(4, 2)) is made
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_rows_that_do_not_fit_an_evaluation(
 ) -> None:
     on_rank(2, 1)
     with pytest.raises(DataError, match=message):
-        on_shares(lambda _: outputs, inputs)
+        on_shards(lambda _: outputs, inputs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.distributed import world_size
 from bilevel.tree import tensors_in
-from recipes.vision.shards import on_shares
+from recipes.vision.shards import on_shards
 from tests.support.rank_processes import on_ranks
 
 COUNTS = (1, 2, 3, 4, 5, 9)
@@ -38,7 +38,7 @@ def inputs_of(count: int) -> dict[str, Tensor]:
 def found_here() -> dict[str, Any]:
     calls: list[int] = []
     with torch.no_grad():
-        outputs = [on_shares(partial(network, calls), inputs_of(count)) for count in COUNTS]
+        outputs = [on_shards(partial(network, calls), inputs_of(count)) for count in COUNTS]
     return {"world": world_size(), "calls": calls, "outputs": outputs}
 
 

@@ -46,8 +46,8 @@ def reference_view(policy: ViewPolicy, image: Tensor, parameters: ViewParameters
     out = V1.resized_crop(image.float() / 255, *box, [policy.size] * 2, mode, antialias=True).clamp(0, 1)
     if at["flip"]:
         out = V1.hflip(out)
-    shift = [part * policy.size for part in at["translate"]]
-    out = V1.affine(out, at["angle"], shift, at["zoom"], [0.0, 0.0], InterpolationMode.BILINEAR)  # pyright: ignore
+    tikhonov = [part * policy.size for part in at["translate"]]
+    out = V1.affine(out, at["angle"], tikhonov, at["zoom"], [0.0, 0.0], InterpolationMode.BILINEAR)  # pyright: ignore
     if at["jitter"]:
         for operation in at["order"]:
             name = ("brightness", "contrast", "saturation", "hue")[operation]

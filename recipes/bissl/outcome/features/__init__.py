@@ -1,1 +1,1 @@
-"""What the features of finished backbones look like: extraction, t-SNE, scores, picture."""
+"""Features of finished backbones and their pictures (appendix C.1)."""

@@ -1,1 +1,1 @@
-"""Table 1 of the paper from finished runs: its rows, and the formats it is written in."""
+"""Table 1 of the paper from finished runs."""

@@ -1,1 +1,1 @@
-"""Search of learning rate and weight decay: enumerated trials, shared by any number of workers through files."""
+"""The search for learning rates and weight decays."""

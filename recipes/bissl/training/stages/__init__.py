@@ -1,1 +1,1 @@
-"""The stages of the pipeline: each turns an artifact into the next; no stage imports another."""
+"""The stages of the pipeline, one a file."""

@@ -142,7 +142,9 @@ def _trainer(
             micro_batch=config.compute.micro_batch,
             damping=c.damping,
             # The head's block has no lambda I of its own, and null vectors (weights before a norm are scale-invariant).
-            shift={name: c.head_shift for name in lower if not name.startswith(BACKBONE)} if c.implicit_head else 0.0,
+            tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
+            if c.implicit_head
+            else 0.0,
             aggregate=c.aggregate,
             hessian_batches=c.hessian_batches,
             lower_scheduler=schedule(

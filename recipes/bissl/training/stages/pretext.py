@@ -18,7 +18,7 @@ from ....vision.metrics import knn_accuracy
 from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone, load_heads
 from ....vision.optimizers import schedule
-from ....vision.shards import on_shares
+from ....vision.shards import on_shards
 from ...settings.plan import make_plan
 from ...tasks.base import PretextTask
 from ..context import LOWER_DATA, Context
@@ -206,7 +206,7 @@ def _nearest_neighbours(context: Context, backbone: nn.Module) -> float | None:
         return None
 
     def features(batches: list[Any]) -> tuple[Tensor, Tensor]:
-        outputs = [on_shares(backbone, inputs) for inputs, _ in batches]
+        outputs = [on_shards(backbone, inputs) for inputs, _ in batches]
         return torch.cat(outputs), torch.cat([targets for _, targets in batches])
 
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))

@@ -102,9 +102,9 @@ EVENTS = {
     ("bissl", "lower"): {"alternation", "loss", "lr", "grad_norm"},
     ("bissl", "adaptation"): {"alternation", "strength"},
     ("bissl", "upper"): {
-        *("alternation", "loss", "lr", "grad_norm", "status", "residual", "departure", "cosine", "min_curvature"),
+        *("alternation", "loss", "lr", "grad_norm", "status", "residual", "relative_change", "cosine", "min_curvature"),
         *("iterations", "num_hvps", "stationarity", "gradient_noise", "stationarity_over_noise"),
-        *("ritz_min", "ritz_max", "shift", "residual_curve", "unshifted_residual", "solver_noise"),
+        *("ritz_min", "ritz_max", "tikhonov", "residual_curve", "residual_without_tikhonov", "solver_noise"),
     },
     ("bissl", "alternation"): {"alternation", "seconds"},
     ("finetune", "train"): {"loss", "lr", "grad_norm"},

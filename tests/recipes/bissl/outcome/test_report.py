@@ -45,7 +45,7 @@ def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("
             level = {"loss": 4.0 / (step + 1), "lr": 0.1, "grad_norm": 2.0, "alternation": alternation}
             add("bissl", "bissl", 0, "lower", step, **level)
             solve = {"status": "CONVERGED" if k else "NEGATIVE_CURVATURE", "residual": 10.0 ** -(k + 1)}
-            solve |= {"departure": 0.2, "cosine": 0.98, "stationarity": 0.3, "num_hvps": 7, "iterations": 5}
+            solve |= {"relative_change": 0.2, "cosine": 0.98, "stationarity": 0.3, "num_hvps": 7, "iterations": 5}
             solve |= {"residual_curve": [0.5, 0.1, 10.0 ** -(k + 1)]}
             spectrum = {"ritz_min": 0.9, "ritz_max": 2.0 + k, "stationarity_over_noise": 10.0 * (k + 1)}
             add("bissl", "bissl", 0, "upper", step, **level, **solve, **spectrum, min_curvature=None if k else -0.1)

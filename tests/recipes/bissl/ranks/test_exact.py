@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import CG, AlternatingSchedule, Callback, Trainer, linearize
-from bilevel.distributed import share, world_size
+from bilevel.distributed import shard, world_size
 from bilevel.hypergradients import hypergradient
 from bilevel.lower.derivatives import training_derivatives
 from bilevel.nn.sync_batch_norm import synchronised
@@ -79,7 +79,7 @@ def make_problem(task: PretextTask, norm: str) -> BiSSLProblem:
 
 
 def own_rows(batch: Any) -> Any:
-    return map_tensors(lambda tensor: tensor[share(len(tensor))], batch)
+    return map_tensors(lambda tensor: tensor[shard(len(tensor))], batch)
 
 
 def images(count: int, seed: int) -> Tensor:

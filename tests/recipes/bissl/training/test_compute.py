@@ -270,7 +270,7 @@ def batches(context: Context) -> list[Tensor]:
 class Elsewhere(Computing):
     """Settles on a copy, as a device does."""
 
-    def settle(self, images: ImageSet) -> ImageSet:
+    def to_device(self, images: ImageSet) -> ImageSet:
         return ImageSet(images.images.clone(), images.labels, images.classes, images.name)
 
 
@@ -282,8 +282,8 @@ def test_resident_data_give_the_same_batches(tmp_path: Path, monkeypatch: pytest
     here = batches(resident)
     assert all(torch.equal(a, b) for a, b in zip(here, away, strict=True))
     # Moved once, and drawn from there.
-    settled = resident.data.settled("pretext", resident.computing)
-    assert settled is resident.at("baseline", 3).data.settled("pretext", resident.computing)
+    settled = resident.data.to_device("pretext", resident.computing)
+    assert settled is resident.at("baseline", 3).data.to_device("pretext", resident.computing)
     settled.images.zero_()
     assert not torch.equal(batches(resident)[0], here[0])
 
@@ -300,11 +300,11 @@ def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
 def test_data_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     resident = ComputeConfig(views="batched", data_device="device")
     sample = images(20_000)
-    assert Computing(resident, CPU).settle(sample) is sample
-    assert Computing(ComputeConfig(), torch.device("cuda")).settle(sample) is sample
+    assert Computing(resident, CPU).to_device(sample) is sample
+    assert Computing(ComputeConfig(), torch.device("cuda")).to_device(sample) is sample
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**20, 80 * 2**30))
     with pytest.raises(ConfigError, match=r"compute.data_device: noise takes 3 MiB, but cuda has 2 MiB left; set it"):
-        Computing(resident, torch.device("cuda")).settle(sample)
+        Computing(resident, torch.device("cuda")).to_device(sample)
 
 
 @dataclass

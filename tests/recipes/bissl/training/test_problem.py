@@ -70,10 +70,10 @@ UPPER_BATCH = (draw(8, 6, seed=5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
 
 def features(theta: list[Tensor], x: Tensor) -> Tensor:
     """The network in train mode, from its definition."""
-    w, b, scale, shift = theta
+    w, b, scale, tikhonov = theta
     a = x @ w.T + b
     centred = a - a.mean(dim=0)
-    return (centred / (centred.square().mean(dim=0) + 1e-5).sqrt() * scale + shift).tanh()
+    return (centred / (centred.square().mean(dim=0) + 1e-5).sqrt() * scale + tikhonov).tanh()
 
 
 def pretext_loss(theta: list[Tensor], phi: list[Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -285,8 +285,8 @@ def test_the_head_may_respond_too() -> None:
     upper, lower = problem.variables()
     assert all(problem.implicit(name) for name in lower)
     batch = (draw(5, 6, seed=1), draw(5, 3, seed=2))
-    shift = {name: 1.0 for name in lower if not name.startswith("backbone.")}
-    system = linearize(problem, upper, lower, [batch], solver=Dense(), damping=DAMPING, shift=shift)
+    tikhonov = {name: 1.0 for name in lower if not name.startswith("backbone.")}
+    system = linearize(problem, upper, lower, [batch], solver=Dense(), damping=DAMPING, tikhonov=tikhonov)
     assert set(system.implicit) == set(lower)
     v = {name: torch.zeros_like(leaf) for name, leaf in system.variables(lower).items()}
     v["backbone.linear.weight"] = draw(FEATURES, 6, seed=3)
