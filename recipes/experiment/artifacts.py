@@ -17,9 +17,8 @@ from bilevel.distributed import on_first_rank
 
 WEIGHTS, INFO = "weights.safetensors", "artifact.json"
 FORMAT = 1
-FACTS = {"format", "stage", "key", "sha256", "pretext_steps", "label_steps", "seconds"}
-"""What every artifact.json holds."""
-KINDS = {"stage": str, "key": str, "sha256": str, "pretext_steps": int, "label_steps": int, "seconds": int | float}
+KINDS = {"stage": str, "key": str, "sha256": str}
+"""What every artifact.json holds besides its format."""
 
 
 class ArtifactError(ValueError):
@@ -31,10 +30,10 @@ class Artifact:
     """What one stage made: weights of the modules, and facts about how.
 
     Attributes:
-        stage: "pretext", "head", "bissl" or "finetune".
+        stage: its name.
         key: hash of the configuration, the parent's key and the seed that made it.
         directory: its folder, with ``weights.safetensors`` and ``artifact.json``.
-        info: JSON facts; always "pretext_steps", "label_steps" and "seconds" of this and all earlier stages.
+        info: all facts in ``artifact.json``, those of the stage itself among them.
     """
 
     stage: str
@@ -140,7 +139,8 @@ def _facts(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"{directory} holds no finished artifact: {INFO} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {remedy}") from error
-    missing = FACTS - info.keys() if isinstance(info, dict) else FACTS
+    needed = {"format", *KINDS}
+    missing = needed - info.keys() if isinstance(info, dict) else needed
     if missing:
         raise ArtifactError(f"{path} is damaged: {', '.join(sorted(missing))} missing; {remedy}")
     if info["format"] != FORMAT:

@@ -16,9 +16,9 @@ from ...experiment.plots import shown_name
 from ..outcome import estimate
 from ..outcome.epochs_figure import epochs_figure
 from ..outcome.epochs_sweep import Point, config_at, csv_text, is_finished, summary, warmup_cut
-from ..outcome.execution import make_context, run_whole
+from ..outcome.execution import make_pipeline, run_whole
 from ..outcome.results_table import comparison_lines
-from ..training.context import Datasets
+from ..training.datasets import Datasets
 from .parsing import Request, parse
 
 FIGURE, SUMMARY, TABLE = "figure2.png", "figure2.json", "figure2.csv"
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
-    data = Datasets(request.config)
+    data = Datasets(request.config.data)
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [
@@ -100,7 +100,8 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
     store = ArtifactStore(request.artifacts or folder / ARTIFACTS)
     if len(finished) < len(points):
         # Before anything is written; lengths share data and batch sizes.
-        estimate.check_data(make_context(points[0].config, points[0].directory, store, data))
+        first = make_pipeline(points[0].config, points[0].directory.path, store, data)
+        estimate.check_data(first.config, data, first.computing)
     for point in points:
         point.directory.open(point.config, resume=request.resume, overwrite=False)
     results = {}
@@ -110,8 +111,8 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
             print(f"{point.epochs} pretext epochs: found in {point.directory.path}")
             continue
         with point.directory.held(point.config, resume=True, overwrite=False):
-            context = make_context(point.config, point.directory, store, data)
-            results[point.epochs] = run_whole(context, point.directory)
+            pipeline = make_pipeline(point.config, point.directory.path, store, data)
+            results[point.epochs] = run_whole(pipeline, point.directory)
         print(f"{point.epochs} pretext epochs: {comparison_lines(results[point.epochs])[0]}")
     return results
 

@@ -13,6 +13,7 @@ from ...experiment.artifacts import Artifact
 from ...vision.networks.backbones import BACKBONES, RESNETS
 from ...vision.networks.torchvision_backbones import network_options
 from ..settings.config import Config
+from ..training.costs import costs_of
 
 _HOW = {
     "pretext": "self-supervised pre-training alone",
@@ -75,7 +76,7 @@ def model_card(
         licence: of the weights; None: the card says that none is stated.
         results: content of the run's results.json, for the arm's mean over all seeds.
     """
-    info = artifact.info
+    info, costs = artifact.info, costs_of(artifact)
     snippet, after = loading_snippet(config.model.backbone, config.data.image_size, weights)
     return _TEMPLATE.format(
         name=config.model.backbone,
@@ -90,12 +91,12 @@ def model_card(
         image_size=config.data.image_size,
         pretext_task=config.pretext.task,
         pretext_data=_code(config.data.pretext),
-        pretext_steps=info["pretext_steps"],
+        pretext_steps=costs.pretext_steps,
         downstream_task=config.downstream.task,
         downstream_data=_code(config.data.downstream),
-        label_steps=info["label_steps"],
+        label_steps=costs.label_steps,
         initial=_initial(config, info),
-        seconds=info["seconds"],
+        seconds=costs.seconds,
         torch=torch.__version__,
         torchvision=torchvision.__version__,
         preset=config.preset,

@@ -1,4 +1,4 @@
-"""The loop that plain stages share: steps with metrics, checkpoints and exact resume."""
+"""The training loop of stages with one level: steps with metrics, checkpoints and exact resume."""
 
 import math
 import time
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from bilevel import Callback, NonFiniteError, interruption
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from bilevel.distributed import mean_with_gradient, rank, world_size
+from bilevel.distributed import mean_with_gradient, world_size
 from bilevel.interruption import Interrupted
 from bilevel.tree import Params
 
 from ...experiment.events import StageEvents
-from ...experiment.folder.run_lock import held
+from ...experiment.stage import Attempt
 from .nonfinite import NonFiniteSteps, Stateful
 
 MOST_LINES = 2000
@@ -49,14 +49,14 @@ def run_steps(
     total: int,
     parts: Mapping[str, Stateful],
     writer: StageEvents,
-    directory: Path,
+    attempt: Attempt,
     checkpoint_every: int,
     console: Console,
     description: str,
     after: Callable[[int], None] | None = None,
     nonfinite_skips: int = 0,
 ) -> float:
-    """Make steps 1 to `total`, or those that are left according to the checkpoints in `directory`.
+    """Make steps 1 to `total`, or those that are left according to the checkpoints of the `attempt`.
 
     Args:
         step: one step; returns its "train" event.
@@ -72,18 +72,18 @@ def run_steps(
     Raises:
         NonFiniteError: a step that is not finite beyond those that may be skipped.
         Interrupted: a signal asked for it; a checkpoint of the last step has been made.
-        ConfigError: another process trains in `directory`.
     """
     seconds, steps = Seconds(), NonFiniteSteps(nonfinite_skips, parts, writer)
+    directory = attempt.directory
     everything: dict[str, Stateful] = {**parts, "nonfinite": steps, "metrics": writer, "seconds": seconds}
     every = math.ceil(total / MOST_LINES)
-    with interruption.deferred(), held(directory, "artifacts") as claim, closing(writer), _progress(console) as bar:
+    with interruption.deferred(), closing(writer), _progress(console) as bar:
         first = saved = _start(directory, everything, writer)
         if first:
             console.print(f"{description}: continues after step {first}", markup=False, highlight=False)
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
-            claim.check()
+            attempt.check()
             try:
                 interruption.check()
             except Interrupted:
@@ -114,14 +114,6 @@ def _start(directory: Path, everything: Mapping[str, Stateful], writer: StageEve
         part.load_state_dict(state[name])
     set_random_state(state["random"])
     return first
-
-
-def discard_checkpoints(directory: Path) -> None:
-    """Delete the checkpoints of a stage whose artifact is finished."""
-    if rank() > 0:
-        return
-    for path in directory.glob("step-*"):
-        path.unlink(missing_ok=True)
 
 
 def optimizer_step(

@@ -70,6 +70,15 @@ class BiSSLProblem(Problem):
         upper = _trainable(self.upper_backbone, BACKBONE) | _trainable(self.head, "head.")
         return upper, lower_variables(self.lower_backbone, self.heads)
 
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks, by their names in artifacts."""
+        return {
+            "backbone": self.lower_backbone,
+            "heads": self.heads,
+            "upper_backbone": self.upper_backbone,
+            "head": self.head,
+        }
+
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         loss = self._pretext_loss if in_curvature_pass() else self._first_order_loss
         return loss(lower, batch)
@@ -113,12 +122,12 @@ class BiSSLProblem(Problem):
         """Buffers and frozen parameters (a momentum target), which are no variables."""
         return {
             name: {key: t.detach().clone() for key, t in _fixed(module).items()}
-            for name, module in self._parts().items()
+            for name, module in self.modules().items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, module in self._parts().items():
+        for name, module in self.modules().items():
             for key, tensor in _fixed(module).items():
                 tensor.copy_(state[name][key])
 
@@ -127,9 +136,6 @@ class BiSSLProblem(Problem):
 
     def _pretext_outputs(self, lower: Params, batch: Any) -> Tensor:
         return self.pretext.outputs(*bind_lower(self.lower_backbone, self.heads, lower), batch)
-
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
 
 
 def lower_variables(backbone: nn.Module, heads: nn.ModuleDict) -> Params:

@@ -10,9 +10,9 @@ from torch.func import functional_call
 from ...vision.networks.backbones import build_backbone
 from ...vision.networks.foreign_weights import ForeignWeights, load_backbone, read_weights
 from ...vision.optimizers import schedule
-from ..settings.sections import ModelConfig
+from ..settings.sections import ModelConfig, PretextConfig
 from ..tasks.base import PretextTask
-from .context import Context
+from .compute import Computing
 from .global_loss import pretext_loss
 from .loop import optimizer_step
 
@@ -48,7 +48,8 @@ class HeadsFirst:
     def __init__(
         self,
         steps: int,
-        context: Context,
+        section: PretextConfig,
+        computing: Computing,
         task: PretextTask,
         backbone: nn.Module,
         heads: nn.ModuleDict,
@@ -56,7 +57,6 @@ class HeadsFirst:
     ) -> None:
         self.steps, self.made, self.then = steps, 0, then
         self.task, self.backbone, self.heads = task, backbone, heads
-        section = context.config.pretext
         trained = [parameter for parameter in heads.parameters() if parameter.requires_grad]
         self.optimizer = task.optimizer(trained, section.lr, section.weight_decay)
         self.scheduler = schedule(self.optimizer, total_steps=steps, warmup_steps=steps // 10)
@@ -66,7 +66,7 @@ class HeadsFirst:
         def frozen(x: Tensor, feature_map: bool = False) -> Tensor:
             return functional_call(backbone, constants, (x,), {"feature_map": feature_map})
 
-        self.loss = context.computing.first_order(lambda batch: pretext_loss(task, frozen, dict(heads.items()), batch))
+        self.loss = computing.first_order(lambda batch: pretext_loss(task, frozen, dict(heads.items()), batch))
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """One update; its event."""

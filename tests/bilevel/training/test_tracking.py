@@ -15,7 +15,7 @@ from bilevel.checkpoint import load_checkpoint
 from bilevel.training.trackers import TensorBoardLogger, TrackerError, WandbLogger, numbers
 from recipes.bissl.training.stages import pretext
 from tests.support.paths import ROOT
-from tests.support.recipes.small_runs import STAGES, events, execute, refused, run_all, small_config, small_context
+from tests.support.recipes.small_runs import STAGES, events, execute, refused, run_all, small_config, small_pipeline
 
 UPPER = {"event": "upper", "step": 3, "alternation": 2, "loss": 0.5, "residual": math.nan, "status": "CONVERGED"}
 
@@ -254,7 +254,7 @@ def test_tensorboard_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> Any:
-    """All stages, the first of which is interrupted after a checkpoint and goes on in a fresh context."""
+    """All stages, the first of which is interrupted after a checkpoint and goes on in a fresh pipeline."""
     real, calls = pretext.optimizer_step, [0]
 
     def step(*arguments: Any) -> dict[str, Any]:
@@ -267,9 +267,9 @@ def interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch, tracker: str)
     with monkeypatch.context() as patch:
         patch.setattr(pretext, "optimizer_step", step)
         with pytest.raises(KeyboardInterrupt):
-            run_all(small_context(folder, config))
+            run_all(small_pipeline(folder, config))
     assert any(load_checkpoint(path) for path in (folder / "checkpoints").iterdir())
-    run_all(small_context(folder, config))
+    run_all(small_pipeline(folder, config))
     return [(line["stage"], line["event"], line["step"]) for line in events(folder)]
 
 

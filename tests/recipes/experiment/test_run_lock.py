@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bissl.outcome import execution
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder import run_lock
 from recipes.experiment.folder.leases import ClaimLost
 from recipes.experiment.folder.process_identity import describe, has_ended, identity
 from recipes.experiment.folder.run_lock import Hold, held
-from tests.support.recipes.small_runs import execute, files, refused, small_config, small_context
+from tests.support.recipes.small_runs import execute, files, refused, small_config, small_pipeline
 
 CLAIM = ".lock.0.claim"
 
@@ -160,16 +159,13 @@ def test_a_stage_that_another_run_trains_is_refused(tmp_path: Path, capsys: pyte
     assert not list((tmp_path / "c").glob(".lock*"))
 
 
-def test_the_bilevel_stage_is_held_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = small_context(tmp_path, small_config()).at("bissl", 0)
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
+def test_every_stage_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def spy(folder: Path, what: str) -> object:
         seen.append(folder.name.partition("-")[0])
         return held(folder, what)
 
-    for module in ("loop", "stages.bissl"):
-        monkeypatch.setattr(f"recipes.bissl.{module}.held", spy)
-    execution.run_pipeline(context)
+    monkeypatch.setattr("recipes.experiment.stage.held", spy)
+    small_pipeline(tmp_path, small_config("--seeds=1")).run()
     assert set(seen) == {"pretext", "head", "bissl", "finetune"}

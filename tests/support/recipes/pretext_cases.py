@@ -15,7 +15,7 @@ from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
 from recipes.bissl.training.stages import pretext
 from tests.support.cases import joined, vector
-from tests.support.recipes.small_runs import STAGES, small_config, small_context
+from tests.support.recipes.small_runs import run_stage, small_config, small_pipeline
 
 PRODUCTS: list[HVPProvider] = [ReverseOverReverse(), ForwardOverReverse()]
 
@@ -89,7 +89,7 @@ def run_stages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, interrupted: bool = False
 ) -> dict[str, Any]:
     """The tensors of the pretext, head and bissl stages, maybe with an interruption inside the first and the last."""
-    context = small_context(folder, small_config(*SHORT, *arguments))
+    pipeline = small_pipeline(folder, small_config(*SHORT, *arguments))
     last, made = None, {}
     for name in ("pretext", "head", "bissl"):
         if interrupted and name != "head":
@@ -97,8 +97,8 @@ def run_stages(
             with monkeypatch.context() as patch:
                 patch.setattr(owner, method, _stopping(getattr(owner, method)))
                 with pytest.raises(KeyboardInterrupt):
-                    STAGES[name].run(context, last)
-        last = STAGES[name].run(context, last)
+                    run_stage(pipeline, name, last)
+        last = run_stage(pipeline, name, last)
         made[name] = last.tensors()
     return made
 

@@ -14,10 +14,14 @@ from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome import execution
 from recipes.bissl.outcome.execution import compute_device
+from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config
-from recipes.bissl.training.context import Context, Datasets
+from recipes.bissl.training.batches import Batches
+from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.datasets import Datasets
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
 from recipes.experiment.artifacts import Artifact, ArtifactStore
+from recipes.experiment.workspace import Workspace
 
 # Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
 SMALL = {
@@ -56,12 +60,15 @@ def small_config(*arguments: str) -> Config:
     return parse([*SMALL_OPTIONS, *arguments]).config
 
 
-def small_context(folder: Path, config: Config) -> Context:
-    metrics = folder / "metrics.jsonl"
-    data = Datasets(config)
-    return Context(
-        config, compute_device(config), ArtifactStore(folder / "checkpoints"), metrics, data, Console(quiet=True)
-    )
+def small_pipeline(folder: Path, config: Config) -> Pipeline:
+    computing = Computing(config.compute, compute_device(config))
+    workspace = Workspace(folder, ArtifactStore(folder / "checkpoints"), Console(quiet=True), config.tracking)
+    return Pipeline(config, Datasets(config.data), computing, workspace)
+
+
+def batches_of(pipeline: Pipeline) -> Batches:
+    """Those of the method at the first seed."""
+    return Batches(pipeline.at("bissl", pipeline.config.seed), pipeline.data, pipeline.computing)
 
 
 def execute(*arguments: str) -> int:
@@ -125,11 +132,22 @@ def results(folder: Path) -> dict[str, Any]:
 STAGES: dict[str, ModuleType] = {"pretext": pretext, "head": head, "bissl": bissl, "finetune": finetune}
 
 
-def run_all(context: Context) -> dict[str, Artifact]:
+def run_stage(pipeline: Pipeline, stage: str, parent: Artifact | None = None) -> Artifact:
+    """One stage of the method at the first seed."""
+    repeat = pipeline.at("bissl", pipeline.config.seed)
+    if stage == "pretext":
+        return pipeline.pretext(repeat)
+    if stage == "finetune":
+        return pipeline.finetune(repeat, parent)
+    assert parent is not None
+    return (pipeline.head if stage == "head" else pipeline.bissl)(repeat, parent)
+
+
+def run_all(pipeline: Pipeline) -> dict[str, Artifact]:
     made: dict[str, Artifact] = {}
     last = None
-    for name, stage in STAGES.items():
-        made[name] = last = stage.run(context, last)
+    for stage in STAGES:
+        made[stage] = last = run_stage(pipeline, stage, last)
     return made
 
 

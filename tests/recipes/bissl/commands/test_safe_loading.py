@@ -26,12 +26,13 @@ from recipes.bissl.commands.main import main
 from recipes.bissl.outcome.report import write_report
 from recipes.bissl.outcome.results import ArmResult, assemble
 from recipes.bissl.outcome.results_table import comparison_lines, results_table
-from recipes.bissl.outcome.search.image_cache import read_cache
+from recipes.bissl.training.costs import costs_of
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError, read_artifact
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable
 from recipes.vision.imagesets import DataError
 from recipes.vision.networks.foreign_weights import read_weights
+from recipes.vision.sources.image_cache import read_cache
 from recipes.vision.sources.published.archives import unpack
 from recipes.vision.sources.published.catalog import DATASETS
 from tests.support.recipes.dataset_trees import cifar, scaled
@@ -131,7 +132,7 @@ def test_facts_of_another_type_are_refused(name: str, value: Any) -> None:
         facts = json.loads((folder / INFO).read_text())
         (folder / INFO).write_text(json.dumps(facts | {name: value}))
     with pytest.raises(ArtifactError, match=rf"a/artifact\.json is damaged: {name} is"):
-        read_artifact(folder)
+        costs_of(read_artifact(folder))
 
 
 def test_facts_nested_without_end_are_refused() -> None:

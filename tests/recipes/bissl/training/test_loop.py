@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 
 from bilevel import NonFiniteError
-from recipes.bissl.training.loop import MOST_LINES, Seconds, discard_checkpoints, optimizer_step, run_steps
+from recipes.bissl.training.loop import MOST_LINES, Seconds, optimizer_step, run_steps
 from recipes.experiment.events import StageEvents
+from recipes.experiment.stage import Attempt
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ class Counting:
             total=total,
             parts={"counting": self},
             writer=self.events,
-            directory=self.folder / "stage",
+            attempt=Attempt(self.folder / "stage", lambda: None),
             checkpoint_every=every,
             console=Console(quiet=True),
             description="counting",
@@ -84,15 +85,6 @@ def test_every_step_is_an_event_up_to_a_limit(tmp_path: Path) -> None:
         assert len(steps) <= MOST_LINES
         assert len(steps) == total or total > MOST_LINES
         assert len({b - a for a, b in pairwise(steps[:-1])}) <= 1
-
-
-def test_checkpoints_are_discarded_at_the_end(tmp_path: Path) -> None:
-    counting = Counting(tmp_path)
-    counting.run(11)
-    assert list((tmp_path / "stage").glob("step-*"))
-    (tmp_path / "stage" / "weights.safetensors").write_bytes(b"x")
-    discard_checkpoints(tmp_path / "stage")
-    assert [path.name for path in (tmp_path / "stage").iterdir()] == ["weights.safetensors"]
 
 
 def test_seconds_add_up_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from recipes.bissl.outcome import execution
 from recipes.bissl.training.loop import optimizer_step, run_steps
 from recipes.bissl.training.stages import pretext
 from recipes.experiment.events import StageEvents
+from recipes.experiment.stage import Attempt
 from tests.support.recipes.small_runs import events, execute, of_stage
 from tests.support.two_heads import LOWER_BATCHES, make
 
@@ -50,7 +51,7 @@ class Fit:
             total=total,
             parts={"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler, "stack": self.stack},
             writer=StageEvents(self.folder / "metrics.jsonl", {"stage": "fit", "arm": "a", "seed": 0}),
-            directory=self.folder / "stage",
+            attempt=Attempt(self.folder / "stage", lambda: None),
             checkpoint_every=1,
             console=Console(quiet=True),
             description="fit",
