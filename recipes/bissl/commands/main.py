@@ -9,10 +9,10 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bilevel import NonFiniteError
 from bilevel.checkpoint import CheckpointError
 from bilevel.distributed import CollectiveError
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
+from bilevel.training import NonFiniteError
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore, read_artifact
 from ...experiment.errors import ConfigError

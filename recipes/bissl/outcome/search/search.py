@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bilevel import NonFiniteError
 from bilevel.checkpoint import write_atomic
+from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact, ArtifactStore, read_artifact
 from ....experiment.errors import ConfigError

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bilevel import AlternatingSchedule, Callback, Checkpointing, ProgressBar, Trainer
-from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from bilevel import AlternatingSchedule, Checkpointing, Implicit, Level, ProgressBar, Trainer
 from bilevel.products import MicroBatched
-from bilevel.training import Diagnostics, Inspect, derive_seed
+from bilevel.training import Callback, Diagnostics, Inspect, derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.stage import Attempt, CachedStage
@@ -65,13 +64,7 @@ def _train(
         Checkpointing(attempt.directory, every=repeat.settings.bissl.checkpoint_every),
     )
     trainer = make_trainer(repeat.settings, problem, batches, callbacks)
-    found = load_checkpoint(attempt.directory)
-    if found is None:
-        # Goes on from the same random state if the run is interrupted before the first alternation ends.
-        events.restart()
-        save_checkpoint(attempt.directory, 0, trainer.state_dict())
-    else:
-        trainer.load_state_dict(found[1])
+    if trainer.resume(attempt.directory):
         steps = f"{trainer.steps['lower']} lower and {trainer.steps['upper']} upper steps"
         console.print(f"{title}: continues after {steps}", markup=False, highlight=False)
     trainer.run()
@@ -108,7 +101,7 @@ def make_trainer(
     settings: Config, problem: BiSSLProblem, batches: Batches, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
     """The trainer of the section `bissl`."""
-    c = settings.bissl
+    c, chunk = settings.bissl, settings.compute.micro_batch
     upper, lower = problem.variables()
     lower_data = batches.pretext(problem.pretext, LOWER_DATA, c.pretext_fraction)
     upper_data = batches.labelled(problem.downstream, f"{STAGE} upper")
@@ -118,39 +111,39 @@ def make_trainer(
     )
     lower_total, upper_total = c.alternations * c.lower_steps, c.alternations * c.upper_steps
     warmup = min(round(c.lower_warmup_epochs * len(lower_data)), lower_total - 1)
-    chunk = settings.compute.micro_batch
+    floor = settings.pretext.lr_floor
+    lower_schedule = schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=floor)
+    upper_schedule = schedule(upper_optimizer, total_steps=upper_total)
+    limit = c.max_grad_norm
     with warnings.catch_warnings():
         # The paper's weight decay of 1e-6 stays outside the lower objective by choice; the report's notes say so.
         warnings.filterwarnings("ignore", message="the lower optimizer's weight decay")
         return Trainer(
             problem,
-            upper,
-            lower,
-            lower_optimizer=lower_optimizer,
-            upper_optimizer=upper_optimizer,
-            lower_data=lower_data,
-            upper_data=upper_data,
-            schedule=AlternatingSchedule(
-                c.alternations, c.lower_steps, c.upper_steps, c.adaptation_every, c.adaptation_strength
+            Level(upper, upper_optimizer, upper_data, scheduler=upper_schedule, max_grad_norm=limit),
+            Level(lower, lower_optimizer, lower_data, scheduler=lower_schedule, max_grad_norm=limit, micro_batch=chunk),
+            AlternatingSchedule(
+                c.alternations,
+                c.lower_steps,
+                c.upper_steps,
+                c.adaptation_every,
+                c.adaptation_strength,
+                adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
             ),
-            solver=c.make_solver(),
-            hvp=c.make_hvp() if chunk is None else MicroBatched(chunk),
-            micro_batch=chunk,
-            damping=c.damping,
-            # The head's block has no lambda I of its own, and null vectors (weights before a norm are scale-invariant).
-            tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
-            if c.implicit_head
-            else 0.0,
-            aggregate=c.aggregate,
-            hessian_batches=c.hessian_batches,
-            lower_scheduler=schedule(
-                lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=settings.pretext.lr_floor
+            Implicit(
+                c.make_solver(),
+                hvp=c.make_hvp() if chunk is None else MicroBatched(chunk),
+                damping=c.damping,
+                # The head's block has no lambda I of its own, and null vectors (weights before a norm are
+                # scale-invariant).
+                tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
+                if c.implicit_head
+                else 0.0,
+                hessian_batches=c.hessian_batches,
+                aggregate=c.aggregate,
             ),
-            upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
-            max_grad_norm=c.max_grad_norm,
-            nonfinite_skips=settings.nonfinite_skips,
-            adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
             callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
         )
 
 
