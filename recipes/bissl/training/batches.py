@@ -19,6 +19,9 @@ from .repeat import Repeat
 LOWER_DATA = "bissl lower"
 """Purpose of the lower level's batches: a restart without an upper level sees the same ones."""
 
+PRETEXT_IMAGES = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
+"""Fields of the section `data` that decide which the pretext images are."""
+
 
 class Batches:
     """The batches of one repeat, on the device: a function of its settings and its seed."""

@@ -67,7 +67,7 @@ class BiSSLProblem(Problem):
 
     def variables(self) -> tuple[Params, Params]:
         """(upper, lower): the modules' own trainable parameters, so that optimizer steps change the modules."""
-        upper = _trainable(self.upper_backbone, BACKBONE) | _trainable(self.head, "head.")
+        upper = trainable(self.upper_backbone, BACKBONE) | trainable(self.head, "head.")
         return upper, lower_variables(self.lower_backbone, self.heads)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -140,7 +140,7 @@ class BiSSLProblem(Problem):
 
 def lower_variables(backbone: nn.Module, heads: nn.ModuleDict) -> Params:
     """theta_P and phi_P: the modules' own trainable parameters, named ``backbone.*`` and ``heads.*``."""
-    return _trainable(backbone, BACKBONE) | _trainable(heads, "heads.")
+    return trainable(backbone, BACKBONE) | trainable(heads, "heads.")
 
 
 def bind_lower(backbone: nn.Module, heads: nn.ModuleDict, lower: Params) -> tuple[Bound, dict[str, Bound]]:
@@ -160,7 +160,8 @@ def bind(module: nn.Module, params: Params, prefix: str) -> Bound:
     return call
 
 
-def _trainable(module: nn.Module, prefix: str) -> Params:
+def trainable(module: nn.Module, prefix: str = "") -> Params:
+    """The module's own parameters that are trained, their names after `prefix`."""
     return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

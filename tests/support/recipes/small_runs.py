@@ -1,7 +1,7 @@
 """Runs of the recipe that take a second, and readers of what they leave."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+from bilevel import Trainer
 from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome import execution
@@ -127,6 +128,43 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
+
+
+def before_steps(patch: pytest.MonkeyPatch, stage: str, hook: Callable[[], None]) -> None:
+    """Call `hook` before every step of a stage, in the bilevel one before every upper step."""
+    if stage == "bissl":
+        real = Trainer._upper_step
+
+        def upper_step(self: Trainer, now: Any) -> None:
+            hook()
+            real(self, now)
+
+        patch.setattr(Trainer, "_upper_step", upper_step)
+        return
+    plain = STAGES[stage].gradient_of
+
+    def gradient_of(*given: Any) -> Callable[[Any], Any]:
+        derivatives = plain(*given)
+
+        def hooked(batch: Any) -> Any:
+            hook()
+            return derivatives(batch)
+
+        return hooked
+
+    patch.setattr(STAGES[stage], "gradient_of", gradient_of)
+
+
+def stop_at(call: int) -> Callable[[], None]:
+    """A Ctrl-C when it is called for the given time."""
+    calls = [0]
+
+    def hook() -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+
+    return hook
 
 
 STAGES: dict[str, ModuleType] = {"pretext": pretext, "head": head, "bissl": bissl, "finetune": finetune}

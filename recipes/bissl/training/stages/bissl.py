@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bilevel import AlternatingSchedule, Checkpointing, Implicit, Level, ProgressBar, Trainer
+from bilevel import AlternatingSchedule, Implicit, Level, Trainer
 from bilevel.products import MicroBatched
-from bilevel.training import Callback, Diagnostics, Inspect, derive_seed
+from bilevel.training import Callback, Diagnostics, derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
@@ -21,7 +22,6 @@ from ..batches import LOWER_DATA, Batches
 from ..compute import Computing
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
-from ..loop import Seconds
 from ..problem import BACKBONE, BiSSLProblem
 from ..repeat import Repeat
 
@@ -35,40 +35,20 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
     def fit(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         torch.manual_seed(derive_seed(repeat.seed, STAGE))
         problem = make_problem(repeat.settings, data.downstream.train.classes, parent, computing)
-        seconds = Seconds()
-        trainer = _train(repeat, problem, Batches(repeat, data, computing), workspace, attempt, seconds)
-        costs = before + Costs(trainer.steps["lower"], trainer.steps["upper"], seconds.total())
+        batches = Batches(repeat, data, computing)
+        trainer, seconds = run_training(
+            lambda callbacks: make_trainer(repeat.settings, problem, batches, callbacks),
+            f"BiSSL, seed {repeat.seed}",
+            events=repeat.events(STAGE, workspace),
+            attempt=attempt,
+            workspace=workspace,
+            checkpoint_every=repeat.settings.bissl.checkpoint_every,
+            callbacks=(Diagnostics(workspace.console, every=None),),
+        )
+        costs = before + Costs(trainer.steps["lower"], trainer.steps["upper"], seconds)
         return problem.modules(), {**costs.facts(), **repeat.facts(), "solves": dict(trainer.solves)}
 
     return CachedStage(workspace.store, STAGE, _key(repeat, parent)).run(fit)
-
-
-class _Check(Callback):
-    """Stops where another process has taken the stage over."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self.attempt = attempt
-
-    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
-        self.attempt.check()
-
-
-def _train(
-    repeat: Repeat, problem: BiSSLProblem, batches: Batches, workspace: Workspace, attempt: Attempt, seconds: Seconds
-) -> Trainer:
-    """Train the problem's modules, from the newest checkpoint where there is one."""
-    title, events, console = f"BiSSL, seed {repeat.seed}", repeat.events(STAGE, workspace), workspace.console
-    callbacks = (
-        *(events, seconds, _Check(attempt), ProgressBar(console, title), Diagnostics(console, every=None)),
-        Inspect(workspace.inspect, prefix=f"{STAGE}-{repeat.variant}-seed-{repeat.seed}-"),
-        Checkpointing(attempt.directory, every=repeat.settings.bissl.checkpoint_every),
-    )
-    trainer = make_trainer(repeat.settings, problem, batches, callbacks)
-    if trainer.resume(attempt.directory):
-        steps = f"{trainer.steps['lower']} lower and {trainer.steps['upper']} upper steps"
-        console.print(f"{title}: continues after {steps}", markup=False, highlight=False)
-    trainer.run()
-    return trainer
 
 
 def make_problem(settings: Config, classes: tuple[str, ...], parent: Artifact, computing: Computing) -> BiSSLProblem:

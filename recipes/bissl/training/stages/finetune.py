@@ -2,17 +2,20 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from bilevel.training import derive_seed
+from bilevel import Level
+from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient_of
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
@@ -20,10 +23,10 @@ from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
 from ...tasks.base import DownstreamTask
 from ..batches import Batches
-from ..compute import Computing
+from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
-from ..loop import run_steps
+from ..problem import trainable
 from ..repeat import Repeat
 from ..supervised import SupervisedModel
 
@@ -89,41 +92,31 @@ def fit(
     task = settings.downstream_task(sets.train.classes)
     model = _model(repeat, task, parent)
     computing.place(model).train()
-    rate, decay = settings.finetune.rates(repeat.variant)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
+    variables, (rate, decay) = trainable(model), settings.finetune.rates(repeat.variant)
+    optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
     stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
     total = finetune_steps(settings, repeat.variant, len(sets.train))
     scheduler = schedule(optimizer, total_steps=total)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
-    best, losses = _Best(model, supervised.metrics), _Losses()
-    validation = batches.evaluation(sets.val, task)
-
-    def step() -> dict[str, Any]:
-        record = supervised.step(stack.next(), optimizer, scheduler)
-        losses.values.append(record["loss"])
-        return record
-
-    def after(number: int) -> None:
-        epoch, rest = divmod(number, len(stack))
-        if rest or (epoch % settings.finetune.validate_every and number < total):
-            return
-        values = supervised.measure(validation)
-        best.offer(epoch, values)
-        named = {f"val_{name}": value for name, value in values.items()}
-        events.write({"event": "epoch", "step": number, "epoch": epoch, "train_loss": losses.take_mean(), **named})
-
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "stack": stack}
-    seconds = run_steps(
-        step,
-        total=total,
-        parts={**parts, "best": best, "losses": losses},
-        writer=events,
+    best = _Best(model, supervised.metrics)
+    validation = _Validation(
+        supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
+    )
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            gradient_of(supervised.loss, variables),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            total,
+            parts={"model": model},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"fine-tuning, {repeat.variant}, seed {repeat.seed}",
+        events=events,
         attempt=attempt,
+        workspace=workspace,
         checkpoint_every=settings.finetune.checkpoint_every * len(stack),
-        console=workspace.console,
-        description=f"fine-tuning, {repeat.variant}, seed {repeat.seed}",
-        after=after,
-        nonfinite_skips=settings.nonfinite_skips,
+        callbacks=(JoinBuffers(computing, model), validation),
     )
     best.restore()
     return Fitted(model, supervised, best.facts(), total, seconds)
@@ -153,23 +146,45 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
     )
 
 
-class _Losses:
-    """The training losses since the last validation."""
+class _Validation(Callback):
+    """Scores the model every so many epochs and after the last one, and keeps the best weights."""
 
-    def __init__(self) -> None:
-        self.values: list[float] = []
+    def __init__(
+        self,
+        model: SupervisedModel,
+        batches: Sequence[Any],
+        best: "_Best",
+        epoch: int,
+        every: int,
+        events: StageEvents,
+    ) -> None:
+        self.model, self.batches, self.best, self.events = model, batches, best, events
+        self.epoch, self.every = epoch, every
+        self.losses: list[float] = []
 
-    def take_mean(self) -> float:
-        """Their mean, NaN where every step was left out; then start anew."""
-        mean = sum(self.values) / len(self.values) if self.values else math.nan
-        self.values = []
-        return mean
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        if "skipped" not in record:
+            self.losses.append(record["loss"])
+
+    def on_progress(self, trainer: Any) -> None:
+        step = trainer.progress
+        epoch, rest = divmod(step, self.epoch)
+        if rest or (epoch % self.every and step < trainer.total):
+            return
+        values = self.model.measure(self.batches)
+        self.best.offer(epoch, values)
+        # NaN where every step since the last time was left out.
+        mean = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        named = {f"val_{name}": value for name, value in values.items()}
+        self.events.write({"event": "epoch", "step": step, "epoch": epoch, "train_loss": mean, **named})
+        self.losses = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values}
+        return {"losses": self.losses, "best": self.best.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.values = list(state["values"])
+        self.losses = list(state["losses"])
+        self.best.load_state_dict(state["best"])
 
 
 class _Best:

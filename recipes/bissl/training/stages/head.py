@@ -1,23 +1,27 @@
 """Stage 2: the downstream head on the frozen backbone."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from bilevel.training import derive_seed
+from bilevel import Level
+from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient_of
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ..batches import Batches
-from ..compute import Computing
+from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
-from ..loop import run_steps
+from ..problem import trainable
 from ..repeat import Repeat
 from ..supervised import SupervisedModel
 
@@ -78,38 +82,54 @@ def fit(
     parent.load_into({"backbone": backbone})
     computing.place(backbone).requires_grad_(False)
     computing.place(head)
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=settings.head.lr, momentum=0.9, weight_decay=settings.head.weight_decay
-    )
+    variables, section = trainable(head), settings.head
+    optimizer = torch.optim.SGD(list(variables.values()), section.lr, 0.9, weight_decay=section.weight_decay)
     stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
-    total = settings.head.epochs * len(stack)
+    total = section.epochs * len(stack)
     scheduler = schedule(optimizer, "constant", total_steps=total)
-    validation = batches.evaluation(sets.val, task)
-    backbone.train(settings.head.batch_norm == "train")
+    backbone.train(section.batch_norm == "train")
     model = SupervisedModel(task, backbone, head, computing)
-    values: dict[str, float] = {}
-
-    def after(number: int) -> None:
-        if number % len(stack) == 0:
-            values.update(model.measure(validation))
-            named = {f"val_{name}": value for name, value in values.items()}
-            events.write({"event": "epoch", "step": number, "epoch": number // len(stack), **named})
-
-    seconds = run_steps(
-        lambda: model.step(stack.next(), optimizer, scheduler),
-        total=total,
-        parts={"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "stack": stack},
-        writer=events,
+    validation = _Validation(model, batches.evaluation(sets.val, task), len(stack), events)
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            gradient_of(model.loss, variables),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            total,
+            parts={"backbone": backbone, "head": head},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"head warm-up, seed {repeat.seed}",
+        events=events,
         attempt=attempt,
+        workspace=workspace,
         checkpoint_every=max(1, total // 4),
-        console=workspace.console,
-        description=f"head warm-up, seed {repeat.seed}",
-        after=after,
-        nonfinite_skips=settings.nonfinite_skips,
+        callbacks=(JoinBuffers(computing, backbone, head), validation),
     )
     modules = {"backbone": original, "heads": heads, "upper_backbone": backbone, "head": head}
     metric, measure = next(iter(model.metrics.items()))
-    return Warmed(modules, metric, measure.higher_is_better, values, settings.head.epochs, total, seconds)
+    return Warmed(modules, metric, measure.higher_is_better, validation.values, section.epochs, total, seconds)
+
+
+class _Validation(Callback):
+    """Scores the model after every epoch; `values` are those of the last one."""
+
+    def __init__(self, model: SupervisedModel, batches: Sequence[Any], epoch: int, events: StageEvents) -> None:
+        self.model, self.batches, self.epoch, self.events = model, batches, epoch, events
+        self.values: dict[str, float] = {}
+
+    def on_progress(self, trainer: Any) -> None:
+        step = trainer.progress
+        if step % self.epoch == 0:
+            self.values = self.model.measure(self.batches)
+            named = {f"val_{name}": value for name, value in self.values.items()}
+            self.events.write({"event": "epoch", "step": step, "epoch": step // self.epoch, **named})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = dict(state["values"])
 
 
 def _key(repeat: Repeat, parent: Artifact) -> str:

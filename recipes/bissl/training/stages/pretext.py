@@ -1,6 +1,5 @@
 """Stage 1: self-supervised training of the backbone and the pretext heads."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import BatchStack
+from bilevel import BatchStack, Level
 from bilevel.problem import split
 from bilevel.products import micro_batched_gradient
-from bilevel.training import derive_seed
+from bilevel.training import Callback, Derivatives, SingleLevelTrainer, derive_seed, gradient_of
+from bilevel.tree import Params
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.losses import embedding_spread
 from ....vision.metrics import knn_accuracy
@@ -25,25 +27,22 @@ from ....vision.shards import on_shards
 from ...settings.config import Config
 from ...settings.plan import make_plan
 from ...tasks.base import PretextTask
-from ..batches import LOWER_DATA, Batches
-from ..compute import Computing
+from ..batches import LOWER_DATA, PRETEXT_IMAGES, Batches
+from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
 from ..global_loss import pretext_loss, pretext_output_loss
-from ..loop import gradient_step, optimizer_step, run_steps
 from ..problem import bind_lower, lower_variables
 from ..repeat import Repeat
-from ..warm_start import HeadsFirst, initial_weights
+from ..warm_start import initial_weights
+from . import heads as fitted_heads
 
 STAGE, RESTART = "pretext", "restart"
-
-Update = Callable[[Any], dict[str, Any]]
-"""One optimizer step on a batch; returns its event."""
 
 
 @dataclass(frozen=True)
 class _Length:
-    """Steps, peak learning rate, steps of warm-up, and steps before them in which heads alone are fitted."""
+    """Steps, peak learning rate, steps of warm-up, and steps before them that fit heads to given weights."""
 
     steps: int
     lr: float
@@ -119,39 +118,37 @@ def _fit(
     torch.manual_seed(derive_seed(repeat.seed, stage))
     modules, heads_fit = _modules(settings, start, workspace)
     task, backbone, heads = modules.task, modules.backbone, modules.heads
-    fitting = 0 if heads_fit else length.projector
+    if length.projector and not heads_fit:
+        assert start.weights is not None, "random heads go with random weights"
+        fitted = fitted_heads.run(repeat, batches, workspace, start.weights, length.projector)
+        fitted.load_into({"backbone": backbone, "heads": heads})
+        before = costs_of(fitted)
+        # Whether that was computed now or found.
+        torch.manual_seed(derive_seed(repeat.seed, stage, "after heads"))
     computing.place(backbone)
     computing.place(heads)
     modules.train()
-    optimizer = task.optimizer([*backbone.parameters(), *heads.parameters()], length.lr, settings.pretext.weight_decay)
-    floor = settings.pretext.lr_floor
+    variables, floor = lower_variables(backbone, heads), settings.pretext.lr_floor
+    optimizer = task.optimizer(list(variables.values()), length.lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
-    events, total = repeat.events(stage, workspace), fitting + length.steps
-
-    def after(number: int) -> None:
-        computing.join_buffers(backbone, heads)
-        task.after_step(backbone, heads, number)
-        if number % (settings.pretext.monitor_every * len(stack)) == 0 or number == total:
-            seen = _monitor(modules, batches)
-            events.write({"event": "monitor", "step": number, "epoch": number / len(stack), **seen})
-
-    update = _update(modules, optimizer, scheduler, computing)
-    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "stack": stack}
-    if fitting:
-        parts["heads first"] = update = HeadsFirst(fitting, settings.pretext, computing, task, backbone, heads, update)
-    seconds = run_steps(
-        lambda: update(stack.next()),
-        total=total,
-        parts={"backbone": backbone, "heads": heads, **parts},
-        writer=events,
+    events = repeat.events(stage, workspace)
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            _derivatives(modules, variables, computing),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            length.steps,
+            parts={"backbone": backbone, "heads": heads},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"{stage}, {repeat.variant}, seed {repeat.seed}",
+        events=events,
         attempt=attempt,
+        workspace=workspace,
         checkpoint_every=settings.pretext.checkpoint_every * len(stack),
-        console=workspace.console,
-        description=f"{stage}, {repeat.variant}, seed {repeat.seed}",
-        after=after,
-        nonfinite_skips=settings.nonfinite_skips,
+        callbacks=(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
     )
-    costs, weights = before + Costs(pretext_steps=total, seconds=seconds), start.weights
+    costs, weights = before + Costs(pretext_steps=length.steps, seconds=seconds), start.weights
     initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
     facts = {**costs.facts(), **repeat.facts(), "initial_weights": initial}
     return {"backbone": backbone, "heads": heads}, facts
@@ -174,7 +171,6 @@ def _modules(settings: Config, start: _Start, workspace: Workspace) -> tuple[_Mo
 
 def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
     settings, weights = repeat.settings, start.weights
-    sources = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
     shared = [] if stage == STAGE else [settings.bissl.pretext_fraction]
     # By its content: the same file elsewhere makes the same artifact. Any arm fits heads at the warm-up's rate.
     given = [] if weights is None else [weights.sha256, length.projector, settings.pretext.lr]
@@ -182,7 +178,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
         stage,
         repeat.seed,
         start.parent,
-        settings.data.model_dump(include=sources),
+        settings.data.model_dump(include=PRETEXT_IMAGES),
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],
@@ -190,31 +186,35 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
     )
 
 
-def _update(
-    modules: _Modules,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    computing: Computing,
-) -> Update:
-    """One step on a batch, in chunks of compute.micro_batch or at once."""
+def _derivatives(modules: _Modules, variables: Params, computing: Computing) -> Derivatives:
+    """Loss and gradient on a batch, in chunks of compute.micro_batch or at once."""
     task, backbone, heads = modules.task, modules.backbone, modules.heads
     size = computing.fields.micro_batch
     if size is None:
         loss = computing.first_order(lambda batch: pretext_loss(task, backbone, dict(heads.items()), batch))
-        return lambda batch: optimizer_step(loss(batch), optimizer, scheduler)
+        return gradient_of(loss, variables)
     outputs = computing.first_order(lambda lower, chunk: task.outputs(*bind_lower(backbone, heads, lower), chunk))
-    variables = lower_variables(backbone, heads)
+    whole = partial(pretext_output_loss, task)
+    return lambda batch: micro_batched_gradient(outputs, whole, variables, split(batch, size))
 
-    def update(batch: Any) -> dict[str, Any]:
-        whole = partial(pretext_output_loss, task)
-        value, gradient = micro_batched_gradient(outputs, whole, variables, split(batch, size))
-        return gradient_step(value, gradient, variables, optimizer, scheduler)
 
-    return update
+class _Monitor(Callback):
+    """Does what the task does after every step, and looks at the networks now and then and after the last step."""
+
+    def __init__(self, modules: _Modules, batches: Batches, epoch: int, events: StageEvents) -> None:
+        self.modules, self.batches, self.epoch, self.events = modules, batches, epoch, events
+        self.every = batches.settings.pretext.monitor_every * epoch
+
+    def on_progress(self, trainer: Any) -> None:
+        modules, step = self.modules, trainer.progress
+        modules.task.after_step(modules.backbone, modules.heads, step)
+        if step % self.every == 0 or step == trainer.total:
+            seen = _look(modules, self.batches)
+            self.events.write({"event": "monitor", "step": step, "epoch": step / self.epoch, **seen})
 
 
 @torch.no_grad()
-def _monitor(modules: _Modules, batches: Batches) -> dict[str, float | None]:
+def _look(modules: _Modules, batches: Batches) -> dict[str, float | None]:
     """k-NN accuracy of the features on the labelled sets, and the spread of the embeddings (0: collapse)."""
     modules.train(False)
     # Always the same images and the same draws, so that only the weights make a difference.

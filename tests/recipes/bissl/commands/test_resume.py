@@ -1,23 +1,20 @@
 """Runs that are interrupted anywhere and resumed end as if they had not been."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bilevel import Trainer
 from recipes.bissl.commands import main as run
-from recipes.bissl.training.stages import pretext
-from recipes.bissl.training.supervised import SupervisedModel
 from tests.support.recipes.small_runs import (
-    STAGES,
+    before_steps,
     events,
     execute,
     files,
     leave_out_report,
     results,
+    stop_at,
     weights,
     whole_run,
     without,
@@ -37,25 +34,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, call: int, *arguments: str) -> int:
     """Exit code of a run in which step number `call` of a stage, over all arms and seeds, meets Ctrl-C."""
-    calls = [0]
-
-    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **options: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == call:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        return step
-
     with monkeypatch.context() as patch:
-        if stage == "bissl":
-            patch.setattr(Trainer, "_upper_step", interrupted(Trainer._upper_step))
-        elif stage == "pretext":
-            patch.setattr(pretext, "optimizer_step", interrupted(pretext.optimizer_step))
-        else:
-            own = type("Interrupted", (SupervisedModel,), {"step": interrupted(SupervisedModel.step)})
-            patch.setattr(STAGES[stage], "SupervisedModel", own)
+        before_steps(patch, stage, stop_at(call))
         return execute(*arguments)
 
 
