@@ -50,9 +50,7 @@ def test_a_step_that_is_not_finite_changes_nothing(factor: float, where: str) ->
 
     trainer = make(weight, [loss], momentum=0.9)
     before = copy.deepcopy(trainer.state_dict()["levels"])
-    with pytest.raises(
-        NonFiniteError, match=r"step 1: loss .*no variable was changed. Lower the learning rate \(0.1\)"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 1: loss .*no variable was changed. Lower the learning rate"):
         trainer.run()
     after = trainer.state_dict()["levels"]
     assert weight.tolist() == [0.0, 4.0]

@@ -373,16 +373,17 @@ def test_micro_batches_of_pretext_steps_are_exact(tmp_path: Path, monkeypatch: p
 def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = small_pipeline(tmp_path, small_config("--compute.micro-batch=10"))
     parent = run_stage(pipeline, "head", run_stage(pipeline, "pretext"))
-    given: dict[str, Any] = {}
+    given: list[Any] = []
 
     def stop(*args: Any, **options: Any) -> None:
-        given.update(options)
+        given.extend(args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bissl, "Trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         run_stage(pipeline, "bissl", parent)
-    assert (given["hvp"], given["micro_batch"]) == (MicroBatched(10), 10)
+    _, upper, lower, _, method = given
+    assert (method.hvp, lower.micro_batch, upper.micro_batch) == (MicroBatched(10), 10, None)
 
 
 def test_where_the_data_lie_decides_nothing() -> None:

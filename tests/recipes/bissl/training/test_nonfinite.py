@@ -6,41 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bilevel import AlternatingSchedule
 from bilevel.training import NonFiniteError
 from bilevel.training.inspection import Inspect
-from recipes.bissl.outcome import execution
-from recipes.bissl.training.stages import pretext
-from tests.support.recipes.small_runs import execute, of_stage
 from tests.support.two_heads import LOWER_BATCHES, make
-
-
-def test_a_run_stops_with_its_code_and_goes_on_where_skips_are_allowed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
-    real, arguments = pretext.pretext_loss, ("pretext", "--output-dir", str(tmp_path))
-    calls = [0]
-
-    def second(*given: Any) -> Tensor:
-        calls[0] += 1
-        return real(*given) * (math.nan if calls[0] == 2 else 1.0)
-
-    monkeypatch.setattr(pretext, "pretext_loss", second)
-    assert execute(*arguments) == 3
-    said = capsys.readouterr().err
-    assert said.startswith("run.py: stopped: pretext step 2: loss nan")
-    path = tmp_path / "inspect" / "pretext-bissl-seed-0-train-step-2.pt"
-    assert str(path) in said
-    saved = torch.load(path, weights_only=True)
-    assert len(saved["indices"]) == 24
-    assert saved["levels"]["train"].keys() == {"variables", "optimizer", "scheduler"}
-    assert saved["kept"].keys() == {"backbone", "heads"}
-    calls[0] = 0
-    assert execute(*arguments, "--resume", "--nonfinite-skips", "1") == 0
-    assert [line["step"] for line in of_stage(tmp_path, "pretext", "train") if "skipped" in line] == [2]
 
 
 @pytest.mark.parametrize("level", ["lower", "upper"])

@@ -197,10 +197,10 @@ def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], pipeline: Pipel
 def test_bilevel_stage_hands_on_its_settings(
     made: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
+    given: list[Any] = []
 
     def stop(*args: Any, **options: Any) -> None:
-        given.update(options)
+        given.extend(args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bissl, "Trainer", stop)
@@ -212,15 +212,14 @@ def test_bilevel_stage_hands_on_its_settings(
     config = build_config(small_config(), {"bissl": settings})
     with pytest.raises(KeyboardInterrupt):
         run_stage(small_pipeline(tmp_path, config), "bissl", made["head"])
-    assert given["schedule"] == AlternatingSchedule(7, 6, 5, 3, 0.4)
-    assert (given["hessian_batches"], given["damping"], given["max_grad_norm"]) == (4, 1.25, None)
-    assert given["hvp"] == ReverseOverReverse(keep_graph=True)
-    assert given["solver"] == CG(9, 0.25, True)
+    _, upper, lower, schedule, method = given
     names = build_backbone(config.model.backbone).state_dict().keys()
-    assert given["adaptation_pairs"].keys() == {
-        f"backbone.{n}" for n in names if "running" not in n and "num_" not in n
-    }
-    assert all(upper == lower for upper, lower in given["adaptation_pairs"].items())
+    pairs = {f"backbone.{n}": f"backbone.{n}" for n in names if "running" not in n and "num_" not in n}
+    assert schedule == AlternatingSchedule(7, 6, 5, 3, 0.4, adaptation_pairs=pairs)
+    assert (upper.max_grad_norm, lower.max_grad_norm) == (None, None)
+    assert (method.hessian_batches, method.damping) == (4, 1.25)
+    assert method.hvp == ReverseOverReverse(keep_graph=True)
+    assert method.solver == CG(9, 0.25, True)
 
 
 def test_bilevel_stage_tells_what_it_did(made: dict[str, Artifact], folder: Path) -> None:

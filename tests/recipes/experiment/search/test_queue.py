@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel import NonFiniteError
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from bilevel.training import NonFiniteError
 from recipes.experiment.folder.leases import ClaimLost
 from recipes.experiment.search.queue import TrialQueue
 from recipes.experiment.search.records import Scores
