@@ -1,4 +1,4 @@
-"""Finished stages on disk, found again by the hash of what made them."""
+"""Artifacts: weights and facts of finished stages, in folders that are named by a hash of what made them."""
 
 import hashlib
 import json

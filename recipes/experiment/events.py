@@ -1,4 +1,4 @@
-"""A stage's lines in the run's `metrics.jsonl`, and in the viewers beside it."""
+"""The events of a stage, written as lines of the run's `metrics.jsonl` and to trackers."""
 
 import json
 from collections.abc import Iterator, Mapping

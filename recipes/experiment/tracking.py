@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside a run's `metrics.jsonl`."""
+"""TensorBoard and Weights & Biases loggers for the stages of a run, beside its `metrics.jsonl`."""
 
 import importlib.util
 import os

@@ -73,8 +73,8 @@ def _as_a_rank(arguments: list[str]) -> int:
     finally:
         # Also where an exception goes on from here: the others must not wait for this rank.
         with deferred():
-            tells = ranks.leave(code)
-    if message and tells:
+            prints = ranks.leave(code)
+    if message and prints:
         who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
         print(f"run.py: {who}{printable(message)}", file=sys.stderr)
     return code
@@ -93,7 +93,7 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
         return DIVERGED, f"stopped: {error}"
     except CollectiveError as error:
         with deferred():
-            message, code = ranks.account(error)
+            message, code = ranks.explain(error)
         return code, f"stopped: {message}"
     except Interrupted as stop:
         code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: in that of a run, or of a stage that several runs share."""
+"""The lease on a folder, of a run or of a stage that several runs share: one process at a time writes there."""
 
 import sys
 import time

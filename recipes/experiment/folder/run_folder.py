@@ -1,4 +1,4 @@
-"""The folder that a run writes to: never someone else's, never overwritten unasked."""
+"""The folder of a run: the names of its files, and which run and which process may write there."""
 
 import json
 import shutil

@@ -53,10 +53,11 @@ def test_the_lease_is_given_up_after_an_error(tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
-def test_a_process_of_another_machine_holds_until_its_lease_is_over(tmp_path: Path) -> None:
-    # That this machine has no process of the number, or has another one, means nothing.
-    path = forge(tmp_path, host="far", machine="another boot", pid=999_999_999, started="1")
-    with pytest.raises(ConfigError, match="process 999999999 on far"):
+@pytest.mark.parametrize("host", ["far", identity()["host"]])
+def test_a_process_of_another_machine_holds_until_its_lease_is_over(tmp_path: Path, host: str) -> None:
+    # That this machine has no process of the number, or has another one, means nothing; nor does the host's name.
+    path = forge(tmp_path, host=host, machine="another boot", pid=999_999_999, started="1")
+    with pytest.raises(ConfigError, match=f"process 999999999 on {host}"):
         leased(tmp_path, "x").__enter__()
     old = time.time() - 3600
     os.utime(path, (old, old))

@@ -102,7 +102,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     run.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(events(tmp_path / "run")) > 2)
     still = run.processes[0]
     assert still.pid is not None
-    # Rank 0 keeps the register: it can be reached no more than its keeper.
+    # Rank 0 serves the store: while it stands still neither answers.
     os.kill(still.pid, signal.SIGSTOP)
     run.processes[1].join(60.0)
     assert run.processes[1].exitcode == 76
