@@ -205,8 +205,8 @@ def test_local_statistics_are_joined(whole: Path, tmp_path: Path) -> None:
 
 def test_own_tasks_need_not_know_of_ranks(tmp_path: Path) -> None:
     options = (
-        "--pretext.task=tests.plugin_tasks:Colour",
-        "--downstream.task=tests.plugin_tasks:Brightness",
+        "--pretext.task=tests.support.recipes.plugin_tasks:Colour",
+        "--downstream.task=tests.support.recipes.plugin_tasks:Brightness",
         "--pretext.batch-size=13",
         "--downstream.batch-size=11",
     )
