@@ -11,7 +11,7 @@ from bilevel import interruption
 from bilevel.distributed import rank
 
 from .artifacts import Artifact, ArtifactStore
-from .folder.run_lock import held
+from .folder.folder_lease import leased
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class CachedStage:
         if finished is not None:
             return finished
         directory = self.store.directory(self.name, self.key)
-        with interruption.deferred(), held(directory, "artifacts") as lease:
+        with interruption.deferred(), leased(directory, "artifacts") as check:
             # Another process may have finished it in between.
             artifact = self._find()
             if artifact is None:
-                modules, facts = fit(Attempt(directory, lease.check))
+                modules, facts = fit(Attempt(directory, check))
                 artifact = self.store.save(self.name, self.key, modules, facts)
             discard_checkpoints(directory)
         return artifact

@@ -24,13 +24,14 @@ class Workspace:
     Attributes:
         folder: with the run's events, its viewers' files and the batches of steps that went wrong.
         store: of finished stages; several runs may share it.
-        tracking: names of the viewers that get the events too, see `make_trackers`.
+        tracking, project: names of the viewers that get the events too, and of the project there: see `make_trackers`.
     """
 
     folder: Path
     store: ArtifactStore
     console: Console = field(default_factory=Console)
     tracking: Collection[str] = ()
+    project: str = "bilevel"
 
     @property
     def metrics(self) -> Path:
@@ -52,8 +53,9 @@ class Workspace:
         Raises:
             ConfigError: the package of a viewer is not installed.
         """
+        folder = self.folder / TRACKING
         try:
-            viewers = {} if rank() > 0 else make_trackers(self.tracking, self.folder / TRACKING, fields, settings)
+            viewers = {} if rank() > 0 else make_trackers(self.tracking, folder, fields, settings, project=self.project)
         except TrackerError as error:
             raise ConfigError(f"tracking: {error}") from error
         return StageEvents(self.metrics, fields, viewers)

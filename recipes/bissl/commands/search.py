@@ -14,10 +14,10 @@ from bilevel.checkpoint import CheckpointError, write_atomic
 from bilevel.interruption import Interruption
 from bilevel.training import NonFiniteError
 
-from ...experiment.artifacts import Artifact, ArtifactError, read_artifact
+from ...experiment.artifacts import Artifact, ArtifactError
 from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import CHECKPOINTS, SAFE_TO_CHANGE
+from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.search.queue import TrialQueue
 from ...experiment.search.records import select
@@ -30,6 +30,8 @@ from ..outcome.search.search import Search, check, prepare, work
 from ..outcome.search.selection import TOLERANCE, near_best
 from ..outcome.search.space import LR, LR_RANGE, TRIALS, WEIGHT_DECAY, WEIGHT_DECAY_RANGE, grid_around, random_pairs
 from ..settings.arms import ARMS, arm_of
+from ..settings.run_directory import SAFE_TO_CHANGE
+from ..training.artifacts import read_stage
 from ..training.datasets import Datasets
 from .parsing import Request, parse, show_config
 
@@ -159,7 +161,7 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     if arm_of(search.variant).start == "random":
         raise ConfigError(f"--from: the arm {search.variant!r} starts from random weights; leave out one of the two")
     expected = "pretext" if search.stage == "head" or then == "nothing" else then
-    artifact = read_artifact(Path(given.source))
+    artifact = read_stage(Path(given.source))
     if artifact.stage != expected:
         raise ArtifactError(
             f"--from: search of {search.stage} for the arm {search.variant!r} starts from a {expected} artifact, "

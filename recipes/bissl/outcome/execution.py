@@ -13,12 +13,14 @@ from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
 from ...experiment.workspace import Workspace
 from ..settings.arms import arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS
+from ..settings.run_directory import PROJECT, run_directory
+from ..training.artifacts import STEPS
 from ..training.compute import Computing
 from ..training.datasets import Datasets
 from .agreement import check_ranks
@@ -93,7 +95,7 @@ def make_pipeline(
         warnings.simplefilter("ignore", SolverWarning)
     computing = Computing(config.compute, device)
     computing.set_up()
-    workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking)
+    workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking, PROJECT)
     return Pipeline(config, Datasets(config.data) if data is None else data, computing, workspace)
 
 
@@ -127,9 +129,9 @@ def config_of(run: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is of no run of this program.
     """
-    saved = RunDirectory(run).saved_config()
+    saved = run_directory(run).saved_config()
     if saved is None:
-        raise ConfigError(f"{run} holds no config.json of a run; name the output folder of a run")
+        raise ConfigError(f"{run} holds no {CONFIG} of a run; name the output folder of a run")
     preset = saved["preset"]
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"{run}: the saved config names the preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -146,7 +148,7 @@ def open_finished(run: Path, artifacts: Path | None = None) -> Pipeline:
     Raises:
         ConfigError: as `config_of` and `make_pipeline`.
     """
-    return make_pipeline(config_of(run), run, FinishedStages(artifacts or run / CHECKPOINTS))
+    return make_pipeline(config_of(run), run, FinishedStages(artifacts or run / CHECKPOINTS, STEPS))
 
 
 def before_finetuning(pipeline: Pipeline, arms: Sequence[str], seed: int) -> dict[str, Artifact]:

@@ -13,7 +13,7 @@ from ...experiment.artifacts import Artifact
 from ...vision.networks.backbones import BACKBONES, RESNETS
 from ...vision.networks.torchvision_backbones import network_options
 from ..settings.config import Config
-from ..training.costs import costs_of
+from ..training.artifacts import costs_of
 
 _HOW = {
     "pretext": "self-supervised pre-training alone",

@@ -7,8 +7,8 @@ from ...experiment.workspace import Workspace
 from ..settings.arms import arm_of
 from ..settings.config import Config
 from ..settings.plan import make_plan
+from ..training.artifacts import costs_of
 from ..training.compute import Computing
-from ..training.costs import costs_of
 from ..training.datasets import Datasets
 from ..training.repeat import Repeat
 from ..training.stages import bissl, finetune, head, pretext

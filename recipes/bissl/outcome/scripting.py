@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...experiment.artifacts import ArtifactStore
 from ...experiment.workspace import Workspace
 from ..settings.config import Config
+from ..training.artifacts import artifact_store
 from ..training.compute import Computing
 from ..training.datasets import Datasets
 from .pipeline import Pipeline
@@ -21,7 +21,7 @@ def results_of(config: Config) -> dict[str, Any]:
     """All stages of all arms on the CPU, in a temporary folder: what a run would write to its results.json."""
     with tempfile.TemporaryDirectory() as folder:
         path, device = Path(folder), torch.device("cpu")
-        workspace = Workspace(path, ArtifactStore(path), Console(quiet=True))
+        workspace = Workspace(path, artifact_store(path), Console(quiet=True))
         pipeline = Pipeline(config, Datasets(config.data), Computing(config.compute, device), workspace)
         return summarise(pipeline.run(), config, pipeline.data, device)
 

@@ -17,13 +17,13 @@ from bilevel import interruption
 from bilevel.checkpoint import write_atomic
 from bilevel.training import NonFiniteError
 
-from ..folder.leases import Claim, ClaimLost, Claims
+from ..folder.leases import Lease, LeaseLost, Leases
 from ..folder.run_folder import INSPECT
 from ..stage import Attempt, discard_checkpoints
 from .records import Scores, TrialRecord, read_record
 from .trials import Trial
 
-TRIALS, LEASES = "trials", "claims"
+TRIALS, LEASES = "trials", "leases"
 PREPARE = "prepare"
 
 POLL = 5.0
@@ -43,17 +43,17 @@ class TrialQueue:
     Attributes:
         directory: of the search, the same for all its workers.
         trials: all of them.
-        lease: seconds after which a silent worker's trial is taken up by another.
+        duration: of a lease: seconds after which a silent worker's trial is taken up by another.
     """
 
     directory: Path
     trials: tuple[Trial, ...]
-    lease: float
+    duration: float
 
     @property
-    def leases(self) -> Claims:
+    def leases(self) -> Leases:
         """Who works on what."""
-        return Claims(self.directory / LEASES, self.lease)
+        return Leases(self.directory / LEASES, self.duration)
 
     def record_path(self, trial: Trial) -> Path:
         """Where a trial's record is or will be."""
@@ -73,7 +73,7 @@ class TrialQueue:
         return [trial for trial in self.trials if not self._is_done(trial)]
 
     def holders(self) -> list[dict[str, Any]]:
-        """The processes that work on a trial now, as `Claims.holder` tells them."""
+        """The processes that work on a trial now, as `Leases.holder` tells them."""
         leases = self.leases
         return [holder for trial in self.missing() if (holder := leases.holder(_name(trial)))]
 
@@ -118,7 +118,7 @@ class TrialQueue:
             self.leases.clear(_name(trial))
         self.leases.clear(PREPARE)
 
-    def _attempt(self, trial: Trial, fit: Fit, lease: Claim, console: Console) -> None:
+    def _attempt(self, trial: Trial, fit: Fit, lease: Lease, console: Console) -> None:
         """Do a trial whose lease is held, unless it was finished just before, or the lease is lost on the way."""
         if self._is_done(trial):
             return
@@ -128,7 +128,7 @@ class TrialQueue:
             record = TrialRecord(trial, fit(trial.values, Attempt(directory, lease.check)))
         except NonFiniteError as error:
             record = TrialRecord(trial, message=str(error))
-        except ClaimLost as lost:
+        except LeaseLost as lost:
             console.print(f"trial {trial.number}: {lost}", markup=False, highlight=False, soft_wrap=True)
             return
         write_atomic(self.record_path(trial), json.dumps(record.to_json(), indent=1, allow_nan=False).encode())
@@ -143,7 +143,7 @@ class TrialQueue:
         return self.record_path(trial).with_suffix("")
 
     def _wait(self) -> None:
-        time.sleep(min(POLL, self.lease / 4))
+        time.sleep(min(POLL, self.duration / 4))
 
 
 def _name(trial: Trial) -> str:

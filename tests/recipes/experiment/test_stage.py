@@ -10,7 +10,7 @@ from torch import nn
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from recipes.experiment.artifacts import Artifact, ArtifactStore
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.folder.run_lock import held
+from recipes.experiment.folder.folder_lease import leased
 from recipes.experiment.stage import Attempt, CachedStage, discard_checkpoints
 
 
@@ -50,7 +50,7 @@ def test_an_interrupted_stage_goes_on_and_is_let_go(tmp_path: Path) -> None:
 def test_one_process_makes_it(tmp_path: Path) -> None:
     stage = CachedStage(ArtifactStore(tmp_path), "fit", "key")
     with (
-        held(stage.store.directory("fit", "key"), "artifacts"),
+        leased(stage.store.directory("fit", "key"), "artifacts"),
         pytest.raises(ConfigError, match=r"artifacts: .* is in use"),
     ):
         stage.run(never)

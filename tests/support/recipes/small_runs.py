@@ -17,11 +17,13 @@ from recipes.bissl.outcome import execution
 from recipes.bissl.outcome.execution import compute_device
 from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config
+from recipes.bissl.settings.run_directory import PROJECT
+from recipes.bissl.training.artifacts import artifact_store
 from recipes.bissl.training.batches import Batches
 from recipes.bissl.training.compute import Computing
 from recipes.bissl.training.datasets import Datasets
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
-from recipes.experiment.artifacts import Artifact, ArtifactStore
+from recipes.experiment.artifacts import Artifact
 from recipes.experiment.workspace import Workspace
 
 # Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
@@ -63,7 +65,7 @@ def small_config(*arguments: str) -> Config:
 
 def small_pipeline(folder: Path, config: Config) -> Pipeline:
     computing = Computing(config.compute, compute_device(config))
-    workspace = Workspace(folder, ArtifactStore(folder / "checkpoints"), Console(quiet=True), config.tracking)
+    workspace = Workspace(folder, artifact_store(folder / "checkpoints"), Console(quiet=True), config.tracking, PROJECT)
     return Pipeline(config, Datasets(config.data), computing, workspace)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from bilevel.checkpoint import write_atomic
 from bilevel.training import NonFiniteError
 
-from ....experiment.artifacts import Artifact, ArtifactStore, read_artifact
+from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
 from ....experiment.search.queue import TrialQueue
 from ....experiment.search.records import Scores
@@ -22,6 +22,8 @@ from ....experiment.workspace import Workspace
 from ....vision.sources.image_cache import cache_folder, read_cache, write_cache
 from ...settings.arms import arm_of
 from ...settings.config import Config
+from ...settings.run_directory import PROJECT
+from ...training.artifacts import artifact_store, read_stage
 from ...training.datasets import Datasets
 from ...training.repeat import Repeat
 from ...training.stages import finetune, head
@@ -68,7 +70,7 @@ class Search:
 
     def pipeline(self, data: Datasets, console: Console) -> Pipeline:
         """The pipeline of the run, with events in the folder of the search."""
-        return make_pipeline(self.config, self.directory, ArtifactStore(self.artifacts), data, console=console)
+        return make_pipeline(self.config, self.directory, artifact_store(self.artifacts), data, console=console)
 
 
 def check(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
@@ -133,7 +135,7 @@ def _fit(
     """
     config = with_values(search.config, search.fields(values))
     repeat = Repeat.of(config, search.variant, config.seed)
-    workspace = Workspace(attempt.directory, pipeline.workspace.store, Console(quiet=True), config.tracking)
+    workspace = Workspace(attempt.directory, pipeline.workspace.store, Console(quiet=True), config.tracking, PROJECT)
     if search.stage == "head":
         assert parent is not None, "a head's warm-up has a backbone"
         warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
@@ -164,4 +166,4 @@ def _parent(search: Search) -> Artifact | None:
         where = json.loads(path.read_text(encoding="utf-8"))["directory"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); delete it to look for the artifact again") from error
-    return None if where is None else read_artifact(Path(where))
+    return None if where is None else read_stage(Path(where))

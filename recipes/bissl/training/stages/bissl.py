@@ -18,9 +18,9 @@ from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.config import Config
+from ..artifacts import Costs, costs_of
 from ..batches import LOWER_DATA, Batches
 from ..compute import Computing
-from ..costs import Costs, costs_of
 from ..datasets import Datasets
 from ..problem import BACKBONE, BiSSLProblem
 from ..repeat import Repeat

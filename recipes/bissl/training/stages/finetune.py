@@ -22,9 +22,9 @@ from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
 from ...tasks.base import DownstreamTask
+from ..artifacts import Costs, costs_of
 from ..batches import Batches
 from ..compute import Computing, JoinBuffers
-from ..costs import Costs, costs_of
 from ..datasets import Datasets
 from ..problem import trainable
 from ..repeat import Repeat

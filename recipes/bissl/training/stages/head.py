@@ -17,9 +17,9 @@ from ....experiment.training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
+from ..artifacts import Costs, costs_of
 from ..batches import Batches
 from ..compute import Computing, JoinBuffers
-from ..costs import Costs, costs_of
 from ..datasets import Datasets
 from ..problem import trainable
 from ..repeat import Repeat

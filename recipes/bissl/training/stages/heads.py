@@ -17,9 +17,9 @@ from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone
 from ....vision.optimizers import schedule
 from ...tasks.base import PretextTask
+from ..artifacts import Costs
 from ..batches import PRETEXT_IMAGES, Batches
 from ..compute import JoinBuffers
-from ..costs import Costs
 from ..global_loss import pretext_loss
 from ..problem import trainable
 from ..repeat import Repeat

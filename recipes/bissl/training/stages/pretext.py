@@ -27,9 +27,9 @@ from ....vision.shards import on_shards
 from ...settings.config import Config
 from ...settings.plan import make_plan
 from ...tasks.base import PretextTask
+from ..artifacts import Costs, costs_of
 from ..batches import LOWER_DATA, PRETEXT_IMAGES, Batches
 from ..compute import Computing, JoinBuffers
-from ..costs import Costs, costs_of
 from ..datasets import Datasets
 from ..global_loss import pretext_loss, pretext_output_loss
 from ..problem import bind_lower, lower_variables

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.training import NonFiniteError
-from recipes.experiment.folder.leases import ClaimLost
+from recipes.experiment.folder.leases import LeaseLost
 from recipes.experiment.search.queue import TrialQueue
 from recipes.experiment.search.records import Scores
 from recipes.experiment.search.trials import grid
@@ -49,7 +49,7 @@ def test_every_trial_is_done_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trials" / "001.json").read_text())["message"] == "loss nan"
     queue.sweep()
     assert not list(tmp_path.rglob("step-*"))
-    assert not [path for path in (tmp_path / "claims").iterdir() if path.name[0] != "."]
+    assert not [path for path in (tmp_path / "leases").iterdir() if path.name[0] != "."]
 
 
 def test_a_trial_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_trial_that_was_taken_over_is_left_to_the_other_worker(tmp_path: Path)
     def fit(values: Mapping[str, float], attempt: Attempt) -> Scores:
         calls.append(values["rate"])
         if len(calls) == 1:
-            raise ClaimLost("taken over")
+            raise LeaseLost("taken over")
         return score(values, attempt)
 
     queue.work(fit, QUIET)
