@@ -112,8 +112,8 @@ class Implicit(Method):
         rate = step.upper_rate or 0.0
         if rate == 0.0 and pending.rates > 0.0:
             raise ValueError(
-                f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part of "
-                "its whole alternation; end above 0, or leave aggregate out"
+                f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part "
+                "of its whole alternation; end above 0, or leave aggregate out"
             )
         result = through_system(
             system, step.upper, step.lower, step.upper_batch, solve=lambda v: self._solve(step, state, system, v)
