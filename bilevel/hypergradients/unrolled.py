@@ -328,8 +328,8 @@ class _Trajectory:
         if apart > 0.01 * moved + rounding * float(tree.norm(really)):
             self.diverted = (
                 f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where "
-                "it had led, so that this is the derivative of other steps; let no hook move the lower variables, make the "
-                "lower objective a function of its arguments and the Problem's state_dict, or take another method"
+                "it had led, so that this is the derivative of other steps; let no hook move the lower variables, make "
+                "the lower objective a function of its arguments and the Problem's state_dict, or take another method"
             )
 
 
