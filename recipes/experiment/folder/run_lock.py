@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from bilevel.distributed import rank
 
 from ..errors import ConfigError
+from ..terminal import command_name
 from .leases import Claim, ClaimLost, Claims
 from .process_identity import describe, identity
 
@@ -78,7 +79,7 @@ def _taken(claims: Claims) -> Claim | None:
             return None
         if not told:
             where = f"{claims.folder} is held by an earlier attempt of this job, {describe(holder)}"
-            print(f"run.py: {where}; waiting until its lease of {claims.lease:g} s is over", file=sys.stderr)
+            print(f"{command_name()}: {where}; waiting until its lease of {claims.lease:g} s is over", file=sys.stderr)
             told = True
         time.sleep(_POLL)
     return claim
