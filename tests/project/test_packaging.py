@@ -101,8 +101,10 @@ def test_ci_script_is_executable_and_runs_tests_then_lint() -> None:
 def test_a_module_of_the_recipes_is_one_object_by_either_name() -> None:
     ours, installed = (importlib.import_module(f"{name}.bissl.tasks.base") for name in ("recipes", "bilevel.recipes"))
     assert ours is installed
-    assert ours.__name__ == ours.__spec__.name == "bilevel.recipes.bissl.tasks.base"
-    assert ours.__spec__.origin == str(ROOT / "recipes/bissl/tasks/base.py")
+    spec = ours.__spec__
+    assert spec is not None
+    assert ours.__name__ == spec.name == "bilevel.recipes.bissl.tasks.base"
+    assert spec.origin == str(ROOT / "recipes/bissl/tasks/base.py")
     packages = [importlib.import_module(f"{name}.bissl") for name in ("bilevel.recipes", "recipes")]
     assert packages[0] is packages[1]
     task = ours.DownstreamTask

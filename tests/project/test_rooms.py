@@ -22,7 +22,7 @@ from tests.support.imports import (
 from tests.support.paths import ROOT
 
 ROOMS = [f"bilevel.{name}" for name in ("nn", "products", "linear", "lower", "hypergradients", "training")]
-GROUND = [f"bilevel.{name}" for name in ("tree", "distributed", "interruption", "problem", "checkpoint")]
+GROUND = [f"bilevel.{name}" for name in ("tree", "checks", "distributed", "interruption", "problem", "checkpoint")]
 RECIPES = [
     f"bilevel.recipes.{name}"
     for name in (
