@@ -7,7 +7,7 @@ OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
-MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2 filelock
+MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
 MODULES_demo := $(MODULES_recipes) sklearn matplotlib
 MODULES_test := $(MODULES_demo) pytest hypothesis packaging build setuptools ruff pyright
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser

@@ -82,7 +82,7 @@ def test_the_core_needs_torch_numpy_and_rich_and_recipes_what_their_extra_brings
     core = {"bilevel", "torch", "numpy", "rich", *sys.stdlib_module_names}
     assert not needed_packages(CORE, except_for=core)
     # PIL comes with torchvision.
-    extra = {"torchvision", "PIL", "pydantic", "pydantic_settings", "safetensors", "scipy", "jinja2", "filelock"}
+    extra = {"torchvision", "PIL", "pydantic", "pydantic_settings", "safetensors", "scipy", "jinja2"}
     assert not needed_packages(RECIPE, except_for=core | extra)
 
 
