@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
-from recipes.bissl.settings.config import build_config
-from recipes.bissl.settings.presets import digits
-from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
-from recipes.vision.metrics import Metric, State
+from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.settings.config import build_config
+from bilevel.recipes.bissl.settings.presets import digits
+from bilevel.recipes.bissl.tasks import Bound, DownstreamTask, PretextTask
+from bilevel.recipes.vision.metrics import Metric, State
 
 
 def plain(images: Tensor) -> Tensor:
