@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import MINRES, hypergradient, linearize
+from bilevel import MINRES, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.settings.config import Config, build_config
@@ -153,7 +153,7 @@ def test_bf16_is_for_first_order_passes_alone() -> None:
         options = {"solver": MINRES(3, None), "damping": 10.0}
         system = linearize(problem, x, y, [batch], **options)  # type: ignore[arg-type]
         products.append(system.operator({name: torch.ones_like(y[name]) for name in system.implicit}))
-        result = hypergradient(problem, x, y, upper_batch=upper_batch, system=system)
+        result = system.hypergradient(upper_batch)
         totals.append({**result.grad, "loss": result.loss})
         assert set(seen) == {torch.float32}
     plain, other = (torch.cat([g.flatten() for g in step]) for step in steps)

@@ -210,7 +210,7 @@ def test_curvature_serves_every_upper_step() -> None:
     with torch.no_grad():
         for leaf in upper.values():
             leaf.add_(0.3)
-    reused = hypergradient(problem, upper, lower, upper_batch=UPPER_BATCH, system=system)
+    reused = system.hypergradient(UPPER_BATCH)
     expected = ByHand(problem)
     a = torch.eye(len(expected.v), dtype=torch.float64) + expected.hessian() / (LAMBDA + DAMPING)
     assert close(backbone_part(reused.grad), torch.linalg.solve(a, expected.v) + expected.direct, 1e-8)
