@@ -153,7 +153,7 @@ class System:
             )
         b = {name: b[name] for name in self.implicit}
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
-        if x0 is None or not only_if_closer:
+        if x0 is None or not (only_if_closer and self.solver.uses_start):
             return self.solver.solve(operator, b, x0=x0, state=self.state)
         product = operator(x0)
         if bool(tree.norm(tree.sub(b, product)) < tree.norm(b)):

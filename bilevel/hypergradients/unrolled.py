@@ -322,9 +322,9 @@ class _Trajectory:
         apart, moved = float(tree.norm(tree.sub(end, really))), float(tree.norm(tree.sub(really, start)))
         if apart > 0.01 * moved + rounding * float(tree.norm(really)):
             self.diverted = (
-                f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where it "
-                "had led, so that this is the derivative of other steps; let no hook move the lower variables, make the "
-                "lower objective a function of its arguments and the Problem's state_dict, or take another method"
+                f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where "
+                "it had led, so that this is the derivative of other steps; let no hook move the lower variables, make "
+                "the lower objective a function of its arguments and the Problem's state_dict, or take another method"
             )
 
 
