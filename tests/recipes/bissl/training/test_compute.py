@@ -366,16 +366,16 @@ def test_micro_batches_of_pretext_steps_are_exact(tmp_path: Path, monkeypatch: p
 def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = small_context(tmp_path, small_config("--compute.micro-batch=10"))
     parent = head.run(context, pretext.run(context))
-    given: dict[str, Any] = {}
+    given: list[Any] = []
 
-    def stop(*args: Any, **options: Any) -> None:
-        given.update(options)
+    def stop(problem: Any, upper: Any, lower: Any, schedule: Any, method: Any, **options: Any) -> None:
+        given.extend((method.hvp, lower.micro_batch, upper.micro_batch))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bissl, "Trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         bissl.run(context, parent)
-    assert (given["hvp"], given["micro_batch"]) == (MicroBatched(10), 10)
+    assert given == [MicroBatched(10), 10, None]
 
 
 def test_where_the_data_lie_decides_nothing() -> None:
