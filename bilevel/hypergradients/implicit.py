@@ -121,7 +121,9 @@ class Implicit(Method):
         scale = pending.scale(rate)
         following = self._next(state, _Pending())
         if self.warm_start and result.solution is not None:
-            following["start"] = tree.scale(1.0 / scale, result.solution.value) if result.solution.status.ok else None
+            following.pop("start", None)
+            if result.solution.status.ok:
+                following["start"] = tree.scale(1.0 / scale, result.solution.value)
         return Proposal(result.grad, result.loss, following, result, scale)
 
     def _next(self, state: MethodState, pending: "_Pending") -> MethodState:
