@@ -58,8 +58,8 @@ class Parity(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         def view(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            tikhonov = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
-            return plain(images.roll(tikhonov, (2, 3))), (labels % 2).float()
+            shift = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
+            return plain(images.roll(shift, (2, 3))), (labels % 2).float()
 
         return view
 
