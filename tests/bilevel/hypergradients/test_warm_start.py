@@ -254,7 +254,7 @@ def test_a_trainer_carries_it_from_alternation_to_alternation_until_the_lower_le
                 iterations.append(record["iterations"])
 
     method, schedule = Implicit(CG(20, 1e-8), warm_start=True), AlternatingSchedule(3, 1, 1)
-    trainer = Trainer(Resetting(resets), *levels, schedule, method, callbacks=[Listener()])
+    trainer = Trainer(Resetting(resets), levels[0], levels[1], schedule, method, callbacks=[Listener()])
     trainer.run()
     # The right-hand side stays, so that a solve that starts at its solution has nothing to do.
     assert [count > 0 for count in iterations] == [True, bool(resets), False]
