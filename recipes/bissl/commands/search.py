@@ -1,4 +1,4 @@
-"""``run.py search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
+"""``bissl search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ from ...experiment.plugins import PluginError
 from ...experiment.search.queue import TrialQueue
 from ...experiment.search.records import select
 from ...experiment.search.workers import run_workers
+from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ..outcome.execution import compute_device
@@ -42,7 +43,7 @@ _DESCRIPTION = """\
 A search for the learning rate and weight decay of an arm's fine-tuning, or, with --stage head, of the head's warm-up
 and the upper level. Trials are scored on the validation set; the test set is not used. The same command, on this
 machine or on others that see the folder, continues and joins the search. Options of the pipeline (--preset, --arm,
---artifacts, --finetune.epochs, ...) are taken as well: run.py --help lists them.
+--artifacts, --finetune.epochs, ...) are taken as well: --help without `search` lists them.
 """
 
 
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py search", description=_DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"{command_name()} search", description=_DESCRIPTION, allow_abbrev=False)
     add: Callable[..., Any] = parser.add_argument
     add("--stage", choices=("finetune", "head"), default="finetune", help="what to search for (default: finetune)")
     add("--from", dest="source", metavar="ARTIFACT", help="artifact to start from (default: the arm's, made if needed)")
@@ -223,8 +224,8 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
         return
     codes = run_workers(_worker, search, count)
     if codes:
-        ended = ", ".join(map(str, codes))
-        print(f"run.py search: {len(codes)} of {count} workers ended early, with {ended}", file=sys.stderr)
+        died = f"{len(codes)} of {count} workers ended early, with {', '.join(map(str, codes))}"
+        print(f"{command_name()} search: {died}", file=sys.stderr)
 
 
 def _worker(search: Search) -> None:
@@ -233,7 +234,7 @@ def _worker(search: Search) -> None:
         with Interruption():
             work(search, Console())
     except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
-        print(f"run.py search: a worker stopped: {error}", file=sys.stderr)
+        print(f"{command_name()} search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

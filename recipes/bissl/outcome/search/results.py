@@ -9,6 +9,7 @@ from bilevel.checkpoint import write_atomic
 
 from ....experiment.search.records import Scores, Selection, TrialRecord
 from ....experiment.search.trials import title
+from ....experiment.terminal import command_line
 from .search import Search
 
 SELECTION, CHOSEN = "selection.json", "chosen.toml"
@@ -77,7 +78,7 @@ def lines(search: Search, selection: Selection, tolerance: float) -> list[str]:
     rule = f"{selection.within} within {tolerance:g} of the best {_scores(selection.winner).metric}, by validation loss"
     chosen = f"chosen: trial {selection.winner.describe()}; {rule}; {len(selection.diverged)} diverged"
     command = [
-        f"python recipes/bissl/run.py --preset {search.config.preset} --artifacts {search.artifacts}",
+        f"{command_line()} --preset {search.config.preset} --artifacts {search.artifacts}",
         options(search.fields(selection.winner.trial.values)),
         *([f"--seeds {SEEDS}"] if search.stage == "finetune" else []),
     ]
