@@ -1,4 +1,4 @@
-"""Losses that are not finite: nothing is updated, what they were made of is saved, and some may be skipped."""
+"""Losses of either level that are not finite: nothing is updated, what they were made of is saved, and some may be skipped."""
 
 import math
 from pathlib import Path
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bilevel import AlternatingSchedule
-from bilevel.training import NonFiniteError
-from bilevel.training.inspection import Inspect
-from tests.support.two_heads import LOWER_BATCHES, make
+from bilevel.training import Inspect, NonFiniteError
+from tests.support.two_heads import LOWER_BATCHES, implicit, make
 
 
 @pytest.mark.parametrize("level", ["lower", "upper"])
@@ -22,8 +21,7 @@ def test_a_trainer_skips_and_saves(level: str, tmp_path: Path) -> None:
         data = {"upper_data": [torch.ones(3, dtype=torch.float64), bad]}
     options: dict[str, Any] = {
         "schedule": AlternatingSchedule(1, 3, 2),
-        "adaptation_pairs": None,
-        "hessian_batches": 1,
+        "method": implicit(hessian_batches=1),
         "on_failure": "ignore",
         **data,
     }
@@ -40,11 +38,11 @@ def test_a_trainer_skips_and_saves(level: str, tmp_path: Path) -> None:
     )
     clean = make(**{**options, **data, "schedule": AlternatingSchedule(1, *less)})
     clean.run()
-    for ours, theirs in ((trainer.upper, clean.upper), (trainer.lower, clean.lower)):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name, theirs in clean.levels.items():
+        assert all(torch.equal(trainer.levels[name].params[key], leaf) for key, leaf in theirs.params.items())
     saved = torch.load(tmp_path / f"{level}-step-2.pt", weights_only=True)
     assert (saved["event"], saved["step"], saved["indices"]) == (level, 2, None)
-    assert saved["lower"].keys() == clean.lower.keys()
+    assert saved["levels"]["lower"]["variables"].keys() == clean.lower.params.keys()
     resumed = make(**options, nonfinite_skips=1, callbacks=[Inspect(tmp_path)])
     resumed.load_state_dict(trainer.state_dict())
     assert resumed.skipped == {level: 1}
