@@ -1,4 +1,4 @@
-"""Losses of either level that are not finite: nothing is updated, what they were made of is saved, and some may be skipped."""
+"""Steps of either level that are not finite: nothing changes, what they were made of is saved, some may be left out."""
 
 import math
 from pathlib import Path
