@@ -65,8 +65,8 @@ class StageEvents(Callback):
 
     @property
     def name(self) -> str:
-        """The stage in one word, for names of files."""
-        return "{stage}-{arm}-seed-{seed}".format(**self.context)
+        """The context in one word, for names of files: its values, numbers with their names, as in ``fit-seed-0``."""
+        return "-".join(value if isinstance(value, str) else f"{key}-{value}" for key, value in self.context.items())
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
         # Of a long training of one level, `MOST_LINES` steps at most and those that were left out.

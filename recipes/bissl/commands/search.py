@@ -27,9 +27,9 @@ from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ..outcome.execution import compute_device
 from ..outcome.search.results import CHOSEN, SELECTION, lines, table, write_selection
-from ..outcome.search.search import Search, check, prepare, work
 from ..outcome.search.selection import TOLERANCE, near_best
 from ..outcome.search.space import LR, LR_RANGE, TRIALS, WEIGHT_DECAY, WEIGHT_DECAY_RANGE, grid_around, random_pairs
+from ..outcome.search.variant_search import Search, check, prepare, work
 from ..settings.arms import ARMS, arm_of
 from ..settings.run_directory import SAFE_TO_CHANGE
 from ..training.artifacts import read_stage

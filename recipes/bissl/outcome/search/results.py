@@ -10,7 +10,7 @@ from bilevel.checkpoint import write_atomic
 from ....experiment.search.records import Scores, Selection, TrialRecord
 from ....experiment.search.trials import title
 from ....experiment.terminal import command_line
-from .search import Search
+from .variant_search import Search
 
 SELECTION, CHOSEN = "selection.json", "chosen.toml"
 SHOWN = 10

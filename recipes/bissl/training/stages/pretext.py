@@ -35,7 +35,7 @@ from ..global_loss import pretext_loss, pretext_output_loss
 from ..problem import bind_lower, lower_variables
 from ..repeat import Repeat
 from ..warm_start import initial_weights
-from . import heads as fitted_heads
+from . import projector
 
 STAGE, RESTART = "pretext", "restart"
 
@@ -120,7 +120,7 @@ def _fit(
     task, backbone, heads = modules.task, modules.backbone, modules.heads
     if length.projector and not heads_fit:
         assert start.weights is not None, "random heads go with random weights"
-        fitted = fitted_heads.run(repeat, batches, workspace, start.weights, length.projector)
+        fitted = projector.run(repeat, batches, workspace, start.weights, length.projector)
         fitted.load_into({"backbone": backbone, "heads": heads})
         before = costs_of(fitted)
         # Whether that was computed now or found.

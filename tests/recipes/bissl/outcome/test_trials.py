@@ -9,8 +9,8 @@ from scipy import stats
 
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome.search.results import toml
-from recipes.bissl.outcome.search.search import Search
 from recipes.bissl.outcome.search.space import decided, grid_around, random_pairs, with_values
+from recipes.bissl.outcome.search.variant_search import Search
 from recipes.experiment.search.queue import TrialQueue
 from tests.support.recipes.small_runs import SMALL_OPTIONS, small_config
 

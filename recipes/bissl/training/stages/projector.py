@@ -24,7 +24,7 @@ from ..global_loss import pretext_loss
 from ..problem import trainable
 from ..repeat import Repeat
 
-STAGE = "heads"
+STAGE = "projector"
 
 
 def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: ForeignWeights, steps: int) -> Artifact:
