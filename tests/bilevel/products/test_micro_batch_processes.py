@@ -24,8 +24,8 @@ import re
 import torch
 from torch import nn
 from bilevel import Problem, functional_call, linearize
-from bilevel.microbatch import MicroBatched
-from recipes.bissl.ranks import Launch, Ranks
+from bilevel.products.micro_batch import MicroBatched
+from recipes.experiment.ranks.processes import Launch, Ranks
 
 class Wide(Problem):
     def __init__(self):

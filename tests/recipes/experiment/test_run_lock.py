@@ -170,6 +170,6 @@ def test_the_bilevel_stage_is_held_too(tmp_path: Path, monkeypatch: pytest.Monke
         return held(folder, what)
 
     for module in ("loop", "stages.bissl"):
-        monkeypatch.setattr(f"recipes.bissl.{module}.held", spy)
+        monkeypatch.setattr(f"recipes.bissl.training.{module}.held", spy)
     execution.run_pipeline(context)
     assert set(seen) == {"pretext", "head", "bissl", "finetune"}

@@ -158,7 +158,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
-    task = "--pretext.task=tests.rank_tasks:BrokenOnOneRank"
+    task = "--pretext.task=tests.support.recipes.rank_tasks:BrokenOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(30.0) == [3, 3], run.said()
     (line,), others = run.said()
@@ -185,7 +185,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
 
 
 def test_what_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
-    task = "--pretext.task=tests.rank_tasks:FailingOnOneRank"
+    task = "--pretext.task=tests.support.recipes.rank_tasks:FailingOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(30.0) == [74, 74], run.said()
     (first,), (second,) = run.said()
@@ -205,8 +205,8 @@ def test_local_statistics_are_joined(whole: Path, tmp_path: Path) -> None:
 
 def test_own_tasks_need_not_know_of_ranks(tmp_path: Path) -> None:
     options = (
-        "--pretext.task=tests.plugin_tasks:Colour",
-        "--downstream.task=tests.plugin_tasks:Brightness",
+        "--pretext.task=tests.support.recipes.plugin_tasks:Colour",
+        "--downstream.task=tests.support.recipes.plugin_tasks:Brightness",
         "--pretext.batch-size=13",
         "--downstream.batch-size=11",
     )
