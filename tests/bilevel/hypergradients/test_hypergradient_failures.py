@@ -60,7 +60,9 @@ class Concave(Proximal):
 
 def test_what_a_failure_does_is_decided_by_on_failure() -> None:
     _, upper, lower = proximal_point()
-    with pytest.warns(SolverWarning, match="negative curvature.*raise damping or shift.*relative residual") as caught:
+    with pytest.warns(
+        SolverWarning, match="negative curvature.*raise damping or tikhonov.*relative residual"
+    ) as caught:
         warned = run(Concave(), upper, lower)
     assert caught[0].filename == inspect.getfile(run)
     with pytest.raises(SolverError, match="negative curvature") as raised:

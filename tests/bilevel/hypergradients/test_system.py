@@ -146,10 +146,10 @@ def test_objectives_meet_the_lower_variables_in_their_own_order() -> None:
         ({"implicit": lambda name: False}, ValueError, "implicit selects no lower variable"),
         ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0, got -1.0"),
         ({"damping": float("nan")}, ValueError, "damping"),
-        ({"tikhonov": -1.0}, ValueError, "shift must be"),
-        ({"tikhonov": {"w": float("inf")}}, ValueError, r"shift\['w'\]"),
-        ({"tikhonov": {"u": 1.0}}, ValueError, r"shift names \['u'\]"),
-        ({"tikhonov": {"w": 1.0}, "implicit": ["v"]}, ValueError, r"shift names \['w'\]"),
+        ({"tikhonov": -1.0}, ValueError, "tikhonov must be"),
+        ({"tikhonov": {"w": float("inf")}}, ValueError, r"tikhonov\['w'\]"),
+        ({"tikhonov": {"u": 1.0}}, ValueError, r"tikhonov names \['u'\]"),
+        ({"tikhonov": {"w": 1.0}, "implicit": ["v"]}, ValueError, r"tikhonov names \['w'\]"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: Any, error: type[Exception], match: str) -> None:

@@ -256,8 +256,8 @@ def test_a_preconditioner_that_is_not_definite_is_refused() -> None:
         (lambda: Diagonal(probes=1), ValueError, "Diagonal: probes"),
         (lambda: Diagonal(seed=-1), ValueError, "Diagonal: seed"),
         (lambda: NystromPreconditioner(rank=0), ValueError, "NystromPreconditioner: rank"),
-        (lambda: NystromPreconditioner(tikhonov=0.0), ValueError, "NystromPreconditioner: shift"),
-        (lambda: NystromPreconditioner(tikhonov=math.nan), ValueError, "NystromPreconditioner: shift"),
+        (lambda: NystromPreconditioner(tikhonov=0.0), ValueError, "NystromPreconditioner: tikhonov"),
+        (lambda: NystromPreconditioner(tikhonov=math.nan), ValueError, "NystromPreconditioner: tikhonov"),
     ],
 )
 def test_bad_options_are_refused_by_name(make: Any, error: type[Exception], match: str) -> None:

@@ -110,7 +110,7 @@ def test_a_line_names_the_shift_of_systems_that_were_shifted() -> None:
         record(tikhonov=2.0, residual_without_tikhonov=0.125),
     ]
     cells = diagnostics_cells(1, [record(), *shifted])
-    assert cells["status"] == "3 CONVERGED, shift 2 (residual without it 0.25)"
+    assert cells["status"] == "3 CONVERGED, tikhonov 2 (residual without it 0.25)"
 
 
 def trainer(alternations: int, solves: dict[str, int] | None = None) -> Any:
