@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ....experiment.folder.run_folder import FEATURES, FEATURES_PICTURE
 from ....experiment.plots import shown_name
+from ...settings.run_directory import FEATURES, FEATURES_PICTURE
 
 
 class ArmRecord(BaseModel):

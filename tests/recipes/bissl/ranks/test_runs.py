@@ -86,7 +86,7 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
     (line,) = run.said()[0]
     assert line.startswith(f"run.py: stopped: rank 1 (process {victim.pid} on ")
     assert "--resume" in line
-    assert not list(tmp_path.rglob("*.claim"))
+    assert not list(tmp_path.rglob("*.lease"))
 
 
 def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     run.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(events(tmp_path / "run")) > 2)
     still = run.processes[0]
     assert still.pid is not None
-    # Rank 0 keeps the register: it can be reached no more than its keeper.
+    # Rank 0 serves the store: while it stands still neither answers.
     os.kill(still.pid, signal.SIGSTOP)
     run.processes[1].join(60.0)
     assert run.processes[1].exitcode == 76
