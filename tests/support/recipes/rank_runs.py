@@ -1,6 +1,5 @@
 """Small runs of the recipe by several processes, as torchrun starts them."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from benchmarks.measuring import free_port
 from benchmarks.soak import join_all
 from recipes.bissl.commands.main import main
+from tests.support.rank_processes import forkserver
 from tests.support.recipes.small_runs import SMALL_OPTIONS, leave_out_report
 
 TIMEOUT = 100.0
@@ -66,8 +66,7 @@ def start(
         changes: of the environment that all are given.
         report: whether it is drawn, which takes longer than a short run.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.bissl.commands.main", "sklearn.datasets"])
+    context = forkserver()
     folder.mkdir(parents=True, exist_ok=True)
     logs, processes, port = [folder / f"rank{rank}.log" for rank in range(ranks)], [], free_port()
     for rank, log in enumerate(logs):
