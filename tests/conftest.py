@@ -1,6 +1,8 @@
-"""How the suite runs: a thread a process, on every core, and one file in the process that was asked for it."""
+"""How the suite runs: a thread a process, on every core, and a file that is named in the process that was asked."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
         return 0
     return min(os.cpu_count() or 1, MOST_WORKERS)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def called_as_the_script() -> Iterator[None]:
+    """Messages begin with the name of the command that runs; for tests that call it inside this process, ``run.py``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["recipes/bissl/run.py"])
+        yield

@@ -29,7 +29,7 @@ from tests.support.solver_checks import check_honest, in_single_precision, relat
 PRECONDITIONERS = {
     "diagonal": Diagonal(probes=4),
     "nystrom": NystromPreconditioner(rank=4),
-    "nystrom, known shift": NystromPreconditioner(rank=4, tikhonov=0.5),
+    "nystrom, known tikhonov": NystromPreconditioner(rank=4, tikhonov=0.5),
     "nystrom of everything": NystromPreconditioner(rank=50),
 }
 

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from bilevel import Problem, functional_call, linearize
 from bilevel.products.micro_batch import MicroBatched
-from recipes.experiment.ranks.processes import Launch, Ranks
 
 class Wide(Problem):
     def __init__(self):

@@ -20,8 +20,7 @@ from recipes.bissl.training.context import Context, Datasets
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
 from recipes.experiment.artifacts import Artifact
 
-# Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage. At a tenth of the preset's rates
-# training does not magnify what rounding does.
+# Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
 SMALL = {
     "threads": 1,
     "seeds": 2,
@@ -31,13 +30,11 @@ SMALL = {
     "data.val-per-class": 2,
     "pretext.batch-size": 24,
     "pretext.epochs": 2,
-    "pretext.lr": 0.3,
     "pretext.warmup-epochs": 1,
     "pretext.monitor-every": 1,
     "pretext.checkpoint-every": 1,
     "downstream.batch-size": 16,
     "head.epochs": 2,
-    "head.lr": 0.005,
     "bissl.alternations": 2,
     "bissl.lower-steps": 2,
     "bissl.upper-steps": 2,
@@ -50,11 +47,8 @@ SMALL = {
     "bissl.aggregate": "false",
     "bissl.adaptation-every": 2,
     "bissl.checkpoint-every": 1,
-    "bissl.lower-lr": 0.3,
     "bissl.lower-warmup-epochs": 1,
-    "bissl.upper-lr": 0.005,
     "finetune.epochs": 4,
-    "finetune.lr": 0.001,
     "finetune.validate-every": 2,
     "finetune.checkpoint-every": 1,
 }
@@ -86,11 +80,11 @@ def leave_out_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(execution, "write_report", lambda folder: folder)
 
 
-def whole_run(folder: Path) -> Path:
+def whole_run(folder: Path, *arguments: str) -> Path:
     """The folder of a run that nothing interrupts, without its report."""
     with pytest.MonkeyPatch.context() as patch:
         leave_out_report(patch)
-        assert execute("--output-dir", str(folder)) == 0
+        assert execute("--output-dir", str(folder), *arguments) == 0
     return folder
 
 
