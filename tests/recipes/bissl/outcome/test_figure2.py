@@ -75,8 +75,6 @@ def sweep(folder: Path, *options: str) -> int:
     return figure2.main([*SMALL_OPTIONS, "--finetune.epochs=2", "--output-dir", str(folder), *options])
 
 
-# After two steps the lower level is nowhere near a minimum.
-@pytest.mark.filterwarnings("ignore::bilevel.SolverWarning")
 def test_a_sweep_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
