@@ -165,7 +165,7 @@ def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any
             seen["whole"][name].append(time.perf_counter() - began)
             seen["processor"][name].append(processor_seconds() - used)
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-        seen["stages"][name].append(results["arms"]["bissl"]["seconds"])
+        seen["stages"][name].append(results["variants"]["bissl"]["seconds"])
 
     for _ in range(pairs):
         start("alone")

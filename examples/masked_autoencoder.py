@@ -19,7 +19,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
+from recipes.bissl.outcome.console_table import plain_lines
+from recipes.bissl.outcome.temporary_run import results_of
 from recipes.bissl.settings.config import build_config
 from recipes.bissl.settings.presets import digits
 from recipes.bissl.tasks.base import Bound, PretextTask

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
+from recipes.bissl.outcome.console_table import plain_lines
+from recipes.bissl.outcome.temporary_run import results_of
 from recipes.bissl.settings.config import build_config
 from recipes.bissl.settings.presets import digits
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask

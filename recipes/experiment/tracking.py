@@ -25,18 +25,18 @@ def check_installed(names: Collection[str]) -> None:
 def make_trackers(
     names: Collection[str], folder: Path, stage: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Tracker]:
-    """The trackers of one stage, by name: each stage of each arm and seed is a run of its own in the viewer.
+    """The trackers of one stage, by name: each stage of each variant and seed is a run of its own in the viewer.
 
     Args:
         names: of "tensorboard" and "wandb".
         folder: where they keep their files; all stages of a run share it.
-        stage: "stage", "arm" and "seed".
+        stage: "stage", "variant" and "seed".
         config: the run's configuration, shown with a run of W&B. Its project is WANDB_PROJECT, or "bissl".
 
     Raises:
         TrackerError: a package is not installed.
     """
-    title = f"{stage['stage']}/{stage['arm']}/seed-{stage['seed']}"
+    title = f"{stage['stage']}/{stage['variant']}/seed-{stage['seed']}"
     made: dict[str, Tracker] = {}
     if "tensorboard" in names:
         made["tensorboard"] = TensorBoardLogger(folder / "tensorboard" / title)

@@ -123,12 +123,12 @@ def _find(run: Path, stage: str, arm: str, seed: int) -> Artifact:
 
 
 def _arm(artifact: Artifact, default: str) -> str:
-    return artifact.info.get("arm", default)
+    return artifact.info.get("variant", default)
 
 
 def _listing(artifacts: list[Artifact]) -> str:
     lines = [
-        f"  {artifact.directory}: {artifact.stage}, arm {artifact.info.get('arm', 'any')}, seed "
+        f"  {artifact.directory}: {artifact.stage}, arm {artifact.info.get('variant', 'any')}, seed "
         f"{artifact.info.get('seed')}, {artifact.info['pretext_steps']} pretext steps"
         for artifact in artifacts
     ]

@@ -19,7 +19,7 @@ def test_mean_std_of_a_sample() -> None:
     assert mean_std([3.5]) == (3.5, None)
 
 
-def check(result: Comparison, test: str, error: float, freedom: float) -> None:
+def check(result: Comparison, test: str, error: Any, freedom: Any) -> None:
     """The textbook's t-test of `result.difference`, with its standard error and degrees of freedom."""
     assert result.test == test
     half = stats.t.ppf(0.975, freedom) * error

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from bilevel import Status
+from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.results_table import comparison_lines, results_table
+from recipes.bissl.outcome.stage_curves import _last_solves
 from recipes.experiment.plots import Panel, draw
-from recipes.experiment.records import Curve, read_run
+from recipes.experiment.records import Curve, curves, read_run
 
 
 def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("bissl", "baseline")) -> list[dict]:
@@ -24,7 +25,7 @@ def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("
     rows: list[dict[str, Any]] = []
 
     def add(stage: str, arm: str, seed: int, event: str, step: int, **values: Any) -> None:
-        rows.append({"stage": stage, "arm": arm, "seed": seed, "event": event, "step": step, **values})
+        rows.append({"stage": stage, "variant": arm, "seed": seed, "event": event, "step": step, **values})
 
     for arm in arms:
         for step in range(10 * alternations):
@@ -65,7 +66,7 @@ def results() -> dict[str, Any]:
         "seeds": [0, 1],
         "repeats": "finetune",
         "primary_metric": "top1",
-        "arms": {"baseline": arm(81.5, [80.25, 82.75], 99.5), "bissl": arm(84.75, [83.875, 85.625], 100.25)},
+        "variants": {"baseline": arm(81.5, [80.25, 82.75], 99.5), "bissl": arm(84.75, [83.875, 85.625], 100.25)},
         "comparisons": [
             {
                 "a": "bissl",
@@ -214,13 +215,28 @@ def test_logarithmic_panels_have_readable_ticks(values: list[float], tick: str) 
     assert f">{tick}</text>" in drawing.svg
 
 
+def test_the_last_solve_of_each_seed_over_its_iterations() -> None:
+    def solve(seed: int, step: int, curve: list[float | None] | None) -> dict[str, object]:
+        rest = {} if curve is None else {"residual_curve": curve}
+        return {"stage": "bissl", "variant": "a", "seed": seed, "event": "upper", "step": step, "residual": 9.0, **rest}
+
+    # An empty curve is that of a method without iterations, none at all that of a step without a solve.
+    rows = [solve(0, 1, [0.5]), solve(0, 2, [0.5, None, 0.1]), solve(0, 3, []), solve(0, 4, None), solve(1, 1, [0.2])]
+    by_seed = curves(_last_solves(rows), "residual", x="iteration")["a"]
+    np.testing.assert_array_equal(by_seed[0].x, [1, 2, 3])
+    np.testing.assert_array_equal(by_seed[0].y, [0.5, math.nan, 0.1])
+    np.testing.assert_array_equal(by_seed[1].y, [0.2])
+
+
 def test_data_never_becomes_markup(tmp_path: Path) -> None:
     def hostile(place: str) -> str:
         return f"</pre></td><script>alert('{place}')</script>&amp;"
 
     rows, outcome = metrics(alternations=1), results()
-    rows += [row | {"arm": hostile("arm"), "status": hostile("status")} for row in rows if row["arm"] == "bissl"]
-    outcome["arms"][hostile("result arm")] = {hostile("metric"): {"mean": hostile("mean")}}
+    rows += [
+        row | {"variant": hostile("arm"), "status": hostile("status")} for row in rows if row["variant"] == "bissl"
+    ]
+    outcome["variants"][hostile("result arm")] = {hostile("metric"): {"mean": hostile("mean")}}
     outcome |= {"preset": hostile("preset"), "primary_metric": hostile("primary"), "seeds": [hostile("seed")]}
     outcome["comparisons"][0] |= {"a": hostile("a"), "metric": hostile("compared"), "test": hostile("test")}
     outcome["notes"].append(hostile("note"))
@@ -250,7 +266,7 @@ def test_data_never_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
-    rows = [row | {"arm": r"$\frac{$ & x_1"} for row in metrics(alternations=1)]
+    rows = [row | {"variant": r"$\frac{$ & x_1"} for row in metrics(alternations=1)]
     assert r"$\frac{$ & x_1" in Page(write_report(write_run(tmp_path, rows=rows)).read_text(encoding="utf-8")).text
 
 
@@ -282,7 +298,7 @@ def test_results_with_a_piece_missing(tmp_path: Path, missing: str) -> None:
 def test_null_statistics_of_one_seed(tmp_path: Path) -> None:
     outcome = results()
     outcome["seeds"] = [0]
-    for entry in outcome["arms"].values():
+    for entry in outcome["variants"].values():
         entry["top1"] |= {"std": None, "per_seed": [entry["top1"]["mean"]]}
     outcome["comparisons"][0] |= {"ci95": None, "p_value": None, "p_holm": None}
     page = Page(write_report(write_run(tmp_path, outcome=outcome)).read_text(encoding="utf-8"))
@@ -295,7 +311,7 @@ def test_cut_off_last_line_is_left_out_and_mentioned(tmp_path: Path) -> None:
     rows = metrics(alternations=1)
     write_run(tmp_path, rows=rows)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + '{"stage": "pretext", "arm": "é'.encode()[:-1])
+    path.write_bytes(path.read_bytes() + '{"stage": "pretext", "variant": "é'.encode()[:-1])
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert f"Line {len(rows) + 1} of metrics.jsonl" in page.text
     assert read_run(tmp_path).events == tuple(rows)
@@ -315,7 +331,7 @@ def test_complete_last_line_without_its_line_end_counts(tmp_path: Path) -> None:
         '{"stage": "pre',
         "[1, 2]",
         '{"stage": "pretext"}',
-        '{"stage":"a","arm":"b","seed":"0","event":"c","step":1}',
+        '{"stage":"a","variant":"b","seed":"0","event":"c","step":1}',
         "\\",
     ],
 )
@@ -356,7 +372,7 @@ def test_missing_matplotlib_names_the_remedy(tmp_path: Path, monkeypatch: pytest
 
 def test_console_table() -> None:
     outcome = results()
-    outcome["arms"]["[red]odd"] = {"top1": outcome["arms"]["bissl"]["top1"]}
+    outcome["variants"]["[red]odd"] = {"top1": outcome["variants"]["bissl"]["top1"]}
     console = Console(file=io.StringIO(), width=200, color_system=None, record=True)
     console.print(results_table(outcome))
     lines = console.export_text().splitlines()

@@ -51,7 +51,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
         for name, value in a.items():
             if isinstance(value, float) and name in ("loss", "lr", "grad_norm", "train_loss", "val_loss", "residual"):
                 assert math.isclose(value, b[name], rel_tol=2e-2, abs_tol=1e-4), (name, a, b)
-            elif name in ("event", "stage", "arm", "seed", "step", "epoch", "alternation", "status", "iterations"):
+            elif name in ("event", "stage", "variant", "seed", "step", "epoch", "alternation", "status", "iterations"):
                 assert value == b[name], (name, a, b)
 
 
@@ -60,7 +60,7 @@ def test_two_processes_make_the_run_of_one(whole: Path, two: Path) -> None:
     assert_close_runs(whole, two)
     assert weights(whole).keys() == weights(two).keys()
     one, other = results(whole), results(two)
-    assert one["arms"].keys() == other["arms"].keys()
+    assert one["variants"].keys() == other["variants"].keys()
     assert one["notes"] == other["notes"]
     assert (one["environment"]["processes"], other["environment"]["processes"]) == (1, 2)
     assert (two / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
@@ -72,7 +72,7 @@ def test_first_steps_agree_to_rounding(whole: Path, two: Path) -> None:
     ]
     assert len(pairs) >= 8
     for a, b in pairs:
-        if a["stage"] != "finetune" or a["arm"] == "bissl":
+        if a["stage"] != "finetune" or a["variant"] == "bissl":
             assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (a, b)
             assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3), (a, b)
 
@@ -146,7 +146,7 @@ def test_another_number_of_processes_goes_on_with_the_same_data(whole: Path, tmp
     with pytest.MonkeyPatch.context() as patch:
         leave_out_report(patch)
         assert execute(*arguments, "--resume") == 0
-    order = lambda line: (line["arm"], line["stage"], line["seed"])  # noqa: E731
+    order = lambda line: (line["variant"], line["stage"], line["seed"])  # noqa: E731
     first, second = (sorted(events(folder), key=order) for folder in (whole, tmp_path / "run"))
     for a, b in zip(first, second, strict=True):
         if a["event"] in ("train", "lower", "upper"):
