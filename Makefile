@@ -7,9 +7,9 @@ OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
-CORE_MODULES := torch torchvision numpy pydantic pydantic_settings rich safetensors
+CORE_MODULES := torch torchvision numpy pydantic pydantic_settings rich safetensors jinja2
 MODULES_demo := $(CORE_MODULES) sklearn scipy matplotlib
-MODULES_test := $(MODULES_demo) pytest hypothesis ruff pyright
+MODULES_test := $(MODULES_demo) pytest hypothesis torchmetrics ruff pyright
 MODULES_docs := $(CORE_MODULES) sphinx furo myst_parser
 
 .PHONY: help demo test lint docs soak clean environment-demo environment-test environment-docs

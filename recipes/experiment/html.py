@@ -83,7 +83,8 @@ def render_page(title: str, opening: Sequence[Block], sections: Sequence[Section
 _PAGE = """\
 {% macro cells(tag, row, left) -%}
 {% for cell in row -%}
-<{{ tag }}{% if loop.index0 >= left %} class="number"{% endif %}>{{ cell }}</{{ tag }}>
+<{{ tag }}{% if loop.index0 >= left %} class="number"{% elif cell | length > 50 %} class="long"{% endif %}>
+{{- cell }}</{{ tag }}>
 {%- endfor %}
 {%- endmacro %}
 
@@ -142,18 +143,20 @@ gaps.{% endif %}</figcaption>
 @media (prefers-color-scheme: dark) {
   :root { --text: #dfe3e8; --page: #16191d; --line: #3a4047; --soft: #20252b; --warn: #4a3a10; }
 }
-body { color: var(--text); background: var(--page); font: 15px/1.5 system-ui, sans-serif; max-width: 1180px;
+body { color: var(--text); background: var(--page); font: 15px/1.5 system-ui, sans-serif; max-width: 1400px;
        margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0.2rem; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 0.6rem; border-bottom: 1px solid var(--line); padding-bottom: 0.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0.6rem 0; }
-th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { background: var(--soft); font-weight: 600; }
-td.number { white-space: nowrap; }
+td { white-space: nowrap; }
+td.long { white-space: normal; min-width: 24rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .warning { background: var(--warn); padding: 0.6rem 1rem; border-radius: 4px; }
 .absent { opacity: 0.7; font-style: italic; }
+p, ul, figure { max-width: 1180px; }
 figure { margin: 0.8rem 0; }
 figure svg, figure img { width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }

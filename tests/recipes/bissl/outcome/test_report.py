@@ -4,7 +4,6 @@ import io
 import json
 import math
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from recipes.bissl.outcome.report import write_report
 from recipes.bissl.outcome.stage_curves import _last_solves
 from recipes.experiment.plots import Panel, draw
 from recipes.experiment.records import Curve, curves, read_run
+from tests.support.html_page import Page
 
 
 def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("bissl", "baseline")) -> list[dict]:
@@ -94,53 +94,6 @@ def write_run(
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-class Page(HTMLParser):
-    """Tags, the addresses they ask for, and the text by section."""
-
-    VOID = frozenset({"meta"})
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.identifiers: list[str] = []
-        self.words: list[str] = []
-        self.cells: list[list[str]] = []
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag == "td":
-            self.cells[-1].append("")
-        for name, value in attrs:
-            if name in {"src", "href", "xlink:href", "action", "data", "srcset", "poster"}:
-                self.addresses.append(value or "")
-            if name == "id":
-                self.identifiers.append(value or "")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self.open and self.open[-1] == "td":
-            self.cells[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
