@@ -20,6 +20,7 @@ from ..outcome.features.saved import ArmScores, SavedFeatures
 from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
 from ..outcome.report import write_report
+from ..settings.arms import BASELINE, METHOD
 from ..training.context import Context
 
 Split = Literal["test", "val"]
@@ -33,7 +34,7 @@ Written: {FEATURES_PICTURE} and {FEATURES}; in the run's own folder, also its re
 they are.
 """
 
-_TITLES = {"bissl": "BiSSL, lower-level backbone", "baseline": "baseline, pre-training alone"}
+_TITLES = {METHOD: "BiSSL, lower-level backbone", BASELINE: "baseline, pre-training alone"}
 
 
 @dataclass(frozen=True)

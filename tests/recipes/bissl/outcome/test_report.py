@@ -2,21 +2,17 @@
 
 import io
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from bilevel import Status
 from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.stage_curves import _last_solves
-from recipes.experiment.plots import Panel, draw
-from recipes.experiment.records import Curve, curves, read_run
+from recipes.experiment.records import read_run
 from tests.support.html_page import Page
 
 
@@ -144,41 +140,6 @@ def test_report_holds_the_numbers(finished: str) -> None:
 
 def test_every_panel_of_a_complete_run_is_drawn(finished: str) -> None:
     assert "not recorded" not in Page(finished).text
-
-
-def test_curves_are_drawn_where_their_values_put_them() -> None:
-    points = Curve(np.arange(4.0), np.array([0.0, 1.0, math.nan, 1.0]))
-    drawing = draw("x", [Panel("loss", "step", {"bissl": {0: points}})], ["bissl"], columns=1)
-    assert drawing is not None
-    assert drawing.not_finite == 1
-    assert "clip-path" in drawing.svg
-    assert drawing.svg.count("#2f7fd0") >= 2
-    assert "loss" in drawing.svg
-    assert "currentColor" in drawing.svg
-
-
-@pytest.mark.parametrize(
-    ("values", "tick"),
-    [([1e-4, 1e-2, 1.0], "0.0001"), ([0.0, 1e-4, 1.0], "0.0001"), ([0.0, 0.0, 0.0], "0"), ([2.25, 2.3, 2.75], "2.3")],
-)
-def test_logarithmic_panels_have_readable_ticks(values: list[float], tick: str) -> None:
-    points = Curve(np.arange(3.0), np.array(values))
-    drawing = draw("x", [Panel("residual", "step", {"bissl": {0: points}}, logarithmic=True)], ["bissl"], columns=1)
-    assert drawing is not None
-    assert f">{tick}</text>" in drawing.svg
-
-
-def test_the_last_solve_of_each_seed_over_its_iterations() -> None:
-    def solve(seed: int, step: int, curve: list[float | None] | None) -> dict[str, object]:
-        rest = {} if curve is None else {"residual_curve": curve}
-        return {"stage": "bissl", "variant": "a", "seed": seed, "event": "upper", "step": step, "residual": 9.0, **rest}
-
-    # An empty curve is that of a method without iterations, none at all that of a step without a solve.
-    rows = [solve(0, 1, [0.5]), solve(0, 2, [0.5, None, 0.1]), solve(0, 3, []), solve(0, 4, None), solve(1, 1, [0.2])]
-    by_seed = curves(_last_solves(rows), "residual", x="iteration")["a"]
-    np.testing.assert_array_equal(by_seed[0].x, [1, 2, 3])
-    np.testing.assert_array_equal(by_seed[0].y, [0.5, math.nan, 0.1])
-    np.testing.assert_array_equal(by_seed[1].y, [0.2])
 
 
 def test_data_never_becomes_markup(tmp_path: Path) -> None:
