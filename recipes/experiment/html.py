@@ -86,7 +86,7 @@ _PAGE = """\
 <{{ tag }}{% if loop.index0 >= left %} class="number"{% elif cell | length > 50 %} class="long"{% endif %}>
 {{- cell }}</{{ tag }}>
 {%- endfor %}
-{%- endmacro %}
+{%- endmacro -%}
 
 {% macro show(block) %}
 {% set kind = block | kind %}
@@ -129,7 +129,7 @@ gaps.{% endif %}</figcaption>
 {% endif %}
 <p class="absent">{{ not_recorded }}</p>
 {% endif %}
-{% endmacro %}
+{% endmacro -%}
 
 <!DOCTYPE html>
 <html lang="en">
