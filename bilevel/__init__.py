@@ -1,30 +1,34 @@
-"""Gradient-based bilevel optimization for PyTorch: hypergradients, implicit-gradient solvers, alternating training."""
+"""Gradient-based bilevel optimization for PyTorch: hypergradients, implicit-gradient solvers, alternating training.
+
+Here are the names that a first reader needs; the others are public in their rooms: `bilevel.hypergradients`,
+`bilevel.linear`, `bilevel.products`, `bilevel.training`, `bilevel.nn`.
+"""
 
 from bilevel.hypergradients import (
+    SAMA,
     AdamUpdate,
     Hypergradient,
+    Implicit,
+    Method,
+    OneStep,
+    Penalty,
     SGDUpdate,
     SolverError,
     SolverWarning,
-    System,
+    Unrolled,
     check_hypergradient,
     hypergradient,
     linearize,
-    unrolled_hypergradient,
 )
-from bilevel.linear import CG, MINRES, Dense, Identity, LinearOperator, Neumann, Nystrom, Solution, Solver, Status
-from bilevel.lower import StaleSystemError
+from bilevel.linear import CG, MINRES, Identity, Neumann, Nystrom, Status
 from bilevel.nn import functional_call
 from bilevel.problem import Problem, proximal, ridge
-from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 from bilevel.training import (
     AlternatingSchedule,
-    BatchSource,
     BatchStack,
-    Callback,
     Checkpointing,
     JSONLWriter,
-    NonFiniteError,
+    Level,
     ProgressBar,
     Trainer,
 )
@@ -35,42 +39,34 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "MINRES",
+    "SAMA",
     "AdamUpdate",
     "AlternatingSchedule",
-    "BatchSource",
     "BatchStack",
-    "Callback",
     "Checkpointing",
-    "Dense",
-    "FiniteDifference",
-    "ForwardOverReverse",
-    "GaussNewton",
-    "HVPProvider",
     "Hypergradient",
     "Identity",
+    "Implicit",
     "JSONLWriter",
-    "LinearOperator",
+    "Level",
+    "Method",
     "Neumann",
-    "NonFiniteError",
     "Nystrom",
+    "OneStep",
     "Params",
+    "Penalty",
     "Problem",
     "ProgressBar",
-    "ReverseOverReverse",
     "SGDUpdate",
-    "Solution",
-    "Solver",
     "SolverError",
     "SolverWarning",
-    "StaleSystemError",
     "Status",
-    "System",
     "Trainer",
+    "Unrolled",
     "check_hypergradient",
     "functional_call",
     "hypergradient",
     "linearize",
     "proximal",
     "ridge",
-    "unrolled_hypergradient",
 ]

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Params, Problem, ReverseOverReverse, ridge
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Params, Problem, hypergradient, ridge
+from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 

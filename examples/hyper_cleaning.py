@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, AlternatingSchedule, Params, Problem, ReverseOverReverse, Trainer, ridge
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, hypergradient, ridge
+from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 WRONG, RIDGE = 0.3, 0.003
@@ -57,15 +57,10 @@ def learn(train: Batch, val: Batch, alternations: int) -> Trainer:
     lower = {"w": torch.zeros(64, 10, requires_grad=True), "b": torch.zeros(10, requires_grad=True)}
     trainer = Trainer(
         Cleaning(),
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=1.0, momentum=0.9),
-        upper_optimizer=torch.optim.Adam(upper.values(), lr=0.1),
-        lower_data=[train],
-        upper_data=[val],
-        schedule=AlternatingSchedule(alternations, lower_steps=20, upper_steps=1),
-        solver=CG(40, rtol=1e-2),
-        hvp=ReverseOverReverse(keep_graph=True),
+        Level(upper, torch.optim.Adam(upper.values(), lr=0.1), [val]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=1.0, momentum=0.9), [train]),
+        AlternatingSchedule(alternations, lower_steps=20, upper_steps=1),
+        Implicit(CG(40, rtol=1e-2), hvp=ReverseOverReverse(keep_graph=True)),
     )
     trainer.run()
     return trainer
@@ -88,7 +83,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     right = (X @ trainer.lower["w"] + trainer.lower["b"]).argmax(1) == t
     found = trainer.upper["weight"] < 0.0
     last = hypergradient(
-        trainer.problem, trainer.upper, trainer.lower, upper_batch=val, lower_batches=[train], solver=CG(40, rtol=1e-2)
+        trainer.problem, trainer.upper, trainer.lower, CG(40, rtol=1e-2), upper_batch=val, lower_batches=[train]
     )
     accuracies = {
         "all labels as they are": baseline(val, test, train),

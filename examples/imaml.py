@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, AlternatingSchedule, Params, Problem, Trainer, proximal
+from bilevel import CG, AlternatingSchedule, Level, Params, Problem, Trainer, proximal
 
 Batch = tuple[Tensor, Tensor]
 WAYS, QUERIES, HIDDEN, TASKS, STEPS, SEEN, NEW = 5, 5, 48, 8, 15, range(6), range(6, 8)
@@ -72,14 +72,14 @@ def fit(start: Params, groups: list[tuple[Batch, Batch]], upper_steps: int) -> T
     lower = problem.reset_lower(upper)
     trainer = Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1, momentum=0.7),
-        upper_optimizer=torch.optim.Adam(upper.values(), lr=0.01),
-        lower_data=[support for support, _ in groups for _ in range(STEPS)],
-        upper_data=[query for _, query in groups],
-        schedule=AlternatingSchedule(len(groups), STEPS, upper_steps),
-        solver=CG(40, rtol=3e-2),
+        Level(upper, torch.optim.Adam(upper.values(), lr=0.01), [query for _, query in groups]),
+        Level(
+            lower,
+            torch.optim.SGD(lower.values(), lr=0.1, momentum=0.7),
+            [support for support, _ in groups for _ in range(STEPS)],
+        ),
+        AlternatingSchedule(len(groups), STEPS, upper_steps),
+        CG(40, rtol=3e-2),
     )
     trainer.run()
     return trainer

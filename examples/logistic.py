@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
 import bilevel
-from bilevel import CG, MINRES, Dense, Identity, Neumann, Params, Problem, ReverseOverReverse, Solver
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, MINRES, Identity, Implicit, Neumann, Params, Problem, hypergradient
+from bilevel.linear import Dense, Solver
+from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,7 +70,9 @@ def newton(upper: Params, batch: Batch) -> Params:
 def one(upper: Params, lower: Params, data: list[Batch], solver: Solver) -> bilevel.Hypergradient:
     """One hypergradient; a kept graph makes products on small data several times cheaper."""
     hvp = ReverseOverReverse(keep_graph=True)
-    return hypergradient(Logistic(), upper, lower, upper_batch=data[1], lower_batches=[data[0]], solver=solver, hvp=hvp)
+    return hypergradient(
+        Logistic(), upper, lower, Implicit(solver, hvp=hvp), upper_batch=data[1], lower_batches=[data[0]]
+    )
 
 
 def tune(solver: Solver, steps: int, data: list[Batch]) -> tuple[Params, Params]:

@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Params, Problem, ReverseOverReverse
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Params, Problem, hypergradient
+from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 RIDGE = 1e-3

@@ -16,8 +16,8 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
-from bilevel import CG, Params, Problem, ReverseOverReverse
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Params, Problem, hypergradient
+from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 

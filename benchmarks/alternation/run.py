@@ -32,19 +32,9 @@ from torch import Tensor
 
 from benchmarks.alternation.setup import GAMMA, LAMBDA, QUICK, C, Setup, Sizes, make_setup
 from benchmarks.measuring import environment, interleaved, parser, peak_memory, show, use_threads, write_json
-from bilevel import (
-    CG,
-    AlternatingSchedule,
-    HVPProvider,
-    Identity,
-    LinearOperator,
-    Params,
-    ReverseOverReverse,
-    Solution,
-    Solver,
-    Trainer,
-    linearize,
-)
+from bilevel import CG, AlternatingSchedule, Identity, Implicit, Level, Params, Trainer, linearize
+from bilevel.linear import LinearOperator, Solution, Solver
+from bilevel.products import HVPProvider, ReverseOverReverse
 from bilevel.tree import axpy, norm, sub, zeros_like
 from recipes.vision.optimizers import LARS
 
@@ -126,21 +116,26 @@ def prepare(setup: Setup, setting: Setting) -> Alternation:
     recorder = Recorder(setting.solver)
     trainer = Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0),
-        upper_optimizer=torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=setting.momentum),
-        lower_data=setup.lower_batches,
-        upper_data=setup.upper_batches,
-        schedule=AlternatingSchedule(
-            1, setting.lower_steps or sizes.lower_steps, setting.upper_steps or sizes.upper_steps
+        Level(
+            upper,
+            torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=setting.momentum),
+            setup.upper_batches,
+            max_grad_norm=setting.max_grad_norm,
         ),
-        solver=recorder,
-        hvp=setting.hvp,
-        damping=C - problem.regularization_weight,
-        aggregate=setting.aggregate,
-        hessian_batches=setting.hessian_batches or sizes.hessian_batches,
-        max_grad_norm=setting.max_grad_norm,
+        Level(
+            lower,
+            LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0),
+            setup.lower_batches,
+            max_grad_norm=setting.max_grad_norm,
+        ),
+        AlternatingSchedule(1, setting.lower_steps or sizes.lower_steps, setting.upper_steps or sizes.upper_steps),
+        Implicit(
+            recorder,
+            hvp=setting.hvp,
+            damping=C - problem.regularization_weight,
+            hessian_batches=setting.hessian_batches or sizes.hessian_batches,
+            aggregate=setting.aggregate,
+        ),
     )
     return Alternation(trainer, recorder)
 

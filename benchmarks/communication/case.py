@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.communication.model import Messages, Schedule, Sizes, channels
-from bilevel import CG, AlternatingSchedule, Callback, Trainer, interruption, linearize
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Trainer, interruption, linearize
 from bilevel.distributed import rank, world_size
+from bilevel.training import Callback
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask
 from recipes.bissl.tasks.classification import Classification
@@ -104,18 +105,14 @@ class Case:
             events = _Events(calls)
             trainer = Trainer(
                 self.problem,
-                upper,
-                lower,
-                lower_optimizer=torch.optim.SGD(lower.values(), lr=1e-3),
-                upper_optimizer=torch.optim.SGD(upper.values(), lr=1e-3),
-                lower_data=self.batches,
-                upper_data=[self.labelled],
-                schedule=AlternatingSchedule(1, SHORT.lower_steps, SHORT.upper_steps),
-                solver=CG(SHORT.iterations, None, SHORT.layerwise),
-                damping=DAMPING,
-                hessian_batches=SHORT.hessian_batches,
-                on_failure="raise",
+                Level(upper, torch.optim.SGD(upper.values(), lr=1e-3), [self.labelled]),
+                Level(lower, torch.optim.SGD(lower.values(), lr=1e-3), self.batches),
+                AlternatingSchedule(1, SHORT.lower_steps, SHORT.upper_steps),
+                Implicit(
+                    CG(SHORT.iterations, None, SHORT.layerwise), damping=DAMPING, hessian_batches=SHORT.hessian_batches
+                ),
                 callbacks=[events],
+                on_failure="raise",
             )
             trainer.run()
         return {"lower step": events.found["lower"], "upper step": events.found["upper"], "alternation": counted(calls)}

@@ -26,8 +26,15 @@ import torch
 from benchmarks import measuring
 from benchmarks.hvp.models import Case, cases
 from benchmarks.measuring import Timing
-from bilevel import FiniteDifference, ForwardOverReverse, HVPProvider, Params, ReverseOverReverse, tree
-from bilevel.products import ComposedObjective, GaussNewton
+from bilevel import Params, tree
+from bilevel.products import (
+    ComposedObjective,
+    FiniteDifference,
+    ForwardOverReverse,
+    GaussNewton,
+    HVPProvider,
+    ReverseOverReverse,
+)
 
 RECOMPUTED, KEPT = ReverseOverReverse(), ReverseOverReverse(keep_graph=True)
 PROVIDERS: dict[str, HVPProvider] = {

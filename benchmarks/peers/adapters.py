@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.cases import Case, Variables
-from bilevel import CG, Params, Problem, ReverseOverReverse, Solver, __version__, functional_call, linearize
-from bilevel.products import HVPProvider
+from bilevel import CG, Params, Problem, __version__, functional_call, linearize
+from bilevel.linear import Solver
+from bilevel.products import HVPProvider, ReverseOverReverse
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,10 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.peers.adapters import quiet
 from benchmarks.race.problems import Batch, Race, Rates
-from bilevel import (
-    CG,
-    Hypergradient,
-    Nystrom,
-    Params,
-    Problem,
-    ReverseOverReverse,
-    SGDUpdate,
-    Solver,
-    unrolled_hypergradient,
-)
-from bilevel.hypergradients import (
-    darts_hypergradient,
-    from_optimizer,
-    hypergradient,
-    penalty_hypergradient,
-    sama_hypergradient,
-)
+from bilevel import CG, Hypergradient, Nystrom, Params, Problem, SGDUpdate, hypergradient, unrolled_hypergradient
+from bilevel.hypergradients import darts_hypergradient, from_optimizer, penalty_hypergradient, sama_hypergradient
+from bilevel.linear import Solver
+from bilevel.products import ReverseOverReverse
 
 LOWER_STEPS, PENALIZED_STEPS, MOMENTUM = 20, 5, 0.9
 SOLVER_ITERATIONS, SOLVER_RTOL = 20, 1e-2

@@ -28,9 +28,7 @@ from benchmarks import measuring
 from benchmarks.scaling import model as scaling_model
 from benchmarks.solvers import tables as solvers_tables
 from benchmarks.solvers.network import Contrastive, gradient, network
-from bilevel import linearize
-from bilevel.hypergradients import hypergradient
-from bilevel.linear import CG
+from bilevel import CG, hypergradient, linearize
 from bilevel.products import HVPProvider, ReverseOverReverse
 
 PROVIDERS: dict[str, HVPProvider] = {

@@ -17,19 +17,9 @@ from torch import Tensor
 from benchmarks.measuring import Timing, interleaved, synchronize
 from benchmarks.solvers.network import Setting, Spectra, gradient, joined, relative
 from benchmarks.solvers.systems import with_spectrum
-from bilevel import Params, Problem, System, linearize
-from bilevel.linear import (
-    CG,
-    MINRES,
-    Dense,
-    Diagonal,
-    Escalating,
-    Identity,
-    Neumann,
-    Nystrom,
-    NystromPreconditioner,
-    Solver,
-)
+from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, linearize
+from bilevel.hypergradients import System
+from bilevel.linear import Dense, Diagonal, Escalating, NystromPreconditioner, Solver
 from bilevel.products import HVPProvider, ReverseOverReverse
 
 SIZE = 500

@@ -15,20 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.measuring import Timing, interleaved
-from bilevel import GaussNewton, Params, Problem, functional_call, linearize, proximal
-from bilevel.linear import (
-    CG,
-    MINRES,
-    Diagonal,
-    Escalating,
-    FunctionOperator,
-    Identity,
-    LinearOperator,
-    Neumann,
-    Nystrom,
-    Solver,
-)
-from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
+from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, functional_call, linearize, proximal
+from bilevel.linear import Diagonal, Escalating, FunctionOperator, LinearOperator, Solver
+from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 
 WEIGHTS = (10.0, 3.0, 1.0)
 RIGHT_HAND_SIDES = 8

@@ -6,20 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import GaussNewton, Params, Problem, linearize
-from bilevel.linear import (
-    CG,
-    MINRES,
-    Dense,
-    Diagonal,
-    Escalating,
-    Identity,
-    Neumann,
-    Nystrom,
-    NystromPreconditioner,
-    Solver,
-)
-from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
+from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, linearize
+from bilevel.linear import Dense, Diagonal, Escalating, NystromPreconditioner, Solver
+from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 
 RTOL = 1e-8
 ITERATIONS = 130

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import CG, Hypergradient, Neumann, Params, Problem, SGDUpdate, unrolled_hypergradient
-from bilevel.hypergradients import darts_hypergradient, hypergradient, penalty_hypergradient
+from bilevel import CG, Hypergradient, Neumann, Params, Problem, SGDUpdate, hypergradient, unrolled_hypergradient
+from bilevel.hypergradients import darts_hypergradient, penalty_hypergradient
 
 STEPS = (3, 10, 30, 100, 300, 1000)
 FEATURES, POINTS = 20, 60
@@ -76,10 +76,10 @@ def methods(lr: float, steps: int) -> dict[str, Method]:
     update = SGDUpdate(lr)
     return {
         "implicit, CG(200, 1e-10)": lambda p, x, _, y, train, val: hypergradient(
-            p, x, y, upper_batch=val, lower_batches=[train], solver=CG(200, 1e-10)
+            p, x, y, CG(200, 1e-10), upper_batch=val, lower_batches=[train]
         ),
         "implicit, Neumann(10, scale=lr)": lambda p, x, _, y, train, val: hypergradient(
-            p, x, y, upper_batch=val, lower_batches=[train], solver=Neumann(10, scale=lr)
+            p, x, y, Neumann(10, scale=lr), upper_batch=val, lower_batches=[train]
         ),
         "unrolled, all T steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
             p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update

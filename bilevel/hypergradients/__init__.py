@@ -1,37 +1,55 @@
-"""Hypergradients: the linear system behind them, the ways to compute them, the check of one."""
+"""Hypergradients: the methods that compute them, the linear system behind them, the check of one."""
 
-from bilevel.hypergradients.check import check_hypergradient
-from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
-from bilevel.hypergradients.hypergradient import (
+from bilevel.hypergradients.check import HypergradientCheck, check_hypergradient
+from bilevel.hypergradients.hypergradient import as_method, hypergradient
+from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.method import LowerStep, Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.one_step import OneStep
+from bilevel.hypergradients.penalty import Penalty
+from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
     SolverError,
     SolverWarning,
-    hypergradient,
-    through_system,
+    check_on_failure,
+    report_failure,
 )
-from bilevel.hypergradients.penalty import penalty_hypergradient
+from bilevel.hypergradients.sama import SAMA
 from bilevel.hypergradients.system import System, Tikhonov, linearize
-from bilevel.hypergradients.torch_updates import from_optimizer
-from bilevel.hypergradients.unrolled import unrolled_hypergradient
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
+from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
 
 __all__ = [
+    "SAMA",
     "AdamUpdate",
     "Hypergradient",
+    "HypergradientCheck",
+    "Implicit",
+    "LowerStep",
+    "Method",
+    "MethodState",
     "OnFailure",
+    "OneStep",
+    "Penalty",
+    "Proposal",
     "SGDUpdate",
+    "Setup",
     "SolverError",
     "SolverWarning",
     "System",
     "Tikhonov",
+    "TorchUpdate",
+    "Unrolled",
+    "Update",
+    "UpperStep",
+    "as_method",
     "check_hypergradient",
-    "darts_hypergradient",
+    "check_on_failure",
     "from_optimizer",
     "hypergradient",
     "linearize",
-    "penalty_hypergradient",
-    "sama_hypergradient",
-    "through_system",
-    "unrolled_hypergradient",
+    "report_failure",
+    "restored_update",
+    "saved_update",
 ]

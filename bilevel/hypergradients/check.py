@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from bilevel import tree
+from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.differences import derivative, step_ranges
-from bilevel.hypergradients.hypergradient import Hypergradient, hypergradient
-from bilevel.hypergradients.system import Implicit, Tikhonov, linearize
+from bilevel.hypergradients.hypergradient import as_method, hypergradient
+from bilevel.hypergradients.method import Method
+from bilevel.hypergradients.result import Hypergradient
 from bilevel.linear import CG, Solver
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
-from bilevel.products import HVP
 from bilevel.tree import Params
 
 LowerSolver = Callable[[Problem, Params, Params, Sequence[Any]], Params]
@@ -72,15 +73,11 @@ def check_hypergradient(
     problem: Problem,
     upper: Params,
     lower: Params,
+    method: Method | Solver | None = None,
     *,
     upper_batch: Any,
     lower_batches: Sequence[Any],
     lower_solver: LowerSolver,
-    solver: Solver | None = None,
-    hvp: HVP | None = None,
-    damping: float = 0.0,
-    tikhonov: Tikhonov = 0.0,
-    implicit: Implicit | None = None,
     gradient: Params | None = None,
     directions: int = 4,
     tolerance: float = 1e-4,
@@ -97,18 +94,17 @@ def check_hypergradient(
     square; 1 where x = 0), shrinks, and the differences are extrapolated (Richardson; Ridders 1982) until an
     estimate, which the next smaller step must confirm, is certain to a hundredth of `tolerance`, or to `tolerance`
     before rounding takes over. Four to six steps do for a function that is smooth on the scale of x; the search ends
-    at the square root of the rounding unit, after larger steps up to 0.1 where x is smaller. With `damping` the
+    at the square root of the rounding unit, after larger steps up to 0.1 where x is smaller. With a `Method.damping` the
     problem that is re-solved is the one whose regularization weight is ``lambda + damping``, which is what the damped
     system differentiates; the distance to the undamped problem is reported beside it.
 
     Args:
         lower: where `lower_solver` starts from.
+        method: default ``Implicit(CG(200, 1e-10))``; give the one that is used in training to check that. What a
+            method leaves out (Tikhonov's term, steps before a truncation) counts as an error.
         lower_solver: solves the lower problem to high accuracy; it gets the problem (damped where that is asked for),
             the upper variables, the lower start and the batches, and returns the lower variables. Objectives must be
             deterministic; batch statistics are fine and no buffer is written.
-        solver: default ``CG(200, 1e-10)``; give the one that is used in training to check that.
-        hvp, tikhonov, implicit: as for `hypergradient`. A Tikhonov term is not part of any problem that could be
-            re-solved: its effect counts as an error.
         gradient: check this in place of the hypergradient, for one that was computed elsewhere at the re-solved y.
         directions: number of directions; all coordinates where there are no more than that.
         tolerance: largest relative error that passes.
@@ -117,24 +113,16 @@ def check_hypergradient(
     Raises:
         ValueError: directions < 1, a tolerance that is not positive, or as for `hypergradient`.
     """
-    if directions < 1 or not tolerance > 0.0:
-        raise ValueError(f"directions must be at least 1 and tolerance positive, got {directions} and {tolerance}")
-    point, solver = tree.detach(upper), CG(200, 1e-10) if solver is None else solver
+    check_count("directions", directions, least=1)
+    check_number("tolerance", tolerance, positive=True)
+    point, method = tree.detach(upper), as_method(CG(200, 1e-10) if method is None else method)
+    damping = method.damping
     solved_problem = problem if damping == 0.0 else _reweighted(problem, problem.regularization_weight + damping)
     resolved = _Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches, tolerance)
     start = resolved.solve(point)
-    system = linearize(
-        problem,
-        point,
-        start,
-        lower_batches,
-        solver=solver,
-        hvp=hvp,
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=implicit,
+    result = hypergradient(
+        problem, point, start, method, upper_batch=upper_batch, lower_batches=lower_batches, on_failure="ignore"
     )
-    result = hypergradient(problem, point, start, upper_batch=upper_batch, system=system, on_failure="ignore")
     resolved, axes = replace(resolved, start=start), _orthonormal(point, directions, seed)
     undamped = None if damping == 0.0 else replace(resolved, problem=problem)
     return _compare(result, gradient, point, axes, resolved, undamped, lower, tolerance=tolerance, damping=damping)
@@ -264,7 +252,9 @@ def _reasons(predicted: Sequence[float], axes: Sequence[Params], result: Hypergr
     if own:
         if solution is not None and not solution.status.ok:
             return [f"the solve ended {solution.status.name}"]
-        if solution is not None and solution.num_hvps == 0:
+        if solution is None:
+            return ["nothing was solved: the method approximates; compare its own assumptions (steps, rates, penalty)"]
+        if solution.num_hvps == 0:
             return ["the solver makes no product, which takes A for the identity"]
         return ["the solve did what was asked: look at its residual, at tikhonov, and at `implicit`"]
     mistakes = {

@@ -1,13 +1,24 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_kind, check_number, same_structure
+from bilevel.hypergradients.result import (
+    Hypergradient,
+    OnFailure,
+    check_on_failure,
+    finite_failure,
+    report_failure,
+    solve_failure,
+)
 from bilevel.linear import (
     CG,
     FunctionOperator,
@@ -21,13 +32,23 @@ from bilevel.linear import (
     WatchedOperator,
     mean_and_error,
 )
-from bilevel.lower import BufferWatch, LowerObjectives, StaleSystemError, check_given, check_marks, take_marks
+from bilevel.lower import (
+    BufferWatch,
+    LowerObjectives,
+    StaleSystemError,
+    check_given,
+    check_marks,
+    take_marks,
+    upper_derivatives,
+)
 from bilevel.problem import Problem
 from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
 Tikhonov = float | Mapping[str, float]
-Implicit = Callable[[str], bool] | Iterable[str]
+"""One number, or one per lower name."""
+Selection = Callable[[str], bool] | Iterable[str]
+"""Names, or a predicate on names."""
 
 
 class System:
@@ -86,11 +107,40 @@ class System:
         """The implicit part of `lower`, detached."""
         return {name: lower[name].detach() for name in self.implicit}
 
-    def solve(self, b: Params, *, x0: Params | None = None, watch: Callable[[], None] | None = None) -> Solution:
+    def hypergradient(
+        self, upper_batch: Any, *, x0: Params | None = None, on_failure: OnFailure = "warn"
+    ) -> Hypergradient:
+        """The hypergradient of F on one batch, at the system's variables as they are now, as `Implicit` defines it.
+
+        Upper variables that the curvature does not depend on may have changed since `linearize`.
+
+        Args:
+            x0: first iterate of the solve, for example a former ``solution.value``.
+            on_failure: as for `bilevel.hypergradient`.
+
+        Raises:
+            StaleSystemError: something else that the system was built from has changed.
+            SolverError: with ``on_failure="raise"``.
+        """
+        check_on_failure(on_failure)
+        self.check_fresh()
+        result = through_system(self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0))
+        report_failure(result, on_failure)
+        return result
+
+    def solve(
+        self,
+        b: Params,
+        *,
+        x0: Params | None = None,
+        only_if_closer: bool = False,
+        watch: Callable[[], None] | None = None,
+    ) -> Solution:
         """Solve A x = b with the system's solver and state; b is over the implicit variables.
 
         Args:
             x0: first iterate.
+            only_if_closer: start from x0 only where ``||b - A x0|| < ||b||``, and from nothing otherwise.
             watch: called before each product; what it raises ends the solve.
 
         Raises:
@@ -98,13 +148,19 @@ class System:
             ValueError: a b with other names or shapes than the implicit variables.
         """
         self.check_fresh()
-        if {n: t.shape for n, t in b.items()} != {n: self.lower[n].shape for n in self.implicit}:
+        if not same_structure(b, {name: self.lower[name] for name in self.implicit}):
             raise ValueError(
                 f"b must have the names and shapes of the implicit variables {list(self.implicit)}, got {list(b)}"
             )
         b = {name: b[name] for name in self.implicit}
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
-        return self.solver.solve(operator, b, x0=x0, state=self.state)
+        if x0 is None or not only_if_closer:
+            return self.solver.solve(operator, b, x0=x0, state=self.state)
+        product = operator(x0)
+        if bool(tree.norm(tree.sub(b, product)) < tree.norm(b)):
+            return self.solver.solve(operator, b, x0=x0, x0_product=product, state=self.state)
+        found = self.solver.solve(operator, b, state=self.state)
+        return replace(found, num_hvps=found.num_hvps + 1)
 
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
@@ -219,7 +275,7 @@ def linearize(
     hvp: HVP | None = None,
     damping: float = 0.0,
     tikhonov: Tikhonov = 0.0,
-    implicit: Implicit | None = None,
+    implicit: Selection | None = None,
 ) -> System:
     r"""Build the linear system of the implicit function theorem at (upper, lower).
 
@@ -252,19 +308,14 @@ def linearize(
     tree.check_params("upper", upper)
     tree.check_params("lower", lower)
     check_batches(lower_batches)
-    _check_number("damping", damping)
-    _check_number("regularization_weight", problem.regularization_weight)
-    names = implicit_names(problem, lower, implicit)
-    if isinstance(tikhonov, Mapping):
-        unknown = sorted(set(tikhonov) - set(names))
-        if unknown:
-            raise ValueError(
-                f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}"
-            )
-        for name, value in tikhonov.items():
-            _check_number(f"tikhonov[{name!r}]", value)
-    else:
-        _check_number("tikhonov", tikhonov)
+    check_number("damping", damping)
+    check_number("regularization_weight", problem.regularization_weight)
+    check_tikhonov(tikhonov)
+    names = selected(problem, lower, implicit)
+    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
+    if unknown:
+        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
+    check_kind("solver", solver, (Solver, NoneType), "a solver such as CG() or Neumann(10)")
     return System(
         problem,
         upper,
@@ -289,7 +340,7 @@ def check_batches(lower_batches: Sequence[Any]) -> None:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
 
 
-def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
+def matching(implicit: Selection, lower: Params) -> tuple[str, ...]:
     """Names of `lower` that `implicit` selects, in the order of `lower`."""
     if isinstance(implicit, str):
         raise TypeError(
@@ -304,14 +355,31 @@ def implicit_matches(implicit: Implicit, lower: Params) -> tuple[str, ...]:
     return tuple(name for name in lower if name in wanted)
 
 
-def implicit_names(problem: Problem, lower: Params, implicit: Implicit | None) -> tuple[str, ...]:
+def selected(problem: Problem, lower: Params, implicit: Selection | None) -> tuple[str, ...]:
     """Names of the implicit variables, the Problem's where `implicit` is None; raises if there are none."""
-    names = implicit_matches(problem.implicit if implicit is None else implicit, lower)
+    names = matching(problem.implicit if implicit is None else implicit, lower)
     if not names:
         raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")
     return names
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+def check_tikhonov(tikhonov: Tikhonov) -> None:
+    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
+    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
+        check_number(f"tikhonov[{name!r}]", value)
+    if not isinstance(tikhonov, Mapping):
+        check_number("tikhonov", tikhonov)
+
+
+def through_system(
+    system: System, upper: Params, lower: Params, upper_batch: Any, *, solve: Callable[[Params], Solution]
+) -> Hypergradient:
+    """Hypergradient with F taken at `lower` and the cross term at the system's point; `solve` gives x for dF/dy."""
+    loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
+    solution = solve(v)
+    implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
+    grad = tree.add(direct, implicit_part)
+    failure = solve_failure(solution) or finite_failure(direct, implicit_part, grad)
+    gradient, noise = system.gradient_and_noise(upper)
+    stationarity = float(tree.norm(gradient))
+    return Hypergradient(grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, final
 
 import torch
@@ -125,6 +125,23 @@ def from_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> tuple[Up
     accepted = set(inspect.signature(type(optimizer)).parameters) - _EXECUTION
     options = {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key in accepted}
     return TorchUpdate(type(optimizer), options), saved
+
+
+def saved_update(update: Update) -> dict[str, Any]:
+    """The options of an update that `from_optimizer` made, as plain values for a checkpoint."""
+    if isinstance(update, TorchUpdate):
+        return dict(update.options)
+    assert isinstance(update, SGDUpdate | AdamUpdate)
+    return {option.name: getattr(update, option.name) for option in fields(update)}
+
+
+def restored_update(options: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Update:
+    """Inverse of `saved_update`, for the same kind of optimizer."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return SGDUpdate(**options)
+    if isinstance(optimizer, torch.optim.Adam):
+        return AdamUpdate(**options)
+    return TorchUpdate(type(optimizer), options)
 
 
 def _from_adam(group: Mapping[str, Any], saved: State, params: Params) -> tuple[Update, State]:

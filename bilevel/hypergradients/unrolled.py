@@ -1,114 +1,226 @@
 """The hypergradient by reverse mode through the steps of the lower level."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 
 from bilevel import distributed, tree
-from bilevel.hypergradients.hypergradient import Hypergradient, OnFailure, check_on_failure, report_failure
-from bilevel.hypergradients.system import Implicit, check_batches, implicit_names
+from bilevel.checks import check_count
+from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.result import Hypergradient
+from bilevel.hypergradients.system import Selection, selected
+from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
 from bilevel.lower import lower_derivatives, lower_value, upper_derivatives
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
+Rule = Update | Callable[[Params], Update]
+"""An optimizer step, or a function of the upper variables that makes one."""
 
-def unrolled_hypergradient(
-    problem: Problem,
-    upper: Params,
-    lower: Params,
-    *,
-    upper_batch: Any,
-    lower_batches: Sequence[Any],
-    update: Update | Callable[[Params], Update],
-    state: State | None = None,
-    truncation: int | None = None,
-    recompute: bool = False,
-    implicit: Implicit | None = None,
-    started_from: Mapping[str, str] | None = None,
-    on_failure: OnFailure = "warn",
-) -> Hypergradient:
-    r"""Hypergradient of F(x, y_T(x)), with y_T the lower variables after T optimizer steps:
+
+@final
+@dataclass(frozen=True, eq=False)
+class Unrolled(Method):
+    r"""The derivative of F(x, y_T(x)), with y_T the lower variables after T optimizer steps:
 
     .. math:: (y_{t+1}, s_{t+1}) = U\big(y_t, \nabla_y G_t(x, y_t), s_t\big), \quad t = 0, \dots, T - 1, \qquad
        \frac{dF}{dx} = \frac{\partial F}{\partial x} + \frac{d y_T}{dx}^{\!\top} \frac{\partial F}{\partial y_T}
 
-    with G_t = L + lambda r on the t-th of `lower_batches` (Franceschi et al. 2017, reverse mode; Shaban et al. 2019,
+    with G_t = L + lambda r on the t-th lower batch (Franceschi et al. 2017, reverse mode; Shaban et al. 2019,
     truncated). From an exact optimum, K steps of plain descent give what ``Neumann(K, scale=lr)`` gives, and more steps
-    approach the implicit hypergradient. Nothing is written: no variable, no ``.grad``, no buffer of a module that is
-    bound by `functional_call`; the Problem's hooks are not called. The new lower variables are the result's `lower`.
+    approach the implicit hypergradient.
 
-    One-step differentiation (Bolte, Pauwels & Vaiter 2023) is a single step from lower variables that have converged:
-    ``unrolled_hypergradient(..., lower_batches=[batch], update=SGDUpdate(lr))``. Its relative error is about the
+    In a `Trainer` the steps are those that the trainer has made, with its live optimizer, its norm limit and the same
+    random masks; they are recorded and replayed one after the other, each from where it really started. One upper step
+    an alternation can be made, since the steps belong to the upper variables that they were made with. A replay that
+    ends elsewhere than the step did (a hook that moves the lower variables, an objective that is not a function of its
+    arguments) is a `Hypergradient.failure`.
+
+    In `hypergradient`, T steps of `update` are made from `lower`, one a lower batch; nothing is written, the Problem's
+    hooks are not called, and the new lower variables are the result's `lower`. One-step differentiation (Bolte, Pauwels
+    & Vaiter 2023) is a single step from lower variables that have converged; its relative error is about the
     contraction factor of that step, so it suits fast lower optimizers.
 
+    The result's `solution` is None, its `stationarity` the norm of dG/dy at y_T on the last batch alone (all batches
+    would cost T more gradients). With several ranks gradients are means over them.
+
     Args:
-        upper, lower: x, and the lower variables y_0 that the steps start from. y_0 is a constant; see `started_from`.
-        lower_batches: one lower step for each, in order.
-        update: the optimizer step. A function of the upper variables makes options upper variables too, for example
-            ``lambda x: SGDUpdate(lr=x["log_lr"].exp())``.
-        state: of the update at the start, for example from `from_optimizer`; default ``update.init(lower)``.
-        truncation: differentiate through the last K steps only; the steps before make no graph. None, or K >= T,
-            goes through all.
+        update: the optimizer step, for `hypergradient`. A function of the upper variables makes options upper variables
+            too, for example ``lambda x: SGDUpdate(lr=x["log_lr"].exp())``. None in a trainer, whose steps are the live
+            optimizer's.
+        state: of `update` at the start, for example from `from_optimizer`; default ``update.init(lower)``.
+        steps: differentiate through the last K steps only; the steps before make no graph. None goes through all.
         recompute: keep only the iterates and the seeds of their random masks, and rebuild the graph of one step at a
             time on the way back: the memory of one graph instead of K, for one more gradient a step. Same result.
         implicit: as for `linearize`. Other lower variables take part in the steps, but their movement is not
             differentiated.
-        started_from: lower name -> upper name that y_0 was copied from (MAML), whose derivative is then included.
-        on_failure: what to do about a hypergradient that is not finite (nothing is solved, so there is no `Status`):
-            "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore". The values come back as they are.
-
-    Returns:
-        A `Hypergradient` with `solution` None, `lower` y_T, and `stationarity` the norm of dG/dy at y_T on the last
-        batch alone (all batches would cost T more gradients). With several ranks gradients are means over them.
+        started_from: lower name -> upper name that y_0 was copied from (MAML), whose derivative is then included. In a
+            trainer `Problem.reset_lower` copies it.
 
     Raises:
-        TypeError, ValueError: bad arguments, as for `linearize`; a truncation below 1; `started_from` with names that
-            do not fit or with a truncation that leaves steps out.
+        TypeError: an `update` that is not one.
+        ValueError: `steps` below 1; `started_from` with names that do not fit or with `steps` that leave some out; a
+            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, micro-batches,
+            an optimizer that `from_optimizer` refuses, an `update` of one's own).
     """
-    _check_levels(upper, lower, lower_batches, on_failure)
-    names = implicit_names(problem, lower, implicit)
-    depth = _check_truncation(truncation, len(lower_batches))
-    pairs = _check_pairs(started_from, upper, lower, names, complete=depth == len(lower_batches))
-    trajectory = _Trajectory(problem, upper, update, names)
-    kept, final = trajectory.run(lower, state, lower_batches, depth, recompute=recompute)
-    return _through(trajectory, upper, kept, final, upper_batch, lower_batches, pairs, on_failure)
 
+    update: Rule | None = None
+    state: State | None = None
+    steps: int | None = field(default=None, kw_only=True)
+    recompute: bool = field(default=False, kw_only=True)
+    implicit: Selection | None = field(default=None, kw_only=True)
+    started_from: Mapping[str, str] | None = field(default=None, kw_only=True)
 
-def _through(
-    trajectory: "_Trajectory",
-    upper: Params,
-    kept: list["_Step | _Point"],
-    final: Params,
-    upper_batch: Any,
-    lower_batches: Sequence[Any],
-    pairs: Mapping[str, str],
-    on_failure: OnFailure,
-) -> Hypergradient:
-    """The hypergradient at the end of the steps, back through those that were kept."""
-    problem, names = trajectory.problem, trajectory.names
-    loss, direct, v = upper_derivatives(problem, upper, final, names, upper_batch)
-    response, start = trajectory.sweep(kept, v)
-    for lower_name, upper_name in pairs.items():
-        response[upper_name] = response[upper_name] + start[lower_name]
-    grad = tree.add(direct, response)
-    if not tree.all_finite(grad):
-        report_failure(_diagnose(final, v), None, on_failure, stacklevel=4)
-    seed = trajectory.seed + len(lower_batches)
-    gradient = lower_derivatives(problem, upper, final, names, lower_batches[-1], seed)[1]
-    return Hypergradient(grad, direct, response, loss, None, float(tree.norm(gradient)), final)
+    def __post_init__(self) -> None:
+        if not (self.update is None or isinstance(self.update, Update) or callable(self.update)):
+            raise TypeError(
+                "Unrolled: update must be an Update or a function of the upper variables that makes one, got "
+                f"{type(self.update).__name__}"
+            )
+        if self.steps is not None:
+            check_count("Unrolled: steps", self.steps, least=1)
+
+    @property
+    def stored_batches(self) -> int:
+        return 0
+
+    @property
+    def replayed_steps(self) -> int | None:
+        return self.steps
+
+    def check(self, setup: Setup) -> None:
+        names = selected(setup.problem, setup.lower, self.implicit)
+        if self.update is not None or self.state is not None:
+            raise ValueError(
+                "Unrolled: update and state are for `hypergradient`; a trainer replays the steps of its own lower "
+                "optimizer, so leave them out"
+            )
+        if setup.upper_steps > 1:
+            raise ValueError(
+                f"Unrolled: the schedule has upper_steps={setup.upper_steps}, but the lower steps of an alternation "
+                "belong to the upper variables that they were made with; set upper_steps to 1"
+            )
+        if setup.lower_steps < max(self.steps or 1, 1):
+            raise ValueError(
+                f"Unrolled: steps={self.steps} cannot be replayed of lower_steps={setup.lower_steps}; make more lower "
+                "steps an alternation, or lower `steps`"
+            )
+        if setup.micro_batch is not None:
+            raise ValueError(
+                "Unrolled: micro_batch saves the memory of whole batches, which a replay needs; leave it out, or use "
+                "another method"
+            )
+        from_optimizer(setup.lower_optimizer, setup.lower)
+        self._pairs(setup.upper, setup.lower, names, complete=self.steps in (None, setup.lower_steps))
+
+    def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+        names = selected(step.problem, step.lower, self.implicit)
+        trajectory = _Trajectory(step.problem, step.upper, names, step.watch)
+        if step.lower_steps is None:
+            made, end = self._make_steps(step, trajectory)
+            complete = len(made) == len(step.lower_batches)
+        else:
+            # Whether these are all of the alternation's was checked when the trainer was made.
+            made, end, complete = self._recorded_steps(step, trajectory), tree.detach(step.lower), True
+        if not made:
+            return _nothing_to_replay(step, names)
+        pairs, last = self._pairs(step.upper, step.lower, names, complete=complete), made[-1].point
+
+        loss, direct, v = upper_derivatives(step.problem, step.upper, end, names, step.upper_batch)
+        response, start = trajectory.sweep(made, v)
+        for lower_name, upper_name in pairs.items():
+            response[upper_name] = response[upper_name] + start[lower_name]
+        grad = tree.add(direct, response)
+        failure = trajectory.diverted
+        if not tree.all_finite(grad):
+            failure = _not_finite(end, v)
+        step.watch()
+        gradient = lower_derivatives(step.problem, step.upper, end, names, last.batch, last.seed + 1)[1]
+        result = Hypergradient(
+            grad, direct, response, loss, None, float(tree.norm(gradient)), lower=end, failure=failure
+        )
+        return Proposal(grad, loss, {}, result)
+
+    def _make_steps(self, step: UpperStep, trajectory: "_Trajectory") -> tuple[list["_Step | _Replay"], Params]:
+        """Steps of `update` from `lower` on, one a batch: what is needed of the last ones, and where they end."""
+        if self.update is None:
+            raise ValueError("Unrolled: update is missing; there is no lower optimizer here whose steps it could take")
+        lower, seed, count = tree.detach(step.lower), int(torch.randint(2**31 - 1, ())), len(step.lower_batches)
+        with torch.no_grad():
+            state = starting_state(trajectory.rule(self.update), lower, self.state)
+        kept: list[_Step | _Replay] = []
+        for t, batch in enumerate(step.lower_batches):
+            step.watch()
+            point = _Point(lower, self.update, state, batch, seed + t)
+            through = self.steps is None or t >= count - self.steps
+            if through and not self.recompute:
+                made, lower, state = trajectory.record(point)
+                kept.append(made)
+            else:
+                lower, state = trajectory.advance(point)
+                kept += [_Replay(point)] if through else []
+        return kept, lower
+
+    def _recorded_steps(self, step: UpperStep, trajectory: "_Trajectory") -> list["_Step | _Replay"]:
+        """The steps that the trainer has made, with their graphs or to be replayed one at a time."""
+        assert step.lower_steps is not None
+        after = [made.lower for made in step.lower_steps[1:]] + [tree.detach(step.lower)]
+        replays = [
+            _Replay(
+                _Point(made.lower, made.update, made.state, made.batch, made.seed, made.max_grad_norm, made.problem),
+                end,
+            )
+            for made, end in zip(step.lower_steps, after, strict=True)
+        ]
+        # A graph that is kept while the Problem is put into another state could be of neither.
+        if self.recompute or any(made.problem for made in step.lower_steps):
+            return list(replays)
+        return [trajectory.replayed(replay) for replay in replays]
+
+    def _pairs(self, upper: Params, lower: Params, names: Sequence[str], *, complete: bool) -> dict[str, str]:
+        """Lower name -> upper name of the pairs, none where there is no mapping."""
+        pairs = dict(self.started_from or {})
+        if pairs and not complete:
+            raise ValueError("started_from needs the derivative through all the steps; leave `steps` out")
+        for lower_name, upper_name in pairs.items():
+            if lower_name not in names or upper_name not in upper:
+                raise ValueError(
+                    f"started_from: no implicit lower variable {lower_name!r} or no upper {upper_name!r}; there are "
+                    f"{list(names)} and {list(upper)}"
+                )
+            if lower[lower_name].shape != upper[upper_name].shape:
+                raise ValueError(
+                    f"started_from: lower {lower_name!r} has shape {tuple(lower[lower_name].shape)} but upper "
+                    f"{upper_name!r} {tuple(upper[upper_name].shape)}"
+                )
+        return pairs
 
 
 @dataclass(frozen=True)
 class _Point:
-    """All that a step is made of."""
+    """All that a step is made of; fields as of `LowerStep`."""
 
     lower: Params
+    update: Rule
     state: State
     batch: Any
     seed: int
+    max_grad_norm: float | None = None
+    problem: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A step whose graph is built when the way back comes to it; `end` is where it led, None where nobody knows."""
+
+    point: _Point
+    end: Params | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +230,7 @@ class _Step:
     `start` and `end` hold the responding variables and their state, each under its slot and name (see `_carry`).
     """
 
+    point: _Point
     lower: Params
     local: Params
     mean: Params
@@ -126,71 +239,43 @@ class _Step:
 
 
 class _Trajectory:
-    """The steps, forwards and backwards, as functions of the upper variables."""
+    """The steps, forwards and backwards, as functions of the upper variables.
 
-    def __init__(
-        self, problem: Problem, upper: Params, update: Update | Callable[[Params], Update], names: Sequence[str]
-    ) -> None:
-        if not isinstance(update, Update) and not callable(update):
-            raise TypeError(
-                f"update must be an Update or a function of the upper variables that makes one, got "
-                f"{type(update).__name__}"
-            )
-        self.problem, self.update, self.names = problem, update, names
+    Attributes:
+        diverted: in words, where a replayed step did not end where the step had ended.
+    """
+
+    def __init__(self, problem: Problem, upper: Params, names: Sequence[str], watch: Callable[[], None]) -> None:
+        self.problem, self.names, self.watch = problem, names, watch
         self.x = tree.as_variables(upper)
-        self.seed = int(torch.randint(2**31 - 1, ()))
+        self.diverted: str | None = None
 
-    def run(
-        self, lower: Params, state: State | None, batches: Sequence[Any], depth: int, *, recompute: bool
-    ) -> tuple[list[_Step | _Point], Params]:
-        """What is needed of the last `depth` steps to go back through them, and the final lower variables."""
-        lower = tree.detach(lower)
-        with torch.no_grad():
-            state = starting_state(self._rule(), lower, state)
-        kept: list[_Step | _Point] = []
-        for t, batch in enumerate(batches):
-            point = _Point(lower, state, batch, self.seed + t)
-            if t < len(batches) - depth or recompute:
-                lower, state = self._advance(point)
-            else:
-                step, lower, state = self._record(point)
-                kept.append(step)
-            if t >= len(batches) - depth and recompute:
-                kept.append(point)
-        return kept, lower
+    def rule(self, update: Rule) -> Update:
+        made = update if isinstance(update, Update) else update(self.x)
+        if not isinstance(made, Update):
+            raise TypeError(f"update must make an Update from the upper variables, got {type(made).__name__}")
+        return made
 
-    def sweep(self, kept: list[_Step | _Point], v: Params) -> tuple[Params, Params]:
-        """``(d y_T / d x)' v`` over the upper variables, and ``(d y_T / d y_start)' v``; empties `kept` as it goes."""
-        adjoint = _carry(v, {}, self.names)
-        response = tree.zeros_like(tree.detach(self.x))
-        while kept:
-            # No name for the step here: it would keep one graph alive while the next is built.
-            adjoint, part = self._pull(self._graph(kept.pop()), adjoint)
-            response = tree.add(response, part)
-        return response, {name: adjoint[f"/{name}"] for name in self.names}
-
-    def _advance(self, point: _Point) -> tuple[Params, State]:
-        """The step without a graph."""
+    def advance(self, point: _Point) -> tuple[Params, State]:
+        """Where the step leads, without a graph."""
         y = tree.as_variables(point.lower)
         with torch.enable_grad():
             value = lower_value(self.problem, tree.detach(self.x), y, point.batch, point.seed)
         gradient = distributed.mean_over_ranks(tree.gradients(value, y))
         with torch.no_grad():
-            return self._rule().step(point.lower, gradient, point.state)
-
-    def _graph(self, item: _Step | _Point) -> _Step:
-        return item if isinstance(item, _Step) else self._record(item)[0]
+            return self.rule(point.update).step(point.lower, gradient, point.state)
 
     @torch.enable_grad()
-    def _record(self, point: _Point) -> tuple[_Step, Params, State]:
+    def record(self, point: _Point) -> tuple[_Step, Params, State]:
         """The step with its graphs, and where it ends."""
         y = tree.as_variables(point.lower)
         value = lower_value(self.problem, self.x, y, point.batch, point.seed)
         local = tree.gradients(value, y, create_graph=True)
         mean = tree.as_variables(distributed.mean_over_ranks(tree.detach(local)))
         state = {slot: self._as_variables(slot, values) for slot, values in point.state.items()}
-        lower, after = self._rule().step(y, mean, state)
+        lower, after = self.rule(point.update).step(y, _limited(mean, point.max_grad_norm), state)
         step = _Step(
+            point,
             lower={name: y[name] for name in self.names},
             local={name: local[name] for name in self.names},
             mean={name: mean[name] for name in self.names},
@@ -198,6 +283,26 @@ class _Trajectory:
             end=_carry(lower, after, self.names),
         )
         return step, tree.detach(lower), {slot: tree.detach(values) for slot, values in after.items()}
+
+    def replayed(self, replay: _Replay) -> _Step:
+        """The step with its graphs, compared with where it really led."""
+        self.watch()
+        step, end, _ = self.record(replay.point)
+        if replay.end is not None:
+            self._compare(end, replay.end, replay.point.lower)
+        return step
+
+    def sweep(self, kept: list[_Step | _Replay], v: Params) -> tuple[Params, Params]:
+        """``(d y_T / d x)' v`` over the upper variables, and ``(d y_T / d y_start)' v``; empties `kept` as it goes."""
+        adjoint = _carry(v, {}, self.names)
+        response = tree.zeros_like(tree.detach(self.x))
+        while kept:
+            item = kept.pop()
+            with _problem_as(self.problem, item.point.problem):
+                # No name for the step here: it would keep one graph alive while the next is built.
+                adjoint, part = self._pull(item if isinstance(item, _Step) else self.replayed(item), adjoint)
+            response = tree.add(response, part)
+        return response, {name: adjoint[f"/{name}"] for name in self.names}
 
     def _pull(self, step: _Step, adjoint: Params) -> tuple[Params, Params]:
         """One step of the adjoint recursion: the adjoint at the step's start, and the step's own part in x."""
@@ -211,11 +316,46 @@ class _Trajectory:
     def _as_variables(self, slot: str, values: Params) -> Params:
         return {n: t.detach().requires_grad_(n in self.names and _differentiable(slot, t)) for n, t in values.items()}
 
-    def _rule(self) -> Update:
-        rule = self.update if isinstance(self.update, Update) else self.update(self.x)
-        if not isinstance(rule, Update):
-            raise TypeError(f"update must make an Update from the upper variables, got {type(rule).__name__}")
-        return rule
+    def _compare(self, end: Params, really: Params, start: Params) -> None:
+        """Take note of a replay that went elsewhere by more than rounding and a hundredth of the step explain."""
+        rounding = max(torch.finfo(leaf.dtype).eps for leaf in end.values()) ** 0.75
+        apart, moved = float(tree.norm(tree.sub(end, really))), float(tree.norm(tree.sub(really, start)))
+        if apart > 0.01 * moved + rounding * float(tree.norm(really)):
+            self.diverted = (
+                f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where it "
+                "had led, so that this is the derivative of other steps; let no hook move the lower variables, make the "
+                "lower objective a function of its arguments and the Problem's state_dict, or take another method"
+            )
+
+
+def _nothing_to_replay(step: UpperStep, names: Sequence[str]) -> Proposal:
+    """A step along the direct part, where no lower step of the alternation was made."""
+    loss, direct, _ = upper_derivatives(step.problem, step.upper, step.lower, names, step.upper_batch)
+    failure = "not unrolled: every lower step of this alternation was left out, so that the implicit part is missing"
+    missing = tree.zeros_like(direct)
+    return Proposal(direct, loss, {}, Hypergradient(direct, direct, missing, loss, None, math.nan, failure=failure))
+
+
+@contextmanager
+def _problem_as(problem: Problem, state: Mapping[str, Any]) -> Iterator[None]:
+    """The Problem with what it kept at another time; nothing where it keeps nothing."""
+    if not state:
+        yield
+        return
+    now = copy.deepcopy(problem.state_dict())
+    problem.load_state_dict(copy.deepcopy(state))
+    try:
+        yield
+    finally:
+        problem.load_state_dict(now)
+
+
+def _limited(gradient: Params, limit: float | None) -> Params:
+    """The gradient scaled down to the norm `limit` where it is longer."""
+    if limit is None:
+        return gradient
+    norm = tree.norm(gradient)
+    return tree.scale(limit / norm, gradient) if bool(norm > limit) else gradient
 
 
 def _differentiable(slot: str, tensor: torch.Tensor) -> bool:
@@ -230,8 +370,8 @@ def _carry(lower: Params, state: State, names: Sequence[str]) -> Params:
     return flat
 
 
-def _diagnose(final: Params, v: Params) -> str:
-    if not tree.all_finite(final):
+def _not_finite(end: Params, v: Params) -> str:
+    if not tree.all_finite(end):
         return (
             "non-finite: the lower steps left the finite numbers, so the hypergradient is not finite either; lower the "
             "learning rate of the update, or check the data"
@@ -242,40 +382,3 @@ def _diagnose(final: Params, v: Params) -> str:
         "non-finite: the derivative through the lower steps is not finite though the steps are; look for a root or a "
         "norm at zero in the lower objective or the update, or for adjoints that grow (truncate, or lower the rate)"
     )
-
-
-def _check_levels(upper: Params, lower: Params, lower_batches: Sequence[Any], on_failure: OnFailure) -> None:
-    check_on_failure(on_failure)
-    tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
-    check_batches(lower_batches)
-
-
-def _check_truncation(truncation: int | None, steps: int) -> int:
-    """The number of steps to differentiate through."""
-    if truncation is None:
-        return steps
-    if isinstance(truncation, bool) or not isinstance(truncation, int) or truncation < 1:
-        raise ValueError(f"truncation must be a whole number of at least 1, or None for all steps, got {truncation!r}")
-    return min(truncation, steps)
-
-
-def _check_pairs(
-    started_from: Mapping[str, str] | None, upper: Params, lower: Params, names: Sequence[str], *, complete: bool
-) -> dict[str, str]:
-    """Lower name -> upper name of the pairs, none where there is no mapping."""
-    pairs = dict(started_from or {})
-    if pairs and not complete:
-        raise ValueError("started_from needs the derivative through all the steps; leave truncation out")
-    for lower_name, upper_name in pairs.items():
-        if lower_name not in names or upper_name not in upper:
-            raise ValueError(
-                f"started_from: no implicit lower variable {lower_name!r} or no upper {upper_name!r}; there are "
-                f"{list(names)} and {list(upper)}"
-            )
-        if lower[lower_name].shape != upper[upper_name].shape:
-            raise ValueError(
-                f"started_from: lower {lower_name!r} has shape {tuple(lower[lower_name].shape)} but upper "
-                f"{upper_name!r} {tuple(upper[upper_name].shape)}"
-            )
-    return pairs

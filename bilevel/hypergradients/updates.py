@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_number
 from bilevel.tree import Params
 
 State = dict[str, Params]
@@ -174,11 +175,7 @@ def _check_option(
         if value.dim() != 0:
             raise ValueError(f"{update}: {name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         return
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < below
-    if not valid or (positive and value == 0.0):
-        bound = "a positive number" if positive else "a number >= 0"
-        limit = "" if below == float("inf") else f" and below {below:g}"
-        raise ValueError(f"{update}: {name} must be {bound}{limit}, got {value!r}")
+    check_number(f"{update}: {name}", value, positive=positive, below=below)
 
 
 def _like(value: float | Tensor, leaf: Tensor) -> float | Tensor:

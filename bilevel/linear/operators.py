@@ -117,6 +117,21 @@ class ScaledOperator(_Combined):
 
 
 @final
+class KnownProduct(_Combined):
+    """An operator of which one product is known: that with the very object `vector`."""
+
+    def __init__(self, operator: LinearOperator, vector: Params, product: Params) -> None:
+        super().__init__(operator)
+        self.vector, self.product = vector, product
+
+    def __call__(self, vector: Params) -> Params:
+        return self.product if vector is self.vector else self.operators[0](vector)
+
+    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+        return self.operators[0].sampled(vector)
+
+
+@final
 class WatchedOperator(_Combined):
     """An operator that calls `watch` before each product."""
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.sketch import check_model, draw_sketch
-from bilevel.linear.solver import check_count, product_error
+from bilevel.linear.solver import product_error
 from bilevel.tree import Params
 
 Inverse = Callable[[Params], Params]

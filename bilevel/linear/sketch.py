@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.linear.operators import LinearOperator
-from bilevel.linear.solver import check_count, product_error
+from bilevel.linear.solver import product_error
 from bilevel.tree import Params
 
 # Of a core with eigenvalues of both signs, this part of the directions is kept (Nakatsukasa and Park 2023, section 4).

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.linear.operators import LinearOperator, as_operator
+from bilevel.checks import check_count, same_structure
+from bilevel.linear.operators import KnownProduct, LinearOperator, as_operator
 from bilevel.linear.solution import Solution, Status
 from bilevel.tree import Params
 
@@ -37,6 +38,7 @@ class Solver(ABC):
         b: Params,
         *,
         x0: Params | None = None,
+        x0_product: Params | None = None,
         state: Any = None,
     ) -> Solution:
         """An approximate solution of A x = b.
@@ -45,6 +47,7 @@ class Solver(ABC):
             operator: A, or a function that computes products with it.
             b: right-hand side.
             x0: first iterate, with the names and shapes of b; zero if None. `Dense` and `Identity` have no use for it.
+            x0_product: A x0 where it is known already, so that the solver need not make it again.
             state: what `prepare` returned for this operator; None makes a fresh one.
 
         Returns:
@@ -71,6 +74,8 @@ class Solver(ABC):
         given = x0 is not None and not bool(tree.norm(x0) == 0.0)
         start = {name: x0[name].detach() / scale for name in b} if given and x0 is not None else None
         state = self.prepare(operator) if state is None else state
+        if start is not None and x0_product is not None:
+            operator = KnownProduct(operator, start, tree.scale(1.0 / scale, {name: x0_product[name] for name in b}))
         with torch.no_grad():
             solution = self._solve(operator, unit, start, state)
             if solution.value is unit:
@@ -114,12 +119,6 @@ def check_rtol(solver: str, rtol: float | None) -> None:
         raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
 
 
-def check_count(argument: str, value: int, *, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")
-
-
 def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
     """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
     return rounding * (1.0 + operator_norm * float(tree.norm(x)) / norm_b)
@@ -159,7 +158,7 @@ def _compare(x: Params, b: Params) -> tuple[float, float]:
 
 def _check_start(x0: Params, b: Params) -> None:
     tree.check_params("x0", x0)
-    if {n: t.shape for n, t in x0.items()} != {n: t.shape for n, t in b.items()}:
+    if not same_structure(x0, b):
         raise ValueError(
             f"x0 must have the names and shapes of b; got {sorted(x0)} for {sorted(b)}. Pass a former Solution.value "
             "of the same variables, or None"

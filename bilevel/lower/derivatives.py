@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.lower.objectives import check_scalar
-from bilevel.nn import curvature_pass, own_draws
+from bilevel.nn import curvature_pass, own_draws, training_pass
 from bilevel.problem import Problem
 from bilevel.products import micro_batched_gradient
 from bilevel.tree import Params
@@ -35,17 +35,18 @@ def lower_derivatives(
 
 
 def training_derivatives(
-    problem: Problem, upper: Params, lower: Params, batch: Any, micro_batch: int | None
+    problem: Problem, upper: Params, lower: Params, batch: Any, *, micro_batch: int | None, seed: int | None = None
 ) -> tuple[Tensor, Params]:
     """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
     writes buffers and draws random masks from the default generators.
 
     Args:
         micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
+        seed: random masks are those of `lower_value` with this seed; None draws them from the default generators.
     """
     x, y = tree.detach(upper), tree.as_variables(lower)
     if micro_batch is None:
-        with own_draws():
+        with own_draws() if seed is None else training_pass(seed, write_buffers=True):
             loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
         gradient = tree.gradients(loss, y)
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.checks import same_structure
 from bilevel.tree import Params
 
 _SAMPLES = 4096
@@ -69,7 +70,7 @@ class BufferWatch:
 def check_given(argument: str, given: Params, own: Params, *, others_of_same_shape: bool = False) -> None:
     """Raise StaleSystemError unless `given` are the tensors of `own`, or others of the same names and shapes."""
     if others_of_same_shape:
-        same = {n: t.shape for n, t in given.items()} == {n: t.shape for n, t in own.items()}
+        same = same_structure(given, own)
     else:
         same = given.keys() == own.keys() and all(given[n] is own[n] for n in own)
     if not same:

@@ -3,7 +3,7 @@
 from bilevel.products.automatic import HVP, Automatic, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
-from bilevel.products.micro_batch import MicroBatched, check_rows, check_size, micro_batched_gradient
+from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
 
 __all__ = [
     "HVP",
@@ -18,6 +18,5 @@ __all__ = [
     "ReverseOverReverse",
     "as_provider",
     "check_rows",
-    "check_size",
     "micro_batched_gradient",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.checks import check_number
 from bilevel.products.hvp import (
     FiniteDifference,
     ForwardOverReverse,
@@ -17,7 +18,6 @@ from bilevel.products.hvp import (
     Linearization,
     Objective,
     ReverseOverReverse,
-    check_memory_budget,
 )
 from bilevel.tree import Params
 
@@ -78,7 +78,7 @@ class Automatic(HVPProvider):
 
     def __init__(self, memory_budget: float | None = None) -> None:
         if memory_budget is not None:
-            check_memory_budget("Automatic", memory_budget)
+            check_number("Automatic: memory_budget (bytes)", memory_budget)
         self.memory_budget = memory_budget
         self.report: tuple[Measurement, ...] = ()
         self._chosen: HVPProvider | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_number
 from bilevel.nn import CheapDoubleBackward
 from bilevel.products.graph_memory import GraphAccount, graph_bytes
 from bilevel.tree import Params
@@ -114,7 +115,7 @@ class ReverseOverReverse(HVPProvider):
     def __post_init__(self) -> None:
         if self.memory_budget is None:
             return
-        check_memory_budget("ReverseOverReverse", self.memory_budget)
+        check_number("ReverseOverReverse: memory_budget (bytes)", self.memory_budget)
         if not self.keep_graph:
             raise ValueError(
                 f"ReverseOverReverse: memory_budget={self.memory_budget!r} limits kept graphs, and none are kept; pass "
@@ -179,12 +180,6 @@ class FiniteDifference(HVPProvider):
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         return _Difference(objective, upper, lower, step=self.step, central=self.central)
-
-
-def check_memory_budget(owner: str, value: object) -> None:
-    """Raise ValueError unless `value` is a number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
-        raise ValueError(f"{owner}: memory_budget must be a number of bytes >= 0, got {value!r}; 4e9 is 4 GB")
 
 
 class _Reverse(Linearization):

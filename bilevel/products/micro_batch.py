@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
 from bilevel.products.gauss_newton import ComposedObjective
 from bilevel.products.hvp import HVPProvider, Linearization, Objective
@@ -104,7 +105,7 @@ class MicroBatched(HVPProvider):
     needs_outputs = True
 
     def __post_init__(self) -> None:
-        check_size("chunk_size", self.chunk_size)
+        check_count("MicroBatched: chunk_size", self.chunk_size, least=1)
 
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         if not isinstance(objective, ComposedObjective):
@@ -200,12 +201,6 @@ def check_rows(outputs: object, chunk: Any) -> Tensor:
             "[n, views, d], and leave means over samples to the loss"
         )
     return outputs
-
-
-def check_size(name: str, value: object) -> None:
-    """Raise unless this is a number of samples a chunk can have."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of samples of at least 1, got {value!r}")
 
 
 def _reaches(variables: Params, outputs: Tensor) -> bool:

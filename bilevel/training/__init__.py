@@ -1,10 +1,12 @@
-"""Training: levels, schedule, data, callbacks and the trainer."""
+"""Training: levels, schedule, data, callbacks and the trainers."""
 
-from bilevel.training.batches import BatchSource, BatchStack, derive_seed
-from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSONLWriter, ProgressBar
-from bilevel.training.inspection import Inspect, last_indices, write_inspection
-from bilevel.training.level import NonFiniteError
+from bilevel.training.batches import BatchSource, BatchStack, Cycle, derive_seed
+from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSONLWriter, ProgressBar, Record
+from bilevel.training.engine import NonFiniteError, Training
+from bilevel.training.inspection import Inspect
+from bilevel.training.level import Level, LRSchedule
 from bilevel.training.schedule import AlternatingSchedule
+from bilevel.training.single_level import Derivatives, SingleLevelTrainer, gradient_of
 from bilevel.training.trackers import TensorBoardLogger, Tracker, TrackerError, WandbLogger
 from bilevel.training.trainer import Trainer
 
@@ -14,17 +16,23 @@ __all__ = [
     "BatchStack",
     "Callback",
     "Checkpointing",
+    "Cycle",
+    "Derivatives",
     "Diagnostics",
     "Inspect",
     "JSONLWriter",
+    "LRSchedule",
+    "Level",
     "NonFiniteError",
     "ProgressBar",
+    "Record",
+    "SingleLevelTrainer",
     "TensorBoardLogger",
     "Tracker",
     "TrackerError",
     "Trainer",
+    "Training",
     "WandbLogger",
     "derive_seed",
-    "last_indices",
-    "write_inspection",
+    "gradient_of",
 ]

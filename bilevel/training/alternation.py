@@ -6,31 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bilevel import interruption, tree
+from bilevel import interruption
 from bilevel.checkpoint import random_state, set_random_state
-from bilevel.hypergradients import System
+from bilevel.hypergradients import LowerStep, restored_update, saved_update
 from bilevel.interruption import Interrupted
 from bilevel.training.batches import BatchSource
+from bilevel.training.level import Level
 from bilevel.tree import Params
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Right-hand sides of earlier steps, each by its learning rate, and the sum of these."""
-
-    right: Params
-    rates: float
-
-    def whole(self, v: Params, rate: float) -> Params:
-        """The right-hand side v of a step at this learning rate with the earlier ones added, in its units."""
-        return v if rate == 0.0 else tree.axpy(1.0 / rate, self.right, v)
-
-
-def carry(carried: Carried | None, v: Params, rate: float) -> Carried:
-    """`carried` with a further right-hand side."""
-    if carried is None:
-        return Carried(tree.scale(rate, v), rate)
-    return Carried(tree.axpy(rate, v, carried.right), carried.rates + rate)
 
 
 @dataclass
@@ -38,38 +20,42 @@ class Alternation:
     """How far an alternation is.
 
     Attributes:
-        began: where the lower data stood before its first batch; `stored` is drawn again from there.
-        stored: batches of the system, the alternation's first.
+        began: where the lower data stood before its first batch; batches that are kept are drawn again from there.
+        drawn: lower batches so far.
+        stored: its first lower batches, for the method.
+        recorded: its last lower steps, for the method, each with the number of its batch, from 0.
         lower, upper: steps made.
         adapted: whether the adaptation is made.
-        carried: as `Carried`, None where no step has left any.
-        system: the last one that was built.
-        random: random state before it was built.
-        solved: whether it has answered a right-hand side, which its solver may have learnt from.
+        prepared, is_prepared: what the method has made for the stage, and whether it has.
+        random: random state before that.
+        proposed: whether the method has made a step from it.
         fallback: the trainer's state before the first upper step, where a state in between would not do.
     """
 
     began: dict[str, Any]
+    drawn: int = 0
     stored: list[Any] = field(default_factory=list)
+    recorded: list[tuple[int, LowerStep]] = field(default_factory=list)
     lower: int = 0
     adapted: bool = False
     upper: int = 0
-    carried: Carried | None = None
-    system: System | None = None
+    prepared: Any = None
+    is_prepared: bool = False
     random: dict[str, Any] | None = None
-    solved: bool = False
+    proposed: bool = False
     fallback: dict[str, Any] | None = None
 
-    def built(self, build: Callable[[], System], *, always: bool) -> System:
-        """The system, built where there is none or `always`; a second time with the random draws of the first."""
-        if self.system is None or always:
+    def prepare(self, make: Callable[[], Any], *, always: bool) -> Any:
+        """What `make` makes, where it is not made yet or `always`; a second time with the random draws of the first."""
+        if always or not self.is_prepared:
             state, again = random_state(), None if always else self.random
             if again is not None:
                 set_random_state(again)
-            self.system, self.random = build(), again or state
+            self.prepared, self.random = make(), again or state
+            self.is_prepared = True
             if again is not None:
                 set_random_state(state)
-        return self.system
+        return self.prepared
 
     @contextmanager
     def undone_if_interrupted(self, source: BatchSource) -> Iterator[None]:
@@ -77,52 +63,80 @@ class Alternation:
         if not interruption.may_come():
             yield
             return
-        system, random = self.system, self.random
+        before = self.prepared, self.is_prepared, self.random
         data, state = copy.deepcopy(source.state_dict()), random_state()
         try:
             yield
         except Interrupted:
-            self.system, self.random = system, random
+            self.prepared, self.is_prepared, self.random = before
             source.load_state_dict(data)
             set_random_state(state)
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the batches and the system, which are made again."""
-        carried = self.carried
+        """All but the batches and what the method has prepared, which are made again."""
         return {
-            "began": self.began,
+            "began": copy.deepcopy(self.began),
+            "drawn": self.drawn,
             "stored": len(self.stored),
+            "recorded": [{"place": place, **_saved(step)} for place, step in self.recorded],
             "lower": self.lower,
             "adapted": self.adapted,
             "upper": self.upper,
-            "carried": None if carried is None else (_copied(carried.right), carried.rates),
-            "random": self.random,
+            "random": copy.deepcopy(self.random),
         }
 
 
-def restored(state: Mapping[str, Any], source: BatchSource, steps: int, like: Params) -> Alternation:
-    """The alternation of a `state_dict`; `source` is left after the stored batches.
+def restored(state: Mapping[str, Any], level: Level, steps: int) -> Alternation:
+    """The alternation of a `state_dict`; the lower level's data are left after the batches that were drawn.
 
     Args:
         steps: batches that the lower stage announces.
-        like: lower variables, whose devices the tensors go to.
     """
-    source.load_state_dict(state["began"])
-    source.begin_stage(steps)
-    carried = state["carried"]
-    if carried is not None:
-        carried = Carried({name: leaf.to(like[name].device) for name, leaf in carried[0].items()}, carried[1])
+    level.data.load_state_dict(state["began"])
+    level.data.begin_stage(steps)
+    last = max((saved["place"] for saved in state["recorded"]), default=-1)
+    batches = [level.data.next() for _ in range(max(state["stored"], last + 1))]
+    recorded = [(saved["place"], _loaded(saved, batches[saved["place"]], level)) for saved in state["recorded"]]
     return Alternation(
         state["began"],
-        [source.next() for _ in range(state["stored"])],
+        state["drawn"],
+        batches[: state["stored"]],
+        recorded,
         state["lower"],
         state["adapted"],
         state["upper"],
-        carried,
         random=state["random"],
+    )
+
+
+def _saved(step: LowerStep) -> dict[str, Any]:
+    return {
+        "lower": _copied(step.lower),
+        "update": saved_update(step.update),
+        "state": {slot: _copied(values) for slot, values in step.state.items()},
+        "seed": step.seed,
+        "max_grad_norm": step.max_grad_norm,
+        "problem": copy.deepcopy(dict(step.problem)),
+    }
+
+
+def _loaded(saved: Mapping[str, Any], batch: Any, level: Level) -> LowerStep:
+    return LowerStep(
+        _placed(saved["lower"], level),
+        restored_update(saved["update"], level.optimizer),
+        {slot: _placed(values, level) for slot, values in saved["state"].items()},
+        batch,
+        saved["seed"],
+        saved["max_grad_norm"],
+        saved["problem"],
     )
 
 
 def _copied(x: Params) -> Params:
     return {name: leaf.detach().clone() for name, leaf in x.items()}
+
+
+def _placed(x: Params, level: Level) -> Params:
+    """On the devices of the variables of the same names; what belongs to none stays, such as a count of steps."""
+    return {name: leaf.to(level.params[name].device) if name in level.params else leaf for name, leaf in x.items()}

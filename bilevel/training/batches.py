@@ -145,3 +145,19 @@ class Cycle(BatchSource):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._position = state["position"]
+
+
+def as_source(argument: str, data: object) -> BatchSource:
+    """The source that an argument stands for: itself, a `Cycle` of a list or tuple of batches.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(data, BatchSource):
+        return data
+    if isinstance(data, (list, tuple)):
+        return Cycle(data)
+    raise TypeError(
+        f"{argument} must be a BatchSource or a list of batches, got {type(data).__name__}; a list is cycled through as "
+        "it is, and BatchStack(size, batch_size, load, seed=...) draws and shuffles batches anew"
+    )

@@ -21,56 +21,67 @@ from rich.progress import (
 from rich.table import Table
 
 from bilevel.checkpoint import save_checkpoint
+from bilevel.checks import check_count
 from bilevel.distributed import rank
 from bilevel.hypergradients import Hypergradient
-from bilevel.linear import Solution, Status
+from bilevel.linear import Status
 
 Record = dict[str, Any]
-"""One event: ``event`` ("lower", "adaptation", "upper", "alternation"), ``step``, ``alternation``, and its numbers."""
+"""One event: ``event`` ("lower", "adaptation", "upper", "alternation"; "train" of one level alone), ``step``, and its
+numbers. Events of one name have the same fields whatever the method."""
 
 
-def solve_record(result: Hypergradient, solution: Solution) -> Record:
-    """The numbers of an upper event that say how far its hypergradient can be trusted."""
-    ritz_min, ritz_max = solution.ritz_range or (None, None)
-    return {
-        "status": solution.status.name,
-        "residual": solution.residual_norms[1],
-        "residual_curve": list(solution.residual_curve),
-        "relative_change": solution.relative_change,
-        "cosine": solution.cosine,
-        "min_curvature": solution.min_curvature,
+def upper_record(result: Hypergradient | None) -> Record:
+    """The numbers of an upper event that say how far its hypergradient can be trusted; None for what there is not."""
+    solution = None if result is None else result.solution
+    ritz_min, ritz_max = (solution.ritz_range if solution is not None else None) or (None, None)
+    of_solve = {
+        "status": solution and solution.status.name,
+        "residual": solution and solution.residual_norms[1],
+        "residual_curve": solution and list(solution.residual_curve),
+        "relative_change": solution and solution.relative_change,
+        "cosine": solution and solution.cosine,
+        "min_curvature": solution and solution.min_curvature,
         "ritz_min": ritz_min,
         "ritz_max": ritz_max,
-        "tikhonov": solution.tikhonov,
-        "residual_without_tikhonov": solution.residual_without_tikhonov,
-        "solver_noise": solution.noise,
-        "iterations": solution.iterations,
-        "num_hvps": solution.num_hvps,
-        "stationarity": result.stationarity,
-        "gradient_noise": result.noise,
-        "stationarity_over_noise": result.stationarity_over_noise,
+        "tikhonov": solution and solution.tikhonov,
+        "residual_without_tikhonov": solution and solution.residual_without_tikhonov,
+        "solver_noise": solution and solution.noise,
+        "iterations": solution and solution.iterations,
+        "num_hvps": solution and solution.num_hvps,
+    }
+    return {
+        **of_solve,
+        "failure": result and result.failure,
+        "stationarity": result and result.stationarity,
+        "gradient_noise": result and result.noise,
+        "stationarity_over_noise": result and result.stationarity_over_noise,
     }
 
 
 class Callback:
     """Receives a trainer's events; the methods do nothing by default.
 
-    `trainer` is passed as anything that has `state_dict`, `alternation` and `schedule`.
+    `trainer` is the training that calls: a `Trainer`, whose units are alternations, or a `SingleLevelTrainer`, whose
+    units are steps. `trainer.progress` of `trainer.total` units are made.
     """
 
+    def on_new_run(self, trainer: Any) -> None:
+        """When `Training.resume` finds nothing to continue: drop what an earlier attempt has left."""
+
     def on_run_start(self, trainer: Any) -> None:
-        """Before the first alternation of this process."""
+        """Before the first unit of this process."""
 
     def on_event(self, trainer: Any, record: Record) -> None:
-        """After each lower step, adaptation and upper step, and at the end of each alternation."""
+        """After each step and adaptation, and at the end of each alternation."""
 
-    def on_alternation_end(self, trainer: Any) -> None:
-        """When an alternation is whole, a point to save the trainer's state at."""
+    def on_progress(self, trainer: Any) -> None:
+        """When a unit is whole, a point to save the trainer's state at."""
 
-    def on_nonfinite(self, trainer: Any, record: Record) -> str | None:
+    def on_nonfinite(self, trainer: Any, level: str, record: Record) -> str | None:
         """When a loss or gradient is not finite, before the step is given up; what to add to the message, if anything.
 
-        `record` is the step's event, and every variable is as it was before the step.
+        `level` is the name of the step's level, `record` its event, and every variable is as it was before the step.
         """
         return None
 
@@ -122,7 +133,7 @@ class JSONLWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar over the alternations with both levels' losses and the state of the last solve, on the first rank."""
+    """A bar over the training's units with the losses and the state of the last solve, on the first rank."""
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
         self.console, self.description = console, description
@@ -139,16 +150,18 @@ class ProgressBar(Callback):
             disable=rank() > 0,
         )
         self._bar.start()
-        total = trainer.schedule.alternations
-        self._task = self._bar.add_task(self.description, total=total, completed=trainer.alternation, status="")
+        self._task = self._bar.add_task(self.description, total=trainer.total, completed=trainer.progress, status="")
 
     def on_event(self, trainer: Any, record: Record) -> None:
-        if record["event"] in ("lower", "upper"):
-            self._latest[record["event"]] = f"{record['event']} {record['loss']:.4f}"
-        if record["event"] == "upper" and record["status"] is not None:
+        if "loss" in record:
+            name = "loss" if record["event"] == "train" else record["event"]
+            self._latest[name] = f"{name} {record['loss']:.4f}"
+        if record.get("status") is not None:
             self._latest["solve"] = f"{record['status'].lower()}, residual {record['residual']:.1e}"
-        if self._bar is not None and record["event"] == "alternation":
-            self._bar.update(self._task, completed=record["alternation"], status="  ".join(self._latest.values()))
+
+    def on_progress(self, trainer: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.progress, status="  ".join(self._latest.values()))
 
     def on_run_end(self, trainer: Any) -> None:
         if self._bar is not None:
@@ -157,27 +170,28 @@ class ProgressBar(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves the trainer's state every so many alternations, after the last, and when a signal stops the run.
+    """Saves the training's state every so many units (alternations, or steps of one level), after the last, and when a
+    signal stops the run. ``trainer.resume(directory)`` continues from the newest one.
 
-    Put it last in the list of callbacks. The checkpoint's number is that of the last whole alternation.
+    Put it last in the list of callbacks. The checkpoint's number is that of the last whole unit.
 
     Args:
         directory: where `save_checkpoint` writes and `load_checkpoint` looks.
-        every: alternations between two checkpoints.
+        every: units between two checkpoints.
         keep: how many of the newest stay.
     """
 
     def __init__(self, directory: str | Path, *, every: int = 1, keep: int = 2) -> None:
-        if every < 1:
-            raise ValueError(f"Checkpointing: every must be at least 1 alternation, got {every}")
+        check_count("Checkpointing: every", every, least=1)
+        check_count("Checkpointing: keep", keep, least=1)
         self.directory, self.every, self.keep = Path(directory), every, keep
 
-    def on_alternation_end(self, trainer: Any) -> None:
-        if trainer.alternation % self.every == 0 or trainer.alternation == trainer.schedule.alternations:
+    def on_progress(self, trainer: Any) -> None:
+        if trainer.progress % self.every == 0 or trainer.progress == trainer.total:
             self.on_interrupt(trainer)
 
     def on_interrupt(self, trainer: Any) -> None:
-        save_checkpoint(self.directory, trainer.alternation, trainer.state_dict(), keep=self.keep)
+        save_checkpoint(self.directory, trainer.progress, trainer.state_dict(), keep=self.keep)
 
 
 # Of the columns that need another width than their titles'.
@@ -220,7 +234,7 @@ class Diagnostics(Callback):
             self._since.append(record)
         if record["event"] == "alternation" and self._since:
             number = record["alternation"]
-            if number % self.every == 0 or number == trainer.schedule.alternations:
+            if number % self.every == 0 or number == trainer.total:
                 self._print_line(diagnostics_cells(number, self._since))
                 self._since = []
 

@@ -36,11 +36,11 @@ def last_indices(source: BatchSource) -> list[int] | None:
 
 
 class Inspect(Callback):
-    """Saves what a step whose loss or gradient is not finite was made of, as ``LEVEL-step-N.pt`` in a folder.
+    """Saves what a step whose loss or gradient is not finite was made of, as ``EVENT-step-N.pt`` in a folder.
 
     A dictionary for ``torch.load(path, weights_only=True)``: the event ("event", "step", "loss", "grad_norm", ...),
-    "indices" of the level's batch where its data are a `BatchStack`, and "upper", "lower", "optimizers" and "problem"
-    as they were before the step.
+    "indices" of the level's batch where its data are a `BatchStack`, "levels" (variables, optimizer and schedule by
+    level) and "kept" (buffers and the like) as they were before the step.
 
     Args:
         directory: made where missing.
@@ -50,16 +50,13 @@ class Inspect(Callback):
     def __init__(self, directory: str | Path, *, prefix: str = "") -> None:
         self.directory, self.prefix = Path(directory), prefix
 
-    def on_nonfinite(self, trainer: Any, record: Record) -> str | None:
-        level = record["event"]
-        path = self.directory / f"{self.prefix}{level}-step-{record['step']}.pt"
+    def on_nonfinite(self, trainer: Any, level: str, record: Record) -> str | None:
+        path = self.directory / f"{self.prefix}{record['event']}-step-{record['step']}.pt"
         content = {
             **record,
-            "indices": last_indices(trainer.data[level]),
-            "upper": {name: leaf.detach() for name, leaf in trainer.upper.items()},
-            "lower": {name: leaf.detach() for name, leaf in trainer.lower.items()},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
-            "problem": trainer.problem.state_dict(),
+            "indices": last_indices(trainer.levels[level].data),
+            "levels": {name: level.state_dict() for name, level in trainer.levels.items()},
+            "kept": trainer.kept(),
         }
         write_inspection(path, content)
         return f"batch and state are in {path}"

@@ -1,18 +1,15 @@
-"""One level of a trainer: its variables and what changes them."""
+"""One level of a training: its variables, what changes them, and where its batches come from."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, final
 
 import torch
 
 from bilevel import tree
+from bilevel.checks import check_count, check_kind, check_number, same_structure
+from bilevel.training.batches import BatchSource, as_source
 from bilevel.tree import Params
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed."""
 
 
 class LRSchedule(Protocol):
@@ -23,25 +20,63 @@ class LRSchedule(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
+@final
 class Level:
-    """Variables with their optimizer and learning-rate schedule."""
+    """Variables with their optimizer, data and learning-rate schedule. They change in place, and live as long as the
+    training.
 
-    name: str
-    variables: Params
-    optimizer: torch.optim.Optimizer
-    scheduler: LRSchedule | None
+    Args:
+        params: leaf tensors by name.
+        optimizer: any of torch.optim, holding exactly these tensors.
+        data: a `BatchSource`, or a list or tuple of batches that is cycled through.
+        scheduler: stepped once after each of the level's steps.
+        max_grad_norm: the level's whole gradient is scaled down to this Euclidean norm where it is longer.
+        micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
+            Problem must define `lower_outputs` and `lower_output_loss`). None passes the batch at once. Solves are
+            chunked by ``hvp=MicroBatched(...)``.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an optimizer with other tensors, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        optimizer: torch.optim.Optimizer,
+        data: BatchSource | Sequence[Any],
+        *,
+        scheduler: LRSchedule | None = None,
+        max_grad_norm: float | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        tree.check_params("Level: params", params)
+        check_kind("Level: optimizer", optimizer, torch.optim.Optimizer, "an optimizer of torch.optim")
+        if max_grad_norm is not None:
+            check_number("Level: max_grad_norm", max_grad_norm, positive=True)
+        if micro_batch is not None:
+            check_count("Level: micro_batch", micro_batch, least=1)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, leaf in params.items() if id(leaf) not in held]
+        if missing or len(held) != len(params):
+            raise ValueError(
+                f"Level: the optimizer must hold exactly the {len(params)} tensors of params; it holds {len(held)} and "
+                f"misses {missing[:3]}. Build it from list(params.values())"
+            )
+        self.params, self.optimizer, self.data = params, optimizer, as_source("Level: data", data)
+        self.scheduler, self.max_grad_norm, self.micro_batch = scheduler, max_grad_norm, micro_batch
 
     @property
     def rate(self) -> float:
         """The first parameter group's learning rate."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def descend(self, gradient: Params, norm: float, limit: float | None) -> None:
-        """One step along `gradient`, whose Euclidean norm is `norm` and is scaled down to `limit` where it is more."""
+    def descend(self, gradient: Params, norm: float, *, limit_scale: float = 1.0) -> None:
+        """One step along `gradient`, whose Euclidean norm is `norm`; the norm limit is `limit_scale` times as wide."""
+        limit = None if self.max_grad_norm is None else limit_scale * self.max_grad_norm
         if limit is not None and norm > limit:
             gradient = tree.scale(limit / norm, gradient)
-        for name, variable in self.variables.items():
+        for name, variable in self.params.items():
             variable.grad = gradient[name]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -52,13 +87,13 @@ class Level:
     def restart(self, values: Params) -> None:
         """Start from `values` with an optimizer that has seen nothing; the schedule goes on."""
         for name, value in values.items():
-            self.variables[name].copy_(value)
+            self.params[name].copy_(value)
         self.optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the variables and of the optimizer's and the schedule's state."""
+        """Copies of the variables and of the optimizer's and the schedule's state; the data's is the training's."""
         return {
-            "variables": {name: leaf.detach().clone() for name, leaf in self.variables.items()},
+            "variables": {name: leaf.detach().clone() for name, leaf in self.params.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
         }
@@ -71,9 +106,9 @@ class Level:
             ValueError: the state has other variables than this level.
         """
         saved = state["variables"]
-        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.variables.items()}:
-            raise ValueError(f"{self.name}: the state's variables have other names or shapes than this trainer's")
-        for name, leaf in self.variables.items():
+        if not same_structure(saved, self.params):
+            raise ValueError("the state's variables have other names or shapes than this training's")
+        for name, leaf in self.params.items():
             leaf.copy_(saved[name])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:

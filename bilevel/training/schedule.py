@@ -1,6 +1,10 @@
 """How the two levels take turns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from bilevel.checks import check_count
+from bilevel.tree import Params
 
 
 @dataclass(frozen=True)
@@ -14,9 +18,10 @@ class AlternatingSchedule:
         adaptation_every: N_a; in alternation t (from 1) with ``t mod N_a == 0``, t = T included, the paired upper
             variables move towards the lower ones between the levels. None: never.
         adaptation_strength: alpha in [0, 1]: ``x <- (1 - alpha) x + alpha y``.
+        adaptation_pairs: upper name -> lower name it adapts to; needed if there is an adaptation.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, an adaptation without pairs.
     """
 
     alternations: int
@@ -24,16 +29,18 @@ class AlternatingSchedule:
     upper_steps: int
     adaptation_every: int | None = None
     adaptation_strength: float = 0.0
+    adaptation_pairs: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("alternations", self.alternations, 1),
-            ("lower_steps", self.lower_steps, 0),
-            ("upper_steps", self.upper_steps, 0),
-            ("adaptation_every", 1 if self.adaptation_every is None else self.adaptation_every, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"AlternatingSchedule: {name} must be a whole number >= {least}, got {value!r}")
+        check_count("AlternatingSchedule: alternations", self.alternations, least=1)
+        check_count("AlternatingSchedule: lower_steps", self.lower_steps, least=0)
+        check_count("AlternatingSchedule: upper_steps", self.upper_steps, least=0)
+        if self.adaptation_every is not None:
+            check_count("AlternatingSchedule: adaptation_every", self.adaptation_every, least=1)
+            if not self.adaptation_pairs:
+                raise ValueError(
+                    "AlternatingSchedule: adaptation_pairs is empty; pass {'upper name': 'lower name'} of what adapts"
+                )
         if not 0.0 <= self.adaptation_strength <= 1.0:
             raise ValueError(
                 f"AlternatingSchedule: adaptation_strength must lie in [0, 1], got {self.adaptation_strength!r}"
@@ -42,3 +49,14 @@ class AlternatingSchedule:
     def adapts(self, alternation: int) -> bool:
         """Whether alternation number `alternation` (from 1) has an adaptation."""
         return self.adaptation_every is not None and alternation % self.adaptation_every == 0
+
+    def check_pairs(self, upper: Params, lower: Params) -> None:
+        """Raise ValueError where a pair is of variables that are not there, or differ in shape."""
+        for upper_name, lower_name in (self.adaptation_pairs or {}).items():
+            if upper_name not in upper or lower_name not in lower:
+                raise ValueError(
+                    f"adaptation_pairs: no upper {upper_name!r} or no lower {lower_name!r}; pass upper name -> lower "
+                    f"name of the upper names {list(upper)[:8]} and the lower names {list(lower)[:8]}"
+                )
+            if upper[upper_name].shape != lower[lower_name].shape:
+                raise ValueError(f"adaptation_pairs: {upper_name!r} and {lower_name!r} differ in shape")

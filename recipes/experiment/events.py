@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel import Callback, JSONLWriter
+from bilevel import JSONLWriter
 from bilevel.checkpoint import write_atomic
 from bilevel.distributed import rank
-from bilevel.training import Tracker, TrackerError
+from bilevel.training import Callback, Tracker, TrackerError
 
 from .errors import ConfigError
 
@@ -49,6 +49,9 @@ class StageEvents(Callback):
             for tracker in self.trackers.values():
                 tracker.restart()
         self._start()
+
+    def on_new_run(self, trainer: Any) -> None:
+        self.restart()
 
     def close(self) -> None:
         """Send what is pending."""

@@ -14,13 +14,14 @@ from benchmarks.measuring import free_port
 from bilevel import (
     CG,
     AlternatingSchedule,
-    ForwardOverReverse,
     Hypergradient,
+    Implicit,
+    Level,
     Neumann,
     Params,
     Problem,
-    ReverseOverReverse,
     Trainer,
+    hypergradient,
     linearize,
     proximal,
 )
@@ -37,12 +38,12 @@ from bilevel.distributed import (
     shard,
     world_size,
 )
-from bilevel.hypergradients import hypergradient
 from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
 from bilevel.hypergradients.penalty import penalty_hypergradient
 from bilevel.hypergradients.unrolled import unrolled_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
 from bilevel.nn.functional import own_draws
+from bilevel.products import ForwardOverReverse, ReverseOverReverse
 from bilevel.products.automatic import Automatic
 from recipes.experiment.ranks.processes import Launch, Ranks
 from tests.support.cases import joined, vector
@@ -104,10 +105,9 @@ def products() -> dict[str, Tensor]:
                 problem,
                 upper,
                 lower,
+                Implicit(solver, damping=4.0),
                 upper_batch=own_part(POINTS * 2.0),
                 lower_batches=batches,
-                damping=4.0,
-                solver=solver,
                 on_failure="ignore",
             )
             name = f"{type(solver).__name__} {getattr(solver, 'layerwise', '')} {weighted}"
@@ -153,17 +153,17 @@ def trained() -> Tensor:
     upper, lower = variables()
     trainer = Trainer(
         Contrastive(),
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1, momentum=0.9),
-        upper_optimizer=torch.optim.SGD(upper.values(), lr=0.1, momentum=0.9),
-        lower_data=[own_part(POINTS), own_part(POINTS * 0.5)],
-        upper_data=[own_part(POINTS * 2.0)],
-        schedule=AlternatingSchedule(2, 2, 2),
-        solver=CG(3, rtol=None),
-        damping=4.0,
-        hessian_batches=2,
-        max_grad_norm=0.5,
+        Level(
+            upper, torch.optim.SGD(upper.values(), lr=0.1, momentum=0.9), [own_part(POINTS * 2.0)], max_grad_norm=0.5
+        ),
+        Level(
+            lower,
+            torch.optim.SGD(lower.values(), lr=0.1, momentum=0.9),
+            [own_part(POINTS), own_part(POINTS * 0.5)],
+            max_grad_norm=0.5,
+        ),
+        AlternatingSchedule(2, 2, 2),
+        Implicit(CG(3, rtol=None), damping=4.0, hessian_batches=2),
     )
     trainer.run()
     return torch.cat([joined(upper), joined(lower)])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import ForwardOverReverse, HVPProvider, ReverseOverReverse, linearize
+from bilevel import linearize
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from examples.masked_autoencoder import MaskedAutoencoder
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import LinearOperator, Params, Problem
+from bilevel import Params, Problem
+from bilevel.linear import LinearOperator
 
 DEFINITE, INDEFINITE, CONSISTENT, INCONSISTENT, NON_FINITE = (
     *("definite", "indefinite", "singular, consistent", "singular, inconsistent"),

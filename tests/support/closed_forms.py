@@ -5,20 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    Dense,
-    ForwardOverReverse,
-    HVPProvider,
-    Hypergradient,
-    Neumann,
-    Params,
-    Problem,
-    ReverseOverReverse,
-    Solver,
-    proximal,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Hypergradient, Neumann, Params, Problem, hypergradient, proximal
+from bilevel.linear import Dense, Solver
+from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector, with_spectrum
 
 SOLVERS: list[Solver] = [CG(100, rtol=1e-12), Neumann(1500, rtol=1e-10), Dense()]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import AlternatingSchedule, Params, Problem, Trainer, functional_call
+from bilevel import AlternatingSchedule, Level, Params, Problem, Trainer, functional_call
 from recipes.vision.losses import nt_xent
 from tests.support.cases import joined, vector
 from tests.support.small_modules import double
@@ -80,12 +80,8 @@ def whole(objective: Any, upper: Params, lower: Params, w: Params) -> tuple[Para
 def trainer(problem: Problem, upper: Params, lower: Params, batch: Any, **options: Any) -> Trainer:
     return Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1),
-        upper_optimizer=torch.optim.SGD(upper.values(), lr=0.1),
-        lower_data=[batch],
-        upper_data=[batch],
-        schedule=AlternatingSchedule(1, 1, 0),
+        Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [batch]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.1), [batch]),
+        AlternatingSchedule(1, 1, 0),
         **options,
     )

@@ -7,16 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel import (
-    ForwardOverReverse,
-    HVPProvider,
-    Params,
-    Problem,
-    ReverseOverReverse,
-    functional_call,
-    linearize,
-    proximal,
-)
+from bilevel import Params, Problem, functional_call, linearize, proximal
+from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector
 
 EXACT: list[HVPProvider] = [ReverseOverReverse(), ReverseOverReverse(keep_graph=True), ForwardOverReverse()]

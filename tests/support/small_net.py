@@ -11,15 +11,17 @@ from bilevel import (
     CG,
     AlternatingSchedule,
     BatchStack,
-    Callback,
     Checkpointing,
+    Implicit,
     JSONLWriter,
+    Level,
     Params,
     Problem,
     Trainer,
     functional_call,
     proximal,
 )
+from bilevel.training import Callback
 from tests.support.cases import vector
 from tests.support.two_heads import inverse
 
@@ -79,20 +81,24 @@ def net_trainer(folder: Path, *extra: Callback) -> Trainer:
 
     return Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=lower_optimizer,
-        upper_optimizer=upper_optimizer,
-        lower_data=BatchStack(20, 6, load, seed=1),
-        upper_data=BatchStack(9, 4, load, seed=2),
-        schedule=AlternatingSchedule(4, 3, 3, adaptation_every=2, adaptation_strength=0.3),
-        solver=CG(3, rtol=None),
-        damping=2.0,
-        hessian_batches=2,
-        lower_scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
-        upper_scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
-        max_grad_norm=1.0,
-        adaptation_pairs={name: name for name in upper},
-        on_failure="ignore",
+        Level(
+            upper,
+            upper_optimizer,
+            BatchStack(9, 4, load, seed=2),
+            scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
+            max_grad_norm=1.0,
+        ),
+        Level(
+            lower,
+            lower_optimizer,
+            BatchStack(20, 6, load, seed=1),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
+            max_grad_norm=1.0,
+        ),
+        AlternatingSchedule(
+            4, 3, 3, adaptation_every=2, adaptation_strength=0.3, adaptation_pairs={name: name for name in upper}
+        ),
+        Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2),
         callbacks=[JSONLWriter(folder / "metrics.jsonl", {"seed": 1}), Checkpointing(folder / "checkpoints"), *extra],
+        on_failure="ignore",
     )

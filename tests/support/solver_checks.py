@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Solution, Solver, Status
+from bilevel import Status
+from bilevel.linear import Solution, Solver
 from tests.support.cases import NON_FINITE, Case, Counting, dense, joined
 
 

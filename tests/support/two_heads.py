@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, Dense, Params, Problem, Trainer, proximal
+from bilevel import AlternatingSchedule, Params, Problem, Trainer, proximal
+from bilevel.linear import Dense
 from tests.support.cases import vector, with_spectrum
 
 LAMBDA, DAMPING, GAMMA = 0.7, 1.5, 0.2

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.linear.account import Account, CountedOperator
 from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.lanczos import union_of_ranges
@@ -12,7 +13,7 @@ from bilevel.linear.operators import LinearOperator
 from bilevel.linear.preconditioner import Inverse, Preconditioner
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_count, check_iterations
+from bilevel.linear.solver import Solver, check_iterations
 from bilevel.tree import Params
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.linear.account import CountedOperator
 from bilevel.linear.lanczos import ritz_values, union_of_ranges
 from bilevel.linear.operators import LinearOperator, TikhonovOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_count, residual
+from bilevel.linear.solver import Solver, residual
 from bilevel.tree import Params
 
 _BREAKDOWNS = (Status.NEGATIVE_CURVATURE, Status.DIVERGED, Status.INCONSISTENT)

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from bilevel import tree
+from bilevel.checks import check_count
 from bilevel.linear.account import Account, CountedOperator
 from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.sketch import Sketch, check_model, draw_sketch
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_count, check_rtol
+from bilevel.linear.solver import Solver, check_rtol
 from bilevel.tree import Params
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from signal import SIG_IGN, Signals, signal
 from typing import NoReturn
 
-from bilevel import NonFiniteError
 from bilevel.checkpoint import CheckpointError
 from bilevel.distributed import CollectiveError
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
+from bilevel.training import NonFiniteError
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore, read_artifact
 from ...experiment.errors import ConfigError

@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from bilevel import NonFiniteError, interruption
+from bilevel import interruption
 from bilevel.checkpoint import CheckpointError, write_atomic
 from bilevel.interruption import Interruption
+from bilevel.training import NonFiniteError
 
 from ...experiment.artifacts import Artifact, ArtifactError, read_artifact
 from ...experiment.configuration import differences, read_config_file

@@ -5,20 +5,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bilevel import (
-    CG,
-    MINRES,
-    FiniteDifference,
-    ForwardOverReverse,
-    HVPProvider,
-    Identity,
-    Neumann,
-    Nystrom,
-    ReverseOverReverse,
-    Solver,
-)
-from bilevel.linear import Escalating
-from bilevel.products import Automatic
+from bilevel import CG, MINRES, Identity, Neumann, Nystrom
+from bilevel.linear import Escalating, Solver
+from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 
 from ...vision.networks.backbones import BACKBONES, check_backbone
 from .arms import arm_of

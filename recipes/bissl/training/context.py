@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bilevel import BatchStack
 from bilevel.distributed import rank, shard_sizes, world_size
-from bilevel.training import BatchStack, TrackerError, derive_seed
+from bilevel.training import TrackerError, derive_seed
 
 from ...experiment.artifacts import ArtifactStore
 from ...experiment.errors import ConfigError

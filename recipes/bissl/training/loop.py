@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bilevel import Callback, NonFiniteError, interruption
+from bilevel import interruption
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from bilevel.distributed import mean_with_gradient, rank, world_size
 from bilevel.interruption import Interrupted
+from bilevel.training import Callback, NonFiniteError
 from bilevel.tree import Params
 
 from ...experiment.events import StageEvents

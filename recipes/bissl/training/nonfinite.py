@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bilevel import BatchStack, NonFiniteError
-from bilevel.training import last_indices, write_inspection
+from bilevel import BatchStack
+from bilevel.training import NonFiniteError
+from bilevel.training.inspection import last_indices, write_inspection
 
 from ...experiment.events import StageEvents
 from ...experiment.folder.run_folder import INSPECT

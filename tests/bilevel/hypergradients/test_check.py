@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Identity, Params, Problem, check_hypergradient, proximal
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Identity, Params, Problem, check_hypergradient, hypergradient, proximal
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +135,7 @@ def test_every_planted_defect_is_caught(name: str, defect: str) -> None:
     else:
         y = newton(s.problem, s.upper, s.lower, s.lower_batches)
         gradient = hypergradient(
-            s.problem, s.upper, y, upper_batch=s.upper_batch, lower_batches=s.lower_batches[:1], solver=CG(100, 1e-12)
+            s.problem, s.upper, y, CG(100, 1e-12), upper_batch=s.upper_batch, lower_batches=s.lower_batches[:1]
         ).grad
     report = check_hypergradient(s.problem, s.upper, s.lower, solver=solver, gradient=gradient, **s.options())
     assert not report.agrees

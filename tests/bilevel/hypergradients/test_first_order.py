@@ -8,25 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    FiniteDifference,
-    ForwardOverReverse,
-    HVPProvider,
-    Hypergradient,
-    Params,
-    Problem,
-    ReverseOverReverse,
-    SolverError,
-    SolverWarning,
-    Status,
-    proximal,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import Hypergradient, Params, Problem, SolverError, SolverWarning, Status, hypergradient, proximal
 from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
 from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer
 from bilevel.hypergradients.unrolled import unrolled_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, State, Update
 from bilevel.linear.solvers.approximate_inverse import ApproximateInverse
+from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector
 
 EXACT: list[HVPProvider] = [ReverseOverReverse(), ReverseOverReverse(keep_graph=True), ForwardOverReverse()]

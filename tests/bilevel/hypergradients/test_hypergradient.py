@@ -6,21 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    Dense,
-    FiniteDifference,
-    HVPProvider,
-    Identity,
-    Neumann,
-    Params,
-    Solver,
-    Status,
-    linearize,
-    proximal,
-    ridge,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Identity, Implicit, Neumann, Params, Status, hypergradient, linearize, proximal, ridge
+from bilevel.linear import Dense, Solver
+from bilevel.products import FiniteDifference, HVPProvider
 from tests.support.cases import joined, vector
 from tests.support.closed_forms import (
     NO_BATCH,
@@ -181,7 +169,7 @@ def test_a_system_serves_many_upper_batches() -> None:
         system = linearize(problem, upper, lower, NO_BATCH, solver=solver)
         for target in (0.0, 1.0, -3.0):
             one = hypergradient(problem, upper, lower, upper_batch=target, system=system)
-            fresh = hypergradient(problem, upper, lower, upper_batch=target, lower_batches=NO_BATCH, solver=solver)
+            fresh = hypergradient(problem, upper, lower, solver, upper_batch=target, lower_batches=NO_BATCH)
             assert relative_error(joined(one.grad), joined(fresh.grad)) <= 1e-9
 
 
@@ -226,7 +214,7 @@ def test_float32_right_hand_sides_far_below_one() -> None:
     for hvp in (*PROVIDERS, FiniteDifference()):
         for solver in (CG(20, rtol=1e-4), Neumann(20), Dense(), Identity()):
             one, faint = (
-                hypergradient(Faint(), upper, lower, upper_batch=f, lower_batches=NO_BATCH, solver=solver, hvp=hvp)
+                hypergradient(Faint(), upper, lower, Implicit(solver, hvp=hvp), upper_batch=f, lower_batches=NO_BATCH)
                 for f in (1.0, 2.0**-100)
             )
             assert torch.equal(joined(faint.grad), joined(one.grad) * 2.0**-100)

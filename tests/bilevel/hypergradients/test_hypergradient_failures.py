@@ -9,23 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    Dense,
-    FiniteDifference,
-    HVPProvider,
-    Identity,
-    Neumann,
-    Params,
-    ReverseOverReverse,
-    Solver,
-    SolverError,
-    SolverWarning,
-    Status,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Identity, Implicit, Neumann, Params, SolverError, SolverWarning, Status, hypergradient
 from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
 from bilevel.hypergradients.updates import SGDUpdate
+from bilevel.linear import Dense, Solver
+from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined
 from tests.support.closed_forms import PROVIDERS, Proximal, proximal_point, relative_error, run
 
@@ -44,7 +32,7 @@ def test_a_nan_in_the_lower_data_is_reported_and_never_turned_into_zero(solver: 
     _, upper, lower = proximal_point()
     with pytest.warns(SolverWarning, match="non-finite.*residual not measured|non-finite.*nan"):
         result = hypergradient(
-            Broken(), upper, lower, upper_batch=1.0, lower_batches=[1.0, math.nan], solver=solver, hvp=hvp
+            Broken(), upper, lower, Implicit(solver, hvp=hvp), upper_batch=1.0, lower_batches=[1.0, math.nan]
         )
     assert result.solution is not None
     assert result.solution.status is Status.NON_FINITE
@@ -58,7 +46,7 @@ def test_a_nan_in_the_lower_data_is_reported_and_never_turned_into_zero(solver: 
 def test_a_nan_in_the_upper_data_stays_in_the_gradient(solver: Solver) -> None:
     _, upper, lower = proximal_point()
     with pytest.warns(SolverWarning, match="non-finite"):
-        result = hypergradient(Broken(), upper, lower, upper_batch=math.nan, lower_batches=[1.0], solver=solver)
+        result = hypergradient(Broken(), upper, lower, solver, upper_batch=math.nan, lower_batches=[1.0])
     assert joined(result.grad).isnan().all()
     assert result.loss.isnan()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, MINRES, Dense, Identity, Params, Problem, linearize, proximal
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, MINRES, Identity, Implicit, Params, Problem, hypergradient, linearize, proximal
+from bilevel.linear import Dense
 
 LAMBDA = 0.4
 
@@ -49,12 +49,9 @@ def test_both_blocks_implicit_equals_the_schur_complement(solver: object, dampin
         problem,
         upper,
         lower,
+        Implicit(solver, damping=damping, tikhonov={"phi": mu}, implicit=["theta", "phi"]),
         upper_batch=None,
         lower_batches=[torch.zeros(9, dtype=torch.float64)],
-        solver=solver,  # type: ignore[arg-type]
-        damping=damping,
-        tikhonov={"phi": mu},
-        implicit=["theta", "phi"],
     )
     c = LAMBDA + damping
     tt, tp, pp = problem.matrix[:5, :5], problem.matrix[:5, 5:], problem.matrix[5:, 5:]

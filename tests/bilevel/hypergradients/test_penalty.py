@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Dense, Hypergradient, Params, Problem, SolverError, SolverWarning, functional_call
-from bilevel.hypergradients import hypergradient
+from bilevel import Hypergradient, Params, Problem, SolverError, SolverWarning, functional_call, hypergradient
 from bilevel.hypergradients.penalty import penalty_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
+from bilevel.linear import Dense
 from tests.support.cases import joined, vector, with_spectrum
 
 

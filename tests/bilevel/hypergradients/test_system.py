@@ -7,18 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    Dense,
-    FiniteDifference,
-    ForwardOverReverse,
-    Identity,
-    Params,
-    ReverseOverReverse,
-    System,
-    linearize,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Identity, Implicit, Params, hypergradient, linearize
+from bilevel.hypergradients import System
+from bilevel.linear import Dense
+from bilevel.products import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 from tests.support.cases import joined, vector
 from tests.support.smooth import BATCHES, Separable, Smooth, variables
 
@@ -251,7 +243,7 @@ def test_cross_term_and_stationarity_are_at_the_current_upper_values(hvp: Any, l
         assert system.stationarity(values) == pytest.approx(float(reference), rel=1e-12)
     result = hypergradient(problem, others, lower, upper_batch=BATCHES[0], system=system)
     fresh = hypergradient(
-        problem, others, lower, upper_batch=BATCHES[0], lower_batches=BATCHES, damping=1.0, solver=Dense()
+        problem, others, lower, Implicit(Dense(), damping=1.0), upper_batch=BATCHES[0], lower_batches=BATCHES
     )
     torch.testing.assert_close(result.grad, fresh.grad, rtol=1e-12, atol=1e-12)
 

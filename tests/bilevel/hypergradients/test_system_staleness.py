@@ -9,18 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    ForwardOverReverse,
-    Params,
-    Problem,
-    ReverseOverReverse,
-    StaleSystemError,
-    System,
-    functional_call,
-    linearize,
-)
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Params, Problem, functional_call, hypergradient, linearize
+from bilevel.hypergradients import System
+from bilevel.lower import StaleSystemError
+from bilevel.products import ForwardOverReverse, ReverseOverReverse
 from tests.support.smooth import BATCHES, Separable, Smooth, variables
 
 

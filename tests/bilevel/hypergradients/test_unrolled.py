@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Dense, Neumann, Params, Problem
-from bilevel.hypergradients import hypergradient
+from bilevel import Neumann, Params, Problem, hypergradient
 from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
+from bilevel.linear import Dense
 from tests.support.cases import joined, vector
 from tests.support.unrolled_cases import (
     BATCHES,
@@ -79,9 +79,9 @@ def test_steps_from_the_optimum_are_a_neumann_series(steps: int, weight: float, 
         problem,
         upper,
         lower,
+        Neumann(steps, rtol=None, scale=0.3 * (weight or 1.0)),
         upper_batch=None,
         lower_batches=[1.0],
-        solver=Neumann(steps, rtol=None, scale=0.3 * (weight or 1.0)),
     )
     assert relative_error(joined(result.implicit), joined(series.implicit)) <= 1e-13
     assert relative_error(joined(result.grad), joined(series.grad)) <= 1e-13
@@ -104,7 +104,7 @@ def test_unrolled_to_convergence_is_the_implicit_hypergradient(update: Update, r
     problem, upper, optimum = quadratic(0.4)
     lower = {name: leaf + 1.0 for name, leaf in optimum.items()}
     result = unroll(problem, upper, lower, update, upper_batch=None, lower_batches=[1.0] * 90, recompute=recompute)
-    exact = hypergradient(problem, upper, optimum, upper_batch=None, lower_batches=[1.0], solver=Dense())
+    exact = hypergradient(problem, upper, optimum, Dense(), upper_batch=None, lower_batches=[1.0])
     assert relative_error(joined(result.grad), joined(exact.grad)) <= 1e-8
     assert result.stationarity <= 1e-8
     truncated = unroll(problem, upper, lower, update, upper_batch=None, lower_batches=[1.0] * 90, truncation=70)

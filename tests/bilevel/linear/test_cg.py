@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Solution, Status
+from bilevel import CG, Status
+from bilevel.linear import Solution
 from tests.support.cases import BY_NAME, DEFINITE, Case, dense, joined, vector, with_spectrum
 
 

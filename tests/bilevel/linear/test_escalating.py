@@ -12,18 +12,18 @@ from torch import Tensor
 from bilevel import (
     CG,
     AlternatingSchedule,
-    Dense,
     Identity,
     JSONLWriter,
+    Level,
     Neumann,
     Params,
     Problem,
-    Solver,
     Status,
     Trainer,
+    hypergradient,
     linearize,
 )
-from bilevel.hypergradients import hypergradient
+from bilevel.linear import Dense, Solver
 from bilevel.linear.solvers.escalating import Escalating
 from bilevel.linear.solvers.minres import MINRES
 from bilevel.linear.solvers.nystrom import Nystrom
@@ -261,16 +261,12 @@ def test_a_training_record_carries_the_shift_and_the_ritz_range(solver: Solver, 
     lower = {"y": vector(4, seed=2).requires_grad_()}
     Trainer(
         Saddle(),
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.01),
-        upper_optimizer=torch.optim.SGD(upper.values(), lr=0.01),
-        lower_data=[None],
-        upper_data=[None],
-        schedule=AlternatingSchedule(alternations=1, lower_steps=1, upper_steps=1),
-        solver=solver,
-        on_failure="ignore",
+        Level(upper, torch.optim.SGD(upper.values(), lr=0.01), [None]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.01), [None]),
+        AlternatingSchedule(alternations=1, lower_steps=1, upper_steps=1),
+        solver,
         callbacks=[JSONLWriter(tmp_path / "metrics.jsonl")],
+        on_failure="ignore",
     ).run()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (r for r in records if r["event"] == "upper")

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bilevel import CG, Dense, Identity, Neumann, Params, Solver, Status
+from bilevel import CG, Identity, Neumann, Params, Status
+from bilevel.linear import Dense, Solver
 from bilevel.linear.lanczos import conjugate_block, ritz_range, ritz_values
 from bilevel.linear.solvers.minres import MINRES
 from tests.support.cases import (

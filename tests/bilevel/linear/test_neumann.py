@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bilevel import Neumann, Solution, Status
+from bilevel import Neumann, Status
+from bilevel.linear import Solution
 from bilevel.linear.account import Account
 from bilevel.linear.solvers.neumann import _Series, ritz_values
 from tests.support.cases import BY_NAME, CASES, DEFINITE, INDEFINITE, Case, dense, joined, vector, with_spectrum

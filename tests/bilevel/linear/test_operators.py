@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import LinearOperator, Params
+from bilevel import Params
+from bilevel.linear import LinearOperator
 from bilevel.linear.operators import (
     FunctionOperator,
     MeanOperator,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, LinearOperator, Params, Status
+from bilevel import CG, Params, Status
+from bilevel.linear import LinearOperator
 from bilevel.linear.preconditioner import Diagonal, Inverse, NystromPreconditioner, Preconditioner
 from tests.support.cases import (
     BY_NAME,

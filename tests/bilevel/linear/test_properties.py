@@ -15,28 +15,22 @@ from torch import Tensor
 from bilevel import (
     CG,
     MINRES,
-    Dense,
-    FiniteDifference,
-    ForwardOverReverse,
-    GaussNewton,
-    HVPProvider,
     Identity,
-    LinearOperator,
     Neumann,
     Nystrom,
     Params,
     Problem,
-    ReverseOverReverse,
     SGDUpdate,
-    Solver,
-    System,
+    hypergradient,
     linearize,
     unrolled_hypergradient,
 )
-from bilevel.hypergradients import hypergradient
+from bilevel.hypergradients import System
+from bilevel.linear import Dense, LinearOperator, Solver
 from bilevel.linear.operators import MeanOperator, ProductOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
 from bilevel.linear.solvers.escalating import Escalating
+from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 from bilevel.products.automatic import Automatic
 from bilevel.products.micro_batch import MicroBatched
 from tests.support.cases import DEFINITE, Case, dense, joined, vector, with_spectrum
@@ -261,8 +255,8 @@ def test_truncated_unrolling_from_an_optimum_is_the_neumann_series(
     # The system is divided by the weight of the regularizer, so the step is multiplied by it.
     series = hypergradient(
         *(problem, upper, lower),
+        Neumann(terms, rtol=None, scale=rate * (weight or 1.0)),
         upper_batch=None,
         lower_batches=[1.0],
-        solver=Neumann(terms, rtol=None, scale=rate * (weight or 1.0)),
     )
     assert relative_error(joined(unrolled.grad), joined(series.grad)) <= 1e-12

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bilevel import CG, LinearOperator, Params, Solution, Status
+from bilevel import CG, Params, Status
+from bilevel.linear import LinearOperator, Solution
 from bilevel.linear.account import Account
 from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.operators import FunctionOperator, MeanOperator, ScaledOperator, SumOperator, TikhonovOperator

@@ -7,23 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    MINRES,
-    Dense,
-    FiniteDifference,
-    ForwardOverReverse,
-    HVPProvider,
-    Identity,
-    LinearOperator,
-    Neumann,
-    Params,
-    ReverseOverReverse,
-    Solution,
-    Solver,
-    Status,
-    linearize,
-)
+from bilevel import CG, MINRES, Identity, Neumann, Params, Status, linearize
+from bilevel.linear import Dense, LinearOperator, Solution, Solver
+from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import (
     BY_NAME,
     CASES,

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bilevel import FiniteDifference, ForwardOverReverse, Params, ReverseOverReverse, functional_call, tree
+from bilevel import Params, functional_call, tree
 from bilevel.nn.double_backward import CheapDoubleBackward
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 
 Function = Callable[..., Tensor]
 

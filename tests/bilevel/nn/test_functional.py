@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel import CG, Dense, FiniteDifference, HVPProvider, Params, functional_call, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Implicit, Params, functional_call, hypergradient, linearize
+from bilevel.linear import Dense
 from bilevel.nn.functional import _announce_plain_attention, curvature_pass
+from bilevel.products import FiniteDifference, HVPProvider
 from tests.support.cases import joined, vector
 from tests.support.small_modules import (
     EXACT,
@@ -340,10 +341,8 @@ def test_a_whole_hypergradient_through_batchnorm_equals_the_dense_one() -> None:
                 Fit(module),
                 upper,
                 lower,
+                Implicit(solver, hvp=hvp, damping=100.0),
                 upper_batch=IMAGES,
                 lower_batches=[IMAGES],
-                damping=100.0,
-                solver=solver,
-                hvp=hvp,
             )
             assert float((joined(result.grad) - expected).norm() / expected.norm()) <= 1e-8

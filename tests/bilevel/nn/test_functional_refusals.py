@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bilevel import FiniteDifference, HVPProvider, Params, ReverseOverReverse, functional_call, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import Implicit, Params, functional_call, hypergradient, linearize
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector
 from tests.support.small_modules import (
     BATCH,
@@ -42,14 +42,14 @@ def test_activation_checkpointing_is_refused_with_the_remedy(hvp: HVPProvider) -
     module, batch = double(Checkpointed(False)), vector(15, 51).reshape(5, 3)
     lower = parameters(module)
     with pytest.raises(RuntimeError, match=r"activation checkpointing.*Switch checkpointing off"):
-        hypergradient(Fit(module), lower, lower, upper_batch=batch, lower_batches=[batch], hvp=hvp)
+        hypergradient(Fit(module), lower, lower, Implicit(hvp=hvp), upper_batch=batch, lower_batches=[batch])
 
     class InUpper(Fit):
         def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
             return joined(lower).square().sum()
 
     with pytest.raises(RuntimeError, match=r"activation checkpointing.*Switch checkpointing off"):
-        hypergradient(InUpper(module), lower, lower, upper_batch=batch, lower_batches=[batch], hvp=hvp)
+        hypergradient(InUpper(module), lower, lower, Implicit(hvp=hvp), upper_batch=batch, lower_batches=[batch])
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -60,7 +60,7 @@ def test_reentrant_checkpointing_is_refused_too(hvp: HVPProvider, stem: bool) ->
     module = double(nn.Sequential(nn.Linear(3, 3), module) if stem else module)
     lower = parameters(module)
     with pytest.raises(RuntimeError, match=r"activation checkpointing.*Switch checkpointing off"):
-        hypergradient(Fit(module), lower, lower, upper_batch=BATCH, lower_batches=[BATCH], hvp=hvp)
+        hypergradient(Fit(module), lower, lower, Implicit(hvp=hvp), upper_batch=BATCH, lower_batches=[BATCH])
 
 
 def test_a_part_without_gradients_is_no_checkpoint() -> None:

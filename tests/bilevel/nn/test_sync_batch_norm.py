@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import ForwardOverReverse, Params, Problem, functional_call, linearize, proximal
+from bilevel import Implicit, Params, Problem, functional_call, hypergradient, linearize, proximal
 from bilevel.distributed import gather, mean_over_ranks, shard, world_size
-from bilevel.hypergradients import hypergradient
 from bilevel.nn.functional import curvature_pass
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
+from bilevel.products import ForwardOverReverse
 from tests.support.cases import joined, vector
 from tests.support.rank_processes import WORLDS, on_ranks
 from tests.support.small_modules import double, parameters
@@ -109,7 +109,7 @@ def in_a_hypergradient() -> dict[str, Tensor]:
     found = {}
     system = linearize(problem, upper, lower, batches)
     found["product"] = joined(system.operator({name: leaf.cos() for name, leaf in lower.items()}))
-    result = hypergradient(problem, upper, lower, upper_batch=batches[0], lower_batches=batches, damping=3.0)
+    result = hypergradient(problem, upper, lower, Implicit(damping=3.0), upper_batch=batches[0], lower_batches=batches)
     found["hypergradient"] = joined(result.grad)
     found |= {f"{name}, untouched": buffer.clone() for name, buffer in problem.module.named_buffers()}
     functional_call(problem.module, lower, batches[1])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import FiniteDifference, ForwardOverReverse, HVPProvider, Params, Problem, ReverseOverReverse, linearize
+from bilevel import Params, Problem, linearize
+from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.automatic import Automatic, as_provider
 from tests.support.closed_forms import proximal_point, run
 from tests.support.two_heads import make

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, GaussNewton, Params, Problem, Status, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Implicit, Params, Problem, Status, hypergradient, linearize
+from bilevel.products import GaussNewton
 
 
 class Network(Problem):
@@ -73,11 +73,9 @@ def test_hypergradient_uses_the_exact_cross_term() -> None:
         Network(),
         upper,
         lower,
+        Implicit(CG(100, 1e-12), hvp=GaussNewton(), tikhonov=tikhonov),
         upper_batch=batch,
         lower_batches=[batch],
-        hvp=GaussNewton(),
-        solver=CG(100, 1e-12),
-        tikhonov=tikhonov,
     )
     assert found.solution is not None
     assert found.solution.status is Status.CONVERGED

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from bilevel import Params, Problem, ReverseOverReverse, functional_call, linearize, tree
+from bilevel import Params, Problem, functional_call, linearize, tree
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import ReverseOverReverse
 from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import Linearization, Objective
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import FiniteDifference, ForwardOverReverse, HVPProvider, Params, ReverseOverReverse, functional_call, tree
+from bilevel import Params, functional_call, tree
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.hvp import Linearization
 from tests.support.cases import joined, vector
 

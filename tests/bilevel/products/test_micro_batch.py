@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, Params, ReverseOverReverse, System, functional_call, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, Params, functional_call, hypergradient, linearize
+from bilevel.hypergradients import System
+from bilevel.products import ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from recipes.vision.losses import nt_xent
 from tests.support.cases import joined, vector

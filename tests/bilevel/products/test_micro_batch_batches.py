@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import GaussNewton, Params, Problem, functional_call, linearize
+from bilevel import Params, Problem, functional_call, linearize
+from bilevel.products import GaussNewton
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from tests.support.pairs import Batch, Pairs, conv_net, trainer, upper_point, views
 from tests.support.small_modules import parameters

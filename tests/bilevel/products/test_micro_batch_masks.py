@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import HVPProvider, Params, Problem, ReverseOverReverse, System, functional_call, linearize
+from bilevel import Params, Problem, functional_call, linearize
+from bilevel.hypergradients import System
+from bilevel.products import HVPProvider, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched
 from tests.support.cases import joined, vector
 from tests.support.pairs import close

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bilevel import AlternatingSchedule, Callback, Checkpointing, JSONLWriter, ProgressBar
+from bilevel import AlternatingSchedule, Checkpointing, JSONLWriter, ProgressBar
 from bilevel.checkpoint import load_checkpoint
+from bilevel.training import Callback
 
 
 def trainer(alternation: int, alternations: int = 5) -> Any:

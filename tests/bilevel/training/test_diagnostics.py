@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel import CG, AlternatingSchedule, Callback, Hypergradient, Status
-from bilevel.hypergradients import hypergradient
+from bilevel import CG, AlternatingSchedule, Hypergradient, Status, hypergradient
+from bilevel.training import Callback
 from bilevel.training.callbacks import Diagnostics, diagnostics_cells
 from tests.support.cases import joined
 from tests.support.two_heads import LAMBDA, LOWER_BATCHES, UPPER_BATCHES, TwoHeads, make, variables

@@ -9,17 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    AlternatingSchedule,
-    BatchStack,
-    Callback,
-    Dense,
-    NonFiniteError,
-    Params,
-    ReverseOverReverse,
-    Trainer,
-)
+from bilevel import CG, AlternatingSchedule, BatchStack, Implicit, Level, Params, Trainer
+from bilevel.linear import Dense
+from bilevel.products import ReverseOverReverse
+from bilevel.training import Callback, NonFiniteError
 from tests.support.cases import joined
 from tests.support.small_net import DATA, Net
 from tests.support.two_heads import (
@@ -245,16 +238,10 @@ def test_trained_variables_may_be_a_modules_own_parameters() -> None:
     before = {name: p.detach().clone() for name, p in lower.items()}
     trainer = Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1),
-        upper_optimizer=torch.optim.SGD(upper.values(), lr=0.1),
-        lower_data=[DATA],
-        upper_data=[DATA],
-        schedule=AlternatingSchedule(2, 2, 2),
-        solver=CG(2, rtol=None),
-        hvp=ReverseOverReverse(keep_graph=True),
-        damping=1.0,
+        Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [DATA]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.1), [DATA]),
+        AlternatingSchedule(2, 2, 2),
+        Implicit(CG(2, rtol=None), hvp=ReverseOverReverse(keep_graph=True), damping=1.0),
     )
     trainer.run()
     assert all(not torch.equal(lower[name], before[name]) for name in ("0.weight", "4.bias"))

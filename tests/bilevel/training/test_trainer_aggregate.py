@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, Callback, Params
+from bilevel import AlternatingSchedule, Params
+from bilevel.training import Callback
 from tests.support.cases import joined
 from tests.support.two_heads import DAMPING, GAMMA, LAMBDA, LOWER_BATCHES, UPPER_BATCHES, K, TwoHeads, make
 

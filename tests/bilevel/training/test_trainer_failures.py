@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    AlternatingSchedule,
-    Callback,
-    NonFiniteError,
-    Params,
-    SolverError,
-    SolverWarning,
-    Status,
-    Trainer,
-)
+from bilevel import CG, AlternatingSchedule, Level, Params, SolverError, SolverWarning, Status, Trainer
+from bilevel.training import Callback, NonFiniteError
 from tests.support.cases import joined
 from tests.support.two_heads import LOWER_BATCHES, UPPER_BATCHES, TwoHeads, make, variables
 
@@ -105,11 +96,17 @@ def test_an_optimizers_own_weight_decay_is_warned_of() -> None:
     }
     decaying = torch.optim.SGD(lower.values(), lr=0.1, weight_decay=0.01)
     with pytest.warns(UserWarning, match="weight decay is not part of the lower objective") as caught:
-        Trainer(TwoHeads(), upper, lower, lower_optimizer=decaying, **rest)
+        Trainer(TwoHeads(), Level(upper, MISSING, MISSING), Level(lower, decaying, MISSING), MISSING, **rest)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Trainer(TwoHeads(), upper, lower, lower_optimizer=torch.optim.SGD(lower.values(), lr=0.1), **rest)
+        Trainer(
+            TwoHeads(),
+            Level(upper, MISSING, MISSING),
+            Level(lower, torch.optim.SGD(lower.values(), lr=0.1), MISSING),
+            MISSING,
+            **rest,
+        )
 
 
 class Concave(TwoHeads):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Callback, Identity, Neumann, Params, Solver, Trainer
+from bilevel import CG, Identity, Neumann, Params, Trainer
 from bilevel.checkpoint import load_checkpoint
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, check, deferred, installed
+from bilevel.linear import Solver
+from bilevel.training import Callback
 from tests.bilevel.training.test_trainer_resume import metrics
 from tests.support.small_net import Net, net_trainer
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel import Callback
 from bilevel.checkpoint import load_checkpoint
+from bilevel.training import Callback
 from tests.support.cases import joined
 from tests.support.small_net import Net, net_trainer
 from tests.support.two_heads import make

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import ForwardOverReverse, HVPProvider, Params, ReverseOverReverse, Trainer, linearize
+from bilevel import Params, Trainer, linearize
 from bilevel.nn.functional import curvature_pass
+from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.tasks.classification import Classification

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bilevel.training import BatchStack, derive_seed
+from bilevel import BatchStack
+from bilevel.training import derive_seed
 
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError

@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from bilevel import NonFiniteError, interruption
+from bilevel import interruption
 from bilevel.checkpoint import write_atomic
+from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact, ArtifactStore, read_artifact
 from ....experiment.errors import ConfigError

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from bilevel import AlternatingSchedule, Callback, Checkpointing, ProgressBar, Trainer, interruption
-from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from bilevel import AlternatingSchedule, Checkpointing, Implicit, Level, ProgressBar, Trainer, interruption
 from bilevel.products import MicroBatched
-from bilevel.training import Diagnostics, Inspect, derive_seed
+from bilevel.training import Callback, Diagnostics, Inspect, derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.events import StageEvents
@@ -46,13 +45,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     directory = context.store.directory(STAGE, key)
     with interruption.deferred(), held(directory, "artifacts") as claim:
         trainer = _trainer(context, problem, directory, (events, seconds, _Held(claim)))
-        found = load_checkpoint(directory)
-        if found is None:
-            # Goes on from the same random state if the run is interrupted before the first alternation ends.
-            events.restart()
-            save_checkpoint(directory, 0, trainer.state_dict())
-        else:
-            trainer.load_state_dict(found[1])
+        if trainer.resume(directory):
             steps = f"{trainer.steps['lower']} lower and {trainer.steps['upper']} upper steps"
             context.console.print(f"BiSSL, seed {context.seed}: continues after {steps}", markup=False, highlight=False)
         trainer.run()
@@ -128,32 +121,41 @@ def _trainer(
         warnings.filterwarnings("ignore", message="the lower optimizer's weight decay")
         return Trainer(
             problem,
-            upper,
-            lower,
-            lower_optimizer=lower_optimizer,
-            upper_optimizer=upper_optimizer,
-            lower_data=lower_data,
-            upper_data=upper_data,
-            schedule=AlternatingSchedule(
-                c.alternations, c.lower_steps, c.upper_steps, c.adaptation_every, c.adaptation_strength
+            Level(
+                upper,
+                upper_optimizer,
+                upper_data,
+                scheduler=schedule(upper_optimizer, total_steps=upper_total),
+                max_grad_norm=c.max_grad_norm,
             ),
-            solver=c.make_solver(),
-            hvp=c.make_hvp() if config.compute.micro_batch is None else MicroBatched(config.compute.micro_batch),
-            micro_batch=config.compute.micro_batch,
-            damping=c.damping,
-            # The head's block has no lambda I of its own, and null vectors (weights before a norm are scale-invariant).
-            tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
-            if c.implicit_head
-            else 0.0,
-            aggregate=c.aggregate,
-            hessian_batches=c.hessian_batches,
-            lower_scheduler=schedule(
-                lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=config.pretext.lr_floor
+            Level(
+                lower,
+                lower_optimizer,
+                lower_data,
+                scheduler=schedule(
+                    lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=config.pretext.lr_floor
+                ),
+                max_grad_norm=c.max_grad_norm,
+                micro_batch=config.compute.micro_batch,
             ),
-            upper_scheduler=schedule(upper_optimizer, total_steps=upper_total),
-            max_grad_norm=c.max_grad_norm,
-            nonfinite_skips=config.nonfinite_skips,
-            adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
+            AlternatingSchedule(
+                c.alternations,
+                c.lower_steps,
+                c.upper_steps,
+                c.adaptation_every,
+                c.adaptation_strength,
+                adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
+            ),
+            Implicit(
+                c.make_solver(),
+                hvp=c.make_hvp() if config.compute.micro_batch is None else MicroBatched(config.compute.micro_batch),
+                damping=c.damping,
+                tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
+                if c.implicit_head
+                else 0.0,
+                hessian_batches=c.hessian_batches,
+                aggregate=c.aggregate,
+            ),
             callbacks=(
                 *callbacks,
                 ProgressBar(context.console, f"BiSSL, seed {context.seed}"),
@@ -161,4 +163,5 @@ def _trainer(
                 Inspect(context.metrics_path.parent / INSPECT, prefix=f"{STAGE}-{context.arm}-seed-{context.seed}-"),
                 Checkpointing(directory, every=c.checkpoint_every),
             ),
+            nonfinite_skips=config.nonfinite_skips,
         )

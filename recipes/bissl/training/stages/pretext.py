@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel import BatchStack
 from bilevel.problem import split
 from bilevel.products import micro_batched_gradient
-from bilevel.training import BatchStack, derive_seed
+from bilevel.training import derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....vision.losses import embedding_spread

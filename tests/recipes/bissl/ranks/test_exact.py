@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, AlternatingSchedule, Callback, Trainer, linearize
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Trainer, hypergradient, linearize
 from bilevel.distributed import shard, world_size
-from bilevel.hypergradients import hypergradient
 from bilevel.lower.derivatives import training_derivatives
 from bilevel.nn.sync_batch_norm import synchronised
+from bilevel.training import Callback
 from bilevel.training.callbacks import Record
 from bilevel.tree import map_tensors
 from recipes.bissl.tasks.base import Bound, PretextTask
@@ -120,10 +120,9 @@ def whole_hypergradient(norm: str) -> dict[str, Any]:
         problem,
         upper,
         lower,
+        Implicit(CG(100, rtol=1e-11), damping=1000.0),
         upper_batch=own_rows(UPPER[0]),
         lower_batches=[own_rows(LOWER[0])],
-        damping=1000.0,
-        solver=CG(100, rtol=1e-11),
     )
     assert result.solution is not None
     return {
@@ -149,18 +148,22 @@ def trained(norm: str) -> dict[str, Any]:
     norms = Norms()
     Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=LARS(list(lower.values()), lr=0.1, momentum=0.9, trust_coefficient=0.1),
-        upper_optimizer=torch.optim.SGD(list(upper.values()), lr=0.1, momentum=0.9),
-        lower_data=[own_rows(batch) for batch in LOWER],
-        upper_data=[own_rows(batch) for batch in UPPER],
-        schedule=AlternatingSchedule(3, 2, 1, 1, 0.2),
-        solver=CG(2, rtol=None),
-        damping=1000.0,
-        hessian_batches=2,
-        max_grad_norm=NORM_LIMIT,
-        adaptation_pairs={name: name for name in upper if name.startswith("backbone.")},
+        Level(
+            upper,
+            torch.optim.SGD(list(upper.values()), lr=0.1, momentum=0.9),
+            [own_rows(batch) for batch in UPPER],
+            max_grad_norm=NORM_LIMIT,
+        ),
+        Level(
+            lower,
+            LARS(list(lower.values()), lr=0.1, momentum=0.9, trust_coefficient=0.1),
+            [own_rows(batch) for batch in LOWER],
+            max_grad_norm=NORM_LIMIT,
+        ),
+        AlternatingSchedule(
+            3, 2, 1, 1, 0.2, adaptation_pairs={name: name for name in upper if name.startswith("backbone.")}
+        ),
+        Implicit(CG(2, rtol=None), damping=1000.0, hessian_batches=2),
         callbacks=[norms],
     ).run()
     return {

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from bilevel import CG, MINRES, Nystrom, ReverseOverReverse
+from bilevel import CG, MINRES, Nystrom
 from bilevel.linear.solvers.escalating import Escalating
+from bilevel.products import ReverseOverReverse
 from bilevel.products.automatic import Automatic
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.settings.config import build_config

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from bilevel import CG, FiniteDifference, ForwardOverReverse, Identity, Neumann, ReverseOverReverse
+from bilevel import CG, Identity, Neumann
+from bilevel.products import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.settings.config import Config, FinetuneConfig, Section, build_config
 from recipes.bissl.settings.presets import PRESETS, PaperVersion, describe_preset, list_presets

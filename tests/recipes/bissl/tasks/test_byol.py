@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, AlternatingSchedule, Callback, HVPProvider, Trainer
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Trainer
+from bilevel.products import HVPProvider
+from bilevel.training import Callback
 from recipes.bissl.tasks.byol import BYOL
 from recipes.bissl.tasks.simclr import SimCLR
 from recipes.bissl.training.problem import BiSSLProblem
@@ -139,17 +141,12 @@ def test_the_target_moves_once_a_lower_step_and_never_otherwise() -> None:
     watch = Watch(problem, 0.9)
     Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(list(lower.values()), lr=0.1),
-        upper_optimizer=torch.optim.SGD(list(upper.values()), lr=0.1),
-        lower_data=[views(7, 1), views(7, 3)],
-        upper_data=labelled,
-        schedule=AlternatingSchedule(2, 2, 2, 1, 0.5),
-        solver=CG(max_iterations=2, rtol=None),
-        damping=1.0,
-        hessian_batches=2,
-        adaptation_pairs={name: name for name in upper if name.startswith("backbone.")},
+        Level(upper, torch.optim.SGD(list(upper.values()), lr=0.1), labelled),
+        Level(lower, torch.optim.SGD(list(lower.values()), lr=0.1), [views(7, 1), views(7, 3)]),
+        AlternatingSchedule(
+            2, 2, 2, 1, 0.5, adaptation_pairs={name: name for name in upper if name.startswith("backbone.")}
+        ),
+        Implicit(CG(max_iterations=2, rtol=None), damping=1.0, hessian_batches=2),
         callbacks=(watch,),
     ).run()
     assert [name for name in watch.seen if name != "alternation"] == 2 * [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel import HVPProvider
+from bilevel.products import HVPProvider
 from recipes.bissl.tasks.vicreg import VICReg
 from recipes.vision.losses import vicreg
 from tests.support.recipes.pretext_cases import (

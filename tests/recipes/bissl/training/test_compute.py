@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import MINRES, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import MINRES, hypergradient, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.settings.config import Config, build_config

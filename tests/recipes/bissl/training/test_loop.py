@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel import NonFiniteError
+from bilevel.training import NonFiniteError
 from recipes.bissl.training.loop import MOST_LINES, Seconds, discard_checkpoints, optimizer_step, run_steps
 from recipes.experiment.events import StageEvents
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Params, ReverseOverReverse, linearize
+from bilevel import Params, linearize
+from bilevel.products import ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.tasks.classification import Classification

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from bilevel import AlternatingSchedule, BatchStack, NonFiniteError
+from bilevel import AlternatingSchedule, BatchStack
+from bilevel.training import NonFiniteError
 from bilevel.training.inspection import Inspect
 from recipes.bissl.outcome import execution
 from recipes.bissl.training.loop import optimizer_step, run_steps

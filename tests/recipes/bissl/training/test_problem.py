@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import AlternatingSchedule, Dense, Identity, Params, Trainer, linearize
-from bilevel.hypergradients import hypergradient
+from bilevel import AlternatingSchedule, Identity, Implicit, Level, Params, Trainer, hypergradient, linearize
+from bilevel.linear import Dense
 from recipes.bissl.tasks.base import Bound, PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
@@ -132,13 +132,9 @@ def trainer(problem: BiSSLProblem, schedule: AlternatingSchedule, *, lr: float =
     upper, lower = problem.variables()
     return Trainer(
         problem,
-        upper,
-        lower,
-        lower_optimizer=torch.optim.SGD(list(lower.values()), lr=lr),
-        upper_optimizer=torch.optim.SGD(list(upper.values()), lr=lr),
-        lower_data=LOWER_BATCHES,
-        upper_data=[UPPER_BATCH],
-        schedule=schedule,
+        Level(upper, torch.optim.SGD(list(upper.values()), lr=lr), [UPPER_BATCH]),
+        Level(lower, torch.optim.SGD(list(lower.values()), lr=lr), LOWER_BATCHES),
+        schedule,
         **options,
     )
 
@@ -153,7 +149,12 @@ def test_identity_gives_v_plus_gamma_gradient(gamma: float) -> None:
     expected = ByHand(problem, gamma)
     upper, lower = problem.variables()
     result = hypergradient(
-        problem, upper, lower, upper_batch=UPPER_BATCH, lower_batches=LOWER_BATCHES, solver=Identity(), damping=DAMPING
+        problem,
+        upper,
+        lower,
+        Implicit(Identity(), damping=DAMPING),
+        upper_batch=UPPER_BATCH,
+        lower_batches=LOWER_BATCHES,
     )
     assert result.grad.keys() == upper.keys()
     assert float(result.loss) == pytest.approx(expected.loss, rel=1e-12)
@@ -171,7 +172,7 @@ def test_dense_solves_the_damped_system(damping: float) -> None:
     assert not close(solved, expected.v, 0.05)
     upper, lower = problem.variables()
     result = hypergradient(
-        problem, upper, lower, upper_batch=UPPER_BATCH, lower_batches=LOWER_BATCHES, solver=Dense(), damping=damping
+        problem, upper, lower, Implicit(Dense(), damping=damping), upper_batch=UPPER_BATCH, lower_batches=LOWER_BATCHES
     )
     assert close(backbone_part(result.grad), solved + expected.direct, 1e-8)
     assert close(flat(result.grad[f"head.{name}"] for name in ("weight", "bias")), expected.head, 1e-12)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, AlternatingSchedule, ReverseOverReverse
+from bilevel import CG, AlternatingSchedule
+from bilevel.products import ReverseOverReverse
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.training import supervised
 from recipes.bissl.training.context import Context

@@ -1,0 +1,174 @@
+"""The hypergradient by the implicit function theorem."""
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from bilevel import tree
+from bilevel.checks import check_count, check_kind, check_number
+from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.system import Selection, System, Tikhonov, check_tikhonov, linearize, through_system
+from bilevel.linear import CG, Solution, Solver
+from bilevel.lower import upper_derivatives
+from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
+from bilevel.tree import Params
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Implicit(Method):
+    r"""Implicit differentiation at a lower solution y:
+
+    .. math:: \frac{dF}{dx} = \frac{\partial F}{\partial x}
+       - \frac{\partial^2 G}{\partial x \partial y} A^{-1} \frac{\partial F}{\partial y}
+
+    with A and the cross term as `linearize` defines them (BiSSL eq. 6-7; Lorraine et al. 2020). In a trainer all upper
+    steps of an alternation use the system of its first `hessian_batches` lower batches, which is built once where the
+    Problem says that its curvature does not depend on the upper variables.
+
+    Args:
+        solver: of A x = dF/dy.
+        hvp: Hessian-vector products, a provider or "auto" (`linearize`).
+        damping, tikhonov, implicit: as for `linearize`.
+        hessian_batches: K, how many lower batches make the system's mean in a trainer.
+        aggregate: solve once an alternation, for the sum of its upper steps' right-hand sides (each by its learning
+            rate), instead of once a step: all but the last step go along dF/dx alone, and the last one takes the whole
+            implicit part. Needs ``curvature_depends_on_upper = False``. The summed update is that of separate solves
+            where dF/dx does not depend on the upper variables that the implicit part moves, the optimizer is SGD and
+            no norm limit binds; otherwise the implicit part is seen up to upper_steps - 1 steps later: a bias of the
+            order of gamma in BiSSL, and with momentum a displacement that comes later (the same in total at a constant
+            rate). The norm limit of the last step is wider by the sum of the rates over its own.
+        warm_start: start each solve from the last one's solution x0 where one product shows that it helps,
+            ``||b - A x0|| < ||b||``; the product is not lost, since a solve from x0 begins with it. Solutions of failed
+            solves are not kept, and `Problem.reset_lower` forgets them. With independent upper batches the last
+            solution is often worse than zero: then the product is all that it costs.
+
+    Raises:
+        TypeError: a solver or provider that is not one.
+        ValueError: a number out of its range.
+    """
+
+    solver: Solver = field(default_factory=CG)
+    hvp: HVP = field(default_factory=ReverseOverReverse, kw_only=True)
+    damping: float = field(default=0.0, kw_only=True)
+    tikhonov: Tikhonov = field(default=0.0, kw_only=True)
+    implicit: Selection | None = field(default=None, kw_only=True)
+    hessian_batches: int = field(default=1, kw_only=True)
+    aggregate: bool = field(default=False, kw_only=True)
+    warm_start: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_kind("Implicit: solver", self.solver, Solver, "a solver such as CG() or Neumann(10)")
+        object.__setattr__(self, "hvp", as_provider(self.hvp))
+        check_number("Implicit: damping", self.damping)
+        check_tikhonov(self.tikhonov)
+        check_count("Implicit: hessian_batches", self.hessian_batches, least=1)
+        for name in ("aggregate", "warm_start"):
+            check_kind(f"Implicit: {name}", getattr(self, name), bool, "True or False")
+
+    @property
+    def stored_batches(self) -> int:
+        return self.hessian_batches
+
+    def check(self, setup: Setup) -> None:
+        if not self.aggregate:
+            return
+        if setup.problem.curvature_depends_on_upper:
+            raise ValueError(
+                "aggregate=True: one solve serves several upper steps only where the curvature does not depend on the "
+                "upper variables; set curvature_depends_on_upper = False in the Problem if that is so, or leave "
+                "aggregate out"
+            )
+        if len({group["lr"] for group in setup.upper_optimizer.param_groups}) > 1:
+            raise ValueError(
+                "aggregate=True: the upper optimizer's parameter groups have different learning rates, but the steps "
+                "of an alternation are summed by one; give all groups one rate, or leave aggregate out"
+            )
+
+    def starts_anew(self, setup: Setup) -> bool:
+        several = setup.upper_steps > 1 and not (self.aggregate or setup.problem.curvature_depends_on_upper)
+        return several and self.solver.learns
+
+    def prepare(self, step: UpperStep, state: MethodState) -> System:
+        if isinstance(self.hvp, Automatic) and self.hvp.chosen is None and "hvp" in state:
+            self.hvp.load_state_dict({"chosen": state["hvp"]})
+        return linearize(
+            step.problem,
+            step.upper,
+            step.lower,
+            step.lower_batches,
+            solver=self.solver,
+            hvp=self.hvp,
+            damping=self.damping,
+            tikhonov=self.tikhonov,
+            implicit=self.implicit,
+        )
+
+    def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+        system: System = prepared
+        pending = _Pending.of(step, state)
+        if self.aggregate and step.position + 1 < step.count:
+            loss, direct, v = upper_derivatives(step.problem, step.upper, step.lower, system.implicit, step.upper_batch)
+            return Proposal(direct, loss, self._next(state, pending.and_of(v, step.upper_rate or 0.0)))
+        rate = step.upper_rate or 0.0
+        if rate == 0.0 and pending.rates > 0.0:
+            raise ValueError(
+                f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part of "
+                "its whole alternation; end above 0, or leave aggregate out"
+            )
+        result = through_system(
+            system, step.upper, step.lower, step.upper_batch, solve=lambda v: self._solve(step, state, system, v)
+        )
+        scale = pending.scale(rate)
+        following = self._next(state, _Pending())
+        if self.warm_start and result.solution is not None:
+            following["start"] = tree.scale(1.0 / scale, result.solution.value) if result.solution.status.ok else None
+        return Proposal(result.grad, result.loss, following, result, scale)
+
+    def _next(self, state: MethodState, pending: "_Pending") -> MethodState:
+        chosen = self.hvp.state_dict()["chosen"] if isinstance(self.hvp, Automatic) else None
+        start = state.get("start") if self.warm_start else None
+        kept = {"start": start, "hvp": chosen, "right": pending.right, "rates": pending.rates or None}
+        return {name: value for name, value in kept.items() if value is not None}
+
+    def restarted(self, state: MethodState) -> MethodState:
+        return {name: value for name, value in state.items() if name == "hvp"}
+
+    def _solve(self, step: UpperStep, state: MethodState, system: System, v: Params) -> Solution:
+        """x for dF/dy and the right-hand sides that earlier steps have left."""
+        pending, rate = _Pending.of(step, state), step.upper_rate or 0.0
+        b = pending.whole(v, rate)
+        start = state.get("start")
+        if start is None or start.keys() != b.keys():
+            return system.solve(b, watch=step.watch)
+        step.watch()
+        x0 = tree.scale(pending.scale(rate), {name: start[name].to(b[name].device) for name in b})
+        return system.solve(b, x0=x0, only_if_closer=True, watch=step.watch)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Right-hand sides of earlier steps that wait for the solve, each by its learning rate, and the sum of these."""
+
+    right: Params | None = None
+    rates: float = 0.0
+
+    @staticmethod
+    def of(step: UpperStep, state: MethodState) -> "_Pending":
+        right = state.get("right")
+        if right is None or step.position == 0:
+            return _Pending()
+        return _Pending({n: leaf.to(step.lower[n].device) for n, leaf in right.items()}, state["rates"])
+
+    def and_of(self, v: Params, rate: float) -> "_Pending":
+        """With the right-hand side of one more step."""
+        return _Pending(
+            tree.scale(rate, v) if self.right is None else tree.axpy(rate, v, self.right), self.rates + rate
+        )
+
+    def whole(self, v: Params, rate: float) -> Params:
+        """The right-hand side v of a step at this learning rate with the pending ones added, in its units."""
+        return v if self.right is None or rate == 0.0 else tree.axpy(1.0 / rate, self.right, v)
+
+    def scale(self, rate: float) -> float:
+        """The sum of all rates in units of the last one."""
+        return 1.0 + (self.rates / rate if rate > 0.0 else 0.0)

@@ -1,0 +1,169 @@
+"""The abstract method: how an upper step gets its direction from what the lower level has done."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.hypergradients.result import Hypergradient
+from bilevel.hypergradients.updates import State, Update
+from bilevel.problem import Problem
+from bilevel.tree import Params
+
+MethodState = dict[str, Any]
+"""What a method carries from one upper step to the next: tensors, numbers, strings and None under names, in nested
+dictionaries. It is the same on all ranks; the trainer owns it, saves it and restores it."""
+
+
+@dataclass(frozen=True)
+class LowerStep:
+    """A step that the lower level has made, as it stood before it.
+
+    Attributes:
+        lower: y, all lower variables.
+        update, state: the optimizer's step and its state, as `from_optimizer` reads them.
+        batch: of the step.
+        seed: of the step's random masks.
+        max_grad_norm: the gradient was scaled down to this Euclidean norm; None where there is no limit.
+        problem: the Problem's `state_dict`, empty where it keeps none.
+    """
+
+    lower: Params
+    update: Update
+    state: State
+    batch: Any
+    seed: int
+    max_grad_norm: float | None
+    problem: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class UpperStep:
+    """What a method sees of the upper step that it shall find a direction for. It writes to nothing of it.
+
+    Attributes:
+        problem, upper, lower: the problem and its variables x and y as they are.
+        upper_batch: the batch of F.
+        lower_batches: as many of the alternation's first lower batches as `Method.stored_batches` asks for.
+        lower_steps: as many of the last lower steps as `Method.replayed_steps` asks for, in order; None where nobody
+            recorded any (`hypergradient` outside a trainer).
+        lower_update: gives the live lower optimizer's next step and its state; None where there is no optimizer.
+        lower_rate, upper_rate: learning rates of the levels' optimizers; None where there are none.
+        position, count: which step of its stage this is, from 0, and how many the stage has.
+        number: which step of the whole run it is, from 1.
+        watch: to be called before every expensive part; it raises `bilevel.interruption.Interrupted` where the run is
+            asked to stop, which undoes the step.
+    """
+
+    problem: Problem
+    upper: Params
+    lower: Params
+    upper_batch: Any
+    lower_batches: tuple[Any, ...]
+    lower_steps: tuple[LowerStep, ...] | None = None
+    lower_update: Callable[[], tuple[Update, State]] | None = None
+    lower_rate: float | None = None
+    upper_rate: float | None = None
+    position: int = 0
+    count: int = 1
+    number: int = 1
+    watch: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a method makes of an upper step; nothing of it counts before every number is finite on every rank.
+
+    Attributes:
+        gradient: what the upper optimizer goes along, over the upper variables.
+        loss: F, 0-d and detached.
+        state: what the method carries on once the step is made; it takes the place of the former state.
+        result: the hypergradient, None where the step goes along the direct part alone.
+        norm_limit_scale: how many steps' gradients this one stands for: the norm limit is wider by this factor.
+    """
+
+    gradient: Params
+    loss: Tensor
+    state: MethodState = field(default_factory=dict)
+    result: Hypergradient | None = None
+    norm_limit_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer is made of, for a method to refuse what it cannot do.
+
+    Attributes:
+        upper_steps, lower_steps: an alternation's.
+        micro_batch: samples a chunk of a lower step, None where a batch is passed at once.
+    """
+
+    problem: Problem
+    upper: Params
+    lower: Params
+    upper_optimizer: torch.optim.Optimizer
+    lower_optimizer: torch.optim.Optimizer
+    upper_steps: int
+    lower_steps: int
+    micro_batch: int | None
+
+
+class Method(ABC):
+    """A way to compute hypergradients, as a value: it holds options, and what changes is in its state.
+
+    A subclass is final and defines `propose`. `hypergradient`, `check_hypergradient` and `Trainer` take it. In a
+    trainer, for each upper step: `prepare` makes what serves a whole stage (a linear system), `propose` the direction
+    and the next state, which becomes the method's own only after the step is made. What `prepare` returns is never
+    saved: it is made again after a resume, with the random draws of the first time.
+    """
+
+    damping: float = 0.0
+    """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the problem so damped."""
+
+    @property
+    def stored_batches(self) -> int:
+        """How many of an alternation's first lower batches `UpperStep.lower_batches` shall hold."""
+        return 1
+
+    @property
+    def replayed_steps(self) -> int | None:
+        """How many of the last lower steps `UpperStep.lower_steps` shall hold; 0: none, None: all of the alternation.
+
+        A trainer records them, with one random seed for each, where this is not 0.
+        """
+        return 0
+
+    def check(self, setup: Setup) -> None:
+        """Refuse a trainer that the method cannot serve.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        return None
+
+    def starts_anew(self, setup: Setup) -> bool:
+        """Whether a stage that was stopped between two upper steps must be resumed from its first one, because what
+        `prepare` makes learns from one upper step for the next."""
+        return False
+
+    def prepare(self, step: UpperStep, state: MethodState) -> Any:
+        """What serves all upper steps of a stage, made before the first one; before each of them where
+        `Problem.curvature_depends_on_upper`. `state` may be read."""
+        return None
+
+    @abstractmethod
+    def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+        """The direction of one upper step, the same on all ranks.
+
+        Args:
+            step: where it is taken.
+            state: what the last `Proposal` left, {} before the first one; it is not written to.
+            prepared: what `prepare` returned for this stage.
+        """
+
+    def restarted(self, state: MethodState) -> MethodState:
+        """The state after `Problem.reset_lower` gave the lower level new values."""
+        return {}

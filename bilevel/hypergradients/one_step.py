@@ -1,0 +1,74 @@
+"""The hypergradient through one virtual step of gradient descent (DARTS)."""
+
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from bilevel import tree
+from bilevel.checks import check_count, check_number
+from bilevel.hypergradients.method import Method, MethodState, Proposal, UpperStep
+from bilevel.hypergradients.system import Selection, linearize, through_system
+from bilevel.linear import ApproximateInverse, Identity
+from bilevel.products import HVP, FiniteDifference, as_provider
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class OneStep(Method):
+    r"""One virtual step of gradient descent (DARTS; Liu, Simonyan & Yang 2019, eq. 7-8):
+
+    .. math:: y' = y - \xi \frac{\partial G}{\partial y}(x, y), \qquad
+       \frac{dF}{dx} = \frac{\partial F}{\partial x}(x, y')
+       - \xi \frac{\partial^2 G}{\partial x \partial y}(x, y)\, \frac{\partial F}{\partial y}(x, y').
+
+    With an exact provider it equals one unrolled step of ``SGDUpdate(step_size)``. y need not have converged, and is
+    not moved. The result's `stationarity` is that of y, its `solution` holds xi dF/dy' (times lambda where there is a
+    regularizer, by the system's scale) and no residual.
+
+    Args:
+        step_size: xi > 0; None takes the lower optimizer's learning rate, which only a trainer has.
+        hvp: gives the cross term; default ``FiniteDifference()``, with which only gradients are computed. The paper's
+            own formula, with a step of 0.01 / ||dF/dy'||, is ``FiniteDifference(step=0.01)``. The regularizer's cross
+            term is exact in any case.
+        implicit: as for `linearize`; only these variables make the virtual step.
+        lower_batches: how many lower batches G is the mean of in a trainer.
+
+    Raises:
+        ValueError: a number out of its range; no step size where there is no optimizer.
+        TypeError: a provider that is not one.
+    """
+
+    step_size: float | None = None
+    hvp: HVP = field(default_factory=FiniteDifference, kw_only=True)
+    implicit: Selection | None = field(default=None, kw_only=True)
+    lower_batches: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            check_number("OneStep: step_size", self.step_size, positive=True)
+        object.__setattr__(self, "hvp", as_provider(self.hvp))
+        check_count("OneStep: lower_batches", self.lower_batches, least=1)
+
+    @property
+    def stored_batches(self) -> int:
+        return self.lower_batches
+
+    def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+        size = step.lower_rate if self.step_size is None else self.step_size
+        if size is None:
+            raise ValueError("OneStep: step_size is missing; there is no lower optimizer here whose rate it could be")
+        step.watch()
+        system = linearize(
+            step.problem,
+            step.upper,
+            step.lower,
+            step.lower_batches,
+            solver=Identity(),
+            hvp=self.hvp,
+            implicit=self.implicit,
+        )
+        virtual = {**step.lower, **tree.axpy(-size, system.gradient(), system.variables(step.lower))}
+        inverse = ApproximateInverse(lambda b: tree.scale(size * system.weight, b))
+        result = through_system(
+            system, step.upper, virtual, step.upper_batch, solve=lambda v: inverse.solve(system.operator, v)
+        )
+        return Proposal(result.grad, result.loss, state, result)

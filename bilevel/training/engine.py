@@ -1,0 +1,191 @@
+"""The engine of every training: one step, when its numbers are finite; signals, callbacks and what a checkpoint holds."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import interruption, tree
+from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from bilevel.checks import check_count, check_kind
+from bilevel.distributed import check_replicated
+from bilevel.interruption import Interrupted
+from bilevel.training.callbacks import Callback, Record
+from bilevel.training.level import Level
+from bilevel.tree import Params
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed."""
+
+
+class Training(ABC):
+    """What `Trainer` and `SingleLevelTrainer` have in common: it makes units of work until all are made, applies their
+    steps, and tells its callbacks. A unit is an alternation or a single step.
+
+    Attributes:
+        levels: by name.
+        steps: made so far, by level.
+        skipped: steps left out, by level.
+        progress: units made.
+    """
+
+    def __init__(self, levels: Mapping[str, Level], callbacks: Sequence[Callback], nonfinite_skips: int) -> None:
+        for name, level in levels.items():
+            check_kind(name, level, Level, "a Level, such as Level(params, optimizer, data)")
+        check_kind("callbacks", callbacks, (list, tuple), "a list of callbacks, such as [ProgressBar()]")
+        for index, callback in enumerate(callbacks):
+            check_kind(f"callbacks[{index}]", callback, Callback, "a Callback")
+        check_count("nonfinite_skips", nonfinite_skips, least=0)
+        self.levels, self.callbacks, self.nonfinite_skips = dict(levels), tuple(callbacks), nonfinite_skips
+        self.steps = dict.fromkeys(self.levels, 0)
+        self.skipped: Counter[str] = Counter()
+        self.progress = 0
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """Units of the whole training."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Make one unit, or the rest of one that was interrupted."""
+
+    @abstractmethod
+    def kept(self) -> dict[str, Any]:
+        """What a checkpoint must hold beyond the levels' variables: buffers, momentum targets."""
+
+    def run(self) -> None:
+        """Make the units that are left.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
+            Interrupted: a signal asked for it; the callbacks have been told.
+            ValueError: ranks have other variables.
+        """
+        for name, level in self.levels.items():
+            check_replicated(name, level.params)
+        with interruption.deferred():
+            for callback in self.callbacks:
+                callback.on_run_start(self)
+            try:
+                while self.progress < self.total:
+                    interruption.check()
+                    self.advance()
+                    for callback in self.callbacks:
+                        callback.on_progress(self)
+            except Interrupted:
+                for callback in self.callbacks:
+                    callback.on_interrupt(self)
+                raise
+            finally:
+                for callback in self.callbacks:
+                    callback.on_run_end(self)
+
+    def resume(self, directory: str | Path) -> bool:
+        """Continue from the newest checkpoint in `directory`; whether there was one.
+
+        Without one the present state is saved as the checkpoint before the first unit, so that a training that is
+        interrupted early goes on from the same variables and random state.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all are damaged.
+            ValueError: the checkpoint is of another training.
+        """
+        found = load_checkpoint(directory)
+        if found is None:
+            for callback in self.callbacks:
+                callback.on_new_run(self)
+            save_checkpoint(directory, self.progress, self.state_dict())
+            return False
+        self.load_state_dict(found[1])
+        return True
+
+    def apply(self, event: str, name: str, loss: Tensor, gradient: Params, *, limit_scale: float = 1.0) -> Record:
+        """One optimizer step of a level, after checking that every number is finite; the event's record.
+
+        Loss and gradient are means over the ranks, so that what is not finite on one is so on all. One read of the
+        device: it waits for all that was queued.
+
+        Args:
+            event: its name.
+            name: of the level.
+            limit_scale: how many steps' gradients this one stands for, in the norm limit.
+        """
+        level, norm_ = self.levels[name], tree.norm(gradient)
+        dtype = torch.promote_types(loss.dtype, norm_.dtype)
+        value, norm = torch.stack((loss.detach().to(norm_.device, dtype), norm_.to(dtype))).tolist()
+        record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}
+        if not (abs(value) < float("inf") and norm < float("inf")):
+            record = self._skip(name, record)
+        else:
+            level.descend(gradient, norm, limit_scale=limit_scale)
+        self.steps[name] += 1
+        return record
+
+    def _skip(self, name: str, record: Record) -> Record:
+        """Count a step that is not finite as left out, with nothing changed; its event."""
+        record = {**record, "skipped": True}
+        notes = [note for callback in self.callbacks if (note := callback.on_nonfinite(self, name, record)) is not None]
+        if self.skipped.total() >= self.nonfinite_skips:
+            raise NonFiniteError(
+                f"{self.place(name)}: loss {record['loss']}, gradient norm {record['grad_norm']}; "
+                f"{'; '.join(['no variable was changed', *notes])}. Lower the learning rate ({record['lr']:g}), or "
+                "check the data of this batch"
+            )
+        self.skipped[name] += 1
+        return record
+
+    def place(self, name: str) -> str:
+        """In words, the step of a level that is being made."""
+        return f"{name} step {self.steps[name] + 1}"
+
+    def emit(self, record: Record) -> None:
+        """Tell the callbacks of an event."""
+        for callback in self.callbacks:
+            callback.on_event(self, record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs; taken between two steps."""
+        return {
+            "progress": self.progress,
+            "steps": dict(self.steps),
+            "skipped": dict(self.skipped),
+            "levels": {name: level.state_dict() for name, level in self.levels.items()},
+            "data": {name: level.data.state_dict() for name, level in self.levels.items()},
+            "kept": self.kept(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict` of a training that was made with the same arguments.
+
+        Raises:
+            ValueError: the state has other variables or another number of callbacks than this training.
+        """
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise ValueError(
+                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; resume "
+                "with the same callbacks in the same order"
+            )
+        for name, level in self.levels.items():
+            try:
+                level.load_state_dict(state["levels"][name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            level.data.load_state_dict(state["data"][name])
+        self.load_kept(state["kept"])
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(saved)
+        self.progress, self.steps = state["progress"], dict(state["steps"])
+        self.skipped = Counter(state["skipped"])
+        set_random_state(state["random"])
+
+    @abstractmethod
+    def load_kept(self, kept: Mapping[str, Any]) -> None:
+        """Inverse of `kept`."""

@@ -1,0 +1,100 @@
+"""Plain training of one level, by the engine that steps bilevel training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import tree
+from bilevel.checks import check_count
+from bilevel.distributed import mean_with_gradient
+from bilevel.training.callbacks import Callback
+from bilevel.training.engine import Training
+from bilevel.training.level import Level
+from bilevel.tree import Params
+
+Derivatives = Callable[[Any], tuple[Tensor, Params]]
+"""A batch -> loss (0-d) and its gradient over the level's variables, on this rank's samples."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold: modules, and other things with a state."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+@final
+class SingleLevelTrainer(Training):
+    """Trains one level by minibatch steps: pre-training, a head, fine-tuning. Events are called "train", units are steps.
+
+    Resume, signals, skips of steps that are not finite, callbacks and ranks are those of `Trainer`.
+
+    Args:
+        derivatives: loss and gradient on a batch, for example ``gradient_of(loss, params)``; the mean over the ranks is
+            taken here.
+        level: variables, optimizer, data and schedule.
+        steps: of the whole training.
+        parts: what else changes and belongs to a checkpoint, by name: modules for their buffers, callables with counts.
+        callbacks, nonfinite_skips: as for `Trainer`. A step that is left out changes no buffer of a module either.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind or out of its range.
+    """
+
+    def __init__(
+        self,
+        derivatives: Derivatives,
+        level: Level,
+        steps: int,
+        *,
+        parts: Mapping[str, Stateful] | None = None,
+        callbacks: Sequence[Callback] = (),
+        nonfinite_skips: int = 0,
+    ) -> None:
+        super().__init__({"train": level}, callbacks, nonfinite_skips)
+        check_count("SingleLevelTrainer: steps", steps, least=0)
+        self.derivatives, self.parts, self._total = derivatives, dict(parts or {}), steps
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        return self._total
+
+    def advance(self) -> None:
+        """One step."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
+        loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].data.next()))
+        record = self.apply("train", "train", loss, gradient)
+        if "skipped" in record:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        self.progress += 1
+        self.emit(record)
+
+    def _buffers(self) -> list[Tensor]:
+        modules = [part for part in self.parts.values() if isinstance(part, nn.Module)]
+        return [buffer for module in modules for buffer in module.buffers()]
+
+    def place(self, name: str) -> str:
+        """In words, the step that is being made."""
+        return f"step {self.steps[name] + 1}"
+
+    def kept(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_kept(self, kept: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(kept[name])
+
+
+def gradient_of(loss: Callable[[Any], Tensor], params: Params) -> Derivatives:
+    """`Derivatives` of a plain loss that uses the tensors of `params`, for example by calling their module."""
+
+    def derivatives(batch: Any) -> tuple[Tensor, Params]:
+        value = loss(batch)
+        return value.detach(), tree.gradients(value, params)
+
+    return derivatives
