@@ -32,6 +32,7 @@ from scipy import stats
 from benchmarks.measuring import environment, show, write_json
 from benchmarks.pages import conditions, table, update
 from recipes.experiment.configuration import read_config_file
+from recipes.experiment.folder.run_folder import RESULTS
 from recipes.experiment.records import Event, read_run, select
 from recipes.experiment.statistics import holm, mean_std, paired
 
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(folder: Path, json_path: Path | None, page: Path | None) -> int:
     """Figures of finished runs, printed and kept."""
-    results = json.loads((folder / "all" / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "all" / RESULTS).read_text(encoding="utf-8"))
     events = [event for part in sorted(folder.glob("from-seed-*")) for event in read_run(part).events]
     figures = {"quick": False, "environment": environment("cpu"), **analyse(results, events)}
     rows = [

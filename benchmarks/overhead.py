@@ -35,6 +35,7 @@ from bilevel import Checkpointing
 from recipes.bissl.commands.main import main as run_recipe
 from recipes.bissl.training import loop
 from recipes.bissl.training.stages import bissl
+from recipes.experiment.folder.run_folder import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "recipes" / "bissl" / "run.py"
@@ -164,7 +165,7 @@ def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=alone_environment())
             seen["whole"][name].append(time.perf_counter() - began)
             seen["processor"][name].append(processor_seconds() - used)
-            results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            results = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
         seen["stages"][name].append(results["variants"]["bissl"]["seconds"])
 
     for _ in range(pairs):

@@ -32,6 +32,8 @@ import torch
 
 from benchmarks.measuring import free_port
 from recipes.bissl.commands.main import main as run_recipe
+from recipes.experiment.artifacts import WEIGHTS
+from recipes.experiment.folder.run_folder import CHECKPOINTS, METRICS, RESULTS
 
 POLL = 0.002
 """Seconds between two looks at a run's progress."""
@@ -145,26 +147,26 @@ def _others(kill: dict[str, Any]) -> list[int]:
 
 
 def _lines(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _newest(folder: Path) -> str | None:
     """The newest checkpoint, as stage and step."""
-    found = sorted(folder.glob("checkpoints/*/step-*.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob(f"{CHECKPOINTS}/*/step-*.json"), key=lambda path: path.stat().st_mtime)
     return f"{found[-1].parent.name.partition('-')[0]} {int(found[-1].stem.removeprefix('step-'))}" if found else None
 
 
 def _weights(folder: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in folder.rglob("weights.safetensors")}
+    return {path.parent.name: path.read_bytes() for path in folder.rglob(WEIGHTS)}
 
 
 def _results(folder: Path) -> Any:
-    return _timeless(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    return _timeless(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
 
 
 def _events(folder: Path) -> list[Any]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     return [_timeless(json.loads(line)) for line in lines]
 
 

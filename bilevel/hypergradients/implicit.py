@@ -127,7 +127,7 @@ class Implicit(Method):
     def _next(self, state: MethodState, pending: "_Pending") -> MethodState:
         chosen = self.hvp.state_dict()["chosen"] if isinstance(self.hvp, Automatic) else None
         start = state.get("start") if self.warm_start else None
-        kept = {"start": start, "hvp": chosen, "right": pending.right, "rates": pending.rates or None}
+        kept = {"start": start, "hvp": chosen, "right": pending.right, "rates": pending.right and pending.rates}
         return {name: value for name, value in kept.items() if value is not None}
 
     def restarted(self, state: MethodState) -> MethodState:

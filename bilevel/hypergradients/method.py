@@ -99,6 +99,7 @@ class Setup:
     Attributes:
         upper_steps, lower_steps: an alternation's.
         micro_batch: samples a chunk of a lower step, None where a batch is passed at once.
+        adapts: whether the schedule moves upper variables between the levels.
     """
 
     problem: Problem
@@ -109,6 +110,7 @@ class Setup:
     upper_steps: int
     lower_steps: int
     micro_batch: int | None
+    adapts: bool
 
 
 class Method(ABC):

@@ -110,4 +110,4 @@ def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
     level, frame = 1, inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
         level, frame = level + 1, frame.f_back
-    warnings.warn(result.failure, SolverWarning, stacklevel=max(level - 1, 1))
+    warnings.warn(result.failure, SolverWarning, stacklevel=level)

@@ -66,7 +66,7 @@ class Unrolled(Method):
     Raises:
         TypeError: an `update` that is not one.
         ValueError: `steps` below 1; `started_from` with names that do not fit or with `steps` that leave some out; a
-            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, micro-batches,
+            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, adaptation, chunks,
             an optimizer that `from_optimizer` refuses, an `update` of one's own).
     """
 
@@ -105,6 +105,11 @@ class Unrolled(Method):
             raise ValueError(
                 f"Unrolled: the schedule has upper_steps={setup.upper_steps}, but the lower steps of an alternation "
                 "belong to the upper variables that they were made with; set upper_steps to 1"
+            )
+        if setup.adapts:
+            raise ValueError(
+                "Unrolled: the schedule adapts upper variables between the levels, so that the lower steps were not "
+                "made with them; leave adaptation_every out, or use another method"
             )
         if setup.lower_steps < max(self.steps or 1, 1):
             raise ValueError(

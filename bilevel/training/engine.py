@@ -31,6 +31,7 @@ class Training(ABC):
         levels: by name.
         steps: made so far, by level.
         skipped: steps left out, by level.
+        solves: linear systems solved, by the name of the `Status` that they ended with.
         progress: units made.
     """
 
@@ -44,6 +45,7 @@ class Training(ABC):
         self.levels, self.callbacks, self.nonfinite_skips = dict(levels), tuple(callbacks), nonfinite_skips
         self.steps = dict.fromkeys(self.levels, 0)
         self.skipped: Counter[str] = Counter()
+        self.solves: Counter[str] = Counter()
         self.progress = 0
 
     @property

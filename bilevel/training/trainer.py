@@ -59,7 +59,7 @@ class Trainer(Training):
     being made, an upper step before the method's next product or pass: it is undone. `Checkpointing` then saves.
 
     Attributes:
-        levels: "upper" and "lower".
+        upper, lower: as given; ``levels`` holds both by name.
         progress: alternations made.
         steps, skipped: steps made and steps left out, by level.
         solves: how many linear systems were solved, by the name of the `Status` that they ended with.
@@ -85,7 +85,7 @@ class Trainer(Training):
         check_kind("schedule", schedule, AlternatingSchedule, "an AlternatingSchedule")
         check_on_failure(on_failure)
         self.problem, self.schedule, self.method = problem, schedule, as_method(method)
-        self.solves: Counter[str] = Counter()
+        self.upper, self.lower = upper, lower
         self._on_failure: OnFailure = on_failure
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
@@ -107,6 +107,7 @@ class Trainer(Training):
             schedule.upper_steps,
             schedule.lower_steps,
             lower.micro_batch,
+            schedule.adaptation_every is not None,
         )
         if schedule.upper_steps:
             self.method.check(self._setup)
@@ -136,12 +137,12 @@ class Trainer(Training):
         self.emit({"event": "alternation", "step": self.progress, "seconds": time.perf_counter() - began})
 
     def _begin(self) -> Alternation:
-        start = self.problem.reset_lower(self.levels["upper"].params)
+        start = self.problem.reset_lower(self.upper.params)
         if start is not None:
-            self.levels["lower"].restart(start)
+            self.lower.restart(start)
             self._method_state = self.method.restarted(self._method_state)
-        began = copy.deepcopy(self.levels["lower"].data.state_dict())
-        self.levels["lower"].data.begin_stage(self._lower_batches)
+        began = copy.deepcopy(self.lower.data.state_dict())
+        self.lower.data.begin_stage(self._lower_batches)
         return Alternation(began)
 
     @property
@@ -161,7 +162,7 @@ class Trainer(Training):
             self._next_lower_batch(now)
 
     def _next_lower_batch(self, now: Alternation) -> Any:
-        batch = self.levels["lower"].data.next()
+        batch = self.lower.data.next()
         now.drawn += 1
         if len(now.stored) < self._stored_batches:
             now.stored.append(batch)
@@ -170,7 +171,7 @@ class Trainer(Training):
     def _lower_step(self, now: Alternation, batch: Any) -> None:
         # A forward pass may write what the problem keeps, such as running statistics.
         kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
-        upper, lower = self.levels["upper"].params, self.levels["lower"]
+        upper, lower = self.upper.params, self.lower
         made = self._before_lower_step(batch) if self._is_replayed(now) else None
         loss, gradient = training_derivatives(
             self.problem,
@@ -194,7 +195,7 @@ class Trainer(Training):
         return wanted is None or now.lower >= self.schedule.lower_steps - wanted
 
     def _before_lower_step(self, batch: Any) -> LowerStep:
-        level = self.levels["lower"]
+        level = self.lower
         update, state = from_optimizer(level.optimizer, level.params)
         variables = {name: leaf.detach().clone() for name, leaf in level.params.items()}
         problem = copy.deepcopy(self.problem.state_dict())
@@ -202,7 +203,7 @@ class Trainer(Training):
         return LowerStep(variables, update, state, batch, seed, level.max_grad_norm, problem)
 
     def _upper_stage(self, now: Alternation) -> None:
-        steps, data = self.schedule.upper_steps, self.levels["upper"].data
+        steps, data = self.schedule.upper_steps, self.upper.data
         if now.upper == 0 and steps and interruption.may_come() and self.method.starts_anew(self._setup):
             now.fallback = self.state_dict()
         while now.upper < steps:
@@ -213,7 +214,7 @@ class Trainer(Training):
                 interruption.check()
 
     def _upper_step(self, now: Alternation) -> None:
-        upper, lower = self.levels["upper"], self.levels["lower"]
+        upper, lower = self.upper, self.lower
         if now.upper == 0:
             upper.data.begin_stage(self.schedule.upper_steps)
         prepared = now.prepare(
@@ -231,7 +232,7 @@ class Trainer(Training):
         self.emit({**record, **upper_record(proposal.result)})
 
     def _view(self, now: Alternation, batch: Any) -> UpperStep:
-        upper, lower = self.levels["upper"], self.levels["lower"]
+        upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
             upper.params,
@@ -258,7 +259,7 @@ class Trainer(Training):
 
     @torch.no_grad()
     def _adapt(self) -> None:
-        upper, lower = self.levels["upper"].params, self.levels["lower"].params
+        upper, lower = self.upper.params, self.lower.params
         for upper_name, lower_name in (self.schedule.adaptation_pairs or {}).items():
             upper[upper_name].lerp_(lower[lower_name], self.schedule.adaptation_strength)
         self.emit({"event": "adaptation", "step": self.steps["lower"], "strength": self.schedule.adaptation_strength})
@@ -298,7 +299,7 @@ class Trainer(Training):
         self._now = None
         if state["under_way"] is not None:
             # Batches that the alternation has kept are drawn again before the data go on.
-            lower = self.levels["lower"]
+            lower = self.lower
             self._now = restored(state["under_way"], lower, self._lower_batches)
             lower.data.load_state_dict(state["data"]["lower"])
         self.solves, self._method_state = Counter(state["solves"]), copy.deepcopy(state["method"])

@@ -1,1 +1,1 @@
-"""What any experiment needs: run folders, ranks, stages, events, tables. It knows no data and no model."""
+"""Parts of any experiment, whatever it trains: run folders, ranks, artifacts, events, statistics, plots."""

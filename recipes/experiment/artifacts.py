@@ -1,4 +1,4 @@
-"""Finished stages on disk, found again by the hash of what made them."""
+"""Artifacts: weights and facts of finished stages, in folders that are named by a hash of what made them."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType, UnionType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,9 +18,10 @@ from bilevel.distributed import on_first_rank
 
 WEIGHTS, INFO = "weights.safetensors", "artifact.json"
 FORMAT = 1
-FACTS = {"format", "stage", "key", "sha256", "pretext_steps", "label_steps", "seconds"}
+Kinds = Mapping[str, type | UnionType]
+"""Types of facts, by name."""
+FACTS: Kinds = {"format": int, "stage": str, "key": str, "sha256": str, "seconds": int | float}
 """What every artifact.json holds."""
-KINDS = {"stage": str, "key": str, "sha256": str, "pretext_steps": int, "label_steps": int, "seconds": int | float}
 
 
 class ArtifactError(ValueError):
@@ -31,10 +33,10 @@ class Artifact:
     """What one stage made: weights of the modules, and facts about how.
 
     Attributes:
-        stage: "pretext", "head", "bissl" or "finetune".
+        stage: the stage's name.
         key: hash of the configuration, the parent's key and the seed that made it.
         directory: its folder, with ``weights.safetensors`` and ``artifact.json``.
-        info: JSON facts; always "pretext_steps", "label_steps" and "seconds" of this and all earlier stages.
+        info: JSON facts; always "seconds", of this and all earlier stages.
     """
 
     stage: str
@@ -79,10 +81,14 @@ class Artifact:
 
 
 class ArtifactStore:
-    """Artifacts under one folder, each in ``<stage>-<key>``. Of several ranks only the first looks there and writes."""
+    """Artifacts under one folder, each in ``<stage>-<key>``. Of several ranks only the first looks there and writes.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        facts: as for `read_artifact`.
+    """
+
+    def __init__(self, folder: Path, facts: Kinds = MappingProxyType({})) -> None:
+        self.folder, self.facts = folder, facts
 
     def directory(self, stage: str, key: str) -> Path:
         """Where the artifact is or will be; a stage's checkpoints are there while it runs."""
@@ -92,7 +98,7 @@ class ArtifactStore:
         """The finished artifact, or None."""
         directory = self.directory(stage, key)
         there = on_first_rank(lambda: (directory / INFO).exists())
-        return read_artifact(directory) if there else None
+        return read_artifact(directory, self.facts) if there else None
 
     def save(self, stage: str, key: str, modules: Mapping[str, nn.Module], info: Mapping[str, Any]) -> Artifact:
         """Write weights, then the facts that mark the artifact as finished; a fact that is not finite becomes null."""
@@ -122,17 +128,20 @@ def _write(
     return facts
 
 
-def read_artifact(directory: Path) -> Artifact:
+def read_artifact(directory: Path, facts: Kinds = MappingProxyType({})) -> Artifact:
     """The artifact in a folder; rank 0 reads its facts for all.
 
+    Args:
+        facts: types of further facts that must be there, by name.
+
     Raises:
-        ArtifactError: there is none, or its facts cannot be read.
+        ArtifactError: there is none, or its facts cannot be read, are missing or of another type.
     """
-    info = on_first_rank(lambda: _facts(directory))
+    info = on_first_rank(lambda: _facts(directory, {**FACTS, **facts}))
     return Artifact(info["stage"], info["key"], directory, info)
 
 
-def _facts(directory: Path) -> dict[str, Any]:
+def _facts(directory: Path, kinds: Kinds) -> dict[str, Any]:
     path, remedy = directory / INFO, "delete the folder to remake it"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -140,12 +149,12 @@ def _facts(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"{directory} holds no finished artifact: {INFO} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); {remedy}") from error
-    missing = FACTS - info.keys() if isinstance(info, dict) else FACTS
+    missing = kinds.keys() - info.keys() if isinstance(info, dict) else kinds.keys()
     if missing:
         raise ArtifactError(f"{path} is damaged: {', '.join(sorted(missing))} missing; {remedy}")
     if info["format"] != FORMAT:
         raise ArtifactError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {remedy}")
-    wrong = [name for name, kind in KINDS.items() if not isinstance(info[name], kind)]
+    wrong = [name for name, kind in kinds.items() if not isinstance(info[name], kind)]
     if wrong:
         raise ArtifactError(f"{path} is damaged: {wrong[0]} is {str(info[wrong[0]])[:80]!r}; {remedy}")
     return info

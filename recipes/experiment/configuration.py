@@ -1,4 +1,4 @@
-"""Configurations of any recipe: files, merging, what pydantic found, what changed."""
+"""Reading, merging, checking and comparing the configurations of any recipe."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The error that ends a command with exit code 2."""
+"""ConfigError, which ends a command with exit code 2."""
 
 
 class ConfigError(ValueError):

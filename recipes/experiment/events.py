@@ -1,4 +1,4 @@
-"""A stage's lines in the run's `metrics.jsonl`, and in the viewers beside it."""
+"""The events of a stage, written as lines of the run's `metrics.jsonl` and to trackers."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ class StageEvents(Callback):
     """Appends a stage's events, each with the stage's `context`, to a file that all stages share.
 
     A checkpoint holds how many lines the stage had written. Resuming drops those that it wrote later, and no line of
-    another stage: stages may finish in another order than before the interruption, when arms or seeds were added.
+    another stage: stages may finish in another order than before the interruption, when some were added.
 
     Of several ranks the first writes.
 

@@ -1,4 +1,4 @@
-"""Names given as `module:Class`, turned into what they name."""
+"""Import of what a name of the form `module:Class` stands for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from files and names, shown on a terminal."""
+"""Escapes for text from files and names that is shown on a terminal."""
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside a run's `metrics.jsonl`."""
+"""TensorBoard and Weights & Biases loggers for the stages of a run, beside its `metrics.jsonl`."""
 
 import importlib.util
 import os
@@ -23,27 +23,31 @@ def check_installed(names: Collection[str]) -> None:
 
 
 def make_trackers(
-    names: Collection[str], folder: Path, stage: Mapping[str, Any], config: Mapping[str, Any]
+    names: Collection[str], folder: Path, stage: Mapping[str, str | int], config: Mapping[str, Any], *, project: str
 ) -> dict[str, Tracker]:
-    """The trackers of one stage, by name: each stage of each variant and seed is a run of its own in the viewer.
+    """The trackers of one stage, by name: each stage is a run of its own in the viewer.
 
     Args:
         names: of "tensorboard" and "wandb".
         folder: where they keep their files; all stages of a run share it.
-        stage: "stage", "variant" and "seed".
-        config: the run's configuration, shown with a run of W&B. Its project is WANDB_PROJECT, or "bissl".
+        stage: fields that tell the stage from all others of the run. The title in the viewer is their values in order,
+            numbers with their names, as in ``fit/first/seed-0``.
+        config: the run's configuration, shown with a run of W&B.
+        project: of the run in W&B, where WANDB_PROJECT does not name another.
 
     Raises:
         TrackerError: a package is not installed.
     """
-    title = f"{stage['stage']}/{stage['variant']}/seed-{stage['seed']}"
+    title = "/".join(value if isinstance(value, str) else f"{name}-{value}" for name, value in stage.items())
     made: dict[str, Tracker] = {}
     if "tensorboard" in names:
         made["tensorboard"] = TensorBoardLogger(folder / "tensorboard" / title)
     if "wandb" in names:
-        project = os.environ.get("WANDB_PROJECT", "bissl")
-        settings = {**config, **stage}
         made["wandb"] = WandbLogger(
-            folder / "wandb", project=project, name=title, group=folder.parent.name, config=settings
+            folder / "wandb",
+            project=os.environ.get("WANDB_PROJECT", project),
+            name=title,
+            group=folder.parent.name,
+            config={**config, **stage},
         )
     return made

@@ -1,5 +1,7 @@
-"""A problem with all that a resumption could lose."""
+"""A problem with all that a resumption could lose, and a trainer for it."""
 
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from bilevel import (
     Implicit,
     JSONLWriter,
     Level,
+    Method,
     Params,
     Problem,
     Trainer,
@@ -66,10 +69,33 @@ class Net(Problem):
             buffer.copy_(state["buffers"][name])
 
 
+class Bell(Callback):
+    """Sends this process a signal in the evaluation of the lower objective with a given number."""
+
+    def __init__(self, problem: Net, number: int) -> None:
+        self.left, real = number, problem.lower_objective
+
+        def counted(upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(upper, lower, batch)
+
+        problem.lower_objective = counted  # type: ignore[method-assign]
+
+
 DATA = vector(80, 60).reshape(20, 4).float()
 
 
-def net_trainer(folder: Path, *extra: Callback) -> Trainer:
+def net_trainer(
+    folder: Path,
+    *extra: Callback,
+    method: Method | None = None,
+    upper_steps: int = 3,
+    adapts: bool = True,
+    **options: Any,
+) -> Trainer:
+    """By three iterations of CG on two batches where no method is given; `options` are the trainer's."""
     problem = Net()
     upper, lower = ({name: p.detach().clone() for name, p in problem.net.named_parameters()} for _ in range(2))
     lower_optimizer = torch.optim.SGD(lower.values(), lr=0.2, momentum=0.9)
@@ -84,7 +110,7 @@ def net_trainer(folder: Path, *extra: Callback) -> Trainer:
         Level(
             upper,
             upper_optimizer,
-            BatchStack(9, 4, load, seed=2),
+            BatchStack(10, 4, load, seed=2),
             scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
             max_grad_norm=1.0,
         ),
@@ -95,10 +121,11 @@ def net_trainer(folder: Path, *extra: Callback) -> Trainer:
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
             max_grad_norm=1.0,
         ),
-        AlternatingSchedule(
-            4, 3, 3, adaptation_every=2, adaptation_strength=0.3, adaptation_pairs={name: name for name in upper}
-        ),
-        Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2),
+        AlternatingSchedule(4, 3, upper_steps, 2, 0.3, {name: name for name in upper})
+        if adapts
+        else AlternatingSchedule(4, 3, upper_steps),
+        Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2) if method is None else method,
         callbacks=[JSONLWriter(folder / "metrics.jsonl", {"seed": 1}), Checkpointing(folder / "checkpoints"), *extra],
         on_failure="ignore",
+        **options,
     )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, Params, Problem, Trainer, proximal
-from bilevel.linear import Dense
+from bilevel import AlternatingSchedule, Implicit, Level, Method, Params, Problem, Trainer, proximal
+from bilevel.linear import Dense, Solver
 from tests.support.cases import vector, with_spectrum
 
 LAMBDA, DAMPING, GAMMA = 0.7, 1.5, 0.2
@@ -38,7 +38,7 @@ class TwoHeads(Problem):
 
 LOWER_BATCHES = [(with_spectrum([0.5, 0.8, 1.0, 1.5, 2.0], seed), vector(5, 30 + seed)) for seed in range(7)]
 UPPER_BATCHES = [vector(3, 40 + seed) for seed in range(4)]
-SCHEDULE = AlternatingSchedule(5, 4, 3, adaptation_every=2, adaptation_strength=0.25)
+SCHEDULE = AlternatingSchedule(5, 4, 3, 2, 0.25, {"backbone": "backbone"})
 LOWER_RATE, UPPER_RATE, LOWER_MOMENTUM, UPPER_MOMENTUM, LIMIT, K = 0.1, 0.05, 0.9, 0.8, 1.0, 3
 
 
@@ -48,22 +48,33 @@ def variables() -> tuple[Params, Params]:
     return upper, lower
 
 
-def make(problem: Problem | None = None, **options: Any) -> Trainer:
+def make(
+    problem: Problem | None = None,
+    method: Method | Solver | None = None,
+    *,
+    schedule: AlternatingSchedule = SCHEDULE,
+    lower_data: Any = LOWER_BATCHES,
+    upper_data: Any = UPPER_BATCHES,
+    limit: float | None = LIMIT,
+    **options: Any,
+) -> Trainer:
+    """A trainer by `Dense` where no method is given; `options` are the trainer's."""
     upper, lower = variables()
-    given: dict[str, Any] = {
-        "lower_optimizer": torch.optim.SGD(lower.values(), lr=LOWER_RATE, momentum=LOWER_MOMENTUM),
-        "upper_optimizer": torch.optim.SGD(upper.values(), lr=UPPER_RATE, momentum=UPPER_MOMENTUM),
-        "lower_data": LOWER_BATCHES,
-        "upper_data": UPPER_BATCHES,
-        "schedule": SCHEDULE,
-        "solver": Dense(),
-        "damping": DAMPING,
-        "hessian_batches": K,
-        "max_grad_norm": LIMIT,
-        "adaptation_pairs": {"backbone": "backbone"},
+    below = torch.optim.SGD(lower.values(), lr=LOWER_RATE, momentum=LOWER_MOMENTUM)
+    above = torch.optim.SGD(upper.values(), lr=UPPER_RATE, momentum=UPPER_MOMENTUM)
+    return Trainer(
+        problem or TwoHeads(),
+        Level(upper, above, upper_data, max_grad_norm=limit),
+        Level(lower, below, lower_data, max_grad_norm=limit),
+        schedule,
+        implicit() if method is None else method,
         **options,
-    }
-    return Trainer(problem or TwoHeads(), upper, lower, **given)
+    )
+
+
+def implicit(solver: Solver | None = None, **options: Any) -> Implicit:
+    """The method whose system `ByHand` of test_trainer.py writes out."""
+    return Implicit(solver or Dense(), **{"damping": DAMPING, "hessian_batches": K, **options})
 
 
 def inverse(step: int) -> float:

@@ -10,13 +10,14 @@ from safetensors.torch import save
 
 from bilevel.checkpoint import write_atomic
 
-from ...experiment.artifacts import INFO, Artifact, ArtifactError, read_artifact
+from ...experiment.artifacts import INFO, Artifact, ArtifactError
 from ...experiment.configuration import read_config_file
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
 from ..outcome.execution import config_of
 from ..outcome.model_card import model_card
 from ..settings.arms import METHOD, arm_of
 from ..settings.config import Config
+from ..training.artifacts import read_stage
 
 WEIGHTS, CARD = "backbone.safetensors", "MODEL_CARD.md"
 STAGES = ("pretext", "restart", "head", "bissl", "finetune")
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     run = Path(given.run) if given.run else _run_of(source)
     config = config_of(run)
     if (source / INFO).exists():
-        artifact = read_artifact(source)
+        artifact = read_stage(source)
     else:
         artifact = _find(source, given.stage, given.arm, config.seed if given.seed is None else given.seed)
     results = Path(given.results) if given.results else run / RESULTS
@@ -105,7 +106,7 @@ def _run_of(source: Path) -> Path:
 
 def _find(run: Path, stage: str, arm: str, seed: int) -> Artifact:
     """The one artifact of the run that the options describe."""
-    found = [read_artifact(path.parent) for path in sorted((run / CHECKPOINTS).glob(f"*/{INFO}"))]
+    found = [read_stage(path.parent) for path in sorted((run / CHECKPOINTS).glob(f"*/{INFO}"))]
     of_stage = [artifact for artifact in found if (artifact.stage, artifact.info.get("seed")) == (stage, seed)]
     fitting = [artifact for artifact in of_stage if _arm(artifact, arm) == arm]
     if not fitting and stage in SHARED:

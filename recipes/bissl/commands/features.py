@@ -11,7 +11,6 @@ from bilevel.checkpoint import write_atomic
 from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import FEATURES, FEATURES_PICTURE
 from ...vision.imagesets import DataError, ImageSet
 from ..outcome.execution import before_finetuning, open_finished
 from ..outcome.features.embedding import Method, tsne
@@ -21,6 +20,7 @@ from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
 from ..outcome.report import write_report
 from ..settings.arms import BASELINE, METHOD
+from ..settings.run_directory import FEATURES, FEATURES_PICTURE
 from ..training.context import Context
 
 Split = Literal["test", "val"]

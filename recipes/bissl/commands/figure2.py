@@ -7,17 +7,18 @@ from typing import Any
 
 from bilevel.checkpoint import write_atomic
 
-from ...experiment.artifacts import ArtifactStore
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import RESULTS, RunDirectory
-from ...experiment.folder.run_lock import held
+from ...experiment.folder.folder_lease import leased
+from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines
 from ..outcome.execution import make_context, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
 from ..outcome.wording import shown_name
+from ..settings.run_directory import run_directory
+from ..training.artifacts import artifact_store
 from ..training.context import Datasets
 from .parsing import Request, parse
 
@@ -49,14 +50,14 @@ def main(arguments: list[str]) -> int:
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [
-        Point(epochs, config_at(request.config, epochs, cut), RunDirectory(folder / f"epochs-{epochs}"))
+        Point(epochs, config_at(request.config, epochs, cut), run_directory(folder / f"epochs-{epochs}"))
         for epochs in _lengths(given.epochs)
     ]
     if request.dry_run:
         for point in points:
             print(f"{point.directory.path}: {point.epochs} pretext epochs\n{estimate.describe(point.config)}")
         return 0
-    with held(folder, "output-dir"):
+    with leased(folder, "output-dir"):
         results = _run(points, request, folder, data)
         content = summary([(point, results[point.epochs]) for point in points], cut)
         write_figure(folder, content)
@@ -97,7 +98,7 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
     finished = {point.epochs for point in points if is_finished(point)}
     if finished and not request.resume:
         raise ConfigError(f"output-dir: {folder} holds finished runs already; go on with --resume, or name another one")
-    store = ArtifactStore(request.artifacts or folder / ARTIFACTS)
+    store = artifact_store(request.artifacts or folder / ARTIFACTS)
     if len(finished) < len(points):
         # Before anything is written; lengths share data and batch sizes.
         estimate.check_data(make_context(points[0].config, points[0].directory, store, data))
@@ -109,7 +110,7 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
             results[point.epochs] = read_config_file(point.directory.path / RESULTS)
             print(f"{point.epochs} pretext epochs: found in {point.directory.path}")
             continue
-        with point.directory.held(point.config, resume=True, overwrite=False):
+        with point.directory.leased(point.config, resume=True, overwrite=False):
             context = make_context(point.config, point.directory, store, data)
             results[point.epochs] = run_whole(context, point.directory)
         print(f"{point.epochs} pretext epochs: {comparison_lines(results[point.epochs])[0]}")
@@ -124,7 +125,7 @@ def _check(request: Request, folder: Path) -> None:
         raise ConfigError("--overwrite: figure2 replaces no runs; name another --output-dir, or delete the folder")
     if request.list_presets:
         raise ConfigError("--list-presets: leave out figure2 to see them")
-    if (folder / "config.json").exists():
+    if (folder / CONFIG).exists():
         raise ConfigError(f"output-dir: {folder} is the folder of a single run; name another one")
 
 

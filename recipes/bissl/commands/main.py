@@ -12,9 +12,9 @@ from bilevel.distributed import CollectiveError
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
 from bilevel.training import NonFiniteError
 
-from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore, read_artifact
+from ...experiment.artifacts import Artifact, ArtifactError
 from ...experiment.errors import ConfigError
-from ...experiment.folder.leases import ClaimLost
+from ...experiment.folder.leases import LeaseLost
 from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS
 from ...experiment.plugins import PluginError
 from ...experiment.ranks.agreement import check_same
@@ -30,6 +30,7 @@ from ..outcome.execution import begin, make_context, run_whole
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.presets import list_presets
+from ..training.artifacts import artifact_store, read_stage
 from ..training.context import Context
 from ..training.stages import bissl, finetune, head, pretext
 from . import data, export, features, figure2, search, table
@@ -73,8 +74,8 @@ def _as_a_rank(arguments: list[str]) -> int:
     finally:
         # Also where an exception goes on from here: the others must not wait for this rank.
         with deferred():
-            tells = ranks.leave(code)
-    if message and tells:
+            prints = ranks.leave(code)
+    if message and prints:
         who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
         print(f"run.py: {who}{printable(message)}", file=sys.stderr)
     return code
@@ -87,13 +88,13 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
             ranks.refuse_several(arguments[0])
             return TOOLS[arguments[0]](arguments[1:]), ""
         return _execute(parse(arguments), ranks), ""
-    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, ClaimLost) as error:
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, LeaseLost) as error:
         return BAD_INPUT, f"error: {error}"
     except NonFiniteError as error:
         return DIVERGED, f"stopped: {error}"
     except CollectiveError as error:
         with deferred():
-            message, code = ranks.account(error)
+            message, code = ranks.explain(error)
         return code, f"stopped: {message}"
     except Interrupted as stop:
         code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
@@ -139,7 +140,7 @@ def _execute(request: Request, ranks: Ranks) -> int:
         print(show_config(config))
         print(description)
         return 0
-    store = ArtifactStore(request.artifacts or directory.path / CHECKPOINTS)
+    store = artifact_store(request.artifacts or directory.path / CHECKPOINTS)
     context = make_context(config, directory, store, ranks=ranks)
     check_same({"command": request.command, "arm": request.arm}, "was started for something else")
     # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
@@ -149,7 +150,7 @@ def _execute(request: Request, ranks: Ranks) -> int:
     check_data(context.data)
     estimate.check_data(context)
     check_installed(config.tracking)
-    with directory.held(config, resume=request.resume, overwrite=request.overwrite):
+    with directory.leased(config, resume=request.resume, overwrite=request.overwrite):
         if request.command != "all":
             begin(context, directory)
             run_stage(context, request, parent)
@@ -171,7 +172,7 @@ def _parent(request: Request) -> Artifact | None:
     """The artifact that the command line names, verified."""
     if request.parent is None:
         return None
-    artifact = read_artifact(request.parent)
+    artifact = read_stage(request.parent)
     # Fine-tuning takes the rates of its arm, so that weights of another one would be tuned with the wrong ones.
     then = arm_of(request.arm).then
     fine_tuned = "pretext" if then == "nothing" else then

@@ -19,6 +19,7 @@ from ..settings import compatibility
 from ..settings.arms import ARMS, arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS, PaperVersion, describe_preset
+from ..settings.run_directory import run_directory
 
 COMMANDS = ("all", "pretext", "restart", "head", "bissl", "finetune")
 DEFAULT_PRESET = "digits"
@@ -203,7 +204,7 @@ def _base_config(early: argparse.Namespace, file: Mapping[str, Any]) -> Config:
 
 
 def _directory(given: argparse.Namespace, preset: str) -> RunDirectory:
-    return RunDirectory(Path(given.output_dir) if given.output_dir else Path("runs") / preset)
+    return run_directory(Path(given.output_dir) if given.output_dir else Path("runs") / preset)
 
 
 def _hyphenated(argument: str) -> str:

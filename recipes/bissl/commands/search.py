@@ -16,10 +16,10 @@ from bilevel.checkpoint import CheckpointError, write_atomic
 from bilevel.interruption import Interruption
 from bilevel.training import NonFiniteError
 
-from ...experiment.artifacts import Artifact, ArtifactError, read_artifact
+from ...experiment.artifacts import Artifact, ArtifactError
 from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import CHECKPOINTS, SAFE_TO_CHANGE
+from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
@@ -29,6 +29,8 @@ from ..outcome.search.selection import TOLERANCE, select
 from ..outcome.search.trials import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, RandomPairs, grid_around
 from ..outcome.search.work import Search, check, prepare, sweep, work
 from ..settings.arms import ARMS, arm_of
+from ..settings.run_directory import SAFE_TO_CHANGE
+from ..training.artifacts import read_stage
 from ..training.context import Datasets
 from .parsing import Request, parse, show_config
 
@@ -156,7 +158,7 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     if arm_of(search.arm).start == "random":
         raise ConfigError(f"--from: the arm {search.arm!r} starts from random weights; leave out one of the two")
     expected = "pretext" if search.stage == "head" or then == "nothing" else then
-    artifact = read_artifact(Path(given.source))
+    artifact = read_stage(Path(given.source))
     if artifact.stage != expected:
         raise ArtifactError(
             f"--from: search of {search.stage} for the arm {search.arm!r} starts from a {expected} artifact, "
@@ -259,9 +261,9 @@ def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
     if given.trial is not None and missing:
         return 0
     if missing:
-        held = [holder for trial in missing if (holder := search.claims.holder(f"{trial.number:03d}"))]
-        _say(console, f"{len(records)} of {len(search.trials)} trials done, {len(held)} being worked on")
-        for holder in held:
+        holders = [holder for trial in missing if (holder := search.leases.holder(f"{trial.number:03d}"))]
+        _say(console, f"{len(records)} of {len(search.trials)} trials done, {len(holders)} being worked on")
+        for holder in holders:
             _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
     if records:
         selection = select(records, given.tolerance)

@@ -13,11 +13,13 @@ from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import CHECKPOINTS, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
 from ..settings.arms import arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS
+from ..settings.run_directory import run_directory
+from ..training.artifacts import STEPS
 from ..training.context import Context, Datasets
 from .agreement import check_ranks
 from .pipeline import EQUAL_TIME, pretrain, run_pipeline, summarise
@@ -116,9 +118,9 @@ def config_of(run: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is of no run of this program.
     """
-    saved = RunDirectory(run).saved_config()
+    saved = run_directory(run).saved_config()
     if saved is None:
-        raise ConfigError(f"{run} holds no config.json of a run; name the output folder of a run")
+        raise ConfigError(f"{run} holds no {CONFIG} of a run; name the output folder of a run")
     preset = saved["preset"]
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"{run}: the saved config names the preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -135,7 +137,7 @@ def open_finished(run: Path, artifacts: Path | None = None) -> Context:
     Raises:
         ConfigError: as `config_of` and `make_context`.
     """
-    return make_context(config_of(run), RunDirectory(run), FinishedStages(artifacts or run / CHECKPOINTS))
+    return make_context(config_of(run), run_directory(run), FinishedStages(artifacts or run / CHECKPOINTS, STEPS))
 
 
 def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[str, Artifact]:

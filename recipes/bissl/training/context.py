@@ -111,7 +111,9 @@ class Context:
         fields = {"stage": stage, "variant": self.arm, "seed": self.seed}
         folder, config = self.metrics_path.parent / TRACKING, self.config.model_dump(mode="json")
         try:
-            trackers = {} if rank() > 0 else make_trackers(self.config.tracking, folder, fields, config)
+            trackers = (
+                {} if rank() > 0 else make_trackers(self.config.tracking, folder, fields, config, project="bissl")
+            )
         except TrackerError as error:
             raise ConfigError(f"tracking: {error}") from error
         return StageEvents(self.metrics_path, fields, trackers)

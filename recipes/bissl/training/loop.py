@@ -20,7 +20,7 @@ from bilevel.training import Callback, NonFiniteError
 from bilevel.tree import Params
 
 from ...experiment.events import StageEvents
-from ...experiment.folder.run_lock import held
+from ...experiment.folder.folder_lease import leased
 from .nonfinite import NonFiniteSteps, Stateful
 
 MOST_LINES = 2000
@@ -78,13 +78,13 @@ def run_steps(
     seconds, steps = Seconds(), NonFiniteSteps(nonfinite_skips, parts, writer)
     everything: dict[str, Stateful] = {**parts, "nonfinite": steps, "metrics": writer, "seconds": seconds}
     every = math.ceil(total / MOST_LINES)
-    with interruption.deferred(), held(directory, "artifacts") as claim, closing(writer), _progress(console) as bar:
+    with interruption.deferred(), leased(directory, "artifacts") as check, closing(writer), _progress(console) as bar:
         first = saved = _start(directory, everything, writer)
         if first:
             console.print(f"{description}: continues after step {first}", markup=False, highlight=False)
         task = bar.add_task(description, total=total, completed=first, status="")
         for number in range(first + 1, total + 1):
-            claim.check()
+            check()
             try:
                 interruption.check()
             except Interrupted:

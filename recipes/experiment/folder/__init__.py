@@ -1,1 +1,1 @@
-"""The folder of a run, and who may write into it."""
+"""The folder of a run, and leases by which one process at a time writes there."""

@@ -1,4 +1,4 @@
-"""Who a process is, and whether it has ended, as far as this machine can tell."""
+"""Identity of a process: host, number and job, and whether it has ended as far as this machine can tell."""
 
 import os
 import socket

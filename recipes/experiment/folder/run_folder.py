@@ -1,4 +1,4 @@
-"""The folder that a run writes to: never someone else's, never overwritten unasked."""
+"""The folder of a run: the names of its files, and which run and which process may write there."""
 
 import json
 import shutil
@@ -8,57 +8,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from bilevel.checkpoint import write_atomic
 from bilevel.distributed import rank
 
-from ...bissl.settings.config import Config
 from ..configuration import differences, read_config_file
 from ..errors import ConfigError
-from .run_lock import held
+from .folder_lease import leased
 
-CONFIG, METRICS, RESULTS, REPORT, CHECKPOINTS, SPLITS, TRACKING, INSPECT = (
-    "config.json",
-    "metrics.jsonl",
-    "results.json",
-    "report.html",
-    "checkpoints",
-    "splits.json",
-    "tracking",
-    "inspect",
-)
-
-FEATURES, FEATURES_PICTURE = "features.json", "features.png"
-
-FILES = (CONFIG, METRICS, RESULTS, REPORT, SPLITS, FEATURES, FEATURES_PICTURE)
-
-_MARKS = {"preset", "pretext", "downstream", "bissl", "finetune"}
-"""Fields by which a saved config is recognised as one of this program."""
-
-SAFE_TO_CHANGE = {
-    "seeds",
-    "arms",
-    "device",
-    "threads",
-    "nonfinite_skips",
-    "rank_timeout",
-    "tracking",
-    "compute.data_device",
-    "data.root",
-    "data.download",
-    "downstream.eval_batch_size",
-    "pretext.monitor_every",
-    "pretext.checkpoint_every",
-    "bissl.checkpoint_every",
-    "finetune.checkpoint_every",
-}
-"""Fields that may differ on resume: they change what is run or shown, not what an unfinished stage computes."""
+CONFIG, METRICS, RESULTS, REPORT, SPLITS = "config.json", "metrics.jsonl", "results.json", "report.html", "splits.json"
+CHECKPOINTS, TRACKING, INSPECT = "checkpoints", "tracking", "inspect"
+FILES, FOLDERS = (CONFIG, METRICS, RESULTS, REPORT, SPLITS), (CHECKPOINTS, TRACKING, INSPECT)
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run."""
+    """The folder of one run, and what its recipe says about it.
+
+    Attributes:
+        path: the folder.
+        marks: fields of a config by which a saved one is recognised as this recipe's.
+        safe_to_change: fields, as ``section.name``, that may differ on resume.
+        own_files: names of further files that the recipe writes into it.
+    """
 
     path: Path
+    marks: frozenset[str]
+    safe_to_change: frozenset[str]
+    own_files: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all files that a run may write beside its folders."""
+        return (*FILES, *self.own_files)
 
     @property
     def started(self) -> bool:
@@ -75,12 +58,12 @@ class RunDirectory:
         if not path.exists():
             return None
         saved = read_config_file(path)
-        if not saved.keys() >= _MARKS:
+        if not saved.keys() >= self.marks:
             raise ConfigError(f"output-dir: {path} is no config of a run of this program; name another folder")
         return saved
 
     @contextmanager
-    def held(self, config: Config, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    def leased(self, config: BaseModel, *, resume: bool, overwrite: bool) -> Iterator[None]:
         """`open` the folder for `config` and keep other processes out until the block ends. Rank 0 does so for all.
 
         Raises:
@@ -92,13 +75,13 @@ class RunDirectory:
         self.check(config, resume=resume, overwrite=overwrite)
         with ExitStack() as stack:
             try:
-                stack.enter_context(held(self.path, "output-dir"))
+                stack.enter_context(leased(self.path, "output-dir"))
             except OSError as error:
                 raise self._unwritable(error) from error
             self.open(config, resume=resume, overwrite=overwrite)
             yield
 
-    def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def open(self, config: BaseModel, *, resume: bool, overwrite: bool) -> None:
         """Make the folder ready for `config` and save the config in it.
 
         Raises:
@@ -113,7 +96,7 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+    def check(self, config: BaseModel, *, resume: bool, overwrite: bool) -> None:
         """Whether `open` may be called; nothing is written.
 
         Raises:
@@ -140,16 +123,16 @@ class RunDirectory:
 
     def _check_own(self) -> None:
         """Refuse a folder in which somebody else's files have the names of ours."""
-        found = [name for name in (*FILES, CHECKPOINTS, TRACKING, INSPECT) if (self.path / name).exists()]
+        found = [name for name in (*self.files, *FOLDERS) if (self.path / name).exists()]
         if found and self.saved_config() is None:
             raise ConfigError(
                 f"output-dir: {self.path} holds {', '.join(found)}, but no {CONFIG} of a run; name another folder, or "
                 "delete them by hand if they are of no use"
             )
 
-    def _check_unchanged(self, config: Config) -> None:
+    def _check_unchanged(self, config: BaseModel) -> None:
         changed = differences(self.saved_config() or {}, json.loads(config.model_dump_json()))
-        refused = [line for line in changed if line.partition(":")[0] not in SAFE_TO_CHANGE]
+        refused = [line for line in changed if line.partition(":")[0] not in self.safe_to_change]
         if refused:
             raise ConfigError(
                 f"--resume: the run in {self.path} was made with another configuration:\n  "
@@ -159,8 +142,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Delete the files of a run, and nothing else that may lie there."""
-        for name in FILES:
+        for name in self.files:
             (self.path / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, TRACKING, INSPECT):
+        for name in FOLDERS:
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)

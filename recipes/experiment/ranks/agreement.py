@@ -1,4 +1,4 @@
-"""What all processes (ranks) of a run must have alike."""
+"""A check that all processes (ranks) of a run have the same settings."""
 
 from typing import Any
 

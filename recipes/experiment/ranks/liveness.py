@@ -1,4 +1,7 @@
-"""Where the processes (ranks) of one run leave word for each other, beside their exchanges: it outlives those."""
+"""Liveness of the ranks of a run, by heartbeats, and numbers that they leave for each other.
+
+It has connections of its own, and works after an exchange between the ranks has failed.
+"""
 
 # torch documents its stores as torch.distributed's, and does not list them there.
 # pyright: reportPrivateImportUsage=false
@@ -9,40 +12,40 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-BEAT = 1.0
-"""Seconds between two signs of life."""
+HEARTBEAT = 1.0
+"""Seconds between two heartbeats of a rank."""
 GRACE = 5.0
-"""Seconds without one after which a rank is taken for dead, and without an answer the register's keeper."""
+"""Seconds without a heartbeat after which a rank counts as dead, and without an answer the store's server."""
 PATIENCE = 60.0
 """Seconds that living ranks are waited for: they may compute for a while before they notice that others have left."""
 _POLL = 0.05
 
 
-class Register:
-    """Numbers by name and rank in a store that all ranks reach, and whether each rank lives.
+class Liveness:
+    """Heartbeats of all ranks and numbers by name and rank, in a key-value store that all ranks reach.
 
     Args:
-        store: for words.
-        pulse: another connection to the same store, for a thread that gives signs of life.
+        store: for this rank's own questions and numbers.
+        heartbeats: another connection to the same store, for the thread that sends this rank's heartbeats.
     """
 
-    def __init__(self, store: dist.Store, pulse: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, heartbeats: dist.Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self._store: dist.Store | None = store
         self._done = threading.Event()
-        threading.Thread(target=self._beat, args=(pulse,), daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, args=(heartbeats,), daemon=True).start()
 
     @property
-    def lost(self) -> bool:
-        """Whether its keeper is gone, or does not answer."""
+    def server_lost(self) -> bool:
+        """Whether the process that serves the store is gone, or does not answer."""
         return self._store is None
 
     def write(self, name: str, number: int) -> None:
-        """This rank's number."""
+        """Leave this rank's number under `name`."""
         self._ask(lambda store: store.set(f"{name}/{self.rank}", str(number)))
 
     def read(self, name: str) -> dict[int, int]:
-        """The numbers of the ranks that have one."""
+        """The numbers under `name`, of the ranks that have left one."""
         found: dict[int, int] = {}
 
         def read(store: dist.Store) -> None:
@@ -54,28 +57,28 @@ class Register:
         return found
 
     def wait(self, name: str, ranks: set[int]) -> None:
-        """Until all of `ranks` that live have a number; no longer than `PATIENCE`."""
+        """Wait until all of `ranks` that are alive have left a number under `name`; no longer than `PATIENCE`."""
         began = time.monotonic()
-        lived: dict[int, tuple[int | None, float]] = {}
-        while not self.lost and (missing := ranks - self.read(name).keys()):
-            beats, now = self.read("beat"), time.monotonic()
+        alive: dict[int, tuple[int | None, float]] = {}
+        while not self.server_lost and (missing := ranks - self.read(name).keys()):
+            beats, now = self.read("heartbeat"), time.monotonic()
             for rank in missing:
-                if rank not in lived or beats.get(rank) != lived[rank][0]:
-                    lived[rank] = beats.get(rank), now
-            if now - began > PATIENCE or all(now - lived[rank][1] > GRACE for rank in missing):
+                if rank not in alive or beats.get(rank) != alive[rank][0]:
+                    alive[rank] = beats.get(rank), now
+            if now - began > PATIENCE or all(now - alive[rank][1] > GRACE for rank in missing):
                 return
             time.sleep(_POLL)
 
     def close(self) -> None:
-        """Give no further sign of life."""
+        """Send no further heartbeat."""
         self._done.set()
 
-    def _beat(self, store: dist.Store) -> None:
+    def _send_heartbeats(self, store: dist.Store) -> None:
         try:
-            while not self._done.wait(BEAT):
-                store.add(f"beat/{self.rank}", 1)
+            while not self._done.wait(HEARTBEAT):
+                store.add(f"heartbeat/{self.rank}", 1)
         except (RuntimeError, OSError):
-            # The keeper is gone: nobody looks any more.
+            # The server is gone: nobody looks any more.
             return
 
     def _ask(self, question: Callable[[dist.Store], None]) -> None:
@@ -91,7 +94,7 @@ class Register:
                 return
             answered.set()
 
-        # A keeper that stands still would be waited for without end.
+        # A server that stands still would be waited for without end.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(GRACE)

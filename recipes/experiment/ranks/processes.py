@@ -1,7 +1,7 @@
-"""The processes (ranks) that make one run together: started by torchrun or srun, joined, and left again.
+"""The processes (ranks) that make one run together: how each is started, joins the others, and leaves them.
 
-A rank that ends says so, with its exit code, in a register that all ranks see. Where an exchange fails the others look
-there, and end too: with the code of the one that said something, or naming the one that did not.
+A rank that ends leaves its exit code in a store that all ranks reach (liveness.py). Where an exchange fails the others
+look there, and end too: with that code, or with `LOST` and a message that names the ranks that left none.
 """
 
 # torch documents its stores as torch.distributed's, and does not list them there.
@@ -23,10 +23,10 @@ from bilevel.distributed import CollectiveError, agree
 
 from ..errors import ConfigError
 from ..folder.process_identity import describe, identity
-from .liveness import GRACE, Register
+from .liveness import GRACE, Liveness
 
 LOST = 76
-"""Exit code of a rank that another one left without a word."""
+"""Exit code of a rank that has lost another one, which left no exit code."""
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -37,9 +37,9 @@ class Launch:
     Attributes:
         rank, world_size: this process's number, from 0, and how many there are.
         local_rank: its number on this machine, which is also that of its GPU.
-        address, port: where the register is.
+        address, port: where the key-value store is served.
         attempt: how often torchrun has started all of them again.
-        served: whether torchrun keeps the register, instead of rank 0.
+        served: whether torchrun serves the store, instead of rank 0.
     """
 
     rank: int = 0
@@ -78,14 +78,17 @@ class Launch:
 
 
 class Ranks:
-    """This process among those of its run; nothing is done where it is the only one."""
+    """Membership of this process in its run: joining the other ranks, leaving them, and why they were lost.
+
+    Nothing is done where it is the only one.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self._register: Register | None = None
-        self._who: list[str] = []
-        self._said: int | None = None
-        self._silent: set[int] = set()
+        self._liveness: Liveness | None = None
+        self._descriptions: list[str] = []
+        self._exit_code: int | None = None
+        self._lost: set[int] = set()
 
     def refuse_several(self, what: str) -> None:
         """Raise ConfigError where there are several processes, for what is made for one."""
@@ -113,11 +116,11 @@ class Ranks:
         # Small messages go between the hosts, so that no GPU is waited for.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            store = _open(launch, limit, keeper=launch.rank == 0 and not launch.served)
+            store = _open(launch, limit, serve=launch.rank == 0 and not launch.served)
             dist.init_process_group(backend, store=store, timeout=limit, rank=launch.rank, world_size=launch.world_size)
-            store.set(f"who/{launch.rank}", describe(identity()))
-            self._who = [store.get(f"who/{rank}").decode() for rank in range(launch.world_size)]
-            self._register = Register(store, _open(launch, limit), launch.rank, launch.world_size)
+            store.set(f"process/{launch.rank}", describe(identity()))
+            self._descriptions = [store.get(f"process/{rank}").decode() for rank in range(launch.world_size)]
+            self._liveness = Liveness(store, _open(launch, limit), launch.rank, launch.world_size)
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             if (isinstance(error, OSError) and error.errno == errno.EADDRINUSE) or "EADDRINUSE" in reason:
@@ -130,65 +133,67 @@ class Ranks:
             ) from error
 
     def leave(self, code: int) -> bool:
-        """Say that this rank ends, and with which exit code; whether this rank is to tell why.
+        """Leave the run with an exit code; returns whether this rank is to print why.
 
-        Rank 0 tells what all ranks know; another one what rank 0 does not know of.
+        Rank 0 prints what all ranks know; another one what rank 0 does not know of.
         """
-        rank, register = self.launch.rank, self._register
-        if register is None:
-            # Before the ranks have met: torchrun shows what all say, and gives all the same command line.
+        rank, liveness = self.launch.rank, self._liveness
+        if liveness is None:
+            # Before the ranks have met: torchrun shows what all print, and gives all the same command line.
             return rank == 0 or self.launch.local_rank == 0 or not self.launch.served
-        said = self._say(register, code)
+        own = self._leave_code(liveness, code)
         # Wakes those who wait for this rank. On a GPU with work under way it may not return.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
         closing.join(GRACE)
         if rank > 0:
-            register.wait("left", {0})
-            first = register.read("left").get(0)
-            tells = first is None or said not in (first, LOST)
-            register.write("done", 1)
+            liveness.wait("exit code", {0})
+            first = liveness.read("exit code").get(0)
+            prints = first is None or own not in (first, LOST)
+            liveness.write("done", 1)
         else:
-            # The register may end with this process: when the others have read what they want.
-            tells = True
-            register.wait("done", set(range(1, self.launch.world_size)) - self._silent)
-        register.close()
-        return tells and code != 0
+            # The store may end with this process: not before the others have read what they want.
+            prints = True
+            liveness.wait("done", set(range(1, self.launch.world_size)) - self._lost)
+        liveness.close()
+        return prints and code != 0
 
-    def account(self, error: CollectiveError) -> tuple[str, int]:
+    def explain(self, error: CollectiveError) -> tuple[str, int]:
         """Why an exchange failed, as a message and this rank's exit code."""
-        register = self._register
-        if register is None:
+        liveness = self._liveness
+        if liveness is None:
             return str(error), LOST
-        self._say(register, LOST)
+        self._leave_code(liveness, LOST)
         everyone = set(range(self.launch.world_size))
-        register.wait("left", everyone)
-        codes = register.read("left")
+        liveness.wait("exit code", everyone)
+        codes = liveness.read("exit code")
         reasons = sorted(rank for rank, code in codes.items() if code != LOST)
         if reasons:
             first = reasons[0]
             return f"{self._name(first)} has ended with exit code {codes[first]}", codes[first]
-        silent = [0] if register.lost else sorted(everyone - codes.keys())
-        self._silent = set(silent)
-        names = ", ".join(self._name(rank) for rank in silent)
-        why = f"{names} has ended without a word, or stands still" if silent else str(error)
+        lost = [0] if liveness.server_lost else sorted(everyone - codes.keys())
+        self._lost = set(lost)
+        names = ", ".join(self._name(rank) for rank in lost)
+        why = f"{names} has ended without a word, or stands still" if lost else str(error)
         return f"{why}; the same command with --resume continues from the last checkpoint", LOST
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self._who[rank]})"
+        return f"rank {rank} ({self._descriptions[rank]})"
 
-    def _say(self, register: Register, code: int) -> int:
-        """The first word counts; what this rank has said."""
-        if self._said is None:
-            self._said = code
-            register.write("left", code)
-        return self._said
+    def _leave_code(self, liveness: Liveness, code: int) -> int:
+        """Leave the exit code for the others; the first one that this rank has left counts, and is returned."""
+        if self._exit_code is None:
+            self._exit_code = code
+            liveness.write("exit code", code)
+        return self._exit_code
 
 
 @contextmanager
 def first_on_each_machine(launch: Launch) -> Iterator[None]:
-    """Let rank 0 go through the block first, then one rank of each other machine, then the rest: each finds what those
-    before have downloaded. Nothing in the block may exchange."""
+    """Enter the block on rank 0 first, then on one rank of each other machine, then on the rest.
+
+    Each finds what those before have downloaded. Nothing in the block may exchange.
+    """
     turn = 0 if launch.rank == 0 else 1 if launch.local_rank == 0 else 2
     for _ in range(turn):
         agree(False)
@@ -197,18 +202,18 @@ def first_on_each_machine(launch: Launch) -> Iterator[None]:
         agree(False)
 
 
-def _open(launch: Launch, limit: timedelta, *, keeper: bool = False) -> dist.Store:
-    """A connection to the key-value store that torchrun, or else rank 0, keeps for this attempt.
+def _open(launch: Launch, limit: timedelta, *, serve: bool = False) -> dist.Store:
+    """A connection to the key-value store that torchrun, or else rank 0 (`serve`), serves for this attempt.
 
     At a loopback address no other machine reaches it.
     """
     listening = None
-    if keeper and launch.address in _LOOPBACK:
+    if serve and launch.address in _LOOPBACK:
         listening = socket.create_server((launch.address, launch.port))
     store = dist.TCPStore(
         launch.address,
         launch.port,
-        is_master=keeper,
+        is_master=serve,
         timeout=limit,
         wait_for_workers=False,
         master_listen_fd=None if listening is None else listening.detach(),

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bilevel import AlternatingSchedule, Checkpointing, JSONLWriter, ProgressBar
+from bilevel import Checkpointing, JSONLWriter, ProgressBar
 from bilevel.checkpoint import load_checkpoint
 from bilevel.training import Callback
 
 
-def trainer(alternation: int, alternations: int = 5) -> Any:
-    schedule = AlternatingSchedule(alternations, 1, 1)
-    return SimpleNamespace(alternation=alternation, schedule=schedule, state_dict=lambda: {"alternation": alternation})
+def trainer(progress: int, total: int = 5) -> Any:
+    return SimpleNamespace(progress=progress, total=total, state_dict=lambda: {"progress": progress})
 
 
 def test_a_callback_does_nothing_by_default() -> None:
     callback = Callback()
+    callback.on_new_run(trainer(0))
     callback.on_run_start(trainer(0))
     callback.on_event(trainer(0), {"event": "lower"})
-    callback.on_alternation_end(trainer(0))
+    callback.on_progress(trainer(0))
     callback.on_run_end(trainer(0))
     callback.load_state_dict({})
     assert callback.state_dict() == {}
@@ -70,9 +70,9 @@ def test_metrics_are_cut_back_on_resume(tmp_path: Path) -> None:
 def test_checkpointing_saves_every_so_often_and_at_the_end(tmp_path: Path) -> None:
     callback = Checkpointing(tmp_path, every=2, keep=3)
     for alternation in range(1, 6):
-        callback.on_alternation_end(trainer(alternation))
+        callback.on_progress(trainer(alternation))
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == [f"step-0000000{k}.pt" for k in (2, 4, 5)]
-    assert load_checkpoint(tmp_path) == (5, {"alternation": 5})
+    assert load_checkpoint(tmp_path) == (5, {"progress": 5})
     with pytest.raises(ValueError, match="Checkpointing: every"):
         Checkpointing(tmp_path, every=0)
 
@@ -80,11 +80,11 @@ def test_checkpointing_saves_every_so_often_and_at_the_end(tmp_path: Path) -> No
 def test_progress_shows_losses_and_the_last_solve() -> None:
     output = io.StringIO()
     bar = ProgressBar(Console(file=output, force_terminal=True, width=200), "stage three")
-    bar.on_event(trainer(0), {"event": "alternation", "alternation": 1})
+    bar.on_progress(trainer(0))
     bar.on_run_start(trainer(1))
     bar.on_event(trainer(1), {"event": "lower", "loss": 0.25})
     bar.on_event(trainer(1), {"event": "upper", "loss": 0.5, "status": "NOT_CONVERGED", "residual": math.nan})
-    bar.on_event(trainer(1), {"event": "alternation", "alternation": 2})
+    bar.on_progress(trainer(2))
     bar.on_run_end(trainer(2))
     bar.on_run_end(trainer(2))
     text = output.getvalue()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from bilevel import CG, AlternatingSchedule, Hypergradient, Status, hypergradient
+from bilevel import CG, Hypergradient, Status, hypergradient
 from bilevel.training import Callback
 from bilevel.training.callbacks import Diagnostics, diagnostics_cells
 from tests.support.cases import joined
-from tests.support.two_heads import LAMBDA, LOWER_BATCHES, UPPER_BATCHES, TwoHeads, make, variables
+from tests.support.two_heads import LAMBDA, LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
 
 TITLES = [
     *("alternation", "residual", "iterations", "products", "curvature", "Ritz values", "|x-v|/|v|", "cos(x, v)"),
@@ -60,7 +60,7 @@ def test_every_solve_is_counted_by_its_status() -> None:
             self.records += [record] if record["event"] == "upper" else []
 
     keep = Keep()
-    trainer = make(solver=CG(1, rtol=0.1), on_failure="ignore", damping=0.0, callbacks=[keep])
+    trainer = make(method=implicit(CG(1, rtol=0.1), damping=0.0), on_failure="ignore", callbacks=[keep])
     trainer.run()
     statuses = [record["status"] for record in keep.records]
     assert len(statuses) == trainer.schedule.alternations * trainer.schedule.upper_steps
@@ -70,7 +70,7 @@ def test_every_solve_is_counted_by_its_status() -> None:
     for record in keep.records:
         multiple = record["stationarity"] / record["gradient_noise"]
         assert record["stationarity_over_noise"] == pytest.approx(multiple, rel=1e-12)
-    resumed = make(solver=CG(1, rtol=0.1), on_failure="ignore", callbacks=[Keep()])
+    resumed = make(method=implicit(CG(1, rtol=0.1)), on_failure="ignore", callbacks=[Keep()])
     resumed.load_state_dict(trainer.state_dict())
     assert (resumed.solves, resumed.failures) == (trainer.solves, trainer.failures)
 
@@ -110,11 +110,11 @@ def test_a_line_names_the_shift_of_systems_that_were_shifted() -> None:
         record(tikhonov=2.0, residual_without_tikhonov=0.125),
     ]
     cells = diagnostics_cells(1, [record(), *shifted])
-    assert cells["status"] == "3 CONVERGED, shift 2 (residual without it 0.25)"
+    assert cells["status"] == "3 CONVERGED, tikhonov 2 (residual without it 0.25)"
 
 
 def trainer(alternations: int, solves: dict[str, int] | None = None) -> Any:
-    return SimpleNamespace(schedule=AlternatingSchedule(alternations, 1, 1), solves=solves or {})
+    return SimpleNamespace(total=alternations, solves=solves or {})
 
 
 def feed(callback: Diagnostics, alternations: range, *, total: int) -> None:

@@ -29,6 +29,7 @@ from tests.support.two_heads import (
     UPPER_RATE,
     K,
     TwoHeads,
+    implicit,
     inverse,
     make,
     variables,
@@ -81,24 +82,24 @@ class ByHand:
                 self.x[:3] = 0.75 * self.x[:3] + 0.25 * self.y[:3]
             for _ in range(SCHEDULE.upper_steps):
                 self.upper_step(batches[:K], next(upper_data))
-            trainer.alternate()
+            trainer.advance()
             check()
 
 
 @pytest.mark.parametrize("solver", [Dense(), CG(20, rtol=1e-14)], ids=["dense", "cg"])
 def test_algorithm_1_step_for_step(solver: Any) -> None:
-    trainer = make(solver=solver)
-    for level, optimizer in trainer.optimizers.items():
-        trainer.schedulers[level] = torch.optim.lr_scheduler.LambdaLR(optimizer, inverse)
+    trainer = make(method=implicit(solver))
+    for level in trainer.levels.values():
+        level.scheduler = torch.optim.lr_scheduler.LambdaLR(level.optimizer, inverse)
     reference = ByHand()
 
     def check() -> None:
-        torch.testing.assert_close(joined(trainer.upper), reference.x, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(joined(trainer.lower), reference.y, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(joined(trainer.upper.params), reference.x, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(joined(trainer.lower.params), reference.y, rtol=1e-11, atol=1e-12)
 
     check()
     reference.run(trainer, check)
-    assert (trainer.alternation, trainer.steps) == (5, {"lower": 20, "upper": 15})
+    assert (trainer.progress, trainer.steps) == (5, {"lower": 20, "upper": 15})
     assert float((reference.x - joined(variables()[0])).norm()) > 0.1
 
 
@@ -109,7 +110,7 @@ def test_a_curvature_that_depends_on_the_upper_variables_is_linearized_at_every_
     one, other = make(), make(Dependent())
     one.run()
     other.run()
-    torch.testing.assert_close(joined(other.upper), joined(one.upper), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(joined(other.upper.params), joined(one.upper.params), rtol=1e-12, atol=0.0)
 
 
 class Listener(Callback):
@@ -122,8 +123,8 @@ class Listener(Callback):
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
         self.log.append((record["event"], record["alternation"], record["step"]))
 
-    def on_alternation_end(self, trainer: Any) -> None:
-        self.log.append(("end", trainer.alternation))
+    def on_progress(self, trainer: Any) -> None:
+        self.log.append(("end", trainer.progress))
 
     def on_run_end(self, trainer: Any) -> None:
         self.log.append("stop")
@@ -147,7 +148,7 @@ class Hooked(TwoHeads):
 
 def test_hooks_and_events_come_in_order() -> None:
     log: list[Any] = []
-    schedule = AlternatingSchedule(2, 2, 1, adaptation_every=2, adaptation_strength=0.5)
+    schedule = AlternatingSchedule(2, 2, 1, 2, 0.5, {"backbone": "backbone"})
     trainer = make(Hooked(log), schedule=schedule, callbacks=[Listener(log)])
     trainer.run()
     moved = [entry[2] for entry in log if entry[0] == "after lower"]
@@ -176,14 +177,14 @@ def test_reset_lower_restarts_the_lower_level() -> None:
             return {"backbone": upper["backbone"], "head": torch.ones(2, dtype=torch.float64)}
 
     schedule = AlternatingSchedule(3, 1, 0)
-    trainer = make(Restarting(), schedule=schedule, max_grad_norm=None, adaptation_pairs=None)
+    trainer = make(Restarting(), schedule=schedule, limit=None)
     for _ in range(3):
-        trainer.alternate()
+        trainer.advance()
         matrix, linear = LOWER_BATCHES[trainer.steps["lower"] - 1]
-        start = torch.cat([trainer.upper["backbone"], torch.ones(2, dtype=torch.float64)])
+        start = torch.cat([trainer.upper.params["backbone"], torch.ones(2, dtype=torch.float64)])
         # The proximal term is 0 at the restart, and so is the momentum.
         expected = start - LOWER_RATE * (matrix @ start - linear)
-        torch.testing.assert_close(joined(trainer.lower), expected, rtol=1e-13, atol=0.0)
+        torch.testing.assert_close(joined(trainer.lower.params), expected, rtol=1e-13, atol=0.0)
 
 
 def test_records_carry_the_numbers_of_the_step() -> None:
@@ -193,7 +194,7 @@ def test_records_carry_the_numbers_of_the_step() -> None:
         def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
             records.append(dict(record))
 
-    trainer = make(callbacks=[Keep()], schedule=AlternatingSchedule(1, 1, 1), adaptation_pairs=None)
+    trainer = make(callbacks=[Keep()], schedule=AlternatingSchedule(1, 1, 1))
     problem, (upper, lower) = TwoHeads(), variables()
     trainer.run()
     first, step, last = records
@@ -222,9 +223,7 @@ def test_lower_steps_may_be_fewer_than_hessian_batches() -> None:
         loaded.append(indices)
         return LOWER_BATCHES[int(indices[0])]
 
-    trainer = make(
-        lower_data=BatchStack(7, 1, load, seed=0), schedule=AlternatingSchedule(2, 1, 1), adaptation_pairs=None
-    )
+    trainer = make(lower_data=BatchStack(7, 1, load, seed=0), schedule=AlternatingSchedule(2, 1, 1))
     trainer.run()
     assert len(loaded) == 2 * K
     assert len({int(indices[0]) for indices in loaded[:K]}) == K

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel import AlternatingSchedule, Params
 from bilevel.training import Callback
 from tests.support.cases import joined
-from tests.support.two_heads import DAMPING, GAMMA, LAMBDA, LOWER_BATCHES, UPPER_BATCHES, K, TwoHeads, make
+from tests.support.two_heads import DAMPING, GAMMA, LAMBDA, LOWER_BATCHES, UPPER_BATCHES, K, TwoHeads, implicit, make
 
 STEPS = 3
 SCHEDULE = AlternatingSchedule(1, K, STEPS)
@@ -25,8 +25,8 @@ class Frozen(TwoHeads):
 
 
 def trainer(problem: TwoHeads, *, aggregate: bool, momentum: float = 0.0, **options: Any) -> Any:
-    made = make(problem, schedule=SCHEDULE, adaptation_pairs=None, aggregate=aggregate, **options)
-    made.optimizers["upper"].param_groups[0]["momentum"] = momentum
+    made = make(problem, implicit(aggregate=aggregate), schedule=SCHEDULE, **options)
+    made.levels["upper"].optimizer.param_groups[0]["momentum"] = momentum
     return made
 
 
@@ -38,20 +38,20 @@ def halving(step: int) -> float:
 def test_without_a_coupled_direct_part_the_summed_update_is_that_of_separate_solves(decaying: bool) -> None:
     ends = []
     for aggregate in (False, True):
-        made = trainer(Frozen(), aggregate=aggregate, max_grad_norm=None)
+        made = trainer(Frozen(), aggregate=aggregate, limit=None)
         if decaying:
-            optimizer = made.optimizers["upper"]
-            made.schedulers["upper"] = torch.optim.lr_scheduler.LambdaLR(optimizer, halving)
+            optimizer = made.levels["upper"].optimizer
+            made.levels["upper"].scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, halving)
         made.run()
-        ends.append(joined(made.upper))
+        ends.append(joined(made.upper.params))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
 
 
 def test_the_steps_are_those_written_out() -> None:
-    made = trainer(TwoHeads(), aggregate=True, momentum=0.6, max_grad_norm=None)
-    x = joined(made.upper).clone()
+    made = trainer(TwoHeads(), aggregate=True, momentum=0.6, limit=None)
+    x = joined(made.upper.params).clone()
     made.run()
-    y = joined(made.lower)[:3]
+    y = joined(made.lower.params)[:3]
     hessian = torch.stack([matrix[:3, :3] for matrix, _ in LOWER_BATCHES[:K]]).mean(dim=0)
     system = torch.eye(3, dtype=torch.float64) + hessian / (LAMBDA + DAMPING)
     velocity, rights = torch.zeros(5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_steps_are_those_written_out() -> None:
             backbone = backbone + torch.linalg.solve(system, rights)
         velocity = 0.6 * velocity + torch.cat([backbone, head])
         x = x - 0.05 * velocity
-    torch.testing.assert_close(joined(made.upper), x, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(joined(made.upper.params), x, rtol=1e-11, atol=1e-12)
 
 
 class Counting(Callback):
@@ -88,15 +88,15 @@ def test_one_solve_an_alternation() -> None:
 
 
 def test_the_last_norm_limit_is_as_wide_as_the_steps_it_stands_for() -> None:
-    free = trainer(Frozen(), aggregate=True, max_grad_norm=None)
-    start = joined(free.upper).clone()
+    free = trainer(Frozen(), aggregate=True, limit=None)
+    start = joined(free.upper.params).clone()
     free.run()
     heard = Counting()
     limit = 1e-2
-    held = trainer(Frozen(), aggregate=True, max_grad_norm=limit, callbacks=[heard])
+    held = trainer(Frozen(), aggregate=True, limit=limit, callbacks=[heard])
     held.run()
     assert all(record["grad_norm"] > STEPS * limit for record in heard.records)
-    moved = float((joined(held.upper)[:3] - start[:3]).norm())
+    moved = float((joined(held.upper.params)[:3] - start[:3]).norm())
     assert 0.0 < moved <= 0.05 * STEPS * limit * (1 + 1e-12)
 
 
@@ -105,11 +105,13 @@ def test_a_norm_limit_that_binds_no_separate_step_binds_no_aggregated_one(rates:
     ends = []
     for aggregate in (False, True):
         heard = Counting()
-        made = trainer(Frozen(), aggregate=aggregate, max_grad_norm=30.0, callbacks=[heard])
-        optimizer = made.optimizers["upper"]
-        made.schedulers["upper"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1e-3 * rates[min(step, 2)])
+        made = trainer(Frozen(), aggregate=aggregate, limit=30.0, callbacks=[heard])
+        optimizer = made.levels["upper"].optimizer
+        made.levels["upper"].scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 1e-3 * rates[min(step, 2)]
+        )
         made.run()
-        ends.append(joined(made.upper))
+        ends.append(joined(made.upper.params))
         if not aggregate:
             assert all(record["grad_norm"] < 30.0 for record in heard.records)
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-13)
@@ -117,20 +119,20 @@ def test_a_norm_limit_that_binds_no_separate_step_binds_no_aggregated_one(rates:
 
 def test_a_last_rate_of_zero_would_lose_the_implicit_part_and_is_refused() -> None:
     made = trainer(Frozen(), aggregate=True)
-    optimizer = made.optimizers["upper"]
-    made.schedulers["upper"] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 2)
-    with pytest.raises(ValueError, match="upper_scheduler: the learning rate is 0 in upper step 3"):
+    optimizer = made.levels["upper"].optimizer
+    made.levels["upper"].scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / 2)
+    with pytest.raises(ValueError, match="upper scheduler: the learning rate is 0 in upper step 3"):
         made.run()
 
 
 def test_rates_of_zero_throughout_move_nothing() -> None:
     made = trainer(Frozen(), aggregate=True)
-    made.optimizers["upper"].param_groups[0]["lr"] = 0.0
-    before = joined(made.upper).clone()
+    made.levels["upper"].optimizer.param_groups[0]["lr"] = 0.0
+    before = joined(made.upper.params).clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.run()
-    assert torch.equal(joined(made.upper), before)
+    assert torch.equal(joined(made.upper.params), before)
 
 
 def test_a_curvature_that_moves_is_refused() -> None:

@@ -8,37 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bilevel import CG, Identity, Neumann, Params, Trainer
+from bilevel import CG, Identity, Implicit, Neumann, Trainer
 from bilevel.checkpoint import load_checkpoint
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, check, deferred, installed
 from bilevel.linear import Solver
-from bilevel.training import Callback
 from tests.bilevel.training.test_trainer_resume import metrics
-from tests.support.small_net import Net, net_trainer
-
-
-class Bell(Callback):
-    """Sends this process a signal in the evaluation of the lower objective with a given number."""
-
-    def __init__(self, problem: Net, number: int) -> None:
-        self.left, real = number, problem.lower_objective
-
-        def counted(upper: Params, lower: Params, batch: Tensor) -> Tensor:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(upper, lower, batch)
-
-        problem.lower_objective = counted  # type: ignore[method-assign]
+from tests.support.small_net import Bell, Net, net_trainer
 
 
 def made(folder: Path, solver: Solver, aggregate: bool) -> Trainer:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(9)
-    trainer = net_trainer(folder)
-    trainer.system_options["solver"], trainer.aggregate = solver, aggregate
+    method = Implicit(solver, damping=2.0, hessian_batches=2, aggregate=aggregate)
+    trainer = net_trainer(folder, method=method)
     torch.manual_seed(10)
     return trainer
 
@@ -80,7 +63,7 @@ def test_stopped_anywhere_is_not_stopped(tmp_path: Path, solver: Solver, aggrega
         last.load_state_dict(found[1])
         last.run()
         for level in ("upper", "lower"):
-            ours, theirs = getattr(last, level), getattr(whole, level)
+            ours, theirs = last.levels[level].params, whole.levels[level].params
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (first, level)
         assert isinstance(last.problem, Net)
         assert isinstance(whole.problem, Net)
@@ -95,11 +78,11 @@ def test_a_solve_ends_after_the_product_and_its_step_is_undone(tmp_path: Path) -
     # Three lower steps, then products of the first solve.
     trainer = made(tmp_path / "a", CG(50, rtol=None), False)
     Bell(trainer.problem, 8)  # type: ignore[arg-type]
-    before = {name: leaf.clone() for name, leaf in trainer.upper.items()}
+    before = {name: leaf.clone() for name, leaf in trainer.upper.params.items()}
     with Interruption(), pytest.raises(Interrupted):
         trainer.run()
     assert trainer.steps == {"lower": 3, "upper": 0}
-    assert all(torch.equal(trainer.upper[name], before[name]) for name in before)
+    assert all(torch.equal(trainer.upper.params[name], before[name]) for name in before)
     found = load_checkpoint(tmp_path / "a" / "checkpoints")
     assert found is not None
     assert found[0] == 0
@@ -108,7 +91,7 @@ def test_a_solve_ends_after_the_product_and_its_step_is_undone(tmp_path: Path) -
     trainer.run()
     whole = made(tmp_path / "b", CG(50, rtol=None), False)
     whole.run()
-    assert all(torch.equal(trainer.upper[name], whole.upper[name]) for name in before)
+    assert all(torch.equal(trainer.upper.params[name], whole.upper.params[name]) for name in before)
 
 
 def test_handlers_are_restored_and_other_threads_left_alone() -> None:

@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
     second.load_state_dict(loaded[1])
     second.run()
     for level in ("upper", "lower"):
-        ours, theirs = getattr(second, level), getattr(straight, level)
+        ours, theirs = second.levels[level].params, straight.levels[level].params
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert isinstance(second.problem, Net)
     assert isinstance(straight.problem, Net)
@@ -67,24 +67,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
 
 def test_a_state_in_memory_is_a_copy() -> None:
     trainer = make()
-    trainer.alternate()
+    trainer.advance()
     state = trainer.state_dict()
     one, other, late = make(), make(), make()
     for twin in (one, other):
         twin.load_state_dict(state)
-    trainer.alternate()
-    one.alternate()
-    other.alternate()
+    trainer.advance()
+    one.advance()
+    other.advance()
     late.load_state_dict(state)
-    late.alternate()
+    late.advance()
     for twin in (one, other, late):
-        assert torch.equal(joined(twin.upper), joined(trainer.upper))
-        assert torch.equal(joined(twin.lower), joined(trainer.lower))
+        assert torch.equal(joined(twin.upper.params), joined(trainer.upper.params))
+        assert torch.equal(joined(twin.lower.params), joined(trainer.lower.params))
 
 
 def test_a_state_of_another_trainer_is_refused() -> None:
     state = make().state_dict()
-    with pytest.raises(ValueError, match="callbacks: the state is of 0, this trainer has 1"):
+    with pytest.raises(ValueError, match="callbacks: the state is of 0, this training has 1"):
         make(callbacks=[Callback()]).load_state_dict(state)
     state["levels"]["lower"]["variables"] = {"backbone": torch.ones(3)}
     with pytest.raises(ValueError, match="lower: the state's variables have other names or shapes"):

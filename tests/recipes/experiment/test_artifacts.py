@@ -10,7 +10,8 @@ from torch import nn
 
 from recipes.experiment.artifacts import INFO, WEIGHTS, Artifact, ArtifactError, ArtifactStore, make_key, read_artifact
 
-COSTS = {"pretext_steps": 3, "label_steps": 4, "seconds": 1.5}
+COSTS = {"steps": 3, "seconds": 1.5}
+KINDS = {"steps": int}
 
 
 def make_modules(width: int = 3) -> dict[str, nn.Module]:
@@ -20,7 +21,7 @@ def make_modules(width: int = 3) -> dict[str, nn.Module]:
 
 
 def saved(folder: Path, modules: dict[str, nn.Module] | None = None) -> Artifact:
-    return ArtifactStore(folder).save("head", "abc", modules or make_modules(), COSTS)
+    return ArtifactStore(folder, KINDS).save("head", "abc", modules or make_modules(), COSTS)
 
 
 def test_weights_and_facts_come_back(tmp_path: Path) -> None:
@@ -29,7 +30,7 @@ def test_weights_and_facts_come_back(tmp_path: Path) -> None:
     assert artifact.directory == tmp_path / "head-abc"
     stored = load_file(artifact.directory / WEIGHTS)
     assert stored.keys() == {f"{name}.{key}" for name, module in original.items() for key in module.state_dict()}
-    found = ArtifactStore(tmp_path).find("head", "abc")
+    found = ArtifactStore(tmp_path, KINDS).find("head", "abc")
     assert found == artifact == read_artifact(artifact.directory)
     assert found is not None
     assert {key: found.info[key] for key in COSTS} == COSTS
@@ -80,7 +81,11 @@ def test_damaged_weights_are_refused(tmp_path: Path, kind: str) -> None:
     [
         ("{", "cannot be read"),
         ("[]", "is damaged: format, key"),
-        ('{"stage": "head", "key": "abc", "format": 1}', "is damaged: label_steps, pretext_steps, seconds, sha256"),
+        ('{"stage": "head", "key": "abc", "format": 1}', "is damaged: seconds, sha256, steps missing"),
+        (
+            json.dumps({**COSTS, "stage": "head", "key": "abc", "sha256": "", "format": 1, "steps": "3"}),
+            "is damaged: steps is",
+        ),
         (json.dumps({**COSTS, "stage": "head", "key": "abc", "sha256": "", "format": 99}), "has format 99"),
     ],
 )
@@ -88,7 +93,7 @@ def test_damaged_facts_are_refused(tmp_path: Path, content: str, message: str) -
     artifact = saved(tmp_path)
     (artifact.directory / INFO).write_text(content)
     with pytest.raises(ArtifactError, match=rf"artifact.json {message}"):
-        ArtifactStore(tmp_path).find("head", "abc")
+        ArtifactStore(tmp_path, KINDS).find("head", "abc")
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.presets import PRESETS
+from recipes.bissl.settings.run_directory import SAFE_TO_CHANGE, run_directory
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.folder.run_folder import CHECKPOINTS, CONFIG, FILES, METRICS, SAFE_TO_CHANGE, RunDirectory
+from recipes.experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, RunDirectory
 from tests.recipes.bissl.settings.test_config import FIELDS, value_of
 from tests.support.recipes.small_runs import files
 
@@ -18,14 +19,14 @@ OPTIONS = pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (Tru
 
 
 def open_run(path: Path, config: Config = CONFIG_NOW, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
-    directory = RunDirectory(path)
+    directory = run_directory(path)
     directory.open(config, resume=resume, overwrite=overwrite)
     return directory
 
 
 def started(path: Path) -> RunDirectory:
     directory = open_run(path)
-    for name in FILES:
+    for name in directory.files:
         if name != CONFIG:
             (path / name).write_text(f"content of {name}")
     (path / CHECKPOINTS / "pretext-0").mkdir(parents=True)
@@ -53,7 +54,7 @@ def test_a_new_folder_gets_the_config(tmp_path: Path) -> None:
 
 
 def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
-    assert RunDirectory(tmp_path / "run").saved_config() is None
+    assert run_directory(tmp_path / "run").saved_config() is None
     open_run(tmp_path / "run", resume=True)
     assert (tmp_path / "run" / CONFIG).exists()
 
@@ -133,7 +134,7 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
     assert (directory.path / METRICS).read_text() == f"content of {METRICS}"
 
 
-@pytest.mark.parametrize("name", [name for name in (*FILES, CHECKPOINTS) if name != CONFIG])
+@pytest.mark.parametrize("name", [name for name in (*run_directory(Path()).files, CHECKPOINTS) if name != CONFIG])
 @OPTIONS
 def test_files_of_something_else_are_left_alone(tmp_path: Path, name: str, resume: bool, overwrite: bool) -> None:
     if name == CHECKPOINTS:

@@ -15,9 +15,10 @@ from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome import execution
 from recipes.bissl.outcome.execution import compute_device
 from recipes.bissl.settings.config import Config
+from recipes.bissl.training.artifacts import artifact_store
 from recipes.bissl.training.context import Context, Datasets
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
-from recipes.experiment.artifacts import Artifact, ArtifactStore
+from recipes.experiment.artifacts import Artifact
 
 # Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
 SMALL = {
@@ -60,7 +61,7 @@ def small_context(folder: Path, config: Config) -> Context:
     metrics = folder / "metrics.jsonl"
     data = Datasets(config)
     return Context(
-        config, compute_device(config), ArtifactStore(folder / "checkpoints"), metrics, data, Console(quiet=True)
+        config, compute_device(config), artifact_store(folder / "checkpoints"), metrics, data, Console(quiet=True)
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ....experiment.folder.run_folder import FEATURES, FEATURES_PICTURE
+from ...settings.run_directory import FEATURES, FEATURES_PICTURE
 from ..wording import shown_name
 
 

@@ -1,7 +1,7 @@
 """A search for the learning rate and weight decay of a stage: its trials, made by any number of workers, in any order.
 
 All there is to know is in files: which trials there are follows from the seed, which are done from their records, and
-who works on what from claims (claims.py). Workers need no database and no coordinator, and may come and go.
+who works on what from leases. Workers need no database and no coordinator, and may come and go.
 """
 
 import json
@@ -17,12 +17,14 @@ from bilevel import interruption
 from bilevel.checkpoint import write_atomic
 from bilevel.training import NonFiniteError
 
-from ....experiment.artifacts import Artifact, ArtifactStore, read_artifact
+from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
-from ....experiment.folder.leases import Claim, ClaimLost, Claims
-from ....experiment.folder.run_folder import INSPECT, RunDirectory
+from ....experiment.folder.leases import Lease, LeaseLost, Leases
+from ....experiment.folder.run_folder import INSPECT
 from ...settings.arms import arm_of
 from ...settings.config import Config
+from ...settings.run_directory import run_directory
+from ...training.artifacts import artifact_store, read_stage
 from ...training.context import Context, Datasets
 from ...training.stages import finetune, head, pretext
 from ..estimate import check_data, check_labelled
@@ -32,7 +34,7 @@ from .image_cache import CachedImages, cache_folder, write_cache
 from .selection import TrialRecord
 from .trials import SearchStage, Trial, rate_fields, with_pair
 
-TRIALS, CLAIMS, PARENT = "trials", "claims", "parent.json"
+TRIALS, LEASES, PARENT = "trials", "leases", "parent.json"
 PREPARE = "prepare"
 
 POLL = 5.0
@@ -60,9 +62,9 @@ class Search:
     lease: float
 
     @property
-    def claims(self) -> Claims:
+    def leases(self) -> Leases:
         """Who works on what."""
-        return Claims(self.directory / CLAIMS, self.lease)
+        return Leases(self.directory / LEASES, self.lease)
 
     def record_path(self, number: int) -> Path:
         """Where a trial's record is or will be."""
@@ -83,7 +85,7 @@ class Search:
 
     def context(self, directory: Path, data: Datasets, console: Console) -> Context:
         """The context of the arm at the run's first seed, with metrics in `directory`."""
-        context = make_context(self.config, RunDirectory(directory), ArtifactStore(self.artifacts), data)
+        context = make_context(self.config, run_directory(directory), artifact_store(self.artifacts), data)
         return replace(context, console=console).at(self.arm, self.config.seed)
 
 
@@ -128,12 +130,12 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
     path, images = search.directory / PARENT, cache_folder(search.config, search.artifacts)
     (search.directory / TRIALS).mkdir(parents=True, exist_ok=True)
     while not (path.exists() and images.exists()):
-        claim = search.claims.take(PREPARE)
+        lease = search.leases.take(PREPARE)
         interruption.check()
-        if claim is None:
+        if lease is None:
             time.sleep(min(POLL, search.lease / 4))
             continue
-        with claim.kept():
+        with lease.kept():
             _make(search, given, path, images, search.context(search.directory, data, console))
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
@@ -158,18 +160,18 @@ def work(search: Search, console: Console, *, only: int | None = None) -> None:
         only: the one trial to do instead, or to wait for.
     """
     chosen = {trial.number for trial in search.trials} if only is None else {only}
-    parent, claims = _parent(search), search.claims
+    parent, leases = _parent(search), search.leases
     data = CachedImages(search.config, cache_folder(search.config, search.artifacts))
     while pending := [trial for trial in search.missing() if trial.number in chosen]:
         idle = True
         for trial in pending:
             # Looked up again at its turn: others have worked meanwhile.
-            claim = None if search.record_path(trial.number).exists() else claims.take(_name(trial))
-            if claim is None:
+            lease = None if search.record_path(trial.number).exists() else leases.take(_name(trial))
+            if lease is None:
                 continue
             idle = False
-            with claim.kept():
-                _attempt(search, trial, parent, data, claim, console)
+            with lease.kept():
+                _attempt(search, trial, parent, data, lease, console)
         interruption.check()
         if idle:
             time.sleep(min(POLL, search.lease / 4))
@@ -179,20 +181,20 @@ def sweep(search: Search) -> None:
     """Delete what workers that were killed left behind, once all trials are done."""
     for trial in search.trials:
         _discard(search.record_path(trial.number).with_suffix(""))
-        search.claims.clear(_name(trial))
-    search.claims.clear(PREPARE)
+        search.leases.clear(_name(trial))
+    search.leases.clear(PREPARE)
 
 
 def _attempt(
-    search: Search, trial: Trial, parent: Artifact | None, data: Datasets, claim: Claim, console: Console
+    search: Search, trial: Trial, parent: Artifact | None, data: Datasets, lease: Lease, console: Console
 ) -> None:
-    """Do a claimed trial, unless it was finished just before, or the claim is lost on the way."""
+    """Do a leased trial, unless it was finished just before, or the lease is lost on the way."""
     path = search.record_path(trial.number)
     if path.exists():
         return
     try:
-        record = run_trial(search, trial, parent, data, claim)
-    except ClaimLost as lost:
+        record = run_trial(search, trial, parent, data, lease)
+    except LeaseLost as lost:
         console.print(f"trial {trial.number}: {lost}", markup=False, highlight=False, soft_wrap=True)
         return
     write_atomic(path, json.dumps(record.to_json(), indent=1, allow_nan=False).encode())
@@ -200,7 +202,7 @@ def _attempt(
     console.print(f"trial {describe(record)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def run_trial(search: Search, trial: Trial, parent: Artifact | None, data: Datasets, claim: Claim) -> TrialRecord:
+def run_trial(search: Search, trial: Trial, parent: Artifact | None, data: Datasets, lease: Lease) -> TrialRecord:
     """Train with the trial's pair, from its checkpoints where there are some, and score it on validation.
 
     A numeric failure is a result: a pair at which training diverges.
@@ -211,23 +213,23 @@ def run_trial(search: Search, trial: Trial, parent: Artifact | None, data: Datas
     context = replace(search, config=config).context(directory, data, Console(quiet=True))
     facts = {"trial": trial.number, "lr": trial.lr, "weight_decay": trial.weight_decay}
     try:
-        return TrialRecord(**facts, **_scored(search.stage, context, parent, directory, claim))
+        return TrialRecord(**facts, **_scored(search.stage, context, parent, directory, lease))
     except NonFiniteError as error:
         return TrialRecord(**facts, status="diverged", message=str(error))
 
 
 def _scored(
-    stage: SearchStage, context: Context, parent: Artifact | None, directory: Path, claim: Claim
+    stage: SearchStage, context: Context, parent: Artifact | None, directory: Path, lease: Lease
 ) -> dict[str, Any]:
     """The fields of a record that training decides."""
     if stage == "head":
         assert parent is not None, "a head's warm-up has a backbone"
-        warmed = head.fit(context, parent, directory, check=claim.check)
+        warmed = head.fit(context, parent, directory, check=lease.check)
         # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
         metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
         values, steps, seconds = warmed.values, warmed.steps, warmed.seconds
     else:
-        fitted = finetune.fit(context, parent, directory, check=claim.check)
+        fitted = finetune.fit(context, parent, directory, check=lease.check)
         best = dict(fitted.facts["best"])
         metric, epoch, values = fitted.facts["primary_metric"], int(best.pop("epoch")), best
         higher, steps, seconds = fitted.facts["higher_is_better"][metric], fitted.steps, fitted.seconds
@@ -277,4 +279,4 @@ def _parent(search: Search) -> Artifact | None:
         where = json.loads(path.read_text(encoding="utf-8"))["directory"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); delete it to look for the artifact again") from error
-    return None if where is None else read_artifact(Path(where))
+    return None if where is None else read_stage(Path(where))

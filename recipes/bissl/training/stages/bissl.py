@@ -1,6 +1,7 @@
 """Stage 3: alternating bilevel training (Algorithm 1)."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from bilevel.training import Callback, Diagnostics, Inspect, derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.events import StageEvents
+from ....experiment.folder.folder_lease import leased
 from ....experiment.folder.run_folder import INSPECT
-from ....experiment.folder.run_lock import Hold, held
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ..context import LOWER_DATA, Context
@@ -43,8 +44,8 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     problem = _problem(context, artifact)
     seconds, events = Seconds(), context.writer(STAGE)
     directory = context.store.directory(STAGE, key)
-    with interruption.deferred(), held(directory, "artifacts") as claim:
-        trainer = _trainer(context, problem, directory, (events, seconds, _Held(claim)))
+    with interruption.deferred(), leased(directory, "artifacts") as check_lease:
+        trainer = _trainer(context, problem, directory, (events, seconds, _Leased(check_lease)))
         if trainer.resume(directory):
             steps = f"{trainer.steps['lower']} lower and {trainer.steps['upper']} upper steps"
             context.console.print(f"BiSSL, seed {context.seed}: continues after {steps}", markup=False, highlight=False)
@@ -68,14 +69,14 @@ def run(context: Context, artifact: Artifact) -> Artifact:
     return result
 
 
-class _Held(Callback):
+class _Leased(Callback):
     """Stops where another process has taken the stage over."""
 
-    def __init__(self, claim: Hold) -> None:
-        self.claim = claim
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
-        self.claim.check()
+        self.check()
 
 
 def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
@@ -104,7 +105,7 @@ def _problem(context: Context, artifact: Artifact) -> BiSSLProblem:
 
 
 def _trainer(
-    context: Context, problem: BiSSLProblem, directory: Path, callbacks: tuple[StageEvents, Seconds, _Held]
+    context: Context, problem: BiSSLProblem, directory: Path, callbacks: tuple[StageEvents, Seconds, _Leased]
 ) -> Trainer:
     config, c = context.config, context.config.bissl
     upper, lower = problem.variables()

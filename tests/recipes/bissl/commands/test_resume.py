@@ -126,7 +126,7 @@ def test_seconds_count_both_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     now[0] += 10_000
     assert execute(*arguments, "--resume") == 0
     (info,) = tmp_path.glob("checkpoints/pretext-*/artifact.json")
-    seconds = without(run.read_artifact(info.parent).info, ())["seconds"]
+    seconds = without(run.read_stage(info.parent).info, ())["seconds"]
     assert 0 < seconds < 10_000
 
 

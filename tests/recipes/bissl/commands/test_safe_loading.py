@@ -27,7 +27,8 @@ from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
 from recipes.bissl.outcome.search.image_cache import read_cache
 from recipes.bissl.outcome.summary import ArmResult, assemble
-from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError, read_artifact
+from recipes.bissl.training.artifacts import read_stage
+from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable
 from recipes.vision.imagesets import DataError
@@ -117,7 +118,7 @@ def artifact(folder: Path, content: bytes, **changes: Any) -> Path:
 def test_planted_artifact_is_refused_unrun(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = artifact(Path("a"), PLANTED[kind])
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_artifact(folder).tensors()
+        read_stage(folder).tensors()
     assert "a/weights.safetensors" in refused(capsys, "head", "--from", "a")
     assert "a/weights.safetensors" in refused(capsys, "--init-backbone", "a")
 
@@ -131,14 +132,14 @@ def test_facts_of_another_type_are_refused(name: str, value: Any) -> None:
         facts = json.loads((folder / INFO).read_text())
         (folder / INFO).write_text(json.dumps(facts | {name: value}))
     with pytest.raises(ArtifactError, match=rf"a/artifact\.json is damaged: {name} is"):
-        read_artifact(folder)
+        read_stage(folder)
 
 
 def test_facts_nested_without_end_are_refused() -> None:
     folder = artifact(Path("a"), b"")
     (folder / INFO).write_text("[" * 100_000)
     with pytest.raises(ArtifactError, match=r"artifact\.json cannot be read"):
-        read_artifact(folder)
+        read_stage(folder)
 
 
 def test_planted_cifar_batch_and_image_cache_are_refused_unrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +212,7 @@ def test_names_of_code_in_checkpoints_artifacts_and_data_are_not_imported(capsys
     name, state = "planted:Task", {"backbone.x": torch.ones(1)}
     weights = save(state, metadata={"backbone": name, "task": name})
     folder = artifact(Path("a"), weights, stage=name, task=name, backbone=name, initial_weights={"file": name})
-    assert read_artifact(folder).tensors()
+    assert read_stage(folder).tensors()
     assert read_weights(folder).tensors
     Path("w.pt").write_bytes(saved({"state_dict": state, "task": name, "hyper_parameters": {"_target_": name}}))
     assert read_weights(Path("w.pt")).tensors

@@ -79,7 +79,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert weights(folder) == weights(whole)
     assert without(results(folder)) == without(results(whole))
     assert without(events(folder)) == without(events(whole))
-    assert not list(folder.rglob("*.claim"))
+    assert not list(folder.rglob("*.lease"))
 
 
 # A signal in a step of BiSSL's upper level comes before its first product: that step is undone.
@@ -150,7 +150,7 @@ def test_a_trial_of_a_search_is_saved_and_continued(tmp_path: Path, monkeypatch:
         patch.setattr(STAGES["finetune"], "SupervisedModel", own)
         assert main(["search", *options, "--output-dir", str(tmp_path / "a")]) == 75
     assert list((tmp_path / "a").glob("trials/*/step-00000003.json"))
-    assert not list(tmp_path.rglob("*.claim"))
+    assert not list(tmp_path.rglob("*.lease"))
     assert main(["search", *options, "--output-dir", str(tmp_path / "a")]) == 0
     for number in ("000", "001"):
         first, second = ((tmp_path / name / "trials" / f"{number}.json").read_text() for name in ("whole", "a"))

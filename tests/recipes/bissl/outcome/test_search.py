@@ -18,7 +18,7 @@ from recipes.bissl.outcome.search.trials import RandomPairs
 from recipes.bissl.training.stages import finetune, head, pretext
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.folder.leases import ClaimLost
+from recipes.experiment.folder.leases import LeaseLost
 from recipes.vision.imagesets import DataError
 from tests.support.recipes.small_runs import SMALL_OPTIONS, small_config, small_context
 
@@ -47,10 +47,10 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     def stop() -> None:
         steps.append(None)
         if len(steps) == 6:
-            raise ClaimLost("taken over")
+            raise LeaseLost("taken over")
 
     context = small_context(tmp_path / "b", config)
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         finetune.fit(context, None, tmp_path / "b" / "checkpoints", check=stop)
     # Two steps an epoch, and a checkpoint each: the sixth is in the third epoch, which begins anew.
     again: list[None] = []
@@ -100,7 +100,7 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.Capture
     assert selection(three)["winner"]["trial"] == selection(one)["winner"]["trial"]
     assert (three / "chosen.toml").read_text() == (one / "chosen.toml").read_text()
     assert not list(three.glob("trials/*/step-*"))
-    assert not list(three.glob("claims/*.claim"))
+    assert not list(three.glob("leases/*.lease"))
 
     winner = selection(one)["winner"]
     config = parse([*SMALL_OPTIONS, "--config", str(one / "chosen.toml")]).config

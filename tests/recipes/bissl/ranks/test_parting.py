@@ -34,7 +34,7 @@ def test_measured_products_are_chosen_together(tmp_path: Path) -> None:
 
 def test_a_run_with_dropout_resumes_to_the_bit(tmp_path: Path) -> None:
     # Shares of 8 and 7: draws of different length.
-    options = ("--downstream.task=tests.rank_tasks:Dropping", "--downstream.batch-size=15", "--seeds=1")
+    options = ("--downstream.task=tests.support.recipes.rank_tasks:Dropping", "--downstream.batch-size=15", "--seeds=1")
     whole, other = tmp_path / "whole", tmp_path / "other"
     assert run_ranks(2, tmp_path / "logs", "--output-dir", str(whole), *options).end() == [0, 0]
     run = start(2, tmp_path / "logs", "--output-dir", str(other), *options)
@@ -57,7 +57,7 @@ def test_weights_of_an_artifact_start_every_rank(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_computes_long_is_waited_for(tmp_path: Path) -> None:
-    task = "--pretext.task=tests.rank_tasks:SlowOnOneRank"
+    task = "--pretext.task=tests.support.recipes.rank_tasks:SlowOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(60.0) == [74, 74], run.said()
     assert [len(lines) for lines in run.said()] == [1, 0], "rank 0 has told it"
@@ -92,7 +92,7 @@ def test_other_configurations_and_commands_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--downstream.task=tests.rank_tasks:OwnlyNormed", "compute.batch_norm: 0 is a OwnNorm"),
+        ("--downstream.task=tests.support.recipes.rank_tasks:OwnlyNormed", "compute.batch_norm: 0 is a OwnNorm"),
         ("--compute.compile=true", "compute.compile: "),
         ("--compute.micro-batch=8", "compute.micro_batch: "),
         ("--bissl.hvp=forward", "bissl.hvp: "),

@@ -94,7 +94,7 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
     (line,) = run.said()[0]
     assert line.startswith(f"run.py: stopped: rank 1 (process {victim.pid} on ")
     assert "--resume" in line
-    assert not list(tmp_path.rglob("*.claim"))
+    assert not list(tmp_path.rglob("*.lease"))
 
 
 def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     run.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(events(tmp_path / "run")) > 2)
     still = run.processes[0]
     assert still.pid is not None
-    # Rank 0 keeps the register: it can be reached no more than its keeper.
+    # Rank 0 serves the store: while it stands still neither answers.
     os.kill(still.pid, signal.SIGSTOP)
     run.processes[1].join(60.0)
     assert run.processes[1].exitcode == 76
@@ -158,7 +158,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
-    task = "--pretext.task=tests.rank_tasks:BrokenOnOneRank"
+    task = "--pretext.task=tests.support.recipes.rank_tasks:BrokenOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(30.0) == [3, 3], run.said()
     (line,), others = run.said()
@@ -185,7 +185,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
 
 
 def test_what_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
-    task = "--pretext.task=tests.rank_tasks:FailingOnOneRank"
+    task = "--pretext.task=tests.support.recipes.rank_tasks:FailingOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
     assert run.end(30.0) == [74, 74], run.said()
     (first,), (second,) = run.said()
@@ -205,8 +205,8 @@ def test_local_statistics_are_joined(whole: Path, tmp_path: Path) -> None:
 
 def test_own_tasks_need_not_know_of_ranks(tmp_path: Path) -> None:
     options = (
-        "--pretext.task=tests.plugin_tasks:Colour",
-        "--downstream.task=tests.plugin_tasks:Brightness",
+        "--pretext.task=tests.support.recipes.plugin_tasks:Colour",
+        "--downstream.task=tests.support.recipes.plugin_tasks:Brightness",
         "--pretext.batch-size=13",
         "--downstream.batch-size=11",
     )

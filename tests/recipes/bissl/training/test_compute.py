@@ -43,7 +43,10 @@ WRONG = [
     (("data-device=device",), "data_device=device draws views on the device, a batch at a time; set views to batched"),
     (("micro-batch=1",), "compute.micro_batch: Input should be greater than or equal to 2, got '1'"),
     (("micro-batch=10", "--bissl.hvp=forward"), "compute.micro_batch: .* but bissl.hvp is 'forward'; set bissl.hvp to"),
-    (("micro-batch=10", "--pretext.task=tests.plugin_tasks:Colour"), "Colour' does not define outputs and output_loss"),
+    (
+        ("micro-batch=10", "--pretext.task=tests.support.recipes.plugin_tasks:Colour"),
+        "Colour' does not define outputs and output_loss",
+    ),
     # Batches of 24 images; and 47 images, whose last batch has 23.
     (("micro-batch=23",), "compute.micro_batch: chunks of 23 leave a single image of a batch of 24"),
     (("micro-batch=22", "--data.pretext-limit=47"), "compute.micro_batch: chunks of 22 .* last one, of 23; BatchNorm"),

@@ -6,32 +6,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recipes.bissl.outcome import execution
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.folder import run_lock
-from recipes.experiment.folder.leases import ClaimLost
+from recipes.experiment.folder import folder_lease
+from recipes.experiment.folder.folder_lease import leased
+from recipes.experiment.folder.leases import LeaseLost
 from recipes.experiment.folder.process_identity import describe, has_ended, identity
-from recipes.experiment.folder.run_lock import Hold, held
 from tests.support.recipes.small_runs import execute, files, refused, small_config, small_context
 
-CLAIM = ".lock.0.claim"
+LEASE = ".writer.0.lease"
 
 
-def check_until_lost(claim: Hold) -> None:
+def check_until_lost(check: Callable[[], None]) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        claim.check()
+        check()
         time.sleep(0.02)
 
 
 def forge(folder: Path, **changes: object) -> Path:
-    """A claim by another process."""
+    """A lease of another process."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CLAIM
+    path = folder / LEASE
     path.write_text(json.dumps({**identity(), **changes}))
     return path
 
@@ -39,28 +40,29 @@ def forge(folder: Path, **changes: object) -> Path:
 def test_a_second_holder_is_refused_and_told_who_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     said = rf"output-dir: .* in use by process {os.getpid()} on .*, job 4711, seen"
-    with held(tmp_path, "output-dir"), pytest.raises(ConfigError, match=said):
-        held(tmp_path, "output-dir").__enter__()
-    with held(tmp_path, "output-dir"):
+    with leased(tmp_path, "output-dir"), pytest.raises(ConfigError, match=said):
+        leased(tmp_path, "output-dir").__enter__()
+    with leased(tmp_path, "output-dir"):
         pass
     assert files(tmp_path) == {}
 
 
-def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), held(tmp_path, "x"):
+def test_the_lease_is_given_up_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), leased(tmp_path, "x"):
         _ = 1 / 0
     assert files(tmp_path) == {}
 
 
-def test_a_process_of_another_machine_holds_until_its_lease_is_over(tmp_path: Path) -> None:
-    # That this machine has no process of the number, or has another one, means nothing.
-    path = forge(tmp_path, host="far", machine="another boot", pid=999_999_999, started="1")
-    with pytest.raises(ConfigError, match="process 999999999 on far"):
-        held(tmp_path, "x").__enter__()
+@pytest.mark.parametrize("host", ["far", identity()["host"]])
+def test_a_process_of_another_machine_holds_until_its_lease_is_over(tmp_path: Path, host: str) -> None:
+    # That this machine has no process of the number, or has another one, means nothing; nor does the host's name.
+    path = forge(tmp_path, host=host, machine="another boot", pid=999_999_999, started="1")
+    with pytest.raises(ConfigError, match=f"process 999999999 on {host}"):
+        leased(tmp_path, "x").__enter__()
     old = time.time() - 3600
     os.utime(path, (old, old))
-    with held(tmp_path, "x") as claim:
-        claim.check()
+    with leased(tmp_path, "x") as check:
+        check()
     assert files(tmp_path) == {}
 
 
@@ -70,23 +72,23 @@ def test_a_job_that_was_started_again_elsewhere_outwaits_its_earlier_attempt(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     forge(tmp_path, host="far", machine="another boot", pid=7, started="1")
     began = time.monotonic()
-    with held(tmp_path, "x", lease=1.5) as claim:
+    with leased(tmp_path, "x", duration=1.5) as check:
         assert time.monotonic() - began >= 1.4
-        claim.check()
+        check()
     assert "earlier attempt of this job, process 7 on far, job 4711; waiting" in capsys.readouterr().err
     # Another job is refused at once, and so is a process of the same job here, which is seen to be alive.
     forge(tmp_path / "b", host="far", machine="another boot", pid=7, started="1", job="4712")
     forge(tmp_path / "c")
     for folder in ("b", "c"):
         with pytest.raises(ConfigError, match="in use"):
-            held(tmp_path / folder, "x", lease=1.5).__enter__()
+            leased(tmp_path / folder, "x", duration=1.5).__enter__()
 
 
 def test_an_earlier_attempt_that_still_lives_is_not_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    monkeypatch.setattr(run_lock, "MARGIN", 0.1)
+    monkeypatch.setattr(folder_lease, "MARGIN", 0.1)
     path = forge(tmp_path, host="far", machine="another boot", pid=7, started="1")
     done = threading.Event()
 
@@ -98,7 +100,7 @@ def test_an_earlier_attempt_that_still_lives_is_not_waited_for_without_end(
     thread.start()
     try:
         with pytest.raises(ConfigError, match="in use by process 7 on far"):
-            held(tmp_path, "x", lease=0.5).__enter__()
+            leased(tmp_path, "x", duration=0.5).__enter__()
     finally:
         done.set()
         thread.join()
@@ -110,10 +112,10 @@ def test_a_dead_process_of_this_machine_lets_go_at_once(tmp_path: Path) -> None:
     assert has_ended({**identity(), "started": "0"})
     forge(tmp_path, pid=child.pid, started=Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
     with pytest.raises(ConfigError, match="in use"):
-        held(tmp_path, "x").__enter__()
+        leased(tmp_path, "x").__enter__()
     child.kill()
     child.wait()
-    with held(tmp_path, "x"):
+    with leased(tmp_path, "x"):
         pass
     assert files(tmp_path) == {}
 
@@ -127,13 +129,13 @@ def test_who_is_alive_is_never_taken_for_dead() -> None:
 
 
 def test_a_holder_that_was_taken_over_is_told_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
-    with held(tmp_path, "x", lease=0.6) as first:
+    with leased(tmp_path, "x", duration=0.6) as first:
         old = time.time() - 3600
-        os.utime(tmp_path / CLAIM, (old, old))
-        with held(tmp_path, "x", lease=600):
-            with pytest.raises(ClaimLost, match="taken over"):
+        os.utime(tmp_path / LEASE, (old, old))
+        with leased(tmp_path, "x", duration=600):
+            with pytest.raises(LeaseLost, match="taken over"):
                 check_until_lost(first)
-            assert (tmp_path / ".lock.1.claim").exists()
+            assert (tmp_path / ".writer.1.lease").exists()
 
 
 def test_a_run_is_refused_in_a_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +143,7 @@ def test_a_run_is_refused_in_a_folder_in_use(tmp_path: Path, capsys: pytest.Capt
     said = refused(capsys, "pretext", "--output-dir", str(tmp_path / "run"))
     assert "output-dir: " in said
     assert "process 7 on far, job 88" in said
-    assert files(tmp_path / "run") == {CLAIM: path.read_bytes()}
+    assert files(tmp_path / "run") == {LEASE: path.read_bytes()}
     assert "in use" in refused(capsys, "pretext", "--output-dir", str(tmp_path / "run"), "--overwrite")
 
 
@@ -157,19 +159,19 @@ def test_a_stage_that_another_run_trains_is_refused(tmp_path: Path, capsys: pyte
     said = refused(capsys, "pretext", "--output-dir", str(tmp_path / "c"), *shared)
     assert f"artifacts: {made} is in use by process 7 on far" in said
     assert not list(made.glob("step-*"))
-    assert not list((tmp_path / "c").glob(".lock*"))
+    assert not list((tmp_path / "c").glob(".writer*"))
 
 
-def test_the_bilevel_stage_is_held_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_leases_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = small_context(tmp_path, small_config()).at("bissl", 0)
     monkeypatch.setattr(execution, "write_report", lambda folder: folder)
     seen = []
 
     def spy(folder: Path, what: str) -> object:
         seen.append(folder.name.partition("-")[0])
-        return held(folder, what)
+        return leased(folder, what)
 
     for module in ("loop", "stages.bissl"):
-        monkeypatch.setattr(f"recipes.bissl.{module}.held", spy)
+        monkeypatch.setattr(f"recipes.bissl.training.{module}.leased", spy)
     execution.run_pipeline(context)
     assert set(seen) == {"pretext", "head", "bissl", "finetune"}

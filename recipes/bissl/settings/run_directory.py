@@ -1,0 +1,36 @@
+"""What the folder of a run of BiSSL holds besides the files that every recipe writes, and what --resume may change."""
+
+from pathlib import Path
+
+from ...experiment.folder.run_folder import RunDirectory
+
+FEATURES, FEATURES_PICTURE = "features.json", "features.png"
+
+MARKS = frozenset({"preset", "pretext", "downstream", "bissl", "finetune"})
+"""Fields by which a saved config is recognised as one of this program."""
+
+SAFE_TO_CHANGE = frozenset(
+    {
+        "seeds",
+        "arms",
+        "device",
+        "threads",
+        "nonfinite_skips",
+        "rank_timeout",
+        "tracking",
+        "compute.data_device",
+        "data.root",
+        "data.download",
+        "downstream.eval_batch_size",
+        "pretext.monitor_every",
+        "pretext.checkpoint_every",
+        "bissl.checkpoint_every",
+        "finetune.checkpoint_every",
+    }
+)
+"""Fields that may differ on resume: they change what is run or shown, not what an unfinished stage computes."""
+
+
+def run_directory(path: Path) -> RunDirectory:
+    """The folder of a run of this recipe."""
+    return RunDirectory(path, MARKS, SAFE_TO_CHANGE, (FEATURES, FEATURES_PICTURE))

@@ -1,0 +1,327 @@
+"""What a trainer promises holds of every method: resume after any step, skips, signals, several ranks."""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, SGDUpdate, Trainer, Unrolled
+from bilevel.checkpoint import load_checkpoint
+from bilevel.distributed import shard
+from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
+from bilevel.interruption import Interrupted, Interruption
+from bilevel.lower import upper_derivatives
+from bilevel.training import Callback, Inspect, NonFiniteError
+from tests.bilevel.training.test_trainer_resume import metrics
+from tests.support.cases import vector
+from tests.support.methods import METHODS, Kind
+from tests.support.rank_processes import on_ranks
+from tests.support.small_net import Bell, Net, net_trainer
+
+EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
+
+
+def made(folder: Path, kind: Kind, *extra: Callback, **options: Any) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(9)
+    trainer = net_trainer(
+        folder, *extra, method=kind.method, upper_steps=kind.upper_steps, adapts=kind.adapts, **options
+    )
+    torch.manual_seed(10)
+    return trainer
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """The state, but for what belongs to one process's clock and files."""
+    state = trainer.state_dict()
+    return {name: state[name] for name in ("progress", "steps", "skipped", "solves", "method", "levels", "kept")}
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """To the bit."""
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, Mapping):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+@EVERY
+def test_stopped_by_a_signal_anywhere_and_resumed_it_ends_like_an_undisturbed_run(tmp_path: Path, kind: Kind) -> None:
+    whole = made(tmp_path / "whole", kind)
+    whole.run()
+    end = torch.get_rng_state()
+    for first in (2, 4, 5, 7, 11):
+        folder = tmp_path / str(first)
+        for number in (first, 9):
+            trainer = made(folder, kind)
+            Bell(trainer.problem, number)  # type: ignore[arg-type]
+            trainer.resume(folder / "checkpoints")
+            with Interruption(), pytest.raises(Interrupted, match="SIGTERM"):
+                trainer.run()
+        torch.manual_seed(12345)
+        last = made(folder, kind)
+        assert last.resume(folder / "checkpoints")
+        last.run()
+        assert_same(everything(last), everything(whole), f"stopped at {first}")
+        assert metrics(folder) == metrics(tmp_path / "whole")
+        assert torch.equal(torch.get_rng_state(), end)
+
+
+class Kept(Callback):
+    """The trainer's state after every event."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Any]] = []
+
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        self.states.append(everything(trainer))
+
+
+@EVERY
+def test_an_upper_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind: Kind) -> None:
+    heard = Kept()
+    folder = tmp_path / "run"
+    trainer = made(folder, kind, heard, Inspect(tmp_path / "inspect"), nonfinite_skips=1)
+    plain, calls = trainer.problem.upper_objective, [0]
+    batches: list[Tensor] = []
+
+    def poisoned(upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        if not any(batch is seen for seen in batches):
+            batches.append(batch)
+        calls[0] += 1
+        # The last upper batch of the first alternation, where an aggregated method solves.
+        bad = batch is batches[kind.upper_steps - 1] if len(batches) >= kind.upper_steps else False
+        return plain(upper, lower, batch) * (math.nan if bad else 1.0)
+
+    trainer.problem.upper_objective = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    skipped = [index for index, event in enumerate(events) if event.get("skipped")]
+    assert [(events[index]["event"], events[index]["step"]) for index in skipped] == [("upper", kind.upper_steps)]
+    before, after = heard.states[skipped[0] - 1], heard.states[skipped[0]]
+    for part in ("levels", "method", "kept"):
+        assert_same(after[part], before[part], part)
+    assert trainer.skipped == {"upper": 1}
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in trainer.upper.params.values())
+    assert [path.name for path in (tmp_path / "inspect").iterdir()] == [f"upper-step-{kind.upper_steps}.pt"]
+    # Without a skip to spend it ends there, and nothing has changed.
+    strict = made(tmp_path / "strict", kind)
+    batches.clear()
+    plain = strict.problem.upper_objective
+    strict.problem.upper_objective = poisoned  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match=rf"upper step {kind.upper_steps} \(alternation 1\)"):
+        strict.run()
+    assert_same(everything(strict)["levels"], before["levels"])
+
+
+@EVERY
+def test_a_lower_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind: Kind) -> None:
+    heard = Kept()
+    trainer = made(tmp_path / "run", kind, heard, nonfinite_skips=1)
+    plain, calls = trainer.problem.lower_objective, [0]
+
+    def poisoned(upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        calls[0] += 1
+        return plain(upper, lower, batch) * (math.nan if calls[0] == 3 else 1.0)
+
+    trainer.problem.lower_objective = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    # The third lower step of the first alternation, so that replayed steps lack one.
+    for part in ("levels", "method", "kept"):
+        assert_same(heard.states[2][part], heard.states[1][part], part)
+    assert trainer.skipped == {"lower": 1}
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in trainer.upper.params.values())
+
+
+@EVERY
+def test_events_have_one_schema(tmp_path: Path, kind: Kind) -> None:
+    made(tmp_path / "run", kind).run()
+    made(tmp_path / "other", replace(METHODS["implicit"], upper_steps=kind.upper_steps, adapts=kind.adapts)).run()
+    ours, theirs = ({line["event"]: line.keys() for line in metrics(tmp_path / name)} for name in ("run", "other"))
+    assert ours == theirs
+
+
+class Weighted(Problem):
+    """Least squares with a learned weight a row, whose rows are shared out among the ranks."""
+
+    regularization_weight = 0.3
+    curvature_depends_on_upper = True
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        errors = batch[:, :3] @ lower["w"] - batch[:, 3]
+        return 0.5 * ((upper["s"] * batch[:, :2]).sum(dim=1).sigmoid() * errors.square()).mean()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return 0.5 * (batch[:, :3] @ lower["w"] - batch[:, 3]).square().mean() + 0.01 * upper["s"].square().sum()
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        return 0.5 * lower["w"].square().sum()
+
+
+class Independent(Weighted):
+    """The curvature does not depend on the upper variables, for methods that need that."""
+
+    curvature_depends_on_upper = False
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return 0.5 * (batch[:, :3] @ lower["w"] - batch[:, 3] - batch[:, :2] @ upper["s"]).square().mean()
+
+
+def trained() -> dict[str, list[float]]:
+    """Where every method leads, on this rank's rows."""
+    torch.manual_seed(0)
+    rows = vector(64, 70).reshape(16, 4)
+    found: dict[str, list[float]] = {}
+    for name, kind in METHODS.items():
+        upper = {"s": vector(2, 71).requires_grad_()}
+        lower = {"w": vector(3, 72).requires_grad_()}
+        problem = Independent() if name in ("aggregated", "recycled") else Weighted()
+        trainer = Trainer(
+            problem,
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.5), [rows[8:][shard(8)]]),
+            Level(lower, torch.optim.SGD(lower.values(), lr=0.3, momentum=0.5), [rows[:8][shard(8)]] * 2),
+            AlternatingSchedule(3, 4, kind.upper_steps),
+            kind.method,
+            on_failure="ignore",
+        )
+        trainer.run()
+        found[name] = [*upper["s"].tolist(), *lower["w"].tolist()]
+    return found
+
+
+def test_several_ranks_train_like_one_process(tmp_path: Path) -> None:
+    alone = trained()
+    for world, results in on_ranks(trained, tmp_path).items():
+        for result in results:
+            assert result == results[0], "ranks are equal to the bit"
+            for name, values in alone.items():
+                assert result[name] == pytest.approx(values, rel=1e-9, abs=1e-12), (world, name)
+    moved = [abs(values[0] - float(vector(2, 71)[0])) for values in alone.values()]
+    assert min(moved) > 1e-3, "every method moves the upper level"
+
+
+def test_unrolled_replays_the_steps_that_were_made(tmp_path: Path) -> None:
+    """Dropout, BatchNorm, momentum, a norm limit, a decaying rate and a moving target: replays end where steps did."""
+    for recompute in (False, True):
+        trainer = made(tmp_path / str(recompute), Kind(Unrolled(recompute=recompute), 1, adapts=False))
+        trainer._on_failure = "raise"
+        trainer.run()
+        assert trainer.progress == trainer.total
+
+
+def test_a_hook_that_moves_the_lower_variables_is_named(tmp_path: Path) -> None:
+    class Moving(Net):
+        def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
+            with torch.no_grad():
+                for leaf in lower.values():
+                    leaf.mul_(0.9)
+
+    trainer = made(tmp_path / "run", Kind(Unrolled(), 1, adapts=False))
+    trainer.problem.after_lower_step = Moving().after_lower_step  # type: ignore[method-assign]
+    trainer._on_failure = "raise"
+    with pytest.raises(RuntimeError, match="not replayed: a lower step that moved the variables"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "match"),
+    [
+        (Unrolled(), {"upper_steps": 2}, "Unrolled: the schedule has upper_steps=2"),
+        (Unrolled(), {"adapts": True}, "Unrolled: the schedule adapts upper variables between the levels"),
+        (Unrolled(steps=5), {}, "Unrolled: steps=5 cannot be replayed of lower_steps=3"),
+        (Unrolled(SGDUpdate(0.1)), {}, "Unrolled: update and state are for `hypergradient`"),
+        (Unrolled(started_from={"0.weight": "0.weight"}, steps=2), {}, "started_from needs the derivative through all"),
+        (Unrolled(started_from={"0.weight": "none"}), {}, "started_from: no implicit lower variable .* or no upper"),
+    ],
+)
+def test_what_unrolled_cannot_replay_is_refused_at_construction(
+    tmp_path: Path, method: Method, changes: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        net_trainer(tmp_path, method=method, **{"upper_steps": 1, "adapts": False, **changes})
+
+
+@pytest.mark.parametrize("name", ["unrolled", "sama"])
+def test_an_optimizer_that_cannot_be_read_is_refused_at_construction(name: str) -> None:
+    kind, params = METHODS[name], {"w": vector(3, 1)}
+    upper = {"s": vector(2, 2)}
+    groups = [{"params": [params["w"]], "lr": 0.1}]
+    for optimizer, error, match in (
+        (torch.optim.LBFGS(params.values()), TypeError, "LBFGS cannot be differentiated through"),
+        (torch.optim.SGD(groups, lr=0.1, dampening=0.5, momentum=0.9), ValueError, "dampening=0.5"),
+    ):
+        with pytest.raises(error, match=match):
+            Trainer(
+                Weighted(),
+                Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [vector(24, 3).reshape(6, 4)]),
+                Level(params, optimizer, [vector(24, 4).reshape(6, 4)]),
+                AlternatingSchedule(1, 2, kind.upper_steps),
+                kind.method,
+            )
+
+
+class Direct(Method):
+    """A method of one's own: the direct part alone, and how many steps it has made."""
+
+    def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+        loss, direct, _ = upper_derivatives(step.problem, step.upper, step.lower, tuple(step.lower), step.upper_batch)
+        return Proposal(direct, loss, {"made": state.get("made", 0) + 1})
+
+
+def test_a_method_of_ones_own_is_trained_saved_and_resumed(tmp_path: Path) -> None:
+    whole = made(tmp_path / "whole", Kind(Direct()))
+    whole.run()
+    broken = made(tmp_path / "broken", Kind(Direct()))
+    Bell(broken.problem, 7)  # type: ignore[arg-type]
+    broken.resume(tmp_path / "broken" / "checkpoints")
+    with Interruption(), pytest.raises(Interrupted):
+        broken.run()
+    again = made(tmp_path / "broken", Kind(Direct()))
+    assert again.resume(tmp_path / "broken" / "checkpoints")
+    again.run()
+    assert_same(everything(again), everything(whole))
+    assert everything(whole)["method"] == {"made": 12}
+
+
+def test_a_checkpoint_holds_the_methods_state(tmp_path: Path) -> None:
+    trainer = made(tmp_path / "run", METHODS["warm"])
+    trainer.run()
+    found = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    start = found[1]["method"]["start"]
+    assert start.keys() == trainer.lower.params.keys()
+    assert any(float(leaf.norm()) > 0.0 for leaf in start.values())
+    state = copy.deepcopy(found[1])
+    again = made(tmp_path / "again", METHODS["warm"])
+    again.load_state_dict(state)
+    assert_same(everything(again)["method"], found[1]["method"])
+
+
+def test_a_restart_of_the_lower_level_forgets_the_start(tmp_path: Path) -> None:
+    starts: list[bool] = []
+
+    class Watching(Implicit):  # type: ignore[misc]
+        def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+            starts.append("start" in state)
+            return super().propose(step, state, prepared)
+
+    kind = Kind(Watching(CG(2, rtol=None), damping=2.0, warm_start=True), upper_steps=2)
+    trainer = made(tmp_path / "run", kind)
+    trainer.problem.reset_lower = lambda upper: dict(upper)  # type: ignore[method-assign]
+    trainer.run()
+    assert starts == [False, True] * 4
