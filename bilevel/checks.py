@@ -17,7 +17,7 @@ def check_number(argument: str, value: object, *, positive: bool = False, below:
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < below
     if not valid or (positive and value == 0.0):
         kind = "a positive number" if positive else "a finite number >= 0"
-        limit = "" if below == math.inf else f" below {below:g}"
+        limit = "" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{argument} must be {kind}{limit}, got {value!r}")
 
 

@@ -94,9 +94,9 @@ def check_hypergradient(
     square; 1 where x = 0), shrinks, and the differences are extrapolated (Richardson; Ridders 1982) until an
     estimate, which the next smaller step must confirm, is certain to a hundredth of `tolerance`, or to `tolerance`
     before rounding takes over. Four to six steps do for a function that is smooth on the scale of x; the search ends
-    at the square root of the rounding unit, after larger steps up to 0.1 where x is smaller. With a `Method.damping` the
-    problem that is re-solved is the one whose regularization weight is ``lambda + damping``, which is what the damped
-    system differentiates; the distance to the undamped problem is reported beside it.
+    at the square root of the rounding unit, after larger steps up to 0.1 where x is smaller. With a `Method.damping`
+    the problem that is re-solved is the one whose regularization weight is ``lambda + damping``, which is what the
+    damped system differentiates; the distance to the undamped problem is reported beside it.
 
     Args:
         lower: where `lower_solver` starts from.

@@ -112,8 +112,8 @@ class Implicit(Method):
         rate = step.upper_rate or 0.0
         if rate == 0.0 and pending.rates > 0.0:
             raise ValueError(
-                f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part of "
-                "its whole alternation; end above 0, or leave aggregate out"
+                f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part "
+                "of its whole alternation; end above 0, or leave aggregate out"
             )
         result = through_system(
             system, step.upper, step.lower, step.upper_batch, solve=lambda v: self._solve(step, state, system, v)
@@ -121,7 +121,9 @@ class Implicit(Method):
         scale = pending.scale(rate)
         following = self._next(state, _Pending())
         if self.warm_start and result.solution is not None:
-            following["start"] = tree.scale(1.0 / scale, result.solution.value) if result.solution.status.ok else None
+            following.pop("start", None)
+            if result.solution.status.ok:
+                following["start"] = tree.scale(1.0 / scale, result.solution.value)
         return Proposal(result.grad, result.loss, following, result, scale)
 
     def _next(self, state: MethodState, pending: "_Pending") -> MethodState:

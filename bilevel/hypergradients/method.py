@@ -123,7 +123,7 @@ class Method(ABC):
     """
 
     damping: float = 0.0
-    """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the problem so damped."""
+    """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the damped problem."""
 
     @property
     def stored_batches(self) -> int:

@@ -36,7 +36,6 @@ from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
     StaleSystemError,
-    check_given,
     check_marks,
     take_marks,
     upper_derivatives,
@@ -154,7 +153,7 @@ class System:
             )
         b = {name: b[name] for name in self.implicit}
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
-        if x0 is None or not only_if_closer:
+        if x0 is None or not (only_if_closer and self.solver.uses_start):
             return self.solver.solve(operator, b, x0=x0, state=self.state)
         product = operator(x0)
         if bool(tree.norm(tree.sub(b, product)) < tree.norm(b)):
@@ -208,13 +207,8 @@ class System:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
         self._invalidated = True
 
-    def check_fresh(self, upper: Params | None = None, lower: Params | None = None) -> None:
-        """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums.
-
-        Args:
-            upper, lower: variables about to be used with the system; they must be the ones it was built from, but for
-                upper ones that the curvature does not depend on, which may be others of the same names and shapes.
-        """
+    def check_fresh(self) -> None:
+        """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums."""
         if self._invalidated:
             raise StaleSystemError("the system was invalidated; call linearize again")
         weight = self.problem.regularization_weight
@@ -223,10 +217,6 @@ class System:
                 f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
                 "linearize again"
             )
-        if upper is not None:
-            check_given("upper", upper, self.upper, others_of_same_shape=not self.problem.curvature_depends_on_upper)
-        if lower is not None:
-            check_given("lower", lower, self.lower)
         check_marks(self._marks, take_marks(self._named_tensors()))
         self._buffers.check()
 

@@ -66,8 +66,8 @@ class Unrolled(Method):
     Raises:
         TypeError: an `update` that is not one.
         ValueError: `steps` below 1; `started_from` with names that do not fit or with `steps` that leave some out; a
-            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, adaptation, chunks,
-            an optimizer that `from_optimizer` refuses, an `update` of one's own).
+            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, an adaptation,
+            chunks, an optimizer that `from_optimizer` refuses, an `update` of one's own).
     """
 
     update: Rule | None = None
@@ -327,9 +327,9 @@ class _Trajectory:
         apart, moved = float(tree.norm(tree.sub(end, really))), float(tree.norm(tree.sub(really, start)))
         if apart > 0.01 * moved + rounding * float(tree.norm(really)):
             self.diverted = (
-                f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where it "
-                "had led, so that this is the derivative of other steps; let no hook move the lower variables, make the "
-                "lower objective a function of its arguments and the Problem's state_dict, or take another method"
+                f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where "
+                "it had led, so that this is the derivative of other steps; let no hook move the lower variables, make "
+                "the lower objective a function of its arguments and the Problem's state_dict, or take another method"
             )
 
 

@@ -21,7 +21,7 @@ COUNT = "count"
 class Update(ABC):
     """One step of an optimizer, ``(y, g, state) -> (y', state')``, written without side effects.
 
-    Subclasses are final and frozen: an update holds options and no state. `unrolled_hypergradient` differentiates it
+    Subclasses are final and frozen: an update holds options and no state. `Unrolled` differentiates it
     with respect to all three arguments, and to those of its options that are tensors.
     """
 

@@ -77,7 +77,7 @@ class Account:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""
         return not self.operator.exact or max(self.iterations, 1) * self.attainable(x) > 0.1 * relative
 
-    def to_device(self, x: Params, relative: float) -> bool:
+    def at_rounding_level(self, x: Params, relative: float) -> bool:
         """Whether a measured residual has reached the rounding level, below which no iteration helps."""
         return self.operator.exact and relative <= 10.0 * self.attainable(x)
 

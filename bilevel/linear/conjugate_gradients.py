@@ -67,7 +67,7 @@ class ConjugateGradients:
                 relative = account.relative(r)
             # Directions made of nothing but rounding errors have arbitrary curvature: no breakdown once x is as good
             # as it can get.
-            settled = account.to_device(x, relative)
+            settled = account.at_rounding_level(x, relative)
             if breakdown is not None and not (settled and breakdown is not Status.NON_FINITE):
                 return account.close(breakdown, x, (start, relative), self._ritz_range())
             stop = settled or not account.unfinished(relative)

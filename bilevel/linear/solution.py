@@ -58,8 +58,8 @@ class Solution:
             of A, and all of `Dense`'s are attained. None where none came for nothing (`Identity`, layer-wise or
             preconditioned CG, Neumann with a given scale).
         tikhonov: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status,
-            iterations, residual_norms and residual_curve are those of ``(A + tikhonov I) x = b``; the other numbers stay
-            those of A.
+            iterations, residual_norms and residual_curve are those of ``(A + tikhonov I) x = b``; the other numbers
+            stay those of A.
         noise: standard error of A x, relative to b, from the choice of A's batches, where the solver measured it
             (``CG(rtol="noise")``); None otherwise.
         residual_without_tikhonov: ``||b - A x|| / ||b||`` where tikhonov is not 0; None otherwise, residual_norms

@@ -28,6 +28,11 @@ class Solver(ABC):
         may, a trainer resumes before the first solve of a system, not between two."""
         return type(self).prepare is not Solver.prepare
 
+    @property
+    def uses_start(self) -> bool:
+        """Whether a first iterate makes any difference."""
+        return True
+
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
         return None
@@ -72,7 +77,7 @@ class Solver(ABC):
         unit = tree.scale(1.0 / scale, b)
         # From zero a breakdown at the first step keeps b, which a zero given as x0 would silence.
         given = x0 is not None and not bool(tree.norm(x0) == 0.0)
-        start = {name: x0[name].detach() / scale for name in b} if given and x0 is not None else None
+        start = _in_units(x0, b, scale) if given and x0 is not None else None
         state = self.prepare(operator) if state is None else state
         if start is not None and x0_product is not None:
             operator = KnownProduct(operator, start, tree.scale(1.0 / scale, {name: x0_product[name] for name in b}))
@@ -154,6 +159,13 @@ def _compare(x: Params, b: Params) -> tuple[float, float]:
     norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
     relative_change = float(tree.norm(tree.sub(x, b))) / norm_b
     return relative_change, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
+
+
+def _in_units(x0: Params, b: Params, scale: float) -> Params:
+    """x0 over `scale` in the order of b: the object itself where it is that already, whose product may be known."""
+    if scale == 1.0 and list(x0) == list(b) and not any(leaf.requires_grad for leaf in x0.values()):
+        return x0
+    return {name: x0[name].detach() / scale for name in b}
 
 
 def _check_start(x0: Params, b: Params) -> None:

@@ -2,13 +2,12 @@
 
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_given, check_marks, take_marks
+from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
 
 __all__ = [
     "BufferWatch",
     "LowerObjectives",
     "StaleSystemError",
-    "check_given",
     "check_marks",
     "lower_derivatives",
     "lower_value",

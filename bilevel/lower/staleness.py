@@ -6,9 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.checks import same_structure
-from bilevel.tree import Params
-
 _SAMPLES = 4096
 
 
@@ -65,18 +62,6 @@ class BufferWatch:
         """Raise StaleSystemError if one of them has changed."""
         marks = [mark for _, mark in self._seen.values()]
         check_marks(marks, take_marks([(mark.name, tensor) for tensor, mark in self._seen.values()]))
-
-
-def check_given(argument: str, given: Params, own: Params, *, others_of_same_shape: bool = False) -> None:
-    """Raise StaleSystemError unless `given` are the tensors of `own`, or others of the same names and shapes."""
-    if others_of_same_shape:
-        same = same_structure(given, own)
-    else:
-        same = given.keys() == own.keys() and all(given[n] is own[n] for n in own)
-    if not same:
-        raise StaleSystemError(
-            f"{argument}: not the tensors that the system was built from; call linearize again for these"
-        )
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[str]:

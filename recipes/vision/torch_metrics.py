@@ -36,9 +36,13 @@ def _adapted(name: str, given: Any) -> Metric:
     try:
         import torchmetrics
     except ImportError as error:
-        raise PluginError(f"{what}, no recipes.vision.metrics.Metric, and torchmetrics is not installed") from error
+        raise PluginError(
+            f"{what}, no bilevel.recipes.vision.metrics.Metric, and torchmetrics is not installed"
+        ) from error
     if not isinstance(given, torchmetrics.Metric):
-        raise PluginError(f"{what}, neither a recipes.vision.metrics.Metric nor a torchmetrics.Metric; return one")
+        raise PluginError(
+            f"{what}, neither a bilevel.recipes.vision.metrics.Metric nor a torchmetrics.Metric; return one"
+        )
     if given.higher_is_better is None:
         raise PluginError(
             f"{what}, which does not say whether higher values are better; return one of a subclass with "

@@ -13,14 +13,18 @@ from torch import Tensor
 from benchmarks.measuring import free_port
 from bilevel import (
     CG,
+    SAMA,
     AlternatingSchedule,
     Hypergradient,
     Implicit,
     Level,
     Neumann,
+    OneStep,
     Params,
+    Penalty,
     Problem,
     Trainer,
+    Unrolled,
     hypergradient,
     linearize,
     proximal,
@@ -38,9 +42,6 @@ from bilevel.distributed import (
     shard,
     world_size,
 )
-from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
-from bilevel.hypergradients.penalty import penalty_hypergradient
-from bilevel.hypergradients.unrolled import unrolled_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
 from bilevel.nn.functional import own_draws
 from bilevel.products import ForwardOverReverse, ReverseOverReverse
@@ -125,8 +126,13 @@ def products() -> dict[str, Tensor]:
 
 def stopped_at_the_noise(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> Tensor:
     """What the batches' differences decide: they are those of global batches, however many ranks have a share."""
-    options: dict[str, Any] = {"upper_batch": own_part(POINTS * 2.0), "lower_batches": batches, "damping": 4.0}
-    result = hypergradient(problem, upper, lower, solver=CG(10, rtol="noise"), on_failure="ignore", **options)
+    result = hypergradient(
+        *(problem, upper, lower),
+        Implicit(CG(10, rtol="noise"), damping=4.0),
+        upper_batch=own_part(POINTS * 2.0),
+        lower_batches=batches,
+        on_failure="ignore",
+    )
     assert result.solution is not None
     assert result.noise is not None
     numbers = [result.noise, float(result.solution.noise or 0.0), float(result.solution.iterations)]
@@ -134,18 +140,18 @@ def stopped_at_the_noise(problem: Problem, upper: Params, lower: Params, batches
 
 
 def without_a_solve(problem: Problem, upper: Params, lower: Params, batches: list[Tensor]) -> dict[str, Hypergradient]:
-    options: dict[str, Any] = {"upper_batch": own_part(POINTS * 2.0), "lower_batches": batches}
     adam = AdamUpdate(0.1, eps=0.1)
+    methods = {
+        "unrolled": Unrolled(lambda x: AdamUpdate(x["tilt"].exp().mean() * 0.1, eps=0.1)),
+        "recomputed": Unrolled(SGDUpdate(0.1, momentum=0.9), recompute=True),
+        "one step": OneStep(0.1, hvp=ReverseOverReverse()),
+        "sama": SAMA(adam, hvp=ReverseOverReverse()),
+        "penalty": Penalty(adam, 5.0),
+    }
+    upper_batch = own_part(POINTS * 2.0)
     return {
-        "unrolled": unrolled_hypergradient(
-            problem, upper, lower, update=lambda x: AdamUpdate(x["tilt"].exp().mean() * 0.1, eps=0.1), **options
-        ),
-        "recomputed": unrolled_hypergradient(
-            problem, upper, lower, update=SGDUpdate(0.1, momentum=0.9), recompute=True, **options
-        ),
-        "darts": darts_hypergradient(problem, upper, lower, step_size=0.1, hvp=ReverseOverReverse(), **options),
-        "sama": sama_hypergradient(problem, upper, lower, update=adam, hvp=ReverseOverReverse(), **options),
-        "penalty": penalty_hypergradient(problem, upper, lower, update=adam, penalty=5.0, **options),
+        name: hypergradient(problem, upper, lower, method, upper_batch=upper_batch, lower_batches=batches)
+        for name, method in methods.items()
     }
 
 

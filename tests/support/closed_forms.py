@@ -1,11 +1,10 @@
 """Bilevel problems whose hypergradients are known in closed form."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from bilevel import CG, Hypergradient, Neumann, Params, Problem, hypergradient, proximal
+from bilevel import CG, Hypergradient, Method, Neumann, Params, Problem, hypergradient, proximal
+from bilevel.hypergradients import OnFailure
 from bilevel.linear import Dense, Solver
 from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector, with_spectrum
@@ -46,8 +45,15 @@ def quadratic() -> tuple[QuadraticBilevel, Params, Params]:
     return problem, upper, {"head": y[:1].reshape(()), "body": y[1:].reshape(2, 2)}
 
 
-def run(problem: Problem, upper: Params, lower: Params, **options: Any) -> Hypergradient:
-    return hypergradient(problem, upper, lower, upper_batch=None, lower_batches=NO_BATCH, **options)
+def run(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    method: Method | Solver | None = None,
+    *,
+    on_failure: OnFailure = "warn",
+) -> Hypergradient:
+    return hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=NO_BATCH, on_failure=on_failure)
 
 
 class Ridge(Problem):

@@ -77,11 +77,11 @@ def whole(objective: Any, upper: Params, lower: Params, w: Params) -> tuple[Para
     return detached, {name: both[f"y{name}"] for name in y}, {name: both[f"x{name}"] for name in x}
 
 
-def trainer(problem: Problem, upper: Params, lower: Params, batch: Any, **options: Any) -> Trainer:
+def trainer(problem: Problem, upper: Params, lower: Params, batch: Any, *, micro_batch: int | None = None) -> Trainer:
+    """One lower step at a rate of 0.1."""
     return Trainer(
         problem,
         Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [batch]),
-        Level(lower, torch.optim.SGD(lower.values(), lr=0.1), [batch]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.1), [batch], micro_batch=micro_batch),
         AlternatingSchedule(1, 1, 0),
-        **options,
     )

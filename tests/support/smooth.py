@@ -14,13 +14,11 @@ class Smooth(Problem):
         self.regularization_weight, self.regularized = weight, regularized
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        outputs = torch.tanh(batch @ lower["w"] + upper["tikhonov"].sum()) * torch.exp(
-            0.5 * lower["v"].sum() * upper["t"]
-        )
+        outputs = torch.tanh(batch @ lower["w"] + upper["shift"].sum()) * torch.exp(0.5 * lower["v"].sum() * upper["t"])
         return outputs.square().mean() + 0.3 * torch.cosh(lower["v"]).sum() + 0.2 * (lower["w"] ** 4).sum()
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return (batch @ lower["w"]).sin().mean() + lower["v"].prod() * upper["t"] + upper["tikhonov"].square().sum()
+        return (batch @ lower["w"]).sin().mean() + lower["v"].prod() * upper["t"] + upper["shift"].square().sum()
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor | None:
         if not self.regularized:
@@ -30,7 +28,7 @@ class Smooth(Problem):
 
 def variables() -> tuple[Params, Params]:
     return (
-        {"w": vector(3, 10), "t": vector(1, 11)[0], "tikhonov": vector(2, 12)},
+        {"w": vector(3, 10), "t": vector(1, 11)[0], "shift": vector(2, 12)},
         {"w": vector(3, 13), "v": vector(2, 14)},
     )
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Hypergradient, Params, Problem, proximal
+from bilevel import Hypergradient, Params, Problem, Unrolled, hypergradient, proximal
+from bilevel.hypergradients import OnFailure
 from bilevel.hypergradients.torch_updates import TorchUpdate
-from bilevel.hypergradients.unrolled import unrolled_hypergradient
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
 from tests.support.cases import joined, vector, with_spectrum
 
@@ -65,13 +65,11 @@ class Smooth(Problem):
     regularization_weight = 0.3
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        outputs = torch.tanh(batch @ lower["w"] + upper["tikhonov"].sum()) * torch.exp(
-            0.5 * lower["v"].sum() * upper["t"]
-        )
+        outputs = torch.tanh(batch @ lower["w"] + upper["shift"].sum()) * torch.exp(0.5 * lower["v"].sum() * upper["t"])
         return outputs.square().mean() + 0.3 * torch.cosh(lower["v"]).sum() + 0.2 * (lower["w"] ** 4).sum()
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return (batch @ lower["w"]).sin().mean() + lower["v"].prod() * upper["t"] + upper["tikhonov"].square().sum()
+        return (batch @ lower["w"]).sin().mean() + lower["v"].prod() * upper["t"] + upper["shift"].square().sum()
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor:
         return proximal(upper, lower, {"w": "w"}) + 0.1 * torch.cosh(lower["v"] * upper["t"]).sum()
@@ -81,7 +79,7 @@ class Smooth(Problem):
 
 
 def smooth() -> tuple[Smooth, Params, Params]:
-    upper = {"w": vector(3, 10), "t": vector(1, 11)[0], "tikhonov": vector(2, 12), "rate": vector(1, 15)[0] * 0.1 - 2.0}
+    upper = {"w": vector(3, 10), "t": vector(1, 11)[0], "shift": vector(2, 12), "rate": vector(1, 15)[0] * 0.1 - 2.0}
     return Smooth(), upper, {"w": vector(3, 13), "v": vector(2, 14)}
 
 
@@ -133,6 +131,24 @@ PROCEDURES: dict[str, tuple[Update | Callable[[Params], Update], Loop]] = {
 }
 
 
-def unroll(problem: Problem, upper: Params, lower: Params, update: Any, **options: Any) -> Hypergradient:
-    options = {"upper_batch": UPPER_BATCH, "lower_batches": BATCHES, **options}
-    return unrolled_hypergradient(problem, upper, lower, update=update, **options)
+def unroll(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    update: Any,
+    *,
+    upper_batch: Any = UPPER_BATCH,
+    lower_batches: Any = BATCHES,
+    on_failure: OnFailure = "warn",
+    **options: Any,
+) -> Hypergradient:
+    """By `Unrolled`, whose `options` are given."""
+    return hypergradient(
+        problem,
+        upper,
+        lower,
+        Unrolled(update, **options),
+        upper_batch=upper_batch,
+        lower_batches=lower_batches,
+        on_failure=on_failure,
+    )

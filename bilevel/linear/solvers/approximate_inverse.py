@@ -34,5 +34,9 @@ class ApproximateInverse(Solver):
                 "number a, pass lambda b: {name: a * leaf for name, leaf in b.items()}"
             )
 
+    @property
+    def uses_start(self) -> bool:
+        return False
+
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
         return Solution(self.inverse(b), Status.BUDGET, (1.0, math.nan), 0, 0)

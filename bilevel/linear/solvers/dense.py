@@ -43,6 +43,10 @@ class Dense(Solver):
     def prepare(self, operator: Any) -> _Spectrum:
         return _Spectrum()
 
+    @property
+    def uses_start(self) -> bool:
+        return False
+
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Spectrum) -> Solution:
         n = tree.size(b)
         if n > self.max_size:

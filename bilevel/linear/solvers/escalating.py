@@ -69,6 +69,10 @@ class Escalating(Solver):
         if self.initial is not None and not 0.0 < self.initial < math.inf:
             raise ValueError(f"Escalating: initial must be a positive number or None, got {self.initial!r}")
 
+    @property
+    def uses_start(self) -> bool:
+        return self.solver.uses_start
+
     def prepare(self, operator: Any) -> _Level:
         return _Level(self.solver.prepare(operator))
 

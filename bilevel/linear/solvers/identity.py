@@ -18,5 +18,9 @@ class Identity(Solver):
     No product is made, so the residual is not measured: `residual_norms` ends in NaN.
     """
 
+    @property
+    def uses_start(self) -> bool:
+        return False
+
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
         return Solution(b, Status.BUDGET, (1.0, math.nan), 0, 0)

@@ -78,7 +78,7 @@ class _MinimalResiduals:
                     breakdown = None
             if relative <= best_relative:
                 best, best_relative = x, relative
-            settled = account.to_device(x, relative)
+            settled = account.at_rounding_level(x, relative)
             stop = settled or not account.unfinished(relative) or not math.isfinite(relative)
             if stop or breakdown is not None:
                 break

@@ -115,7 +115,7 @@ class _Series:
             relative = account.relative(tree.sub(b, self.first_product))
         elif account.drifted(x, relative):
             relative = account.relative(account.residual(x))
-        settled = account.to_device(x, relative)
+        settled = account.at_rounding_level(x, relative)
         if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
             breakdown = account.verdict(relative, settled)
         return account.close(breakdown, x, (start, relative))

@@ -100,7 +100,7 @@ class Nystrom(Solver):
         if agree(not math.isfinite(relative)):
             return account.close(Status.NON_FINITE, b if x0 is None else x0, (start, math.nan))
         account.curve.append(relative)
-        settled = account.to_device(x, relative)
+        settled = account.at_rounding_level(x, relative)
         if settled or account.good_enough(relative):
             return account.close(account.verdict(relative, settled), x, (start, relative))
         indefinite = sketch.ritz_range[0] < -4.0 * account.product_error * account.norm_a

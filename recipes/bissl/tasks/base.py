@@ -133,8 +133,8 @@ class DownstreamTask(Task, ABC):
     def metrics(self) -> "Mapping[str, Metric | torchmetrics.Metric]":
         """Metrics by name; the first is the primary one, by which the best epoch is chosen.
 
-        Besides those of `recipes.vision.metrics`, any ``torchmetrics.Metric`` that gives one number and says whether
-        higher is better; see `recipes.vision.torch_metrics.as_metrics`.
+        Besides those of `bilevel.recipes.vision.metrics`, any ``torchmetrics.Metric`` that gives one number and says
+        whether higher is better; see `bilevel.recipes.vision.torch_metrics.as_metrics`.
         """
 
     def forward(self, backbone: Bound, head: Bound, inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Identity, Params, Problem, check_hypergradient, hypergradient, proximal
+from bilevel import CG, Identity, Implicit, Params, Problem, check_hypergradient, hypergradient, proximal
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_every_planted_defect_is_caught(name: str, defect: str) -> None:
         gradient = hypergradient(
             s.problem, s.upper, y, CG(100, 1e-12), upper_batch=s.upper_batch, lower_batches=s.lower_batches[:1]
         ).grad
-    report = check_hypergradient(s.problem, s.upper, s.lower, solver=solver, gradient=gradient, **s.options())
+    report = check_hypergradient(s.problem, s.upper, s.lower, solver, gradient=gradient, **s.options())
     assert not report.agrees
     assert report.relative_error > 1e-3
     assert report.verdict.startswith("wrong")
@@ -147,7 +147,7 @@ def test_every_planted_defect_is_caught(name: str, defect: str) -> None:
 
 def test_damping_is_checked_against_the_damped_problem() -> None:
     s = setting("proximal")
-    report = check_hypergradient(s.problem, s.upper, s.lower, damping=2.0, **s.options())
+    report = check_hypergradient(s.problem, s.upper, s.lower, Implicit(CG(200, 1e-10), damping=2.0), **s.options())
     assert report.agrees
     assert report.relative_error < 1e-5
     assert "damped problem" in report.verdict
@@ -207,7 +207,7 @@ def test_a_weight_that_must_stay_positive(weight: float) -> None:
         "upper_batch": None,
         "lower_batches": [None],
         "lower_solver": exactly,
-        "solver": CG(2000, 1e-12),
+        "method": CG(2000, 1e-12),
     }
     right = check_hypergradient(problem, upper, lower, **options)
     assert right.agrees
@@ -325,7 +325,9 @@ def test_the_damped_problem_is_the_users_but_for_its_weight(kind: type[Any]) -> 
         weights.add(problem.regularization_weight)
         return newton(problem, upper, lower, batches)
 
-    report = check_hypergradient(problem, s.upper, s.lower, damping=2.0, **{**s.options(), "lower_solver": solve})
+    report = check_hypergradient(
+        problem, s.upper, s.lower, Implicit(CG(200, 1e-10), damping=2.0), **{**s.options(), "lower_solver": solve}
+    )
     assert report.agrees
     assert weights == {0.7 + 2.0, 0.7}
     assert problem.regularization_weight == 0.7

@@ -28,7 +28,7 @@ from tests.support.closed_forms import (
 @pytest.mark.parametrize("hvp", PROVIDERS, ids=str)
 def test_quadratic_closed_form(solver: Solver, hvp: HVPProvider) -> None:
     problem, upper, lower = quadratic()
-    result = run(problem, upper, lower, solver=solver, hvp=hvp)
+    result = run(problem, upper, lower, Implicit(solver, hvp=hvp))
     v = joined(lower) - problem.t
     implicit = -problem.C @ torch.linalg.solve(problem.A, v)
     assert relative_error(joined(result.implicit), implicit) <= 1e-8
@@ -46,7 +46,7 @@ def test_quadratic_total_derivative_by_differentiating_through_the_solution() ->
     x = joined(upper).clone().requires_grad_()
     optimum = -torch.linalg.solve(problem.A, problem.C.T @ x + problem.a)
     (reference,) = torch.autograd.grad(0.5 * (optimum - problem.t).square().sum() + 0.5 * x.square().sum(), x)
-    assert relative_error(joined(run(problem, upper, lower, solver=Dense()).grad), reference) <= 1e-12
+    assert relative_error(joined(run(problem, upper, lower, Dense()).grad), reference) <= 1e-12
 
 
 @pytest.mark.parametrize("log_weight", [torch.tensor(-0.7, dtype=torch.float64), vector(5, 10)], ids=["scalar", "each"])
@@ -62,7 +62,7 @@ def test_ridge_closed_form(solver: Solver, hvp: HVPProvider, log_weight: Tensor)
     expected = per_feature if log_weight.dim() else per_feature.sum()
     if not hvp.exact:
         solver = {CG: CG(100, rtol=1e-8), Neumann: Neumann(500, rtol=1e-8)}.get(type(solver), solver)
-    result = run(problem, {"log_weight": log_weight}, {"y": y}, solver=solver, hvp=hvp)
+    result = run(problem, {"log_weight": log_weight}, {"y": y}, Implicit(solver, hvp=hvp))
     assert relative_error(result.grad["log_weight"], expected) <= (1e-8 if hvp.exact else 1e-6)
     assert result.stationarity <= 1e-14
 
@@ -72,7 +72,7 @@ def test_ridge_closed_form(solver: Solver, hvp: HVPProvider, log_weight: Tensor)
 @pytest.mark.parametrize("hvp", PROVIDERS, ids=str)
 def test_proximal_closed_form(solver: Solver, hvp: HVPProvider, damping: float) -> None:
     problem, upper, lower = proximal_point()
-    result = run(problem, upper, lower, solver=solver, hvp=hvp, damping=damping)
+    result = run(problem, upper, lower, Implicit(solver, hvp=hvp, damping=damping))
     c = 2.0 + damping
     hessian, v = problem.hessian(lower), 2.0 * (joined(lower) - 1.0)
     eye = torch.eye(5, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_proximal_closed_form(solver: Solver, hvp: HVPProvider, damping: float) 
 
 def test_identity_gives_the_upper_gradient_itself() -> None:
     problem, upper, lower = proximal_point()
-    result = run(problem, upper, lower, solver=Identity(), damping=3.0)
+    result = run(problem, upper, lower, Implicit(Identity(), damping=3.0))
     y = {name: leaf.clone().requires_grad_() for name, leaf in lower.items()}
     v = torch.autograd.grad(problem.upper_objective(upper, y, None), list(y.values()))
     assert result.solution is not None
@@ -99,21 +99,21 @@ def test_stationarity_of_the_proximal_problem() -> None:
     y = {name: leaf.clone().requires_grad_() for name, leaf in lower.items()}
     total = problem.lower_objective(upper, y, None) + (joined(y) - joined(upper)).square().sum()
     reference = torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(y.values()))]).norm()
-    result = run(problem, upper, lower, damping=5.0)
+    result = run(problem, upper, lower, Implicit(damping=5.0))
     assert result.stationarity == pytest.approx(float(reference), rel=1e-12)
 
 
 @pytest.mark.parametrize("central", [True, False])
 def test_finite_differences_to_their_own_tolerance(central: bool) -> None:
     problem, upper, lower = proximal_point()
-    reference = run(problem, upper, lower, solver=Dense())
-    found = run(problem, upper, lower, solver=CG(50, rtol=1e-8), hvp=FiniteDifference(central=central))
+    reference = run(problem, upper, lower, Dense())
+    found = run(problem, upper, lower, Implicit(CG(50, rtol=1e-8), hvp=FiniteDifference(central=central)))
     assert relative_error(joined(found.grad), joined(reference.grad)) <= (1e-8 if central else 1e-6)
 
 
 def test_implicit_subset_holds_the_other_variables_fixed() -> None:
     problem, upper, lower = quadratic()
-    result = run(problem, upper, lower, solver=Dense(), implicit=["body"])
+    result = run(problem, upper, lower, Implicit(Dense(), implicit=["body"]))
     v = (joined(lower) - problem.t)[1:]
     expected = joined(upper) - problem.C[:, 1:] @ torch.linalg.solve(problem.A[1:, 1:], v)
     assert relative_error(joined(result.grad), expected) <= 1e-12
@@ -135,7 +135,7 @@ def test_variables_that_nothing_uses_get_zeros() -> None:
     lower = {**lower, "spare": vector(3), "none": vector(0)}
     for hvp in PROVIDERS:
         for solver in SOLVERS:
-            result = run(Sparse(), upper, lower, solver=solver, hvp=hvp)
+            result = run(Sparse(), upper, lower, Implicit(solver, hvp=hvp))
             v = torch.zeros(5, dtype=torch.float64)
             v[0] = 2.0 * (lower["head"] - 1.0)
             expected = -reference.C @ torch.linalg.solve(reference.A, v)
@@ -168,17 +168,17 @@ def test_a_system_serves_many_upper_batches() -> None:
     for solver in SOLVERS:
         system = linearize(problem, upper, lower, NO_BATCH, solver=solver)
         for target in (0.0, 1.0, -3.0):
-            one = hypergradient(problem, upper, lower, upper_batch=target, system=system)
+            one = system.hypergradient(target)
             fresh = hypergradient(problem, upper, lower, solver, upper_batch=target, lower_batches=NO_BATCH)
             assert relative_error(joined(one.grad), joined(fresh.grad)) <= 1e-9
 
 
 def test_a_good_start_saves_iterations() -> None:
     problem, upper, lower = proximal_point()
-    solver = CG(50, rtol=1e-8)
-    first = run(problem, upper, lower, solver=solver)
+    system = linearize(problem, upper, lower, NO_BATCH, solver=CG(50, rtol=1e-8))
+    first = system.hypergradient(None)
     assert first.solution is not None
-    again = run(problem, upper, lower, solver=solver, x0=first.solution.value)
+    again = system.hypergradient(None, x0=first.solution.value)
     assert again.solution is not None
     assert again.solution.iterations == 0
     assert relative_error(joined(again.grad), joined(first.grad)) <= 1e-7

@@ -9,13 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Identity, Implicit, Neumann, Params, SolverError, SolverWarning, Status, hypergradient
-from bilevel.hypergradients.first_order import darts_hypergradient, sama_hypergradient
+from bilevel import (
+    CG,
+    SAMA,
+    Identity,
+    Implicit,
+    Neumann,
+    OneStep,
+    Params,
+    SolverError,
+    SolverWarning,
+    Status,
+    hypergradient,
+    linearize,
+)
 from bilevel.hypergradients.updates import SGDUpdate
 from bilevel.linear import Dense, Solver
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined
-from tests.support.closed_forms import PROVIDERS, Proximal, proximal_point, relative_error, run
+from tests.support.closed_forms import NO_BATCH, PROVIDERS, Proximal, proximal_point, relative_error, run
 
 
 class Broken(Proximal):
@@ -60,7 +72,9 @@ class Concave(Proximal):
 
 def test_what_a_failure_does_is_decided_by_on_failure() -> None:
     _, upper, lower = proximal_point()
-    with pytest.warns(SolverWarning, match="negative curvature.*raise damping or shift.*relative residual") as caught:
+    with pytest.warns(
+        SolverWarning, match="negative curvature.*raise damping or tikhonov.*relative residual"
+    ) as caught:
         warned = run(Concave(), upper, lower)
     assert caught[0].filename == inspect.getfile(run)
     with pytest.raises(SolverError, match="negative curvature") as raised:
@@ -70,35 +84,33 @@ def test_what_a_failure_does_is_decided_by_on_failure() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ignored = run(Concave(), upper, lower, on_failure="ignore")
-        run(Concave(), upper, lower, on_failure="raise", damping=10.0, solver=CG(20))
-        run(Concave(), upper, lower, on_failure="raise", damping=10.0, solver=CG(1, rtol=None))
+        run(Concave(), upper, lower, Implicit(CG(20), damping=10.0), on_failure="raise")
+        run(Concave(), upper, lower, Implicit(CG(1, rtol=None), damping=10.0), on_failure="raise")
     assert torch.equal(joined(ignored.grad), joined(warned.grad))
     assert ignored.solution is not None
     assert ignored.solution.min_curvature == pytest.approx(1.0 - 2.0 / 0.1)
     with pytest.raises(ValueError, match=r"on_failure must be one of .*'warn'.*got 'quiet'"):
-        run(Concave(), upper, lower, on_failure="quiet")
+        run(Concave(), upper, lower, on_failure="quiet")  # type: ignore[arg-type]
 
 
 def test_a_missed_tolerance_is_a_failure_and_a_spent_budget_is_not() -> None:
     problem, upper, lower = proximal_point()
     with pytest.warns(SolverWarning, match="not converged"):
-        run(problem, upper, lower, solver=CG(1, rtol=1e-12))
+        run(problem, upper, lower, CG(1, rtol=1e-12))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = run(problem, upper, lower, solver=CG(1, rtol=None))
+        result = run(problem, upper, lower, CG(1, rtol=None))
     assert result.solution is not None
     assert result.solution.status is Status.BUDGET
 
 
-def test_missing_and_bad_arguments() -> None:
+def test_bad_arguments() -> None:
     problem, upper, lower = proximal_point()
-    with pytest.raises(ValueError, match="lower_batches is missing"):
-        hypergradient(problem, upper, lower, upper_batch=None)
     bad: Any = [upper["a"]]
     with pytest.raises(TypeError, match="upper must be a dict"):
         run(problem, bad, lower)
     with pytest.raises(ValueError, match="x0 must have the names and shapes of b"):
-        run(problem, upper, lower, x0={"a": torch.zeros(2)})
+        linearize(problem, upper, lower, NO_BATCH).hypergradient(None, x0={"a": torch.zeros(2)})
 
     class Many(Proximal):
         def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
@@ -143,8 +155,6 @@ def test_a_nan_outside_the_solve_is_a_failure_that_names_its_part(problem: Proxi
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(problem, upper, lower, on_failure="ignore")
-    batches: dict[str, Any] = {"upper_batch": None, "lower_batches": [None], "on_failure": "raise"}
-    with pytest.raises(SolverError, match=part):
-        darts_hypergradient(problem, upper, lower, step_size=0.1, hvp=ReverseOverReverse(), **batches)
-    with pytest.raises(SolverError, match=part):
-        sama_hypergradient(problem, upper, lower, update=SGDUpdate(0.1), hvp="auto", **batches)
+    for method in (OneStep(0.1, hvp=ReverseOverReverse()), SAMA(SGDUpdate(0.1), hvp="auto")):
+        with pytest.raises(SolverError, match=part):
+            run(problem, upper, lower, method, on_failure="raise")

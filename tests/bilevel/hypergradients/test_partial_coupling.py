@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import CG, MINRES, Identity, Implicit, Params, Problem, hypergradient, linearize, proximal
-from bilevel.linear import Dense
+from bilevel.linear import Dense, Solver
 
 LAMBDA = 0.4
 
@@ -43,7 +43,7 @@ def made() -> tuple[TwoBlocks, Params, Params]:
 
 @pytest.mark.parametrize("solver", [Dense(), CG(100, 1e-12), MINRES(100, 1e-12)])
 @pytest.mark.parametrize(("damping", "mu"), [(0.0, 0.0), (0.0, 0.3), (2.0, 1.0)])
-def test_both_blocks_implicit_equals_the_schur_complement(solver: object, damping: float, mu: float) -> None:
+def test_both_blocks_implicit_equals_the_schur_complement(solver: Solver, damping: float, mu: float) -> None:
     problem, upper, lower = made()
     found = hypergradient(
         problem,
@@ -55,20 +55,23 @@ def test_both_blocks_implicit_equals_the_schur_complement(solver: object, dampin
     )
     c = LAMBDA + damping
     tt, tp, pp = problem.matrix[:5, :5], problem.matrix[:5, 5:], problem.matrix[5:, 5:]
-    # The system is divided by c, so its shift mu on the head's block is mu * c in the undivided one.
+    # The system is divided by c, so that mu on the head's block is mu * c in the undivided one.
     schur = tt - tp @ torch.linalg.solve(pp + mu * c * torch.eye(4, dtype=torch.float64), tp.T)
     expected = torch.linalg.solve(torch.eye(5, dtype=torch.float64) + schur / c, problem.b)
     assert torch.allclose(found.grad["theta"], expected, rtol=1e-8)
 
 
-def test_a_growing_shift_on_the_head_gives_the_paper_back() -> None:
+def test_a_growing_tikhonov_on_the_head_gives_the_paper_back() -> None:
     problem, upper, lower = made()
-    batches = [torch.zeros(9, dtype=torch.float64)]
-    options = {"upper_batch": None, "lower_batches": batches, "solver": Dense()}
-    fixed = hypergradient(problem, upper, lower, implicit=["theta"], **options).grad["theta"]  # type: ignore[arg-type]
-    both = {"implicit": ["theta", "phi"], **options}
-    free = hypergradient(problem, upper, lower, **both).grad["theta"]  # type: ignore[arg-type]
-    held = hypergradient(problem, upper, lower, tikhonov={"phi": 1e6}, **both).grad["theta"]  # type: ignore[arg-type]
+    batches, both = [torch.zeros(9, dtype=torch.float64)], ["theta", "phi"]
+    fixed, free, held = (
+        hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=batches).grad["theta"]
+        for method in (
+            Implicit(Dense(), implicit=["theta"]),
+            Implicit(Dense(), implicit=both),
+            Implicit(Dense(), implicit=both, tikhonov={"phi": 1e6}),
+        )
+    )
     assert torch.allclose(held, fixed, rtol=1e-4)
     assert not torch.allclose(free, fixed, rtol=1e-2)
 
@@ -82,5 +85,5 @@ def test_noise_is_the_standard_error_over_batches() -> None:
     expected = math.sqrt(float(stacked.var(dim=0, correction=1).sum()) / 4)
     assert system.gradient_noise() == pytest.approx(expected, rel=1e-12)
     assert linearize(problem, upper, lower, batches[:1], implicit=["theta"]).gradient_noise() is None
-    result = hypergradient(problem, upper, lower, upper_batch=None, system=system)
+    result = system.hypergradient(None)
     assert result.noise == pytest.approx(expected, rel=1e-12)

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Hypergradient, Params, Problem, SolverError, SolverWarning, functional_call, hypergradient
-from bilevel.hypergradients.penalty import penalty_hypergradient
+from bilevel import (
+    Hypergradient,
+    Implicit,
+    Params,
+    Penalty,
+    Problem,
+    SolverError,
+    SolverWarning,
+    functional_call,
+    hypergradient,
+)
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
 from bilevel.linear import Dense
 from tests.support.cases import joined, vector, with_spectrum
@@ -46,13 +55,23 @@ class Quadratic(Problem):
 UPPER = {"x": vector(3, 4)}
 
 
-def run(problem: Problem, lower: Params, *, steps: int = 45, **options: Any) -> Hypergradient:
-    options = {"update": SGDUpdate(0.44), "penalty": 10.0, "upper_batch": None, **options}
-    return penalty_hypergradient(problem, UPPER, lower, **{"lower_batches": [1.0] * steps, **options})
+def run(
+    problem: Problem,
+    lower: Params,
+    *,
+    steps: int = 45,
+    lower_batches: Any = None,
+    on_failure: Any = "warn",
+    **options: Any,
+) -> Hypergradient:
+    method = Penalty(**{"update": SGDUpdate(0.44), "penalty": 10.0, **options})
+    batches = [1.0] * steps if lower_batches is None else lower_batches
+    return hypergradient(problem, UPPER, lower, method, upper_batch=None, lower_batches=batches, on_failure=on_failure)
 
 
 def exact(problem: Quadratic, lower: Params, **options: Any) -> Hypergradient:
-    return hypergradient(problem, UPPER, lower, upper_batch=None, lower_batches=[1.0], solver=Dense(), **options)
+    method = Implicit(Dense(), **options)
+    return hypergradient(problem, UPPER, lower, method, upper_batch=None, lower_batches=[1.0])
 
 
 def relative_error(found: Params, reference: Params) -> float:
@@ -164,10 +183,12 @@ def test_what_is_not_finite_is_reported_and_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"penalty": 0.0}, ValueError, "penalty must be a positive number"),
-        ({"penalty": math.nan}, ValueError, "penalty must be a positive number"),
-        ({"update": lambda x: AdamUpdate(0.1)}, TypeError, "update must be an Update"),
-        ({"penalized": {"a": vector(2)}}, ValueError, "penalized must have the names and shapes"),
+        ({"penalty": 0.0}, ValueError, "Penalty: penalty must be a positive number"),
+        ({"penalty": math.nan}, ValueError, "Penalty: penalty must be a positive number"),
+        ({"update": lambda x: AdamUpdate(0.1)}, TypeError, "Penalty: update must be an Update"),
+        ({"penalized": {"a": vector(2)}}, ValueError, "Penalty: penalized must have the names and shapes"),
+        ({"penalized": [vector(2)]}, TypeError, "Penalty: penalized must be a dict"),
+        ({"implicit": ["c"]}, ValueError, "implicit names"),
         ({"lower_batches": []}, ValueError, "lower_batches is empty"),
         ({"implicit": "a"}, TypeError, "implicit must be a sequence"),
         ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),

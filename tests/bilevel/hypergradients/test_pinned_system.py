@@ -67,10 +67,10 @@ def as_tensor(arrays: list[np.ndarray]) -> Tensor:
 
 def views(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     def one() -> Tensor:
-        tikhonov = torch.randint(-3, 4, (2,), generator=generator).tolist()
+        shift = torch.randint(-3, 4, (2,), generator=generator).tolist()
         light = 1.0 + 0.4 * (torch.rand(len(images), 3, 1, 1, generator=generator, dtype=images.dtype) - 0.5)
         flipped = images.flip(3) if torch.rand((), generator=generator) < 0.5 else images
-        return flipped.roll(tikhonov, (2, 3)) * light
+        return flipped.roll(shift, (2, 3)) * light
 
     return one(), one()
 

@@ -107,7 +107,7 @@ def test_unrolled_to_convergence_is_the_implicit_hypergradient(update: Update, r
     exact = hypergradient(problem, upper, optimum, Dense(), upper_batch=None, lower_batches=[1.0])
     assert relative_error(joined(result.grad), joined(exact.grad)) <= 1e-8
     assert result.stationarity <= 1e-8
-    truncated = unroll(problem, upper, lower, update, upper_batch=None, lower_batches=[1.0] * 90, truncation=70)
+    truncated = unroll(problem, upper, lower, update, upper_batch=None, lower_batches=[1.0] * 90, steps=70)
     assert relative_error(joined(truncated.grad), joined(exact.grad)) <= 1e-8
 
 
@@ -144,8 +144,7 @@ def test_unrolled_ridge_with_log_weights() -> None:
 def test_recomputed_equals_stored_bit_for_bit(name: str, truncation: int | None) -> None:
     problem, upper, lower = smooth()
     stored, recomputed = (
-        unroll(problem, upper, lower, PROCEDURES[name][0], truncation=truncation, recompute=again)
-        for again in (False, True)
+        unroll(problem, upper, lower, PROCEDURES[name][0], steps=truncation, recompute=again) for again in (False, True)
     )
     assert stored.lower is not None
     assert recomputed.lower is not None
@@ -171,7 +170,7 @@ def test_truncation_differentiates_the_last_steps(truncation: int, recompute: bo
     value = problem.upper_objective(x, y, UPPER_BATCH)
     expected = torch.autograd.grad(value, list(x.values()), allow_unused=True, materialize_grads=True)
     update = SGDUpdate(0.1, momentum=0.8)
-    result = unroll(problem, upper, lower, update, truncation=truncation, recompute=recompute)
+    result = unroll(problem, upper, lower, update, steps=truncation, recompute=recompute)
     for found, reference in zip(result.grad.values(), expected, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-11, atol=1e-14)
     full = unroll(problem, upper, lower, update)
@@ -199,7 +198,7 @@ def test_state_of_a_live_optimizer_is_taken_up() -> None:
     optimizer.zero_grad()
     update, state = from_optimizer(optimizer, lower)
     result = unroll(problem, upper, lower, update, state=state, lower_batches=BATCHES[4:])
-    whole = unroll(problem, upper, start, update, truncation=2)
+    whole = unroll(problem, upper, start, update, steps=2)
     torch.testing.assert_close(joined(result.grad), joined(whole.grad), rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match="AdamUpdate keeps for these variables"):
         unroll(problem, upper, lower, AdamUpdate(0.1), state=state)
@@ -231,8 +230,8 @@ def test_start_that_was_copied_from_upper_variables() -> None:
     for pairs in ({"w": "b"}, {"none": "b"}, {"w": "none"}):
         with pytest.raises(ValueError, match="started_from"):
             unroll(Task(), x, lower, SGDUpdate(0.1), started_from=pairs)
-    with pytest.raises(ValueError, match="leave truncation out"):
-        unroll(Task(), x, lower, SGDUpdate(0.1), started_from={"b": "b"}, truncation=2)
+    with pytest.raises(ValueError, match="leave `steps` out"):
+        unroll(Task(), x, lower, SGDUpdate(0.1), started_from={"b": "b"}, steps=2)
 
 
 @BOTH

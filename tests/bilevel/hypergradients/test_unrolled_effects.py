@@ -141,21 +141,21 @@ def test_memory_of_one_step_where_it_is_recomputed() -> None:
         def upper_objective(self, upper: Params, lower: Params, batch: object) -> Tensor:
             return lower["y"].sum()
 
-    def peak(steps: int, **options: Any) -> int:
+    def peak(count: int, **options: Any) -> int:
         assert not Token.alive
         Token.peak = 0
         x, y = {"x": vector(3, 1)}, {"y": vector(3, 2)}
-        unroll(Counted(), x, y, SGDUpdate(0.1), upper_batch=None, lower_batches=[None] * steps, **options)
+        unroll(Counted(), x, y, SGDUpdate(0.1), upper_batch=None, lower_batches=[None] * count, **options)
         assert not Token.alive
         return Token.peak
 
     gc.collect()
     gc.disable()
     try:
-        assert [peak(steps) for steps in (1, 5, 20)] == [1, 5, 20]
-        assert [peak(steps, recompute=True) for steps in (1, 5, 20)] == [1, 1, 1]
-        assert peak(20, truncation=3) == 3
-        assert peak(20, truncation=3, recompute=True) == 1
+        assert [peak(count) for count in (1, 5, 20)] == [1, 5, 20]
+        assert [peak(count, recompute=True) for count in (1, 5, 20)] == [1, 1, 1]
+        assert peak(20, steps=3) == 3
+        assert peak(20, steps=3, recompute=True) == 1
     finally:
         gc.enable()
 
@@ -223,12 +223,16 @@ def name_of(value: Any) -> str:
     [
         ({"lower_batches": []}, ValueError, "lower_batches is empty"),
         ({"lower_batches": BATCHES[0]}, TypeError, "lower_batches must be a sequence"),
-        ({"truncation": 0}, ValueError, "truncation must be a whole number of at least 1"),
-        ({"truncation": True}, ValueError, "truncation"),
+        ({"steps": 0}, ValueError, "Unrolled: steps must be a whole number of at least 1"),
+        ({"steps": True}, ValueError, "Unrolled: steps"),
         ({"implicit": "w"}, TypeError, "implicit must be a sequence"),
         ({"implicit": ["nothing"]}, ValueError, "nothing"),
         ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
-        ({"update": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "update must be an Update or a function"),
+        (
+            {"update": torch.optim.SGD([torch.zeros(1)], lr=0.1)},
+            TypeError,
+            "Unrolled: update must be an Update or a function",
+        ),
         ({"update": lambda x: 0.1}, TypeError, "update must make an Update"),
     ],
     ids=lambda value: (

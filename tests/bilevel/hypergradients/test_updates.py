@@ -245,12 +245,12 @@ def test_optimizers_without_the_flag_are_refused(optimizer: type[torch.optim.Opt
         (lambda: TorchUpdate(torch.optim.Adam, {"differentiable": True}), ValueError, "leave `differentiable` out"),
         (lambda: TorchUpdate(torch.optim.Adam, {"lr": torch.tensor(0.1)}), TypeError, r"\['lr'\] are tensors"),
         (lambda: TorchUpdate(torch.optim.Adam, {"lr": -1.0}), ValueError, "Invalid learning rate"),
-        (lambda: SGDUpdate(-0.1), ValueError, "lr must be a number >= 0, got -0.1"),
-        (lambda: SGDUpdate("0.1"), ValueError, "lr must be a number"),  # type: ignore[arg-type]
-        (lambda: SGDUpdate(math.nan), ValueError, "lr must be a number"),
+        (lambda: SGDUpdate(-0.1), ValueError, "SGDUpdate: lr must be a finite number >= 0, got -0.1"),
+        (lambda: SGDUpdate("0.1"), ValueError, "lr must be a finite number >= 0"),  # type: ignore[arg-type]
+        (lambda: SGDUpdate(math.nan), ValueError, "lr must be a finite number >= 0"),
         (lambda: SGDUpdate(torch.ones(2)), ValueError, r"0-d tensor, got shape \(2,\)"),
         (lambda: SGDUpdate(0.1, nesterov=True), ValueError, "nesterov=True needs a momentum"),
-        (lambda: AdamUpdate(0.1, (0.9, 1.0)), ValueError, r"betas\[1\] must be a number >= 0 and below 1"),
+        (lambda: AdamUpdate(0.1, (0.9, 1.0)), ValueError, r"betas\[1\] must be a finite number >= 0 and below 1"),
         (lambda: AdamUpdate(0.1, eps=0.0), ValueError, "eps must be a positive number"),
     ],
 )

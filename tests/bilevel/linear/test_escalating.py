@@ -20,7 +20,6 @@ from bilevel import (
     Problem,
     Status,
     Trainer,
-    hypergradient,
     linearize,
 )
 from bilevel.linear import Dense, Solver
@@ -232,7 +231,7 @@ def test_a_system_solves_the_shifted_one_and_the_hypergradient_says_so() -> None
     problem = Quadratic(case)
     y = {name: leaf.detach() for name, leaf in case.split(vector(8, seed=7)).items()}
     system = linearize(problem, {}, y, [1.0], solver=Escalating(CG(60, rtol=1e-9)))
-    with_system = hypergradient(problem, {}, y, upper_batch=None, system=system)
+    with_system = system.hypergradient(None)
     assert with_system.solution is not None
     assert with_system.solution.status is Status.CONVERGED
     assert with_system.solution.tikhonov > 0.0

@@ -29,7 +29,7 @@ from tests.support.solver_checks import check_honest, in_single_precision, relat
 PRECONDITIONERS = {
     "diagonal": Diagonal(probes=4),
     "nystrom": NystromPreconditioner(rank=4),
-    "nystrom, known shift": NystromPreconditioner(rank=4, tikhonov=0.5),
+    "nystrom, known tikhonov": NystromPreconditioner(rank=4, tikhonov=0.5),
     "nystrom of everything": NystromPreconditioner(rank=50),
 }
 
@@ -256,8 +256,8 @@ def test_a_preconditioner_that_is_not_definite_is_refused() -> None:
         (lambda: Diagonal(probes=1), ValueError, "Diagonal: probes"),
         (lambda: Diagonal(seed=-1), ValueError, "Diagonal: seed"),
         (lambda: NystromPreconditioner(rank=0), ValueError, "NystromPreconditioner: rank"),
-        (lambda: NystromPreconditioner(tikhonov=0.0), ValueError, "NystromPreconditioner: shift"),
-        (lambda: NystromPreconditioner(tikhonov=math.nan), ValueError, "NystromPreconditioner: shift"),
+        (lambda: NystromPreconditioner(tikhonov=0.0), ValueError, "NystromPreconditioner: tikhonov"),
+        (lambda: NystromPreconditioner(tikhonov=math.nan), ValueError, "NystromPreconditioner: tikhonov"),
     ],
 )
 def test_bad_options_are_refused_by_name(make: Any, error: type[Exception], match: str) -> None:

@@ -21,9 +21,9 @@ from bilevel import (
     Params,
     Problem,
     SGDUpdate,
+    Unrolled,
     hypergradient,
     linearize,
-    unrolled_hypergradient,
 )
 from bilevel.hypergradients import System
 from bilevel.linear import Dense, LinearOperator, Solver
@@ -104,7 +104,7 @@ class InPairs(Problem):
 
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         z = batch @ torch.stack([lower["w"], lower["w"].flip(0) + lower["v"].sum()], dim=1)
-        return (z if self.linear else torch.tanh(z)) * torch.exp(0.3 * upper["t"]) + upper["tikhonov"]
+        return (z if self.linear else torch.tanh(z)) * torch.exp(0.3 * upper["t"]) + upper["shift"]
 
     def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.logsumexp(outputs @ outputs.T, dim=1).mean() + outputs.pow(4).mean()
@@ -244,13 +244,11 @@ def test_truncated_unrolling_from_an_optimum_is_the_neumann_series(
     problem.A = with_spectrum([0.2, 0.8, 1.0, 2.0, 3.0], seed)
     upper = {"x": vector(3, seed + 1), "scale": vector(1, seed + 2)[0]}
     lower = problem.optimum(upper)
-    unrolled = unrolled_hypergradient(
+    unrolled = hypergradient(
         *(problem, upper, lower),
+        Unrolled(SGDUpdate(rate), steps=terms, recompute=recompute),
         upper_batch=None,
         lower_batches=[1.0] * (terms + earlier),
-        update=SGDUpdate(rate),
-        truncation=terms,
-        recompute=recompute,
     )
     # The system is divided by the weight of the regularizer, so the step is multiplied by it.
     series = hypergradient(

@@ -94,7 +94,7 @@ def test_a_hypergradient_writes_nothing_to_a_module(hvp: HVPProvider, index: int
     system = linearize(Fit(module), upper, lower, [batch, batch + 0.1], hvp=hvp, solver=CG(3))
     seeded = torch.get_rng_state()
     for _ in range(2):
-        hypergradient(system.problem, upper, lower, upper_batch=batch, system=system, on_failure="ignore")
+        system.hypergradient(batch, on_failure="ignore")
     check_untouched(module, before)
     assert {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()} == buffers
     assert torch.equal(torch.get_rng_state(), seeded)
@@ -318,7 +318,7 @@ def test_a_regularizer_may_call_modules_too(hvp: HVPProvider) -> None:
     w = vector(joined(lower).numel(), 0)
     reference = 2.0 * w / 0.5 + dense_hessian(penalty, lower) @ w
     torch.testing.assert_close(joined(system.operator(split(w, lower))), reference, rtol=0.0, atol=1e-10)
-    result = hypergradient(system.problem, upper, lower, upper_batch=IMAGES, system=system, on_failure="ignore")
+    result = system.hypergradient(IMAGES, on_failure="ignore")
     assert joined(result.implicit).any()
     check_untouched(module, before)
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Params, Problem, linearize
+from bilevel import Implicit, Params, Problem, Trainer, linearize
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.automatic import Automatic, as_provider
 from tests.support.closed_forms import proximal_point, run
-from tests.support.two_heads import make
+from tests.support.two_heads import implicit, make
 
 
 def test_auto_gives_the_exact_hypergradient_and_reports() -> None:
     problem, upper, lower = proximal_point()
     automatic = Automatic()
-    found = run(problem, upper, lower, hvp=automatic, damping=1.0)
-    exact = run(problem, upper, lower, damping=1.0)
+    found = run(problem, upper, lower, Implicit(hvp=automatic, damping=1.0))
+    exact = run(problem, upper, lower, Implicit(damping=1.0))
     assert all(torch.allclose(found.grad[n], exact.grad[n], rtol=1e-12) for n in upper)
     assert [type(entry.provider) for entry in automatic.report] == [ReverseOverReverse, ForwardOverReverse]
     assert all(entry.seconds is not None and entry.seconds > 0.0 for entry in automatic.report)
@@ -34,8 +34,8 @@ def test_the_word_auto_makes_one_and_it_measures_once() -> None:
     assert len(report) == 2
     linearize(problem, upper, lower, [None], hvp=system.hvp)
     assert system.hvp.report is report
-    run_again = run(problem, upper, lower, system=system, hvp="auto")
-    assert run_again.solution is not None
+    run(problem, upper, lower, Implicit(hvp=system.hvp))
+    assert system.hvp.report is report
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -211,25 +211,34 @@ def test_kinks_make_no_alarm(width: int) -> None:
     assert automatic.report[0].difference > 1e-2
 
 
+def provider_of(trainer: Trainer) -> Automatic:
+    assert isinstance(trainer.method, Implicit)
+    assert isinstance(trainer.method.hvp, Automatic)
+    return trainer.method.hvp
+
+
 @pytest.mark.parametrize("chosen", [ReverseOverReverse(), ForwardOverReverse()])
 def test_a_resumed_trainer_keeps_the_choice_and_measures_nothing(chosen: HVPProvider) -> None:
-    first = make(hvp="auto")
-    assert first.state_dict()["hvp"] == {"chosen": None}
-    first.system_options["hvp"].load_state_dict({"chosen": str(chosen)})
-    first.alternate()
+    first = make(method=implicit(hvp="auto"))
+    assert first.state_dict()["method"] == {}
+    provider_of(first).load_state_dict({"chosen": str(chosen)})
+    first.advance()
     state = first.state_dict()
-    assert state["hvp"] == {"chosen": str(chosen)}
-    second = make(hvp="auto")
+    assert state["method"] == {"hvp": str(chosen)}
+    second = make(method=implicit(hvp="auto"))
     second.load_state_dict(state)
-    second.alternate()
-    automatic = second.system_options["hvp"]
+    second.advance()
+    automatic = provider_of(second)
     assert automatic.chosen == chosen
     assert automatic.report == ()
     assert str(chosen) in str(automatic)
-    make(hvp=ReverseOverReverse()).load_state_dict(state)
-    unchosen = make(hvp="auto")
-    unchosen.load_state_dict(make(hvp=ReverseOverReverse()).state_dict())
-    assert unchosen.system_options["hvp"].chosen is None
+    fixed = make(method=implicit(hvp=ReverseOverReverse()))
+    fixed.load_state_dict(state)
+    fixed.advance()
+    assert fixed.state_dict()["method"] == {}
+    unchosen = make(method=implicit(hvp="auto"))
+    unchosen.load_state_dict(make(method=implicit(hvp=ReverseOverReverse())).state_dict())
+    assert provider_of(unchosen).chosen is None
 
 
 def test_a_choice_that_is_no_candidate_is_refused() -> None:

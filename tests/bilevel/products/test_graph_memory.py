@@ -215,7 +215,9 @@ def test_a_system_shares_one_budget_and_is_not_charged_for_its_batches() -> None
 
 @pytest.mark.parametrize("budget", [-1, float("nan"), float("inf"), True, "4GB"], ids=str)
 def test_a_bad_budget_is_refused(budget: Any) -> None:
-    with pytest.raises(ValueError, match=r"ReverseOverReverse: memory_budget must be a number of bytes"):
+    with pytest.raises(
+        ValueError, match=r"ReverseOverReverse: memory_budget \(bytes\) must be a finite number >= 0, got"
+    ):
         ReverseOverReverse(keep_graph=True, memory_budget=budget)
 
 

@@ -22,11 +22,11 @@ LOWER: Params = {
     "scalar": vector(1, 2)[0],
     "empty": vector(0),
 }
-UPPER: Params = {"rate": vector(1, 3)[0], "tikhonov": vector(3, 4), "idle": vector(2, 5)}
+UPPER: Params = {"rate": vector(1, 3)[0], "shift": vector(3, 4), "idle": vector(2, 5)}
 
 
 def loss(upper: Params, lower: Params) -> Tensor:
-    hidden = torch.tanh(lower["weight"] * torch.exp(0.3 * upper["rate"]) + upper["tikhonov"])
+    hidden = torch.tanh(lower["weight"] * torch.exp(0.3 * upper["rate"]) + upper["shift"])
     return (hidden.sum(dim=1).square() * torch.sigmoid(lower["scalar"])).sum() + 0.5 * (lower["weight"] ** 4).sum()
 
 
@@ -95,7 +95,7 @@ def test_cross_and_gradient_at_other_upper_values(provider: HVPProvider) -> None
     "function",
     [
         lambda x, y: torch.zeros((), dtype=torch.float64),
-        lambda x, y: x["rate"] * x["tikhonov"].sum(),
+        lambda x, y: x["rate"] * x["shift"].sum(),
         lambda x, y: y["scalar"],
         lambda x, y: y["weight"].sum() * x["rate"],
     ],
@@ -118,7 +118,7 @@ def test_whether_the_loss_reaches_the_upper_variables() -> None:
     assert uses(loss, UPPER)
     assert not uses(lambda x, y: y["scalar"], {})
     assert not uses(lambda x, y: y["scalar"] ** 2, UPPER)
-    assert not uses(lambda x, y: y["scalar"] * x["tikhonov"].detach().sum(), UPPER)
+    assert not uses(lambda x, y: y["scalar"] * x["shift"].detach().sum(), UPPER)
 
 
 @pytest.mark.parametrize("provider", EXACT, ids=str)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, Params, functional_call, hypergradient, linearize
+from bilevel import CG, Implicit, Params, functional_call, hypergradient, linearize
 from bilevel.hypergradients import System
 from bilevel.products import ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
@@ -120,9 +120,15 @@ def test_an_upper_level_that_the_outputs_do_not_use_has_no_cross_term() -> None:
 def test_hypergradient_is_that_of_the_whole_batch() -> None:
     problem, upper = Pairs(conv_net()), upper_point()
     lower = parameters(problem.net)
-    options: dict[str, Any] = {"upper_batch": views(20), "lower_batches": [views(0), views(2)], "tikhonov": 50.0}
-    exact = hypergradient(problem, upper, lower, solver=CG(100, 1e-12), hvp=ReverseOverReverse(), **options)
-    found = hypergradient(problem, upper, lower, solver=CG(100, 1e-12), hvp=MicroBatched(3), **options)
+    exact, found = (
+        hypergradient(
+            *(problem, upper, lower),
+            Implicit(CG(100, 1e-12), hvp=provider, tikhonov=50.0),
+            upper_batch=views(20),
+            lower_batches=[views(0), views(2)],
+        )
+        for provider in (ReverseOverReverse(), MicroBatched(3))
+    )
     close(found.grad, exact.grad)
     assert found.stationarity == pytest.approx(exact.stationarity, rel=1e-9)
 

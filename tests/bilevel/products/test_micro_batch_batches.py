@@ -32,9 +32,10 @@ def test_what_cannot_be_chunked_is_refused_with_the_remedy() -> None:
         with pytest.raises(TypeError, match="needs the outputs and the loss of the lower objective apart"):
             provider.linearize(lambda x, y: y["w"].sum(), {}, {"w": torch.ones(1)})
     for wrong in (0, -1, True, 2.0):
-        with pytest.raises(ValueError, match=f"micro_batch must be a whole number of samples .* got {wrong}"):
-            trainer(problem, upper, lower, batch, micro_batch=wrong)
-        with pytest.raises(ValueError, match=f"chunk_size must be a whole number of samples .* got {wrong}"):
+        remedy = f"must be a whole number of at least 1, got {wrong}"
+        with pytest.raises(ValueError, match=f"Level: micro_batch {remedy}"):
+            trainer(problem, upper, lower, batch, micro_batch=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"MicroBatched: chunk_size {remedy}"):
             MicroBatched(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="chunks is empty"):
         micro_batched_gradient(lambda y, chunk: y["w"], torch.sum, {"w": torch.ones(1)}, [])

@@ -24,8 +24,7 @@ import re
 import torch
 from torch import nn
 from bilevel import Problem, functional_call, linearize
-from bilevel.microbatch import MicroBatched
-from recipes.bissl.ranks import Launch, Ranks
+from bilevel.products.micro_batch import MicroBatched
 
 class Wide(Problem):
     def __init__(self):

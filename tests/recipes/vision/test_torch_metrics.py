@@ -118,8 +118,11 @@ def test_a_nan_among_the_outputs_makes_the_value_nan() -> None:
 REFUSED: dict[str, tuple[Any, str]] = {
     "no direction": (MulticlassConfusionMatrix(CLASSES), "which does not say whether higher values are better"),
     "a composition": (Rows() + 1, "a CompositionalMetric, which does not say whether higher values are better"),
-    "a collection": (torchmetrics.MetricCollection([Rows()]), "neither a recipes.vision.metrics.Metric nor a torchm"),
-    "a function": (lambda outputs, targets: 0.0, "'x' is a function, neither a recipes"),
+    "a collection": (
+        torchmetrics.MetricCollection([Rows()]),
+        "neither a bilevel.recipes.vision.metrics.Metric nor a torchm",
+    ),
+    "a function": (lambda outputs, targets: 0.0, "'x' is a function, neither a bilevel.recipes"),
 }
 
 

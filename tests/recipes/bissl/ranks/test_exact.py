@@ -104,7 +104,7 @@ def at_a_point(task: str, norm: str) -> dict[str, Tensor]:
     system = linearize(problem, upper, lower, [batch], damping=1.0)
     along = {name: vector(leaf.numel(), k).reshape(leaf.shape) for k, (name, leaf) in enumerate(lower.items())}
     product = system.operator({name: along[name] for name in system.implicit})
-    loss, gradient = training_derivatives(problem, upper, lower, batch, None)
+    loss, gradient = training_derivatives(problem, upper, lower, batch, micro_batch=None)
     return {"loss": loss, "gradient": joined(gradient), "product": joined(product), **statistics(problem)}
 
 

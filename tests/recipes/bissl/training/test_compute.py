@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import MINRES, hypergradient, linearize
+from bilevel import MINRES, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.settings.config import Config, build_config
@@ -156,7 +156,7 @@ def test_bf16_is_for_first_order_passes_alone() -> None:
         options = {"solver": MINRES(3, None), "damping": 10.0}
         system = linearize(problem, x, y, [batch], **options)  # type: ignore[arg-type]
         products.append(system.operator({name: torch.ones_like(y[name]) for name in system.implicit}))
-        result = hypergradient(problem, x, y, upper_batch=upper_batch, system=system)
+        result = system.hypergradient(upper_batch)
         totals.append({**result.grad, "loss": result.loss})
         assert set(seen) == {torch.float32}
     plain, other = (torch.cat([g.flatten() for g in step]) for step in steps)
@@ -366,16 +366,16 @@ def test_micro_batches_of_pretext_steps_are_exact(tmp_path: Path, monkeypatch: p
 def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = small_context(tmp_path, small_config("--compute.micro-batch=10"))
     parent = head.run(context, pretext.run(context))
-    given: dict[str, Any] = {}
+    given: list[Any] = []
 
-    def stop(*args: Any, **options: Any) -> None:
-        given.update(options)
+    def stop(problem: Any, upper: Any, lower: Any, schedule: Any, method: Any, **options: Any) -> None:
+        given.extend((method.hvp, lower.micro_batch, upper.micro_batch))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bissl, "Trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         bissl.run(context, parent)
-    assert (given["hvp"], given["micro_batch"]) == (MicroBatched(10), 10)
+    assert given == [MicroBatched(10), 10, None]
 
 
 def test_where_the_data_lie_decides_nothing() -> None:

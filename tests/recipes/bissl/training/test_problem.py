@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import AlternatingSchedule, Identity, Implicit, Level, Params, Trainer, hypergradient, linearize
-from bilevel.linear import Dense
+from bilevel.linear import Dense, Solver
 from recipes.bissl.tasks.base import Bound, PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
@@ -70,10 +70,10 @@ UPPER_BATCH = (draw(8, 6, seed=5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
 
 def features(theta: list[Tensor], x: Tensor) -> Tensor:
     """The network in train mode, from its definition."""
-    w, b, scale, tikhonov = theta
+    w, b, scale, shift = theta
     a = x @ w.T + b
     centred = a - a.mean(dim=0)
-    return (centred / (centred.square().mean(dim=0) + 1e-5).sqrt() * scale + tikhonov).tanh()
+    return (centred / (centred.square().mean(dim=0) + 1e-5).sqrt() * scale + shift).tanh()
 
 
 def pretext_loss(theta: list[Tensor], phi: list[Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -128,14 +128,16 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def trainer(problem: BiSSLProblem, schedule: AlternatingSchedule, *, lr: float = 0.1, **options: Any) -> Trainer:
+def trainer(
+    problem: BiSSLProblem, schedule: AlternatingSchedule, solver: Solver | None = None, *, lr: float = 0.1
+) -> Trainer:
     upper, lower = problem.variables()
     return Trainer(
         problem,
         Level(upper, torch.optim.SGD(list(upper.values()), lr=lr), [UPPER_BATCH]),
         Level(lower, torch.optim.SGD(list(lower.values()), lr=lr), LOWER_BATCHES),
         schedule,
-        **options,
+        solver,
     )
 
 
@@ -210,7 +212,7 @@ def test_curvature_serves_every_upper_step() -> None:
     with torch.no_grad():
         for leaf in upper.values():
             leaf.add_(0.3)
-    reused = hypergradient(problem, upper, lower, upper_batch=UPPER_BATCH, system=system)
+    reused = system.hypergradient(UPPER_BATCH)
     expected = ByHand(problem)
     a = torch.eye(len(expected.v), dtype=torch.float64) + expected.hessian() / (LAMBDA + DAMPING)
     assert close(backbone_part(reused.grad), torch.linalg.solve(a, expected.v) + expected.direct, 1e-8)
@@ -230,7 +232,7 @@ def test_hypergradient_writes_nothing() -> None:
 @pytest.mark.parametrize("gamma", [GAMMA, 0.0])
 def test_running_statistics_belong_to_their_own_level(gamma: float) -> None:
     problem = make_problem(gamma)
-    problem_trainer = trainer(problem, AlternatingSchedule(1, 0, 1), solver=Identity())
+    problem_trainer = trainer(problem, AlternatingSchedule(1, 0, 1), Identity())
     lower, upper = buffers(problem, "lower_backbone"), buffers(problem, "upper_backbone")
     problem_trainer.run()
     assert same(buffers(problem, "lower_backbone"), lower)
@@ -259,7 +261,7 @@ def test_adaptation_moves_parameters_and_no_buffer() -> None:
     upper, lower = problem.variables()
     before = buffers(problem, "lower_backbone"), buffers(problem, "upper_backbone")
     pairs = {name: name for name in upper if name.startswith("backbone.")}
-    trainer(problem, AlternatingSchedule(1, 0, 0, 1, 0.3), adaptation_pairs=pairs).run()
+    trainer(problem, AlternatingSchedule(1, 0, 0, 1, 0.3, pairs)).run()
     assert close(backbone_part(upper), 0.7 * flat(expected.theta_d) + 0.3 * flat(expected.theta_p), 1e-12)
     assert torch.equal(backbone_part(lower), flat(expected.theta_p))
     assert same(buffers(problem, "lower_backbone"), before[0])
@@ -269,12 +271,12 @@ def test_adaptation_moves_parameters_and_no_buffer() -> None:
 def test_momentum_target_follows_lower_steps_and_is_saved() -> None:
     problem = make_problem()
     target = problem.heads.state_dict()["target.weight"].clone()
-    run = trainer(problem, AlternatingSchedule(1, 1, 1), solver=Identity())
+    run = trainer(problem, AlternatingSchedule(1, 1, 1), Identity())
     run.run()
     heads = problem.heads.state_dict()
     torch.testing.assert_close(heads["target.weight"], 0.5 * target + 0.5 * heads["project.weight"], rtol=1e-12, atol=0)
     other = make_problem()
-    restored = trainer(other, AlternatingSchedule(1, 1, 1), solver=Identity())
+    restored = trainer(other, AlternatingSchedule(1, 1, 1), Identity())
     restored.load_state_dict(run.state_dict())
     for name in ("lower_backbone", "upper_backbone", "heads", "head"):
         assert same(getattr(other, name).state_dict(), getattr(problem, name).state_dict())
