@@ -7,6 +7,7 @@ import torch
 from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ...vision.sources.published.catalog import DATASETS
+from ...vision.torch_metrics import as_metrics
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
 from ..training.context import Context, Datasets, check_batch_size
@@ -35,10 +36,10 @@ def check_data(context: Context) -> None:
 
 
 def check_labelled(context: Context) -> None:
-    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does.
+    """Read the labelled sets alone and make a stack of batches of them, as `check_data` does; check the metrics.
 
     Raises:
-        DataError, ConfigError: naming what is wrong.
+        DataError, ConfigError, PluginError: naming what is wrong.
     """
     config, sets = context.config, context.data.downstream
     task = config.downstream_task(sets.train.classes)
@@ -47,6 +48,7 @@ def check_labelled(context: Context) -> None:
             f"data.downstream: {config.data.downstream!r} has {sets.train.kind} labels, but downstream.task "
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
+    as_metrics(task.metrics())
     context.labelled_stack(task, "check")
 
 

@@ -10,7 +10,7 @@ from ..settings.config import Config
 from ..settings.plan import make_plan
 from ..training.context import Context
 from ..training.stages import bissl, finetune, head, pretext
-from .results import ArmResult, assemble, environment
+from .summary import ArmResult, assemble, environment
 
 EQUAL_TIME = "baseline-time"
 

@@ -108,7 +108,7 @@ class Context:
 
     def writer(self, stage: str) -> StageEvents:
         """Where a stage's events go."""
-        fields = {"stage": stage, "arm": self.arm, "seed": self.seed}
+        fields = {"stage": stage, "variant": self.arm, "seed": self.seed}
         folder, config = self.metrics_path.parent / TRACKING, self.config.model_dump(mode="json")
         try:
             trackers = (

@@ -79,7 +79,7 @@ class NonFiniteSteps:
             "indices": None if stack is None else last_indices(stack),
             "state": {name: part.state_dict() for name, part in self.parts.items()},
         }
-        name = "{stage}-{arm}-seed-{seed}".format(**context)
+        name = "{stage}-{variant}-seed-{seed}".format(**context)
         path = self.events.path.parent / INSPECT / f"{name}-step-{number}.pt"
         write_inspection(path, content)
         return str(path)

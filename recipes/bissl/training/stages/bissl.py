@@ -55,7 +55,7 @@ def run(context: Context, artifact: Artifact) -> Artifact:
         "label_steps": artifact.info["label_steps"] + trainer.steps["upper"],
         "seconds": artifact.info["seconds"] + seconds.total(),
         "seed": context.seed,
-        "arm": context.arm,
+        "variant": context.arm,
         "solves": dict(trainer.solves),
     }
     modules = {

@@ -58,7 +58,7 @@ def run(context: Context, artifact: Artifact | None = None) -> Artifact:
     info = {
         **_costs(artifact, fitted.steps, fitted.seconds),
         "seed": context.seed,
-        "arm": context.arm,
+        "variant": context.arm,
         **fitted.facts,
         "test": fitted.supervised.measure(
             context.evaluation_batches(context.data.downstream.test, fitted.supervised.task)

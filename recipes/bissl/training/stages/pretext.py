@@ -110,7 +110,7 @@ def _train(context: Context, stage: str, parent: Artifact | None, length: _Lengt
         "label_steps": 0,
         "seconds": before["seconds"] + seconds,
         "seed": context.seed,
-        "arm": context.arm,
+        "variant": context.arm,
         "initial_weights": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
     }
     artifact = context.store.save(stage, key, {"backbone": backbone, "heads": heads}, info)

@@ -50,7 +50,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A mean over two shards is that of the whole batch but for a few units of float32's last place. Where these move a unit
 # of the network across its kink, a gradient changes by that unit's part, and later losses by the rate times that.
 CLOSE = {"loss": 1e-4, "train_loss": 1e-4, "val_loss": 1e-4, "grad_norm": 1e-2, "residual": 1e-2}
-SAME = {"event", "stage", "arm", "seed", "step", "epoch", "alternation", "lr", "status", "iterations"}
+SAME = {"event", "stage", "variant", "seed", "step", "epoch", "alternation", "lr", "status", "iterations"}
 
 
 def assert_close_runs(one: Path, other: Path) -> None:
@@ -68,7 +68,7 @@ def test_two_processes_make_the_run_of_one(whole: Path, two: Path) -> None:
     assert_close_runs(whole, two)
     assert weights(whole).keys() == weights(two).keys()
     one, other = results(whole), results(two)
-    assert one["arms"].keys() == other["arms"].keys()
+    assert one["variants"].keys() == other["variants"].keys()
     assert one["notes"] == other["notes"]
     assert (one["environment"]["processes"], other["environment"]["processes"]) == (1, 2)
     assert (two / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
@@ -147,7 +147,7 @@ def test_another_number_of_processes_goes_on_with_the_same_data(whole: Path, tmp
     with pytest.MonkeyPatch.context() as patch:
         leave_out_report(patch)
         assert execute(*arguments, "--resume") == 0
-    order = lambda line: (line["arm"], line["stage"], line["seed"])  # noqa: E731
+    order = lambda line: (line["variant"], line["stage"], line["seed"])  # noqa: E731
     first, second = (sorted(events(folder), key=order) for folder in (whole, tmp_path / "run"))
     for a, b in zip(first, second, strict=True):
         if a["event"] in ("train", "lower", "upper"):

@@ -23,7 +23,7 @@ class Counting:
 
     def __init__(self, folder: Path, stop: int | None = None) -> None:
         self.folder, self.stop, self.weight, self.after_steps = folder, stop, torch.zeros(1), []
-        self.events = StageEvents(folder / "metrics.jsonl", {"stage": "count", "arm": "a", "seed": 0})
+        self.events = StageEvents(folder / "metrics.jsonl", {"stage": "count", "variant": "a", "seed": 0})
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self.weight.clone()}
@@ -61,7 +61,7 @@ def test_interrupted_steps_continue_exactly(tmp_path: Path, stop: int) -> None:
     whole.run(11)
     parts = tmp_path / "parts"
     parts.mkdir()
-    (parts / "metrics.jsonl").write_text('{"stage": "earlier", "arm": "a", "seed": 0}\n')
+    (parts / "metrics.jsonl").write_text('{"stage": "earlier", "variant": "a", "seed": 0}\n')
     torch.manual_seed(3)
     with pytest.raises(KeyboardInterrupt):
         Counting(parts, stop).run(11)
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_changes_nothing(factor: float, where: str) ->
 
 
 def stage_events(path: Path, **context: Any) -> StageEvents:
-    return StageEvents(path, {"stage": "head", "arm": "bissl", "seed": 0, **context})
+    return StageEvents(path, {"stage": "head", "variant": "bissl", "seed": 0, **context})
 
 
 def test_resuming_cuts_the_own_lines_only(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_resuming_cuts_the_own_lines_only(tmp_path: Path) -> None:
     found = [(line["seed"], line["step"], line.get("again", False)) for line in lines(path)]
     assert found == [(0, 1, False), (1, 1, False), (1, 2, False), (0, 2, True)]
     assert resumed.state_dict() == {"lines": 2}
-    assert lines(path)[0] == {"stage": "head", "arm": "bissl", "seed": 0, "step": 1, "loss": None}
+    assert lines(path)[0] == {"stage": "head", "variant": "bissl", "seed": 0, "step": 1, "loss": None}
 
 
 def test_resuming_in_the_file_of_another_run_loses_nothing(tmp_path: Path) -> None:
@@ -183,6 +183,6 @@ def test_a_fresh_start_forgets_an_earlier_attempt(tmp_path: Path) -> None:
     stage_events(path).restart()
     assert not path.exists()
     stage_events(path).write({"step": 1})
-    stage_events(path, arm="baseline").write({"step": 1})
+    stage_events(path, variant="baseline").write({"step": 1})
     stage_events(path).restart()
-    assert [line["arm"] for line in lines(path)] == ["baseline"]
+    assert [line["variant"] for line in lines(path)] == ["baseline"]

@@ -50,7 +50,7 @@ class Fit:
             self.step,
             total=total,
             parts={"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler, "stack": self.stack},
-            writer=StageEvents(self.folder / "metrics.jsonl", {"stage": "fit", "arm": "a", "seed": 0}),
+            writer=StageEvents(self.folder / "metrics.jsonl", {"stage": "fit", "variant": "a", "seed": 0}),
             directory=self.folder / "stage",
             checkpoint_every=1,
             console=Console(quiet=True),

@@ -1,4 +1,4 @@
-"""The summary of a run, `results.json`: every arm's values, and what their differences amount to."""
+"""Makes `results.json`: the scores and costs of every arm, and tests of the differences between arms."""
 
 import math
 import os
@@ -16,6 +16,7 @@ from bilevel import Status
 from bilevel.distributed import world_size
 
 from ...experiment.statistics import Comparison, holm, mean_std, paired, welch
+from ..settings.arms import METHOD, REQUIRED, SCRATCH, in_order
 
 Repeats = Literal["finetune", "pipeline"]
 
@@ -80,7 +81,7 @@ def assemble(
         "seeds": list(seeds),
         "repeats": repeats,
         "primary_metric": primary_metric,
-        "arms": {name: _arm(arm, higher_is_better) for name, arm in arms.items()},
+        "variants": {name: _arm(arm, higher_is_better) for name, arm in arms.items()},
         "comparisons": _comparisons(repeats, len(seeds), primary_metric, arms),
         "solver": {name: _solver(arm.solves) for name, arm in arms.items() if arm.solves},
         "environment": dict(environment),
@@ -118,7 +119,7 @@ def _check(
 ) -> None:
     if repeats not in ("finetune", "pipeline"):
         raise ValueError(f'repeats must be "finetune" or "pipeline", got {repeats!r}')
-    missing = [name for name in ("bissl", "baseline") if name not in arms]
+    missing = [name for name in REQUIRED if name not in arms]
     if missing:
         raise ValueError(f"arms lacks {', '.join(missing)}; got {', '.join(arms) or 'no arm'}")
     for name, arm in arms.items():
@@ -170,10 +171,9 @@ def _comparisons(repeats: Repeats, seeds: int, primary: str, arms: Mapping[str, 
 
 
 def _pairs(arms: Mapping[str, ArmResult]) -> list[tuple[str, str]]:
-    """bissl against every other arm, then the others against scratch."""
-    order = ["bissl", "baseline", *(name for name in arms if name not in ("bissl", "baseline", "scratch"))]
-    order += ["scratch"] if "scratch" in arms else []
-    return [(a, b) for a, b in combinations(order, 2) if a == "bissl" or b == "scratch"]
+    """The method against every other arm, then the others against scratch."""
+    order = sorted(in_order(arms), key=lambda name: name == SCRATCH)
+    return [(a, b) for a, b in combinations(order, 2) if a == METHOD or b == SCRATCH]
 
 
 def _compare(a: Sequence[float], b: Sequence[float], repeats: Repeats, seeds: int) -> Comparison | None:
