@@ -7,18 +7,19 @@ OUTPUT ?= runs/demo
 BIN := $(VENV)/bin
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
-CORE_MODULES := torch torchvision numpy pydantic pydantic_settings rich safetensors
-MODULES_demo := $(CORE_MODULES) sklearn scipy matplotlib
-MODULES_test := $(MODULES_demo) pytest hypothesis ruff pyright
-MODULES_docs := $(CORE_MODULES) sphinx furo myst_parser
+MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
+MODULES_demo := $(MODULES_recipes) sklearn matplotlib
+MODULES_test := $(MODULES_demo) pytest hypothesis packaging build setuptools ruff pyright
+MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
-.PHONY: help demo test lint docs soak clean environment-demo environment-test environment-docs
+.PHONY: help demo test lint docs package soak clean environment-demo environment-test environment-docs
 
 help:
 	@echo "make demo    run the BiSSL recipe's default preset into $(OUTPUT); a second call resumes it"
 	@echo "make test    run the test suite"
 	@echo "make lint    check style, formatting and types"
 	@echo "make docs    build the documentation into docs/_build/html"
+	@echo "make package build sdist and wheel, try them in fresh environments, and look for every page in the documentation"
 	@echo "make soak    kill and resume the default preset 20 times, by one process and by two, and compare"
 	@echo "make clean   remove caches and build products (not the environment, not runs/)"
 	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT)"
@@ -37,13 +38,16 @@ lint: environment-test
 docs: environment-docs
 	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html
 
+package: environment-test environment-docs
+	$(RUN) -m pytest -m slow tests/project/test_packaging.py tests/project/test_documentation.py
+
 soak: environment-demo
 	$(RUN) benchmarks/soak.py --kills 20 --output benchmarks/results/soak.json
 	$(RUN) benchmarks/soak.py --kills 20 --ranks 2 --output benchmarks/results/soak_ranks.json
 
 # Without a stamp of our own an environment may still be complete, when somebody else made it: then nothing is installed.
 environment-demo environment-test environment-docs: environment-%:
-	@if [ ! -e "$(VENV)/.bilevel-$*" ] && $(BIN)/python -c 'import sys; from importlib.util import find_spec; sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' $(MODULES_$*) 2>/dev/null; then \
+	@if [ ! -e "$(VENV)/.bilevel-$*" ] && $(BIN)/python -P -c 'import sys; from importlib.util import find_spec; sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' $(MODULES_$*) 2>/dev/null; then \
 		echo "using the environment $(VENV) as it is"; \
 	else \
 		$(MAKE) --no-print-directory "$(VENV)/.bilevel-$*"; \

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Params, Problem, hypergradient, ridge
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, hypergradient, ridge
 from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
@@ -39,6 +39,9 @@ class Distillation(Problem):
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor:
         return ridge(lower)
+
+    def reset_lower(self, upper: Params) -> Params:
+        return solve(upper["images"], LABELS)
 
 
 def one_hot(labels: Tensor) -> Tensor:
@@ -76,21 +79,17 @@ def real_images(train: Batch, seed: int) -> Tensor:
 
 
 def distill(start: Tensor, train: Batch, steps: int) -> tuple[Tensor, float, float]:
-    """Learned images, the first hypergradient's relative error, and the largest lower gradient on the way."""
-    x = {"images": start.clone().requires_grad_()}
-    optimizer, error, largest = torch.optim.Adam(x.values(), lr=0.03), 0.0, 0.0
-    options = {"solver": CG(100, 1e-8), "hvp": ReverseOverReverse(keep_graph=True), "on_failure": "raise"}
-    for step in range(steps):
-        y = solve(x["images"].detach(), LABELS)
-        result = hypergradient(Distillation(), x, y, upper_batch=train, lower_batches=[None], **options)
-        if step == 0:
-            loss = Distillation().upper_objective(x, solve(x["images"], LABELS), train)
-            (exact,) = torch.autograd.grad(loss, x["images"])
-            error = float((result.grad["images"] - exact).norm() / exact.norm())
-        largest = max(largest, result.stationarity)
-        x["images"].grad = result.grad["images"]
-        optimizer.step()
-    return x["images"].detach(), error, largest
+    """Learned images, each step from the lower solution; the first hypergradient's error, its lower gradient's norm."""
+    problem, x = Distillation(), {"images": start.clone()}
+    y, method = problem.reset_lower(x), Implicit(CG(100, 1e-8), hvp=ReverseOverReverse(keep_graph=True))
+    first = hypergradient(problem, x, y, method, upper_batch=train, lower_batches=[None], on_failure="raise")
+    images = start.clone().requires_grad_()
+    (exact,) = torch.autograd.grad(problem.upper_objective({}, solve(images, LABELS), train), images)
+    upper = Level(x, torch.optim.Adam(x.values(), lr=0.03), [train])
+    lower = Level(y, torch.optim.SGD(y.values()), [None])
+    schedule = AlternatingSchedule(steps, lower_steps=0, upper_steps=1)
+    Trainer(problem, upper, lower, schedule, method, on_failure="raise").run()
+    return x["images"], float((first.grad["images"] - exact).norm() / exact.norm()), first.stationarity
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -104,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return 100.0 * float((predicted == test[1]).double().mean())
 
     random = [accuracy(real_images(train, seed)) for seed in range(20)]
-    learned, error, largest = distill(real_images(train, 0), train, steps)
+    learned, error, gradient = distill(real_images(train, 0), train, steps)
     result = {
         "ten random images (mean of 20)": sum(random) / len(random),
         "ten class means": accuracy(torch.stack([train[0][train[1] == label].mean(dim=0) for label in LABELS])),
@@ -113,8 +112,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     }
     print("ridge classifier trained on     test accuracy")
     print("\n".join(f"{name:<32}{value:>12.1f}%" for name, value in result.items()))
-    print(f"First hypergradient: relative error to autograd {error:.0e}; lower gradient at most {largest:.0e}.")
-    return {**result, "error": error, "largest_lower_gradient": largest}
+    print(f"First hypergradient: relative error to autograd {error:.0e}; lower gradient {gradient:.0e}.")
+    return {**result, "error": error, "lower_gradient": gradient}
 
 
 if __name__ == "__main__":

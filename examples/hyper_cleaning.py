@@ -46,8 +46,8 @@ def load() -> tuple[Batch, Batch, Batch, Tensor]:
     order = torch.randperm(len(t), generator=generator)
     X, t = X[order].float() / 16, t[order]
     wrong = torch.rand(800, generator=generator) < WRONG
-    tikhonov = torch.randint(1, 10, (800,), generator=generator)
-    noisy = torch.where(wrong, (t[:800] + tikhonov) % 10, t[:800])
+    shift = torch.randint(1, 10, (800,), generator=generator)
+    noisy = torch.where(wrong, (t[:800] + shift) % 10, t[:800])
     return (X[:800], noisy), (X[800:1000], t[800:1000]), (X[1000:], t[1000:]), wrong
 
 
@@ -80,11 +80,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     train, val, test, wrong = load()
     trainer = learn(train, val, alternations=15 if parser.parse_args(arguments).quick else 100)
     X, t = test
-    right = (X @ trainer.lower["w"] + trainer.lower["b"]).argmax(1) == t
-    found = trainer.upper["weight"] < 0.0
-    last = hypergradient(
-        trainer.problem, trainer.upper, trainer.lower, CG(40, rtol=1e-2), upper_batch=val, lower_batches=[train]
-    )
+    upper, lower = (trainer.levels[name].params for name in ("upper", "lower"))
+    right = (X @ lower["w"] + lower["b"]).argmax(1) == t
+    found = upper["weight"] < 0.0
+    last = hypergradient(trainer.problem, upper, lower, CG(40, rtol=1e-2), upper_batch=val, lower_batches=[train])
     accuracies = {
         "all labels as they are": baseline(val, test, train),
         "all labels and the validation set": baseline(val, test, train, val),

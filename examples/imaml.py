@@ -103,13 +103,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--quick", action="store_true", help="20 alternations instead of 200")
     alternations = 20 if parser.parse_args(arguments).quick else 200
     trainer = fit(random_start(), [draw(10**4 + k, TASKS, TRAIN, SEEN) for k in range(alternations)], upper_steps=1)
-    starts = {"random": random_start(), "joint": joint_start(3 * alternations), "maml": trainer.upper}
+    starts = {"random": random_start(), "joint": joint_start(3 * alternations), "maml": trainer.levels["upper"].params}
     result: dict[str, float] = {"failed_solves": trainer.failures.total()}
     print("start       seen characters   new characters   (accuracy on new images)")
     for name, start in starts.items():
         for kind, views in (("seen", SEEN), ("new", NEW)):
             support, query = draw(10**7, 400, TEST, views)
-            scores = network(fit(start, [(support, query)], upper_steps=0).lower, query[0])
+            scores = network(fit(start, [(support, query)], upper_steps=0).levels["lower"].params, query[0])
             result[f"{name}_{kind}"] = 100.0 * float((scores.argmax(dim=-1) == query[1]).double().mean())
         print(f"{name:<12}{result[f'{name}_seen']:>14.1f}%{result[f'{name}_new']:>16.1f}%")
     print(f"400 tasks, standard errors about 0.5%; {result['failed_solves']} of {alternations} linear solves failed.")

@@ -14,13 +14,13 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity
 
-import bilevel
-from bilevel import CG, MINRES, Identity, Implicit, Neumann, Params, Problem, hypergradient
-from bilevel.linear import Dense, Solver
+from bilevel import AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, hypergradient
+from bilevel.linear import CG, MINRES, Dense, Identity, Neumann, Solver
 from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
-
+# Log-weights that regularize weakly and equally; a kept graph makes products on small data several times cheaper.
+START, HVP = torch.full((30,), -4.0, dtype=torch.float64), ReverseOverReverse(keep_graph=True)
 SOLVERS: dict[str, Solver] = {
     "Dense": Dense(),
     "CG(3)": CG(3, rtol=None),
@@ -34,6 +34,9 @@ SOLVERS: dict[str, Solver] = {
 
 
 class Logistic(Problem):
+    def __init__(self, train: Batch) -> None:
+        self.train = train
+
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         penalty = (upper["log_weight"].exp() * lower["w"].square()).sum()
         return self.upper_objective(upper, lower, batch) + 0.5 * penalty
@@ -41,6 +44,20 @@ class Logistic(Problem):
     def upper_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         X, t = batch
         return binary_cross_entropy_with_logits(X @ lower["w"] + lower["b"], t)
+
+    def reset_lower(self, upper: Params) -> Params:
+        """The lower solution to rounding, by Newton steps of limited length on (w, b) as one vector."""
+        X, t = torch.cat([self.train[0], torch.ones_like(self.train[1])[:, None]], dim=1), self.train[1]
+        weight = torch.cat([upper["log_weight"].exp(), torch.zeros(1, dtype=X.dtype)])
+        y = torch.zeros_like(weight)
+        for _ in range(50):
+            p = torch.sigmoid(X @ y)
+            hessian = X.T @ ((p * (1 - p))[:, None] * X) / len(X) + torch.diag(weight)
+            step = torch.linalg.solve(hessian, X.T @ (p - t) / len(X) + weight * y)
+            y = y - step / max(1.0, float(step.norm()) / 5.0)
+            if step.norm() < 1e-12:
+                break
+        return {"w": y[:-1], "b": y[-1]}
 
 
 def load() -> list[Batch]:
@@ -52,68 +69,49 @@ def load() -> list[Batch]:
     return [(X[a:b], t[a:b]) for a, b in ((0, 150), (150, 300), (300, len(t)))]
 
 
-def newton(upper: Params, batch: Batch) -> Params:
-    """The lower solution to rounding, by Newton steps of limited length on (w, b) as one vector."""
-    X = torch.cat([batch[0], torch.ones_like(batch[1])[:, None]], dim=1)
-    weight = torch.cat([upper["log_weight"].detach().exp(), torch.zeros(1, dtype=X.dtype)])
-    y = torch.zeros_like(weight)
-    for _ in range(50):
-        p = torch.sigmoid(X @ y)
-        hessian = X.T @ ((p * (1 - p))[:, None] * X) / len(X) + torch.diag(weight)
-        step = torch.linalg.solve(hessian, X.T @ (p - batch[1]) / len(X) + weight * y)
-        y = y - step / max(1.0, float(step.norm()) / 5.0)
-        if step.norm() < 1e-12:
-            break
-    return {"w": y[:-1], "b": y[-1]}
-
-
-def one(upper: Params, lower: Params, data: list[Batch], solver: Solver) -> bilevel.Hypergradient:
-    """One hypergradient; a kept graph makes products on small data several times cheaper."""
-    hvp = ReverseOverReverse(keep_graph=True)
-    return hypergradient(
-        Logistic(), upper, lower, Implicit(solver, hvp=hvp), upper_batch=data[1], lower_batches=[data[0]]
-    )
-
-
-def tune(solver: Solver, steps: int, data: list[Batch]) -> tuple[Params, Params]:
-    """Both levels' variables after some steps of Adam with this solver, from weak and equal regularization."""
-    upper = {"log_weight": torch.full((30,), -4.0, dtype=torch.float64, requires_grad=True)}
-    optimizer = torch.optim.Adam(upper.values(), lr=0.1)
-    for _ in range(steps):
-        upper["log_weight"].grad = one(upper, newton(upper, data[0]), data, solver).grad["log_weight"]
-        optimizer.step()
-    return upper, newton(upper, data[0])
+def tune(problem: Logistic, val: Batch, solver: Solver, steps: int) -> tuple[Params, Params]:
+    """Both levels' variables after some steps of Adam; no lower steps: each alternation begins at the solution."""
+    x = {"log_weight": START.clone()}
+    y = problem.reset_lower(x)
+    upper = Level(x, torch.optim.Adam(x.values(), lr=0.1), [val])
+    lower = Level(y, torch.optim.SGD(y.values()), [problem.train])
+    schedule = AlternatingSchedule(steps, lower_steps=0, upper_steps=1)
+    Trainer(problem, upper, lower, schedule, Implicit(solver, hvp=HVP)).run()
+    return x, problem.reset_lower(x)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="5 steps of tuning instead of 40")
     steps = 5 if parser.parse_args(arguments).quick else 40
-    data = load()
-    upper, lower = tune(Identity(), 0, data)
-    truth = one(upper, lower, data, Dense())
-    results = {}
+    train, val, test = load()
+    problem, results = Logistic(train), {}
+    x, y = {"log_weight": START}, problem.reset_lower({"log_weight": START})
+    first = {
+        name: hypergradient(problem, x, y, Implicit(solver, hvp=HVP), upper_batch=val, lower_batches=[train])
+        for name, solver in SOLVERS.items()
+    }
+    truth = first["Dense"]
     print("                hypergradient before tuning              after tuning")
     print("solver          error    cosine  products  status        validation  test loss  test accuracy")
     for name, solver in SOLVERS.items():
-        first = one(upper, lower, data, solver)
-        tuned, solution = tune(solver, steps, data)
-        g, exact, s = first.grad["log_weight"], truth.grad["log_weight"], first.solution
+        tuned, solution = tune(problem, val, solver, steps)
+        g, exact, s = first[name].grad["log_weight"], truth.grad["log_weight"], first[name].solution
         assert s is not None
-        right = (data[2][0] @ solution["w"] + solution["b"] > 0) == (data[2][1] > 0)
+        right = (test[0] @ solution["w"] + solution["b"] > 0) == (test[1] > 0)
         results[name] = row = {
             "error": float((g - exact).norm() / exact.norm()),
             "cosine": float(cosine_similarity(g, exact, dim=0)),
             "products": s.num_hvps,
-            "validation": float(Logistic().upper_objective(tuned, solution, data[1])),
-            "test_loss": float(Logistic().upper_objective(tuned, solution, data[2])),
+            "validation": float(problem.upper_objective(tuned, solution, val)),
+            "test_loss": float(problem.upper_objective(tuned, solution, test)),
             "test_accuracy": 100.0 * float(right.double().mean()),
         }
         print(f"{name:<14}{row['error']:>7.1e}{row['cosine']:>10.4f}{s.num_hvps:>10}  {s.status.name:<12}", end="")
         print(f"{row['validation']:>12.4f}{row['test_loss']:>11.4f}{row['test_accuracy']:>14.1f}%")
-    right = [round(row["test_accuracy"] * len(data[2][1]) / 100) for row in results.values()]
+    right = [round(row["test_accuracy"] * len(test[1]) / 100) for row in results.values()]
     print(f"Validation loss {truth.loss:.4f} before tuning; {steps} steps; lower gradient {truth.stationarity:.0e}.")
-    print(f"After tuning, the solvers differ by {max(right) - min(right)} of {len(data[2][1])} test patients at most.")
+    print(f"After tuning, the solvers differ by {max(right) - min(right)} of {len(test[1])} test patients at most.")
     return results
 
 

@@ -17,17 +17,18 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Params, Problem, hypergradient
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, linearize
 from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
-RIDGE = 1e-3
 
 
 class LongTail(Problem):
-    """The weight of the ridge is fixed: the common scale of the class weights has the same effect."""
+    # The weight of the ridge is fixed: the common scale of the class weights has the same effect.
+    regularization_weight = 1e-3
 
-    regularization_weight = RIDGE
+    def __init__(self, train: Batch) -> None:
+        self.train = train
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         X, t = batch
@@ -35,11 +36,13 @@ class LongTail(Problem):
         return (upper["log_weight"].exp()[t] * losses).mean()
 
     def upper_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
-        X, t = batch
-        return cross_entropy(X @ lower["w"] + lower["b"], t)
+        return cross_entropy(batch[0] @ lower["w"] + lower["b"], batch[1])
 
     def regularizer(self, upper: Params, lower: Params) -> Tensor:
         return 0.5 * lower["w"].square().sum()
+
+    def reset_lower(self, upper: Params) -> Params:
+        return solve(upper["log_weight"], self.train)
 
 
 def load(seed: int) -> list[Batch]:
@@ -57,7 +60,7 @@ def load(seed: int) -> list[Batch]:
 def solve(log_weight: Tensor, batch: Batch) -> Params:
     """The lower solution by scikit-learn: an implicit hypergradient does not ask how it was found."""
     X, t = batch
-    model = LogisticRegression(C=1.0 / (len(t) * RIDGE), tol=1e-6, max_iter=5000)
+    model = LogisticRegression(C=1.0 / (len(t) * LongTail.regularization_weight), tol=1e-6, max_iter=5000)
     model.fit(X.numpy(), t.numpy(), sample_weight=log_weight.detach().exp()[t].numpy())
     return {"w": torch.tensor(model.coef_.T), "b": torch.tensor(model.intercept_)}
 
@@ -71,21 +74,18 @@ def balanced_accuracy(lower: Params, batch: Batch) -> float:
 def chosen(log_weight: Tensor, train: Batch, val: Batch) -> Tensor:
     """`log_weight` plus the common scale, in effect the ridge weight, that has the least validation loss."""
     candidates = [log_weight + scale for scale in (-1.0, 0.0, 1.0, 2.0, 3.0)]
-    return min(candidates, key=lambda x: float(LongTail().upper_objective({}, solve(x, train), val)))
+    return min(candidates, key=lambda x: float(LongTail(train).upper_objective({}, solve(x, train), val)))
 
 
 def learn(start: Tensor, train: Batch, val: Batch, steps: int) -> tuple[Tensor, float]:
-    """The learned log-weights, and the largest lower gradient on the way."""
-    x = {"log_weight": start.clone().requires_grad_()}
-    optimizer, largest = torch.optim.Adam(x.values(), lr=0.1), 0.0
-    options = {"solver": CG(200, 1e-3), "hvp": ReverseOverReverse(keep_graph=True), "on_failure": "raise"}
-    for _ in range(steps):
-        y = solve(x["log_weight"], train)
-        result = hypergradient(LongTail(), x, y, upper_batch=val, lower_batches=[train], **options)
-        largest = max(largest, result.stationarity)
-        x["log_weight"].grad = result.grad["log_weight"]
-        optimizer.step()
-    return x["log_weight"].detach(), largest
+    """The learned log-weights, and the norm of the lower gradient there."""
+    problem, x, y = LongTail(train), {"log_weight": start.clone()}, solve(start, train)
+    upper, lower = Level(x, torch.optim.Adam(x.values(), lr=0.1), [val]), Level(y, torch.optim.SGD(y.values()), [train])
+    # No lower steps: each alternation begins at the lower solution.
+    schedule = AlternatingSchedule(steps, lower_steps=0, upper_steps=1)
+    method = Implicit(CG(200, 1e-3), hvp=ReverseOverReverse(keep_graph=True))
+    Trainer(problem, upper, lower, schedule, method, on_failure="raise").run()
+    return x["log_weight"], linearize(problem, x, solve(x["log_weight"], train), [train]).stationarity()
 
 
 def compare(seed: int, steps: int) -> dict[str, float]:
@@ -93,13 +93,13 @@ def compare(seed: int, steps: int) -> dict[str, float]:
     both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
     counts, all_counts = torch.bincount(train[1]).double(), torch.bincount(both[1]).double()
     inverse = chosen(-counts.log() + counts.log().mean(), train, val)
-    learned, largest = learn(inverse, train, val, steps)
+    learned, gradient = learn(inverse, train, val, steps)
     return {
         "unweighted": balanced_accuracy(solve(chosen(torch.zeros_like(counts), train, val), train), test),
         "inverse_frequency": balanced_accuracy(solve(inverse, train), test),
         "learned": balanced_accuracy(solve(learned, train), test),
         "inverse_frequency_on_both_sets": balanced_accuracy(solve(inverse + (counts / all_counts).log(), both), test),
-        "largest_lower_gradient": largest,
+        "lower_gradient": gradient,
     }
 
 
@@ -110,10 +110,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     runs = [compare(100 + seed, steps) for seed in range(splits)]
     result = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     print("weights                         balanced test accuracy")
-    for name in list(result)[:4]:
-        print(f"{name.replace('_', ' '):<32}{result[name]:>21.1f}%")
+    print("\n".join(f"{name.replace('_', ' '):<32}{result[name]:>21.1f}%" for name in list(result)[:4]))
     gains = ", ".join(f"{run['learned'] - run['inverse_frequency']:+.1f}" for run in runs)
-    print(f"Learned less inverse frequency, by split: {gains}; lower gradient {result['largest_lower_gradient']:.0e}.")
+    print(f"Learned less inverse frequency, by split: {gains}; lower gradient {result['lower_gradient']:.0e}.")
     return result
 
 

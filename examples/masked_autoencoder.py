@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
-from recipes.bissl.settings.config import build_config
-from recipes.bissl.settings.presets import digits
-from recipes.bissl.tasks.base import Bound, PretextTask
+from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.settings.config import build_config
+from bilevel.recipes.bissl.settings.presets import digits
+from bilevel.recipes.bissl.tasks import Bound, PretextTask
 
 
 class Token(nn.Module):

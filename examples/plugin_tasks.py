@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
-from recipes.bissl.settings.config import build_config
-from recipes.bissl.settings.presets import digits
-from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
-from recipes.vision.metrics import Metric, State
+from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.settings.config import build_config
+from bilevel.recipes.bissl.settings.presets import digits
+from bilevel.recipes.bissl.tasks import Bound, DownstreamTask, PretextTask
+from bilevel.recipes.vision.metrics import Metric, State
 
 
 def plain(images: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ class Parity(DownstreamTask):
 
     def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         def view(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            tikhonov = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
-            return plain(images.roll(tikhonov, (2, 3))), (labels % 2).float()
+            shift = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
+            return plain(images.roll(shift, (2, 3))), (labels % 2).float()
 
         return view
 

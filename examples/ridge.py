@@ -16,7 +16,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
-from bilevel import CG, Params, Problem, hypergradient
+from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, hypergradient
 from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
@@ -24,6 +24,9 @@ Batch = tuple[Tensor, Tensor]
 
 class Ridge(Problem):
     """Squared error below and above; the penalty stands in the lower objective, because its weights are tuned."""
+
+    def __init__(self, train: Batch) -> None:
+        self.train = train
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         X, t = batch
@@ -34,24 +37,21 @@ class Ridge(Problem):
         X, t = batch
         return 0.5 * (X @ lower["w"] - t).square().mean()
 
+    def reset_lower(self, upper: Params) -> Params:
+        """The lower solution, exactly."""
+        X, t = self.train
+        return {"w": torch.linalg.solve(hessian(upper["log_weight"], self.train), X.T @ t / len(X))}
+
 
 def hessian(log_weight: Tensor, batch: Batch) -> Tensor:
     """H = X'X/n + diag(exp x)."""
-    return batch[0].T @ batch[0] / len(batch[0]) + torch.diag(log_weight.detach().exp())
+    return batch[0].T @ batch[0] / len(batch[0]) + torch.diag(log_weight.exp())
 
 
-def solve(log_weight: Tensor, batch: Batch) -> Tensor:
-    """The lower solution, exactly."""
-    X, t = batch
-    return torch.linalg.solve(hessian(log_weight, batch), X.T @ t / len(X))
-
-
-def closed_form(log_weight: Tensor, train: Batch, val: Batch) -> Tensor:
-    """The hypergradient on paper."""
-    X, t = val
-    w = solve(log_weight, train)
-    v = X.T @ (X @ w - t) / len(X)
-    return -log_weight.detach().exp() * w * torch.linalg.solve(hessian(log_weight, train), v)
+def closed_form(log_weight: Tensor, w: Tensor, train: Batch, val: Batch) -> Tensor:
+    """The hypergradient on paper, at the lower solution w."""
+    v = val[0].T @ (val[0] @ w - val[1]) / len(val[0])
+    return -log_weight.exp() * w * torch.linalg.solve(hessian(log_weight, train), v)
 
 
 def load(seed: int) -> list[Batch]:
@@ -72,29 +72,32 @@ def tune(seed: int, steps: int) -> dict[str, float]:
 
     train, val, test = load(seed)
     both = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
-    x = {"log_weight": torch.full((train[0].shape[1],), -2.0, dtype=torch.float64, requires_grad=True)}
-    optimizer = torch.optim.Adam(x.values(), lr=0.1)
-    mismatch = stationarity = 0.0
-    start = solve(x["log_weight"], train)
+    problem, x = Ridge(train), {"log_weight": torch.full((train[0].shape[1],), -2.0, dtype=torch.float64)}
+    y = problem.reset_lower(x)
+    upper = Level(x, torch.optim.Adam(x.values(), lr=0.1), [val])
+    lower = Level(y, torch.optim.SGD(y.values()), [train])
+    # No lower steps: each alternation begins at the lower solution. A kept graph makes products on small data cheaper.
+    schedule = AlternatingSchedule(steps, lower_steps=0, upper_steps=1)
+    method = Implicit(CG(200, 1e-10), hvp=ReverseOverReverse(keep_graph=True))
+    trainer = Trainer(problem, upper, lower, schedule, method, on_failure="raise")
+    before, mismatch, stationarity = error(y["w"], val), 0.0, 0.0
     for _ in range(steps):
-        y = {"w": solve(x["log_weight"], train)}
-        # A kept graph makes products on small data several times cheaper; a solve that fails is an error here.
-        options = {"solver": CG(200, 1e-10), "hvp": ReverseOverReverse(keep_graph=True), "on_failure": "raise"}
-        result = hypergradient(Ridge(), x, y, upper_batch=val, lower_batches=[train], **options)
-        exact = closed_form(x["log_weight"], train, val)
+        # What the next alternation goes along.
+        solution = problem.reset_lower(x)
+        result = hypergradient(problem, x, solution, method, upper_batch=val, lower_batches=[train])
+        exact = closed_form(x["log_weight"], solution["w"], train, val)
         mismatch = max(mismatch, float((result.grad["log_weight"] - exact).norm() / exact.norm()))
         stationarity = max(stationarity, result.stationarity)
-        x["log_weight"].grad = result.grad["log_weight"]
-        optimizer.step()
+        trainer.advance()
     # RidgeCV's alpha stands beside a sum of squares, exp(x) beside their mean: alpha = n exp(x).
     alphas = len(both[0]) * np.logspace(-5, 2, 29)
     single = RidgeCV(alphas=alphas, fit_intercept=False, cv=5).fit(both[0].numpy(), both[1].numpy())
     return {
         "largest_error_of_hypergradients": mismatch,
         "largest_lower_gradient": stationarity,
-        "validation_error_before_tuning": error(start, val),
-        "validation_error_after_tuning": error(solve(x["log_weight"], train), val),
-        "test_error_weight_per_feature": error(solve(x["log_weight"], both), test),
+        "validation_error_before_tuning": before,
+        "validation_error_after_tuning": error(problem.reset_lower(x)["w"], val),
+        "test_error_weight_per_feature": error(Ridge(both).reset_lower(x)["w"], test),
         "test_error_single_weight_by_cv": error(torch.from_numpy(single.coef_), test),
     }
 
@@ -106,12 +109,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     runs = [tune(100 + seed, steps) for seed in range(splits)]
     result = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     result |= {name: max(run[name] for run in runs) for name in result if name.startswith("largest")}
-    for name, value in result.items():
-        print(f"{name.replace('_', ' '):<34}{value:>9.3g}")
-    difference = np.array(
-        [run["test_error_weight_per_feature"] - run["test_error_single_weight_by_cv"] for run in runs]
-    )
-    spread = f"{difference.mean():+.3f} +- {difference.std(ddof=1) / splits**0.5:.3f}"
+    print("\n".join(f"{name.replace('_', ' '):<34}{value:>9.3g}" for name, value in result.items()))
+    differences = [run["test_error_weight_per_feature"] - run["test_error_single_weight_by_cv"] for run in runs]
+    spread = f"{np.mean(differences):+.3f} +- {np.std(differences, ddof=1) / splits**0.5:.3f}"
     print(f"Over {splits} splits, {steps} hypergradients each, the two test errors differ by {spread}.")
     return result
 

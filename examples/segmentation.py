@@ -19,13 +19,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
-from recipes.bissl.outcome.scripting import plain_lines, results_of
-from recipes.bissl.settings.config import build_config
-from recipes.bissl.settings.presets import digits
-from recipes.bissl.tasks.base import Bound, DownstreamTask
-from recipes.vision.imagesets import IGNORED, DownstreamSets, ImageSet, LabelKind
-from recipes.vision.mean_iou import mean_iou
-from recipes.vision.metrics import Metric
+from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.settings.config import build_config
+from bilevel.recipes.bissl.settings.presets import digits
+from bilevel.recipes.bissl.tasks import Bound, DownstreamTask
+from bilevel.recipes.vision.imagesets import IGNORED, DownstreamSets, ImageSet, LabelKind
+from bilevel.recipes.vision.mean_iou import mean_iou
+from bilevel.recipes.vision.metrics import Metric
 
 SIDE, CLASSES = 20, ("background", "0", "1", "2", "3")
 PARTS = {"train": (0, 40), "val": (40, 60), "test": (60, 260), "pretext": (260, 500)}

@@ -60,9 +60,10 @@ class Recorder(Solver):
         b: Params,
         *,
         x0: Params | None = None,
+        x0_product: Params | None = None,
         state: Any = None,
     ) -> Solution:
-        solution = self.solver.solve(operator, b, x0=x0, state=state)
+        solution = self.solver.solve(operator, b, x0=x0, x0_product=x0_product, state=state)
         self.solved.append((b, solution))
         return solution
 
@@ -104,7 +105,7 @@ class Alternation:
     recorder: Recorder
 
     def run(self) -> None:
-        self.trainer.alternate()
+        self.trainer.advance()
 
 
 def prepare(setup: Setup, setting: Setting) -> Alternation:
@@ -206,7 +207,7 @@ def measure_error(reference: Reference, alternation: Alternation) -> dict[str, A
         "error": distance(total([s.value for _, s in solved]), total(exact)),
         "solve_error": errors[len(errors) // 2] if len(errors) > 1 else None,
         "products": products,
-        "hvps": products * alternation.trainer.hessian_batches,
+        "hvps": products * alternation.trainer.method.stored_batches,
         "noise": next((s.noise for _, s in solved if s.noise is not None), None),
         "cosine": min(s.cosine for _, s in solved),
         "relative_change": max(s.relative_change for _, s in solved),
@@ -233,7 +234,9 @@ def aggregation_bias(setup: Setup, *, quick: bool) -> list[dict[str, Any]]:
             setting = Setting(solver, KEPT, aggregate, hessian_batches=1, lower_steps=1, **options)
             alternation = prepare(setup, setting)
             alternation.run()
-            ends.append({name: leaf.detach() - start[name] for name, leaf in alternation.trainer.upper.items()})
+            ends.append(
+                {name: leaf.detach() - start[name] for name, leaf in alternation.trainer.levels["upper"].params.items()}
+            )
         backbone = [{n: t for n, t in end.items() if n.startswith("backbone.")} for end in ends]
         row = {"gamma": gamma, "momentum": momentum, "max_grad_norm": limit}
         rows.append({**row, "bias": distance(backbone[1], backbone[0]), "length_ratio": _lengths(*backbone)})

@@ -5,7 +5,7 @@ Each makes 20 lower steps (SGD, momentum 0.9) and one upper step (Adam) an alter
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,30 @@ from torch import Generator, Tensor, nn
 
 from benchmarks.peers.adapters import quiet
 from benchmarks.race.problems import Batch, Race, Rates
-from bilevel import CG, Hypergradient, Nystrom, Params, Problem, SGDUpdate, hypergradient, unrolled_hypergradient
-from bilevel.hypergradients import darts_hypergradient, from_optimizer, penalty_hypergradient, sama_hypergradient
+from bilevel import (
+    CG,
+    SAMA,
+    AlternatingSchedule,
+    Implicit,
+    Level,
+    Method,
+    Nystrom,
+    OneStep,
+    Params,
+    Penalty,
+    Problem,
+    SGDUpdate,
+    Trainer,
+    Unrolled,
+)
 from bilevel.linear import Solver
 from bilevel.products import ReverseOverReverse
+from bilevel.training import BatchSource
 
 LOWER_STEPS, PENALIZED_STEPS, MOMENTUM = 20, 5, 0.9
 SOLVER_ITERATIONS, SOLVER_RTOL = 20, 1e-2
+
+Draw = Callable[[Generator], Batch]
 
 
 class Contestant(ABC):
@@ -47,11 +64,87 @@ class RaceProblem(Problem):
         return self.race.upper_loss(upper["x"], lower["y"], batch)
 
 
-class Alternation(Contestant):
-    """Torch optimizers at both levels around a `direction`, which gives the hypergradient and may move y itself."""
+class Draws(BatchSource):
+    """Batches from a generator that both levels share; its state is where the stream stands."""
+
+    def __init__(self, draw: Draw, generator: Generator) -> None:
+        self.draw, self.generator = draw, generator
+
+    def begin_stage(self, steps: int) -> None:
+        return None
+
+    def next(self) -> Batch:
+        return self.draw(self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Own(Contestant):
+    """This package: a `Trainer` with one of its methods."""
+
+    def __init__(self, race: Race, rates: Rates, generator: Generator, method: Method) -> None:
+        self.x, y = (start.clone().requires_grad_() for start in (race.upper, race.lower))
+        adam = torch.optim.Adam([self.x], lr=rates.upper)
+        sgd = torch.optim.SGD([y], lr=rates.lower, momentum=MOMENTUM)
+        self.trainer = Trainer(
+            RaceProblem(race),
+            Level({"x": self.x}, adam, Draws(race.upper_batch, generator)),
+            Level({"y": y}, sgd, Draws(race.lower_batch, generator)),
+            # How many alternations are made is for the race's clock to say.
+            AlternatingSchedule(1, LOWER_STEPS, upper_steps=1),
+            method,
+            on_failure="ignore",
+        )
+
+    @property
+    def upper(self) -> Tensor:
+        return self.x
+
+    def advance(self) -> None:
+        self.trainer.advance()
+
+
+def implicit_cg(race: Race, rates: Rates) -> Method:
+    return _implicit(race, CG(SOLVER_ITERATIONS, SOLVER_RTOL))
+
+
+def implicit_nystrom(race: Race, rates: Rates) -> Method:
+    return _implicit(race, Nystrom(10, max_refinements=SOLVER_ITERATIONS, rtol=SOLVER_RTOL))
+
+
+def _implicit(race: Race, solver: Solver) -> Method:
+    hvp = ReverseOverReverse(keep_graph=True)
+    return Implicit(solver, hvp=hvp, hessian_batches=race.batches, warm_start=True)
+
+
+def unrolled(race: Race, rates: Rates) -> Method:
+    """Through the last ten of the alternation's steps."""
+    return Unrolled(steps=LOWER_STEPS // 2)
+
+
+def penalty(race: Race, rates: Rates) -> Method:
+    """The penalised copy makes five steps of its own, on the first five batches of the alternation."""
+    return Penalty(SGDUpdate(rates.lower, MOMENTUM), penalty=10.0, lower_batches=PENALIZED_STEPS)
+
+
+def sama(race: Race, rates: Rates) -> Method:
+    return SAMA(hvp=ReverseOverReverse(), lower_batches=race.batches)
+
+
+def one_step(race: Race, rates: Rates) -> Method:
+    """DARTS; its virtual step is as long as the lower optimizer's."""
+    return OneStep(hvp=ReverseOverReverse(), lower_batches=race.batches)
+
+
+class TorchOptAlternation(Contestant):
+    """Torch optimizers at both levels around a `direction`, which makes the lower steps and gives the hypergradient."""
 
     def __init__(self, race: Race, rates: Rates, generator: Generator) -> None:
-        self.race, self.rates, self.generator, self.problem = race, rates, generator, RaceProblem(race)
+        self.race, self.rates, self.generator = race, rates, generator
         self.x, self.y = (start.clone().requires_grad_() for start in (race.upper, race.lower))
         self.lower_optimizer = torch.optim.SGD([self.y], lr=rates.lower, momentum=MOMENTUM)
         self.upper_optimizer = torch.optim.Adam([self.x], lr=rates.upper)
@@ -62,7 +155,7 @@ class Alternation(Contestant):
 
     @abstractmethod
     def direction(self) -> Tensor:
-        """The hypergradient, after as many lower steps as it makes itself."""
+        """The hypergradient, after the lower steps."""
 
     def advance(self) -> None:
         self.x.grad = self.direction()
@@ -71,106 +164,15 @@ class Alternation(Contestant):
     def lower_batches(self, count: int) -> list[Batch]:
         return [self.race.lower_batch(self.generator) for _ in range(count)]
 
-    def descend(self) -> None:
+
+class TorchOptImplicit(TorchOptAlternation):
+    """custom_root around y with solve_cg; starts every solve from 0, which is all it offers."""
+
+    def direction(self) -> Tensor:
         for batch in self.lower_batches(LOWER_STEPS):
             self.lower_optimizer.zero_grad()
             (self.y.grad,) = torch.autograd.grad(self.race.lower_loss(self.x.detach(), self.y, batch), self.y)
             self.lower_optimizer.step()
-
-    def arguments(self) -> dict[str, Any]:
-        """What every hypergradient of this package takes besides its own options."""
-        return {
-            "problem": self.problem,
-            "upper": {"x": self.x},
-            "lower": {"y": self.y},
-            "upper_batch": self.race.upper_batch(self.generator),
-            "lower_batches": self.lower_batches(self.race.batches),
-            "on_failure": "ignore",
-        }
-
-
-class Implicit(Alternation):
-    """Each solve starts from the one before."""
-
-    solver: Solver
-
-    def __init__(self, race: Race, rates: Rates, generator: Generator) -> None:
-        super().__init__(race, rates, generator)
-        self.last: Params | None = None
-
-    def direction(self) -> Tensor:
-        self.descend()
-        hvp = ReverseOverReverse(keep_graph=True)
-        result = hypergradient(**self.arguments(), solver=self.solver, hvp=hvp, x0=self.last)
-        assert result.solution is not None
-        self.last = result.solution.value
-        return result.grad["x"]
-
-
-class ImplicitCG(Implicit):
-    solver = CG(SOLVER_ITERATIONS, SOLVER_RTOL)
-
-
-class ImplicitNystrom(Implicit):
-    solver = Nystrom(10, max_refinements=SOLVER_ITERATIONS, rtol=SOLVER_RTOL)
-
-
-class Unrolled(Alternation):
-    """Differentiates through the last ten of its lower steps, which begin without momentum."""
-
-    def direction(self) -> Tensor:
-        result = unrolled_hypergradient(
-            **{**self.arguments(), "lower_batches": self.lower_batches(LOWER_STEPS)},
-            update=SGDUpdate(self.rates.lower, MOMENTUM),
-            truncation=LOWER_STEPS // 2,
-        )
-        assert result.lower is not None
-        with torch.no_grad():
-            self.y.copy_(result.lower["y"])
-        return result.grad["x"]
-
-
-class Penalty(Alternation):
-    """The penalised copy makes 5 steps of its own an alternation and is carried along."""
-
-    def __init__(self, race: Race, rates: Rates, generator: Generator) -> None:
-        super().__init__(race, rates, generator)
-        self.penalized: Params | None = None
-
-    def direction(self) -> Tensor:
-        self.descend()
-        result = penalty_hypergradient(
-            **{**self.arguments(), "lower_batches": self.lower_batches(PENALIZED_STEPS)},
-            update=SGDUpdate(self.rates.lower, MOMENTUM),
-            penalty=10.0,
-            penalized=self.penalized,
-        )
-        self.penalized = result.lower
-        return result.grad["x"]
-
-
-class OneStep(Alternation):
-    """No system: SAMA, with the sensitivity of the lower optimizer."""
-
-    def direction(self) -> Tensor:
-        self.descend()
-        return self.compute().grad["x"]
-
-    def compute(self) -> Hypergradient:
-        update, state = from_optimizer(self.lower_optimizer, {"y": self.y})
-        return sama_hypergradient(**self.arguments(), update=update, state=state, hvp=ReverseOverReverse())
-
-
-class Darts(OneStep):
-    def compute(self) -> Hypergradient:
-        return darts_hypergradient(**self.arguments(), step_size=self.rates.lower, hvp=ReverseOverReverse())
-
-
-class TorchOptImplicit(Alternation):
-    """custom_root around y with solve_cg; starts every solve from 0, which is all it offers."""
-
-    def direction(self) -> Tensor:
-        self.descend()
         package = importlib.import_module("torchopt")
         batches = self.lower_batches(self.race.batches)
 
@@ -190,7 +192,7 @@ class TorchOptImplicit(Alternation):
         return torch.autograd.grad(loss, self.x)[0]
 
 
-class TorchOptUnrolled(Alternation):
+class TorchOptUnrolled(TorchOptAlternation):
     """Differentiates through all of its lower steps, which begin without momentum; it offers no truncation."""
 
     def direction(self) -> Tensor:
@@ -213,7 +215,7 @@ class TorchOptUnrolled(Alternation):
 class Endless:
     """Batches without an end, as Betty's loader."""
 
-    draw: Callable[[Generator], Batch]
+    draw: Draw
     generator: Generator
 
     def __iter__(self) -> Iterator[Batch]:
@@ -282,13 +284,18 @@ class Entry:
     start: Callable[[Race, Rates, Generator], Contestant]
 
 
+def own(name: str, method: Callable[[Race, Rates], Method]) -> Entry:
+    """An entry of this package; `method` makes the value that its `Trainer` takes."""
+    return Entry(name, "", lambda race, rates, generator: Own(race, rates, generator, method(race, rates)))
+
+
 ENTRIES: tuple[Entry, ...] = (
-    Entry("implicit, CG, warm start", "", ImplicitCG),
-    Entry("implicit, Nystrom", "", ImplicitNystrom),
-    Entry("unrolled, last 10 steps", "", Unrolled),
-    Entry("penalty (F2SA)", "", Penalty),
-    Entry("SAMA", "", OneStep),
-    Entry("one virtual step (DARTS)", "", Darts),
+    own("implicit, CG, warm start", implicit_cg),
+    own("implicit, Nystrom", implicit_nystrom),
+    own("unrolled, last 10 steps", unrolled),
+    own("penalty (F2SA)", penalty),
+    own("SAMA", sama),
+    own("one virtual step (DARTS)", one_step),
     Entry("TorchOpt, implicit CG", "torchopt", TorchOptImplicit),
     Entry("TorchOpt, unrolled", "torchopt", TorchOptUnrolled),
     Entry("Betty, CG", "betty-ml", Betty),

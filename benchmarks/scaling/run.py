@@ -28,7 +28,7 @@ from benchmarks import measuring
 from benchmarks.scaling import model as scaling_model
 from benchmarks.solvers import tables as solvers_tables
 from benchmarks.solvers.network import Contrastive, gradient, network
-from bilevel import CG, hypergradient, linearize
+from bilevel import CG, linearize
 from bilevel.products import HVPProvider, ReverseOverReverse
 
 PROVIDERS: dict[str, HVPProvider] = {
@@ -100,9 +100,7 @@ class Step:
         solver = CG(self.size.iterations, None)
         system = linearize(self.problem, self.upper, self.lower, self.batches, solver=solver, hvp=hvp)
         for _ in range(self.size.upper_steps):
-            hypergradient(
-                self.problem, self.upper, self.lower, upper_batch=self.upper_batch, system=system, on_failure="ignore"
-            )
+            system.hypergradient(self.upper_batch, on_failure="ignore")
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:

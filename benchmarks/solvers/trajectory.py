@@ -4,21 +4,29 @@ The lower level makes T steps of gradient descent from 0. Every hypergradient is
 F(x, y*(x)), y* the exact lower solution, by the closed form, and that of F(x, y_T(x)), by differentiating a plain loop.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import CG, Hypergradient, Neumann, Params, Problem, SGDUpdate, hypergradient, unrolled_hypergradient
-from bilevel.hypergradients import darts_hypergradient, penalty_hypergradient
+from bilevel import (
+    CG,
+    Implicit,
+    Method,
+    Neumann,
+    OneStep,
+    Params,
+    Penalty,
+    Problem,
+    SGDUpdate,
+    Unrolled,
+    hypergradient,
+)
 
 STEPS = (3, 10, 30, 100, 300, 1000)
 FEATURES, POINTS = 20, 60
 
 Batch = tuple[Tensor, Tensor]
-Method = Callable[[Problem, Params, Params, Params, Batch, Batch], Hypergradient]
-"""(problem, x, y at the start, y after the steps, train, val) -> hypergradient"""
 
 
 class Ridge(Problem):
@@ -72,27 +80,15 @@ def through_the_loop(x: Tensor, train: Batch, val: Batch, steps: int, lr: float)
     return torch.autograd.grad(0.5 * residual.square().mean(), x)[0]
 
 
-def methods(lr: float, steps: int) -> dict[str, Method]:
+def methods(lr: float) -> dict[str, Method]:
     update = SGDUpdate(lr)
     return {
-        "implicit, CG(200, 1e-10)": lambda p, x, _, y, train, val: hypergradient(
-            p, x, y, CG(200, 1e-10), upper_batch=val, lower_batches=[train]
-        ),
-        "implicit, Neumann(10, scale=lr)": lambda p, x, _, y, train, val: hypergradient(
-            p, x, y, Neumann(10, scale=lr), upper_batch=val, lower_batches=[train]
-        ),
-        "unrolled, all T steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
-            p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update
-        ),
-        "unrolled, last 10 steps": lambda p, x, start, _, train, val: unrolled_hypergradient(
-            p, x, start, upper_batch=val, lower_batches=[train] * steps, update=update, truncation=10
-        ),
-        "one virtual step (DARTS)": lambda p, x, _, y, train, val: darts_hypergradient(
-            p, x, y, upper_batch=val, lower_batches=[train], step_size=lr
-        ),
-        "penalty (F2SA), sigma = 100": lambda p, x, _, y, train, val: penalty_hypergradient(
-            p, x, y, upper_batch=val, lower_batches=[train] * steps, update=update, penalty=100.0
-        ),
+        "implicit, CG(200, 1e-10)": Implicit(CG(200, 1e-10)),
+        "implicit, Neumann(10, scale=lr)": Implicit(Neumann(10, scale=lr)),
+        "unrolled, all T steps": Unrolled(update),
+        "unrolled, last 10 steps": Unrolled(update, steps=10),
+        "one virtual step (DARTS)": OneStep(lr),
+        "penalty (F2SA), sigma = 100": Penalty(update, penalty=100.0),
     }
 
 
@@ -105,10 +101,13 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
     for steps in STEPS[:3] if quick else STEPS:
         y = descend(x, train, steps, lr)
         loop = through_the_loop(x, train, val, steps, lr)
-        for name, method in methods(lr, steps).items():
+        for name, method in methods(lr).items():
             problem = Ridge()
-            start = {"w": torch.zeros(FEATURES, dtype=torch.float64)}
-            result = method(problem, {"log_weight": x}, start, {"w": y}, train, val)
+            # Unrolling makes the steps itself, from their start on.
+            makes_steps = isinstance(method, Unrolled)
+            lower = {"w": torch.zeros_like(y) if makes_steps else y}
+            batches = [train] * (steps if isinstance(method, (Unrolled, Penalty)) else 1)
+            result = hypergradient(problem, {"log_weight": x}, lower, method, upper_batch=val, lower_batches=batches)
             grad = result.grad["log_weight"]
             rows.append(
                 {
@@ -117,7 +116,7 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
                     "error": float((grad - exact).norm() / exact.norm()),
                     "error_to_loop": float((grad - loop).norm() / loop.norm()),
                     "stationarity": result.stationarity,
-                    "evaluations": problem.evaluations + (0 if name.startswith("unrolled") else steps),
+                    "evaluations": problem.evaluations + (0 if makes_steps else steps),
                 }
             )
     return rows

@@ -66,7 +66,7 @@ class Unrolled(Method):
     Raises:
         TypeError: an `update` that is not one.
         ValueError: `steps` below 1; `started_from` with names that do not fit or with `steps` that leave some out; a
-            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, adaptation,
+            trainer whose steps cannot be replayed (several upper steps or no lower ones an alternation, an adaptation,
             chunks, an optimizer that `from_optimizer` refuses, an `update` of one's own).
     """
 

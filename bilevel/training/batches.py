@@ -158,6 +158,6 @@ def as_source(argument: str, data: object) -> BatchSource:
     if isinstance(data, (list, tuple)):
         return Cycle(data)
     raise TypeError(
-        f"{argument} must be a BatchSource or a list of batches, got {type(data).__name__}; a list is cycled through as "
-        "it is, and BatchStack(size, batch_size, load, seed=...) draws and shuffles batches anew"
+        f"{argument} must be a BatchSource or a list of batches, got {type(data).__name__}; a list is cycled through "
+        "as it is, and BatchStack(size, batch_size, load, seed=...) draws and shuffles batches anew"
     )

@@ -1,4 +1,4 @@
-"""The engine of every training: one step, when its numbers are finite; signals, callbacks and what a checkpoint holds."""
+"""The engine of every training: steps whose numbers are finite, signals, callbacks, and what a checkpoint holds."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -172,8 +172,8 @@ class Training(ABC):
         """
         if len(state["callbacks"]) != len(self.callbacks):
             raise ValueError(
-                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; resume "
-                "with the same callbacks in the same order"
+                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; "
+                "resume with the same callbacks in the same order"
             )
         for name, level in self.levels.items():
             try:

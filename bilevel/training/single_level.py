@@ -27,7 +27,8 @@ class Stateful(Protocol):
 
 @final
 class SingleLevelTrainer(Training):
-    """Trains one level by minibatch steps: pre-training, a head, fine-tuning. Events are called "train", units are steps.
+    """Trains one level by minibatch steps: pre-training, a head, fine-tuning. Its events are called "train", its units
+    are steps.
 
     Resume, signals, skips of steps that are not finite, callbacks and ranks are those of `Trainer`.
 

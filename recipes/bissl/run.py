@@ -1,4 +1,4 @@
-"""BiSSL from the command line: ``python recipes/bissl/run.py --help``."""
+"""BiSSL from the command line: ``bissl --help``, in a checkout ``python recipes/bissl/run.py --help``."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,19 @@ from pathlib import Path
 if not __package__:
     # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    __package__ = "bilevel.recipes.bissl"
 
-
-from recipes.bissl.commands.main import console
+try:
+    from .commands.main import console
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] == "bilevel":
+        raise
+    print(
+        f"{Path(sys.argv[0]).name}: error: {error.name} is not installed; what the recipes need comes with "
+        'pip install "bilevel[recipes]", in a checkout with pip install -e ".[recipes]"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":
     console()

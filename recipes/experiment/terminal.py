@@ -1,6 +1,20 @@
-"""Escapes for text from files and names that is shown on a terminal."""
+"""Text on a terminal: names and files shown safely, and how the running command is called."""
+
+import shlex
+import sys
+from pathlib import Path
 
 
 def printable(text: str) -> str:
     """`text` with control characters as their escapes: a terminal takes some of them for commands."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def command_name() -> str:
+    """The name of the installed command or script that runs, with which its messages begin."""
+    return Path(sys.argv[0]).name
+
+
+def command_line() -> str:
+    """What to type to start the same command or script again."""
+    return f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else command_name()

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 
 from benchmarks.race import run as race
-from benchmarks.race.methods import ENTRIES, Entry
+from benchmarks.race.methods import ENTRIES, Draws, Entry, Own
 from benchmarks.race.problems import Rates, hyper_cleaning, stochastic_quadratic
 from tests.support.paths import ROOT
 
@@ -69,6 +69,19 @@ def test_contestants_go_down(entry: Entry) -> None:
     for _ in range(5):
         contestant.advance()
     assert problem.value(contestant.upper) < start
+    assert isinstance(contestant, Own)
+    assert contestant.trainer.steps == {"upper": 5, "lower": 100}
+
+
+def test_draws_go_on_from_their_state() -> None:
+    problem = stochastic_quadratic(rows=64)
+    source = Draws(problem.lower_batch, torch.Generator().manual_seed(0))
+    state = source.state_dict()
+    first, second = source.next(), source.next()
+    source.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(source.next(), first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(source.next(), second, strict=True))
+    assert not torch.equal(first[0], second[0])
 
 
 def test_time_to_a_target() -> None:

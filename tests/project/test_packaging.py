@@ -1,118 +1,54 @@
-"""The project's metadata and the rules about imports and files that no linter checks."""
+"""The project's metadata, rules about its files that no linter checks, and what is installed of it."""
 
 import ast
 import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pickle
 import re
 import subprocess
+import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
+import zipfile
 from collections.abc import Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.support.imports import imported, read_modules
 from tests.support.paths import ROOT
 
-# A file of the core imports only from files that stand before it here.
-CORE_ORDER = (
-    "tree",
-    "distributed",
-    "sync_batch_norm",
-    "interruption",
-    "problem",
-    "modules",
-    "operators",
-    "graph_memory",
-    "double_backward",
-    "hvp",
-    "automatic",
-    "gauss_newton",
-    "microbatch",
-    "solution",
-    "solvers",
-    "staleness",
-    "lower_objectives",
-    "system",
-    "objectives",
-    "hypergradient",
-    "differences",
-    "check",
-    "updates",
-    "torch_updates",
-    "unrolled",
-    "first_order",
-    "penalty",
-    "schedule",
-    "batches",
-    "checkpoint",
-    "callbacks",
-    "trackers",
-    "inspection",
-    "level",
-    "alternation",
-    "trainer_arguments",
-    "trainer",
-)
+NOT_IN_THE_SOURCES = {".ci/run", ".gitignore"}
 
 
-def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {module_name(path): path for path in python_files("bilevel", "recipes")}
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imported_names(node: ast.AST, importer: str, *, is_package: bool) -> list[str]:
-    """Dotted names that an import statement asks for, relative ones resolved; `from a import b` gives `a.b`."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
-    base = node.module or ""
-    if node.level:
-        parents = importer.split(".")[: None if is_package and node.level == 1 else -(node.level - is_package)]
-        base = ".".join([*parents, base] if base else parents)
-    return [f"{base}.{alias.name}" for alias in node.names]
-
-
-def imports_of(path: Path, tree: ast.AST | None = None) -> list[str]:
-    names: list[str] = []
-    for node in ast.walk(tree or parse(path)):
-        names += imported_names(node, module_name(path), is_package=path.name == "__init__.py")
-    return names
-
-
-def own_modules(names: list[str]) -> set[str]:
-    """The project's modules that the dotted names reach: the longest prefix of each that is a file."""
-    found = set()
-    for name in names:
-        parts = name.split(".")
-        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-        found.update(next(([prefix] for prefix in prefixes if prefix in MODULES), []))
-    return found
-
-
-def tracked_text_files() -> Iterator[tuple[Path, str]]:
+def tracked_files() -> list[Path]:
+    """The project's files, relative to its root."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs a git checkout to know which files belong to the project")
-    for name in filter(None, listing.split("\0")):
-        path = ROOT / name
-        if path.is_file():
-            data = path.read_bytes()
-            if b"\0" not in data:
-                yield path.relative_to(ROOT), data.decode("utf-8")
+    return [Path(name) for name in filter(None, listing.split("\0")) if (ROOT / name).is_file()]
+
+
+def tracked_text_files() -> Iterator[tuple[Path, str]]:
+    for path in tracked_files():
+        data = (ROOT / path).read_bytes()
+        if b"\0" not in data:
+            yield path, data.decode("utf-8")
+
+
+def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """A finished process that ended with `code`, in an environment that leads Python to no checkout."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 def test_metadata_and_version_agree() -> None:
@@ -120,7 +56,7 @@ def test_metadata_and_version_agree() -> None:
     assert project["name"] == "bilevel"
     assert project["license"] == "Apache-2.0"
     assert project["requires-python"] == ">=3.11,<3.14"
-    assert "torch>=2.11" in project["dependencies"]
+    assert project["dependencies"] == ["torch>=2.11", "numpy", "rich"]
     assert importlib.import_module("bilevel").__version__ == project["version"]
     cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
     assert cited is not None
@@ -128,62 +64,16 @@ def test_metadata_and_version_agree() -> None:
     assert (ROOT / "bilevel/py.typed").is_file()
 
 
-def test_no_import_cycles() -> None:
-    graph = {name: own_modules(imports_of(path)) - {name} for name, path in MODULES.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        pytest.fail("import cycle: " + " <- ".join(error.args[1]))
-
-
-def test_core_imports_only_from_files_above() -> None:
-    wrong = []
-    for name, path in MODULES.items():
-        if not name.startswith("bilevel."):
-            continue
-        place = name.split(".")[1]
-        assert place in CORE_ORDER, f"{name} has no place in the core's import order: add it to CORE_ORDER"
-        for target in own_modules(imports_of(path)):
-            reached = target.partition(".")[2].split(".")[0]
-            inside_package = reached == place and path.parent.name == place
-            if reached not in CORE_ORDER or (
-                CORE_ORDER.index(reached) >= CORE_ORDER.index(place) and not inside_package
-            ):
-                wrong.append(f"{name} imports {target}")
-    assert not wrong
-
-
-def test_core_never_imports_recipes() -> None:
-    reached = {name: imports_of(path) for name, path in MODULES.items() if name.split(".")[0] == "bilevel"}
-    assert not {name: found for name, found in reached.items() if any(n.split(".")[0] == "recipes" for n in found)}
-
-
-def test_packages_import_no_examples_benchmarks_or_tests() -> None:
-    outside = {"examples", "benchmarks", "tests"}
-    for path in MODULES.values():
-        assert not outside & {name.split(".")[0] for name in imports_of(path)}, path
-
-
-def test_no_function_imports_our_own_modules() -> None:
-    found = []
-    for path in MODULES.values():
-        for function in ast.walk(parse(path)):
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-                found += [f"{path}:{function.lineno}: {n}" for n in own_modules(imports_of(path, function))]
-    assert not found
-
-
 def test_only_public_torch() -> None:
     found = []
-    for path in python_files("bilevel", "recipes", "examples", "benchmarks", "tests"):
-        tree = parse(path)
-        dotted = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-        for name in imports_of(path, tree) + dotted:
-            parts = name.split(".")
+    for name, module in read_modules(ROOT, "bilevel", "recipes", "examples", "benchmarks", "tests").items():
+        dotted = [ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)]
+        for asked in imported(module) + dotted:
+            parts = asked.split(".")
             # Operations over lists of tensors have no public name; torch.optim itself is built on torch._foreach_*.
             private = parts[0] == "torch" and any(re.match(r"_(?!_|foreach_)", part) for part in parts)
             if private or parts[0] == "functorch":
-                found.append(f"{path.relative_to(ROOT)}: {name}")
+                found.append(f"{name}: {asked}")
     assert not found
 
 
@@ -204,4 +94,187 @@ def test_ci_script_is_executable_and_runs_tests_then_lint() -> None:
     assert script.stat().st_mode & 0o111
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines.index("make test") < lines.index("make lint")
+    assert {"make docs", "make package"} <= set(lines)
     assert "set -euo pipefail" in lines
+
+
+def test_a_module_of_the_recipes_is_one_object_by_either_name() -> None:
+    ours, installed = (importlib.import_module(f"{name}.bissl.tasks.base") for name in ("recipes", "bilevel.recipes"))
+    assert ours is installed
+    spec = ours.__spec__
+    assert spec is not None
+    assert ours.__name__ == spec.name == "bilevel.recipes.bissl.tasks.base"
+    assert spec.origin == str(ROOT / "recipes/bissl/tasks/base.py")
+    packages = [importlib.import_module(f"{name}.bissl") for name in ("bilevel.recipes", "recipes")]
+    assert packages[0] is packages[1]
+    task = ours.DownstreamTask
+    assert pickle.loads(pickle.dumps(task)) is task
+    assert importlib.util.find_spec("recipes.nothing") is None
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'recipes\.nothing'"):
+        importlib.import_module("recipes.nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["recipes.experiment.errors", "bilevel.recipes.experiment.errors"])
+def test_either_name_may_come_first(first: str) -> None:
+    code = f"""
+import {first}
+from bilevel.recipes.experiment.errors import ConfigError
+from recipes.experiment.errors import ConfigError as same
+assert ConfigError is same and ConfigError.__module__ == "bilevel.recipes.experiment.errors"
+"""
+    run(sys.executable, "-c", code, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["recipes.bissl.run", "bilevel.recipes.bissl.run"])
+def test_the_command_is_a_module_to_run(module: str) -> None:
+    assert run(sys.executable, "-m", module, "--list-presets", cwd=ROOT).stdout.startswith("digits ")
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """The files that belong to it and nothing that a build has left beside them."""
+    for path in tracked_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes((ROOT / path).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The sources' archive, the wheel made from it, and what was said meanwhile."""
+    pytest.importorskip("build", reason="needs the package build")
+    source, folder = copy_of_the_project(tmp_path_factory.mktemp("project")), tmp_path_factory.mktemp("dist")
+    done = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    (archive,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return archive, wheel, done.stdout + done.stderr
+
+
+def environment(folder: Path, *installed: str | Path) -> Path:
+    """A fresh environment with `installed` and nothing else; its folder of packages."""
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "--disable-pip-version-check", "install"]
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", *installed, cwd=folder)
+    (packages / "shared.pth").unlink()
+    return packages
+
+
+def share(packages: Path, *names: str) -> None:
+    """Lend this environment's distributions `names`, and what they need, to another environment."""
+    needed, queue = set(), list(names)
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name not in needed:
+            needed.add(name)
+            requirements = map(Requirement, importlib.metadata.requires(name) or [])
+            queue += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for distribution in map(importlib.metadata.distribution, needed):
+        for top in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(str(distribution.locate_file(top)))
+
+
+@pytest.fixture(scope="module")
+def bare(distributions: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel in an environment with torch, numpy, rich and what these need."""
+    folder = tmp_path_factory.mktemp("bare")
+    share(environment(folder, distributions[1]), "torch", "numpy", "rich")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(distributions: tuple[Path, Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel in an environment that shares all packages of this one."""
+    return with_everything(tmp_path_factory.mktemp("whole"), distributions[1])
+
+
+def with_everything(folder: Path, *installed: str | Path) -> Path:
+    packages = environment(folder, *installed)
+    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    return folder
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_are_built_without_a_warning(distributions: tuple[Path, Path, str]) -> None:
+    archive, wheel, said = distributions
+    assert not re.findall(r".*(?:warn|deprecat|no previously-included|absent from).*", said, re.I)
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    assert {str(path) for path in tracked_files()} - held == NOT_IN_THE_SOURCES
+    names = zipfile.ZipFile(wheel).namelist()
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    assert {name.split("/")[0] for name in names} == {"bilevel", metadata.split("/")[0]}
+    modules = {name.replace("bilevel/recipes/", "recipes/") for name in names if name.endswith(".py")}
+    expected = {str(p) for p in tracked_files() if p.parts[0] in ("bilevel", "recipes") and p.suffix == ".py"}
+    assert modules == expected - {"bilevel/recipes/__init__.py"}
+    assert "bilevel/py.typed" in names
+
+
+@pytest.mark.slow
+def test_the_core_works_with_torch_numpy_and_rich_alone(bare: Path, tmp_path: Path) -> None:
+    code = """
+import importlib.util, torch
+from bilevel import CG, Problem, linearize
+
+for name in ("recipes", "pydantic", "scipy", "torchvision", "safetensors"):
+    assert importlib.util.find_spec(name) is None, name
+
+class Quadratic(Problem):
+    def lower_objective(self, upper, lower, batch):
+        return 0.5 * (batch * lower["y"] ** 2).sum() - (upper["x"] * lower["y"]).sum()
+    def upper_objective(self, upper, lower, batch):
+        return lower["y"].sum()
+
+curvature = torch.tensor([1.0, 2.0, 4.0])
+system = linearize(Quadratic(), {"x": torch.ones(3)}, {"y": 1 / curvature}, lower_batches=[curvature])
+solution = CG(5, 1e-6).solve(system.operator, {"y": torch.ones(3)})
+print(solution.status.name, (solution.value["y"] - 1 / curvature).abs().max().item() < 1e-5)
+"""
+    assert run(bare / "bin/python", "-c", code, cwd=tmp_path).stdout == "CONVERGED True\n"
+
+
+@pytest.mark.slow
+def test_the_command_without_its_extra_says_what_to_install(bare: Path, tmp_path: Path) -> None:
+    done = run(bare / "bin/bissl", "--list-presets", cwd=tmp_path, code=2)
+    assert re.fullmatch(r'bissl: error: \w+ is not installed; .* pip install "bilevel\[recipes\]", .*\n', done.stderr)
+    assert done.stdout == ""
+
+
+def dry_run(environment: Path, folder: Path) -> None:
+    done = run(environment / "bin/bissl", "--preset", "digits", "--dry-run", cwd=folder)
+    assert '"preset": "digits"' in done.stdout
+    assert done.stderr == ""
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+
+
+@pytest.mark.slow
+def test_the_installed_command(whole: Path, tmp_path: Path) -> None:
+    dry_run(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_of_a_checkout_that_is_installed_in_place(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    checkout = copy_of_the_project(tmp_path_factory.mktemp("checkout"))
+    dry_run(with_everything(tmp_path_factory.mktemp("editable"), "-e", checkout), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_plug_in_task_on_the_installed_package(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "plugin_tasks.py").write_bytes((ROOT / "examples/plugin_tasks.py").read_bytes())
+    tasks = "--pretext.task=plugin_tasks:Uncover", "--downstream.task=plugin_tasks:Parity"
+    refused = run(whole / "bin/bissl", *tasks, "--pretext.options", "side=0", cwd=tmp_path, code=2)
+    assert refused.stderr.startswith("bissl: error: pretext.options.side: ")
+    done = run(whole / "bin/bissl", *tasks, "--pretext.options", "side=3", "--dry-run", cwd=tmp_path)
+    assert '"task": "plugin_tasks:Uncover"' in done.stdout
+
+
+@pytest.mark.slow
+def test_a_plug_in_task_in_a_checkout(tmp_path: Path) -> None:
+    (tmp_path / "plugin_tasks.py").write_bytes((ROOT / "examples/plugin_tasks.py").read_bytes())
+    tasks = "--pretext.task=plugin_tasks:Uncover", "--downstream.task=plugin_tasks:Parity"
+    done = run(sys.executable, ROOT / "recipes/bissl/run.py", *tasks, "--dry-run", cwd=tmp_path)
+    assert '"task": "plugin_tasks:Uncover"' in done.stdout

@@ -1,4 +1,4 @@
-"""``run.py data``: which of the fourteen published data sets are here, whether they are whole, and fetching them."""
+"""``bissl data``: which of the fourteen published data sets are here, whether they are whole, and fetching them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...experiment.terminal import printable
+from ...experiment.terminal import command_line, command_name, printable
 from ...vision.imagesets import DataError
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
@@ -21,7 +21,7 @@ SAMPLE = 200
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``run.py data ...``; exit code 0, or 2 where a set that was named, or one on disk, is not whole.
+    """Run ``bissl data ...``; exit code 0, or 2 where a set that was named, or one on disk, is not whole.
 
     Raises DataError on an unknown name and on a download that is not possible.
     """
@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
         for dataset in DATASETS.values():
             if not dataset.downloadable and dataset.missing(root):
                 _say(console, f"{dataset.name}: {remedy(dataset, root)}")
-        _say(console, "`run.py data verify NAME` says of any other what is missing, where it is from and where it goes")
+        verify = f"`{command_line()} data verify NAME`"
+        _say(console, f"{verify} says of any other what is missing, where it is from and where it goes")
         return 0
     if options.command == "download":
         return _download(console, _named(options.name), root)
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     """The subcommands and their options."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--root", default="data", help="folder of the sets, as the field data.root (default: data)")
-    parser = argparse.ArgumentParser(prog="run.py data", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"{command_name()} data", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | verify | download")
     commands.add_parser(
         "list",

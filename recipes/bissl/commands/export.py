@@ -1,4 +1,4 @@
-"""``run.py export``: the backbone of a finished stage as safetensors, with a model card and the run's configuration."""
+"""``bissl export``: the backbone of a finished stage as safetensors, with a model card and the run's configuration."""
 
 import argparse
 import hashlib
@@ -13,6 +13,7 @@ from bilevel.checkpoint import write_atomic
 from ...experiment.artifacts import INFO, Artifact, ArtifactError
 from ...experiment.configuration import read_config_file
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
+from ...experiment.terminal import command_name
 from ..outcome.execution import config_of
 from ..outcome.model_card import model_card
 from ..settings.arms import arm_of
@@ -81,7 +82,7 @@ def export(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="run.py export",
+        prog=f"{command_name()} export",
         description="Write the backbone of a finished stage as safetensors, under the names of torchvision where it is "
         f"one of torchvision's networks, with {CARD} and {CONFIG}.",
         allow_abbrev=False,

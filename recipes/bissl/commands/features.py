@@ -1,4 +1,4 @@
-"""``run.py features``: the features of both arms' backbones before fine-tuning, side by side, and their scores."""
+"""``bissl features``: the features of both arms' backbones before fine-tuning, side by side, and their scores."""
 
 import argparse
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from bilevel.checkpoint import write_atomic
 from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
+from ...experiment.terminal import command_name
 from ...vision.imagesets import DataError, ImageSet
 from ..outcome.execution import before_finetuning, open_finished
 from ..outcome.features.embedding import Method, tsne
@@ -156,7 +157,7 @@ def _report(run: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="run.py features",
+        prog=f"{command_name()} features",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

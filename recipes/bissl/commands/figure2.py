@@ -1,4 +1,4 @@
-"""``run.py figure2``: the paper's Figure 2, test scores of both arms over the length of pre-training."""
+"""``bissl figure2``: the paper's Figure 2, test scores of both arms over the length of pre-training."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from ...experiment.errors import ConfigError
 from ...experiment.folder.folder_lease import leased
 from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.plots import shown_name
+from ...experiment.terminal import command_name
 from ..outcome import estimate
 from ..outcome.epochs_figure import epochs_figure
 from ..outcome.epochs_sweep import Point, config_at, csv_text, is_finished, summary, warmup_cut
@@ -29,7 +30,7 @@ _DESCRIPTION = f"""\
 The whole pipeline at several lengths of pre-training, and its test scores over them: the paper's Figure 2. A length is
 that of the baseline; BiSSL's warm-up is shorter by what its bilevel stage counts for: pretext.baseline_epochs -
 pretext.epochs where the preset sets both (the paper's: 100), else the epochs' worth of lower steps. All options of the
-pipeline (--preset, --seeds, --pretext.batch-size, ...) are taken as well: run.py --help lists them.
+pipeline (--preset, --seeds, --pretext.batch-size, ...) are taken as well: --help without `figure2` lists them.
 
 Written to the output folder: a run in each epochs-E, their stages in {ARTIFACTS}, {FIGURE}, {SUMMARY}, {TABLE}.
 """
@@ -141,7 +142,7 @@ def _lengths(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="run.py figure2",
+        prog=f"{command_name()} figure2",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -19,7 +19,7 @@ from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS
 from ...experiment.plugins import PluginError
 from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
-from ...experiment.terminal import printable
+from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
@@ -65,7 +65,7 @@ def _as_a_rank(arguments: list[str]) -> int:
     try:
         ranks = Ranks(Launch.of_environment())
     except ConfigError as error:
-        print(f"run.py: error: {printable(str(error))}", file=sys.stderr)
+        print(f"{command_name()}: error: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
     code, message = 1, ""
     try:
@@ -76,7 +76,7 @@ def _as_a_rank(arguments: list[str]) -> int:
             prints = ranks.leave(code)
     if message and prints:
         who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
-        print(f"run.py: {who}{printable(message)}", file=sys.stderr)
+        print(f"{command_name()}: {who}{printable(message)}", file=sys.stderr)
     return code
 
 

@@ -15,6 +15,7 @@ from pydantic_settings.exceptions import SettingsError
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import RunDirectory
+from ...experiment.terminal import command_name
 from ..settings import compatibility
 from ..settings.arms import ARMS, arm_of
 from ..settings.config import Config, build_config
@@ -37,7 +38,7 @@ Exit codes: 0 done; 2 bad input; 3 a loss or gradient that is not finite; 74 fil
 by SIGTERM or SIGUSR1; 76 another rank is lost; 130 stopped by Ctrl-C. Signals let the step end and save; after 74, 75,
 76 and 130 the same command with --resume continues. A second Ctrl-C stops at once.
 
-Several processes: torchrun --nproc-per-node=N recipes/bissl/run.py ...
+Several processes: torchrun --nproc-per-node=N -m bilevel.recipes.bissl.run ...
 """
 
 
@@ -108,7 +109,7 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="run.py",
+        prog=command_name(),
         description=_DESCRIPTION,
         add_help=add_help,
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""``run.py search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
+"""``bissl search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
 
 import argparse
 import json
@@ -21,6 +21,7 @@ from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
+from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ..outcome.execution import compute_device
@@ -41,7 +42,7 @@ _DESCRIPTION = """\
 A search for the learning rate and weight decay of an arm's fine-tuning, or, with --stage head, of the head's warm-up
 and the upper level. Trials are scored on the validation set; the test set is not used. The same command, on this
 machine or on others that see the folder, continues and joins the search. Options of the pipeline (--preset, --arm,
---artifacts, --finetune.epochs, ...) are taken as well: run.py --help lists them.
+--artifacts, --finetune.epochs, ...) are taken as well: --help without `search` lists them.
 """
 
 
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py search", description=_DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"{command_name()} search", description=_DESCRIPTION, allow_abbrev=False)
     add: Callable[..., Any] = parser.add_argument
     add("--stage", choices=("finetune", "head"), default="finetune", help="what to search for (default: finetune)")
     add("--from", dest="source", metavar="ARTIFACT", help="artifact to start from (default: the arm's, made if needed)")
@@ -220,7 +221,7 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
         return
     # Not forked from this process, whose CUDA and threads would not survive it, but from one that only has imported.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["recipes.bissl.outcome.search.work"])
+    server.set_forkserver_preload([work.__module__])
     processes = [server.Process(target=_worker, args=(search,), daemon=True) for _ in range(count)]
     for process in processes:
         process.start()
@@ -232,7 +233,8 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
         interruption.check()
     ended = [str(process.exitcode) for process in processes if process.exitcode]
     if ended:
-        print(f"run.py search: {len(ended)} of {count} workers ended early, with {', '.join(ended)}", file=sys.stderr)
+        died = f"{len(ended)} of {count} workers ended early, with {', '.join(ended)}"
+        print(f"{command_name()} search: {died}", file=sys.stderr)
 
 
 def _pass_on_signals(processes: Sequence[BaseProcess]) -> None:
@@ -249,7 +251,7 @@ def _worker(search: Search) -> None:
         with Interruption():
             work(search, Console())
     except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
-        print(f"run.py search: a worker stopped: {error}", file=sys.stderr)
+        print(f"{command_name()} search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

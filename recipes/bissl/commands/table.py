@@ -1,4 +1,4 @@
-"""``run.py table``: Table 1 from finished runs, beside the paper's figures."""
+"""``bissl table``: Table 1 from finished runs, beside the paper's figures."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from typing import get_args
 from bilevel.checkpoint import write_atomic
 
 from ...experiment.errors import ConfigError
+from ...experiment.terminal import command_name
 from ..outcome.paper_table.formats import arms_grid, csv_text, html, latex, main_grid, markdown
 from ..outcome.paper_table.rows import FinishedRun, arm_rows, labelled_notes, main_rows, on_gpu, read_finished
 from ..outcome.results_table import FINETUNE_NOISE, PIPELINE_NOISE
@@ -56,7 +57,7 @@ def tables(runs: Sequence[FinishedRun], version: PaperVersion) -> dict[str, str]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py table", description=_DESCRIPTION, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"{command_name()} table", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folder of a run")
     parser.add_argument("--to", default="table", metavar="DIR", help="folder for the tables (default: table)")
     parser.add_argument(
@@ -79,7 +80,7 @@ def _read(folders: Sequence[Path], *, skip: bool) -> list[FinishedRun]:
     if problems and not skip:
         raise ConfigError("\n".join([*problems, "or leave such runs out by --skip-unfinished"]))
     for problem in problems:
-        print(f"run.py table: left out: {problem}", file=sys.stderr)
+        print(f"{command_name()} table: left out: {problem}", file=sys.stderr)
     if not runs:
         raise ConfigError("none of the runs is finished, so that there is nothing to make a table of")
     return runs

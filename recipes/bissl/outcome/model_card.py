@@ -118,7 +118,7 @@ def loading_snippet(backbone: str, image_size: int, weights: str) -> tuple[str, 
     elif backbone in BACKBONES or ":" in backbone or backbone.startswith("mnasnet"):
         lines = [
             "from safetensors.torch import load_file",
-            "from recipes.vision.networks.backbones import build_backbone",
+            "from bilevel.recipes.vision.networks.backbones import build_backbone",
             f'network = build_backbone("{backbone}", image_size={image_size})',
             f"network.load_state_dict({read})",
         ]

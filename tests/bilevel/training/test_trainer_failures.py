@@ -90,7 +90,7 @@ def test_other_kinds_of_arguments_are_refused_by_name(options: dict[str, Any], m
 
 def test_levels_are_levels_and_chunks_are_for_the_lower_one() -> None:
     trainer = make()
-    with pytest.raises(TypeError, match="upper must be a Level, such as .*, got a dict"):
+    with pytest.raises(TypeError, match=r"upper must be a Level, such as .*, got a dict"):
         Trainer(TwoHeads(), trainer.upper.params, trainer.lower, trainer.schedule)  # type: ignore[arg-type]
     params = variables()[0]
     chunked = Level(params, torch.optim.SGD(params.values(), lr=0.1), UPPER_BATCHES, micro_batch=2)

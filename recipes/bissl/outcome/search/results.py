@@ -8,6 +8,7 @@ from rich.table import Table
 
 from bilevel.checkpoint import write_atomic
 
+from ....experiment.terminal import command_line
 from .selection import Selection
 from .work import Search, chosen_fields, describe
 
@@ -77,7 +78,7 @@ def lines(search: Search, selection: Selection, tolerance: float) -> list[str]:
     rule = f"{selection.within} within {tolerance:g} of the best {selection.winner.metric}, by validation loss"
     chosen = f"chosen: trial {describe(selection.winner)}; {rule}; {len(selection.diverged)} diverged"
     command = [
-        f"python recipes/bissl/run.py --preset {search.config.preset} --artifacts {search.artifacts}",
+        f"{command_line()} --preset {search.config.preset} --artifacts {search.artifacts}",
         options(chosen_fields(search, selection.winner)),
         *([f"--seeds {SEEDS}"] if search.stage == "finetune" else []),
     ]

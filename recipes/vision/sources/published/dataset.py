@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ....experiment.terminal import command_line
 from ...imagesets import DataError
 from ..sources import Request, Source
 from .archives import Archive, fetch
@@ -57,7 +58,7 @@ def remedy(dataset: Dataset, root: Path) -> str:
     if not dataset.downloadable:
         return f"its official download is gone: {dataset.by_hand}, {holds}; {elsewhere}"
     files = " and ".join(f"{archive.url} and unpack it inside {root / archive.into}" for archive in dataset.archives)
-    fetched = f"or set `data.download` to true, or run `run.py data download {dataset.name}`"
+    fetched = f"or set `data.download` to true, or run `{command_line()} data download {dataset.name}`"
     return f"download {files}, {holds}; {fetched}; {elsewhere}"
 
 

@@ -1,0 +1,25 @@
+"""What messages call the running command, and what they advise to type."""
+
+import sys
+
+import pytest
+
+from recipes.experiment.terminal import command_line, command_name, printable
+
+
+@pytest.mark.parametrize(
+    ("started", "name", "again"),
+    [
+        ("recipes/bissl/run.py", "run.py", "python recipes/bissl/run.py"),
+        ("/a b/run.py", "run.py", "python '/a b/run.py'"),
+        ("/environment/bin/bissl", "bissl", "bissl"),
+    ],
+)
+def test_the_command_in_use(started: str, name: str, again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "data"])
+    assert command_name() == name
+    assert command_line() == again
+
+
+def test_control_characters_are_shown_not_sent() -> None:
+    assert printable("a\x1b[2J\tb\n") == "a\\x1b[2J\tb\n"
