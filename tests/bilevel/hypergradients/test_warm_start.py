@@ -243,10 +243,8 @@ def test_a_trainer_carries_it_from_alternation_to_alternation_until_the_lower_le
     resets: tuple[int, ...],
 ) -> None:
     x, y = {"x": vector(8, 5)}, CASE.split(torch.zeros(8, dtype=torch.float64))
-    levels = [
-        Level(x, torch.optim.SGD(x.values(), lr=0.1), [CASE.right]),
-        Level(y, torch.optim.SGD(y.values(), lr=0.1), [None]),
-    ]
+    above = Level(x, torch.optim.SGD(x.values(), lr=0.1), [CASE.right])
+    below = Level(y, torch.optim.SGD(y.values(), lr=0.1), [None])
     iterations: list[int] = []
 
     class Listener(Callback):
@@ -255,7 +253,7 @@ def test_a_trainer_carries_it_from_alternation_to_alternation_until_the_lower_le
                 iterations.append(record["iterations"])
 
     method, schedule = Implicit(CG(20, 1e-8), warm_start=True), AlternatingSchedule(3, 1, 1)
-    trainer = Trainer(Resetting(resets), levels[0], levels[1], schedule, method, callbacks=[Listener()])
+    trainer = Trainer(Resetting(resets), above, below, schedule, method, callbacks=[Listener()])
     trainer.run()
     # The right-hand side stays, so that a solve that starts at its solution has nothing to do.
     assert [count > 0 for count in iterations] == [True, bool(resets), False]
