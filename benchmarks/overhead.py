@@ -34,7 +34,6 @@ from benchmarks.pages import conditions, table, update
 from bilevel import Checkpointing
 from bilevel.training import engine
 from recipes.bissl.commands.main import main as run_recipe
-from recipes.bissl.training import loop
 from recipes.experiment.folder.run_folder import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,17 +64,14 @@ def saves_through(watch: Callable[[str, Path, Save], None]) -> Iterator[None]:
 
     What `save` takes is what training waits for: the states of all parts, and their way to the disk.
     """
-    plain, first, trainer_ends = loop._save, engine.save_checkpoint, Checkpointing.on_interrupt
+    first, others = engine.save_checkpoint, Checkpointing.on_interrupt
 
     def see(folder: Path, save: Save) -> None:
         watch(folder.name.rpartition("-")[0], folder, save)
 
     with (
-        patch.object(loop, "_save", lambda folder, *what: see(folder, lambda: plain(folder, *what))),
         patch.object(engine, "save_checkpoint", lambda folder, *what: see(folder, lambda: first(folder, *what))),
-        patch.object(
-            Checkpointing, "on_interrupt", lambda self, it: see(self.directory, lambda: trainer_ends(self, it))
-        ),
+        patch.object(Checkpointing, "on_interrupt", lambda self, it: see(self.directory, lambda: others(self, it))),
     ):
         yield
 

@@ -13,14 +13,13 @@ from torch import nn
 from benchmarks.communication.model import Messages, Schedule, Sizes, channels
 from bilevel import CG, AlternatingSchedule, Implicit, Level, Trainer, interruption, linearize
 from bilevel.distributed import rank, world_size
-from bilevel.training import Callback
+from bilevel.training import Callback, SingleLevelTrainer, gradient_of
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.base import DownstreamTask, PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
-from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.compute import Computing, JoinBuffers
 from recipes.bissl.training.global_loss import pretext_loss
-from recipes.bissl.training.loop import optimizer_step
 from recipes.bissl.training.problem import BACKBONE, BiSSLProblem
 from recipes.vision.networks.backbones import build_backbone
 
@@ -79,16 +78,18 @@ class Case:
         count = labelled // world_size()
         labels = torch.randint(len(downstream.classes), (count,), generator=drawn)
         self.labelled = torch.randn(count, *shape[1:], generator=drawn), labels
-        parameters = [*lower.parameters(), *heads.parameters()]
-        self.optimizer = torch.optim.SGD(parameters, lr=1e-3)
-        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        variables = self.problem.variables()[1]
+        level = Level(variables, torch.optim.SGD(list(variables.values()), lr=1e-3), self.batches[:1])
+        self.pretext = SingleLevelTrainer(
+            gradient_of(lambda batch: pretext_loss(task, lower, dict(heads.items()), batch), variables),
+            level,
+            steps=1,
+            callbacks=[JoinBuffers(computing, lower, heads)],
+        )
 
     def pretext_step(self) -> None:
         """As the pretext stage makes it."""
-        problem = self.problem
-        loss = pretext_loss(problem.pretext, problem.lower_backbone, dict(problem.heads.items()), self.batches[0])
-        optimizer_step(loss, self.optimizer, self.scheduler)
-        problem.join_buffers(problem.lower_backbone, problem.heads)
+        self.pretext.advance()
         interruption.check()
 
     def product(self) -> Callable[[], object]:

@@ -1,6 +1,7 @@
 """The events of a stage, written as lines of the run's `metrics.jsonl` and to trackers."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from bilevel.distributed import rank
 from bilevel.training import Callback, Tracker, TrackerError
 
 from .errors import ConfigError
+
+MOST_LINES = 2000
+"""Upper bound on the "train" events that one stage writes."""
 
 
 class StageEvents(Callback):
@@ -59,8 +63,16 @@ class StageEvents(Callback):
             for tracker in self.trackers.values():
                 tracker.close()
 
+    @property
+    def name(self) -> str:
+        """The stage in one word, for names of files."""
+        return "{stage}-{arm}-seed-{seed}".format(**self.context)
+
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
-        self.write(record)
+        # Of a long training of one level, `MOST_LINES` steps at most and those that were left out.
+        every = math.ceil(trainer.total / MOST_LINES) if record["event"] == "train" else 1
+        if record["step"] % every == 0 or record["step"] == trainer.total or "skipped" in record:
+            self.write(record)
 
     def on_run_end(self, trainer: Any) -> None:
         self.close()

@@ -18,7 +18,7 @@ from ..outcome.execution import config_of
 from ..outcome.model_card import model_card
 from ..settings.arms import METHOD, arm_of
 from ..settings.config import Config
-from ..training.artifacts import read_stage
+from ..training.artifacts import costs_of, read_stage
 
 WEIGHTS, CARD = "backbone.safetensors", "MODEL_CARD.md"
 STAGES = ("pretext", "restart", "head", "bissl", "finetune")
@@ -131,7 +131,7 @@ def _arm(artifact: Artifact, default: str) -> str:
 def _listing(artifacts: list[Artifact]) -> str:
     lines = [
         f"  {artifact.directory}: {artifact.stage}, arm {artifact.info.get('variant', 'any')}, seed "
-        f"{artifact.info.get('seed')}, {artifact.info['pretext_steps']} pretext steps"
+        f"{artifact.info.get('seed')}, {costs_of(artifact).pretext_steps} pretext steps"
         for artifact in artifacts
     ]
     return "\n".join(lines) or "  none"

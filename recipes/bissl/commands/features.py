@@ -19,10 +19,11 @@ from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures,
 from ..outcome.features.saved import ArmScores, SavedFeatures
 from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
+from ..outcome.pipeline import Pipeline
 from ..outcome.report import write_report
 from ..settings.arms import BASELINE, METHOD
 from ..settings.run_directory import FEATURES, FEATURES_PICTURE
-from ..training.context import Context
+from ..training.batches import Batches
 
 Split = Literal["test", "val"]
 
@@ -61,11 +62,11 @@ def main(arguments: list[str]) -> int:
     there = [name for name in (FEATURES_PICTURE, FEATURES) if (target / name).exists()]
     if there and not given.overwrite:
         raise ConfigError(f"{target} holds {' and '.join(there)} already; replace them with --overwrite, or give --to")
-    context = open_finished(run, Path(given.artifacts) if given.artifacts else None)
-    seed = context.config.seed if given.seed is None else given.seed
+    pipeline = open_finished(run, Path(given.artifacts) if given.artifacts else None)
+    seed = pipeline.config.seed if given.seed is None else given.seed
     arms = list(dict.fromkeys(given.arms.split(",")))
     options = Options(given.split, given.method, given.perplexity, given.max_points, seed)
-    record, picture = show_features(context, arms, options)
+    record, picture = show_features(pipeline, arms, options)
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_atomic(target / FEATURES_PICTURE, picture)
@@ -79,13 +80,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show_features(context: Context, arms: list[str], options: Options) -> tuple[SavedFeatures, bytes]:
+def show_features(pipeline: Pipeline, arms: list[str], options: Options) -> tuple[SavedFeatures, bytes]:
     """The record and the PNG of `arms` of a finished run.
 
     Raises:
         ConfigError, DataError, ArtifactError: as `main`.
     """
-    config, sets = context.config, context.data.downstream
+    config, sets = pipeline.config, pipeline.data.downstream
     if options.max_points < 3:
         raise ConfigError(f"--max-points: must be at least 3, got {options.max_points}")
     if sets.kind != "single-label":
@@ -93,11 +94,12 @@ def show_features(context: Context, arms: list[str], options: Options) -> tuple[
             f"{sets.train.name}: has {sets.kind} labels, but a picture of features needs one class an image"
         )
     images = sets.test if options.split == "test" else sets.val
-    artifacts = before_finetuning(context, arms, options.seed)
+    artifacts = before_finetuning(pipeline, arms, options.seed)
     chosen = _chosen(images, options)
     records, panels = {}, []
     for arm, artifact in artifacts.items():
-        train, shown = arm_features(context.at(arm, options.seed), artifact, images)
+        batches = Batches(pipeline.at(arm, options.seed), pipeline.data, pipeline.computing)
+        train, shown = arm_features(batches, artifact, images)
         drawn = LabelledFeatures(shown.features[chosen], shown.labels[chosen])
         points = tsne(drawn.features, method=options.method, perplexity=options.perplexity, seed=options.seed)
         scores = {

@@ -14,13 +14,13 @@ from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines
-from ..outcome.execution import make_context, run_whole
+from ..outcome.execution import make_pipeline, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
 from ..outcome.wording import shown_name
 from ..settings.run_directory import run_directory
 from ..training.artifacts import artifact_store
-from ..training.context import Datasets
+from ..training.datasets import Datasets
 from .parsing import Request, parse
 
 FIGURE, SUMMARY, TABLE = "figure2.png", "figure2.json", "figure2.csv"
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
-    data = Datasets(request.config)
+    data = Datasets(request.config.data)
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [
@@ -102,7 +102,8 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
     store = artifact_store(request.artifacts or folder / ARTIFACTS)
     if len(finished) < len(points):
         # Before anything is written; lengths share data and batch sizes.
-        estimate.check_data(make_context(points[0].config, points[0].directory, store, data))
+        first = make_pipeline(points[0].config, points[0].directory.path, store, data)
+        estimate.check_data(first.config, data, first.computing)
     for point in points:
         point.directory.open(point.config, resume=request.resume, overwrite=False)
     results = {}
@@ -112,8 +113,8 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
             print(f"{point.epochs} pretext epochs: found in {point.directory.path}")
             continue
         with point.directory.leased(point.config, resume=True, overwrite=False):
-            context = make_context(point.config, point.directory, store, data)
-            results[point.epochs] = run_whole(context, point.directory)
+            pipeline = make_pipeline(point.config, point.directory.path, store, data)
+            results[point.epochs] = run_whole(pipeline, point.directory)
         print(f"{point.epochs} pretext epochs: {comparison_lines(results[point.epochs])[0]}")
     return results
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from signal import SIG_IGN, Signals, signal
 from typing import NoReturn
 
+from rich.console import Console
+
 from bilevel.checkpoint import CheckpointError
 from bilevel.distributed import CollectiveError
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
@@ -26,13 +28,12 @@ from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
 from ..outcome.agreement import check_data
 from ..outcome.console_table import comparison_lines, results_table
-from ..outcome.execution import begin, make_context, run_whole
+from ..outcome.execution import begin, make_pipeline, run_whole
+from ..outcome.pipeline import Pipeline
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.presets import list_presets
 from ..training.artifacts import artifact_store, read_stage
-from ..training.context import Context
-from ..training.stages import bissl, finetune, head, pretext
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
@@ -112,20 +113,23 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
         return INTERRUPTED, "interrupted; the same command with --resume continues"
 
 
-def run_stage(context: Context, request: Request, parent: Artifact | None) -> None:
+def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> None:
     """One stage alone, from the artifact that the command line names."""
-    config = context.config
-    at = context.at(request.arm, config.seed)
+    config, console = pipeline.config, pipeline.workspace.console
     if request.command == "finetune":
         seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
-        for artifact in [finetune.run(context.at(request.arm, seed), parent) for seed in seeds]:
+        for artifact in [pipeline.finetune(pipeline.at(request.arm, seed), parent) for seed in seeds]:
             scores = ", ".join(f"{name} {number_text(value)}" for name, value in artifact.info["test"].items())
-            _say(context, f"seed {artifact.info['seed']}: test {scores}")
-            _say(context, f"artifact: {artifact.directory}")
+            _say(console, f"seed {artifact.info['seed']}: test {scores}")
+            _say(console, f"artifact: {artifact.directory}")
         return
-    stages = {"pretext": pretext.run, "restart": pretext.restart, "head": head.run, "bissl": bissl.run}
-    stage = stages[request.command]
-    _say(context, f"artifact: {stage(at, parent).directory}")
+    repeat = pipeline.at(request.arm, config.seed)
+    if parent is None:
+        made = pipeline.pretext(repeat)
+    else:
+        stages = {"restart": pipeline.restart, "head": pipeline.head, "bissl": pipeline.bissl}
+        made = stages[request.command](repeat, parent)
+    _say(console, f"artifact: {made.directory}")
 
 
 def _execute(request: Request, ranks: Ranks) -> int:
@@ -141,31 +145,32 @@ def _execute(request: Request, ranks: Ranks) -> int:
         print(description)
         return 0
     store = artifact_store(request.artifacts or directory.path / CHECKPOINTS)
-    context = make_context(config, directory, store, ranks=ranks)
+    pipeline = make_pipeline(config, directory.path, store, ranks=ranks)
+    data, console = pipeline.data, pipeline.workspace.console
     check_same({"command": request.command, "arm": request.arm}, "was started for something else")
     # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
     parent = _parent(request)
     with first_on_each_machine(ranks.launch):
-        context.data.read()
-    check_data(context.data)
-    estimate.check_data(context)
+        data.read()
+    check_data(data)
+    estimate.check_data(config, data, pipeline.computing)
     check_installed(config.tracking)
     with directory.leased(config, resume=request.resume, overwrite=request.overwrite):
         if request.command != "all":
-            begin(context, directory)
-            run_stage(context, request, parent)
+            begin(data, directory)
+            run_stage(pipeline, request, parent)
             return 0
-        results = run_whole(context, directory)
-    context.console.print(results_table(results))
+        results = run_whole(pipeline, directory)
+    console.print(results_table(results))
     for line in comparison_lines(results):
-        _say(context, line)
-    _say(context, f"{directory.path / REPORT}, {directory.path / RESULTS}")
+        _say(console, line)
+    _say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
 
 
-def _say(context: Context, line: str) -> None:
+def _say(console: Console, line: str) -> None:
     """Print a line as it is: brackets are no markup, and a path is not broken."""
-    context.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _parent(request: Request) -> Artifact | None:

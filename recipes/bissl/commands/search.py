@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bilevel import interruption
 from bilevel.checkpoint import CheckpointError, write_atomic
 from bilevel.interruption import Interruption
 from bilevel.training import NonFiniteError
@@ -21,18 +19,21 @@ from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
+from ...experiment.search.queue import TrialQueue
+from ...experiment.search.records import select
+from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ..outcome.execution import compute_device
 from ..outcome.search.results import CHOSEN, SELECTION, lines, table, write_selection
-from ..outcome.search.selection import TOLERANCE, select
-from ..outcome.search.trials import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, RandomPairs, grid_around
-from ..outcome.search.work import Search, check, prepare, sweep, work
+from ..outcome.search.search import Search, check, prepare, work
+from ..outcome.search.selection import TOLERANCE, near_best
+from ..outcome.search.space import LR, LR_RANGE, TRIALS, WEIGHT_DECAY, WEIGHT_DECAY_RANGE, grid_around, random_pairs
 from ..settings.arms import ARMS, arm_of
 from ..settings.run_directory import SAFE_TO_CHANGE
 from ..training.artifacts import read_stage
-from ..training.context import Datasets
+from ..training.datasets import Datasets
 from .parsing import Request, parse, show_config
 
 MANIFEST = "search.json"
@@ -59,8 +60,9 @@ def main(arguments: list[str]) -> int:
     search, console = _search(given, request), Console()
     if request.dry_run:
         print(show_config(search.config))
-        for trial in search.trials:
-            print(f"trial {trial.number:03d}: lr {trial.lr:.6g}, weight decay {trial.weight_decay:.6g}")
+        for trial in search.queue.trials:
+            rate, decay = trial.values[LR], trial.values[WEIGHT_DECAY]
+            print(f"trial {trial.number:03d}: lr {rate:.6g}, weight decay {decay:.6g}")
         return 0
     if not given.summary:
         _begin(search, console, given)
@@ -143,26 +145,27 @@ def _search(given: argparse.Namespace, request: Request) -> Search:
     else:
         count = TRIALS if given.trials is None else given.trials
         ranges = tuple(given.lr_range), tuple(given.weight_decay_range)
-        trials = RandomPairs(count, given.search_seed, *ranges).all()
+        trials = random_pairs(count, given.search_seed, *ranges)
     if given.trial is not None and not 0 <= given.trial < len(trials):
         raise ConfigError(f"--trial: there are trials 0 to {len(trials) - 1}, got {given.trial}")
     directory = Path(given.output_dir or Path("runs") / f"{config.preset}-search-{of}")
     artifacts = request.artifacts or directory / CHECKPOINTS
-    return Search(config, directory, artifacts, given.stage, request.arm, tuple(trials), given.lease)
+    queue = TrialQueue(directory, tuple(trials), given.lease)
+    return Search(config, artifacts, given.stage, request.arm, queue)
 
 
 def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | None:
     """The artifact of --from, verified."""
     if given.source is None:
         return None
-    then = arm_of(search.arm).then
-    if arm_of(search.arm).start == "random":
-        raise ConfigError(f"--from: the arm {search.arm!r} starts from random weights; leave out one of the two")
+    then = arm_of(search.variant).then
+    if arm_of(search.variant).start == "random":
+        raise ConfigError(f"--from: the arm {search.variant!r} starts from random weights; leave out one of the two")
     expected = "pretext" if search.stage == "head" or then == "nothing" else then
     artifact = read_stage(Path(given.source))
     if artifact.stage != expected:
         raise ArtifactError(
-            f"--from: search of {search.stage} for the arm {search.arm!r} starts from a {expected} artifact, "
+            f"--from: search of {search.stage} for the arm {search.variant!r} starts from a {expected} artifact, "
             f"{given.source} is of {artifact.stage}; name another one, or another --arm"
         )
     artifact.tensors()
@@ -175,7 +178,7 @@ def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
     compute_device(search.config)
     check_installed(search.config.tracking)
     # Let go of when this is done: workers map the cache instead.
-    data = Datasets(search.config)
+    data = Datasets(search.config.data)
     if not (search.directory / MANIFEST).exists():
         check(search, parent, data, console)
     _open(search, given)
@@ -189,7 +192,7 @@ def _open(search: Search, given: argparse.Namespace) -> None:
         ConfigError: it is another one, or the folder cannot be written to.
     """
     path = search.directory / MANIFEST
-    settings: dict[str, Any] = {"stage": search.stage, "arm": search.arm}
+    settings: dict[str, Any] = {"stage": search.stage, "arm": search.variant}
     if search.stage == "finetune":
         ranges = {"lr_range": list(given.lr_range), "weight_decay_range": list(given.weight_decay_range)}
         settings |= {"search_seed": given.search_seed, **ranges}
@@ -219,30 +222,10 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
     if count == 1:
         work(search, console, only=given.trial)
         return
-    # Not forked from this process, whose CUDA and threads would not survive it, but from one that only has imported.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([work.__module__])
-    processes = [server.Process(target=_worker, args=(search,), daemon=True) for _ in range(count)]
-    for process in processes:
-        process.start()
-    with interruption.deferred():
-        for process in processes:
-            while process.exitcode is None:
-                process.join(1.0)
-                _pass_on_signals(processes)
-        interruption.check()
-    ended = [str(process.exitcode) for process in processes if process.exitcode]
-    if ended:
-        died = f"{len(ended)} of {count} workers ended early, with {', '.join(ended)}"
+    codes = run_workers(_worker, search, count)
+    if codes:
+        died = f"{len(codes)} of {count} workers ended early, with {', '.join(map(str, codes))}"
         print(f"{command_name()} search: {died}", file=sys.stderr)
-
-
-def _pass_on_signals(processes: Sequence[BaseProcess]) -> None:
-    """What asks this process to stop asks its workers."""
-    handler = interruption.installed()
-    if handler is not None and handler.asked_by is not None:
-        for process in processes:
-            process.terminate()
 
 
 def _worker(search: Search) -> None:
@@ -259,22 +242,23 @@ def _worker(search: Search) -> None:
 
 def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
     """Print what there is; write the selection where every trial is done."""
-    records, missing = search.records(), search.missing()
+    queue = search.queue
+    records, missing = queue.records(), queue.missing()
     if given.trial is not None and missing:
         return 0
     if missing:
-        holders = [holder for trial in missing if (holder := search.leases.holder(f"{trial.number:03d}"))]
-        _say(console, f"{len(records)} of {len(search.trials)} trials done, {len(holders)} being worked on")
+        holders = queue.holders()
+        _say(console, f"{len(records)} of {len(queue.trials)} trials done, {len(holders)} being worked on")
         for holder in holders:
             _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
     if records:
-        selection = select(records, given.tolerance)
+        selection = select(records, partial(near_best, tolerance=given.tolerance))
         console.print(table(search, selection))
         for line in lines(search, selection, given.tolerance):
             _say(console, line if not missing else f"so far, {line}")
         if not missing and not given.summary:
             write_selection(search, selection, given.tolerance)
-            sweep(search)
+            queue.sweep()
             _say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
     return 0 if given.summary or not missing else UNFINISHED
 

@@ -11,7 +11,7 @@ from ...experiment.errors import ConfigError
 from ...experiment.ranks.agreement import check_same
 from ...vision.imagesets import DataError, ImageSet
 from ..settings.config import Config
-from ..training.context import Datasets
+from ..training.datasets import Datasets
 
 OWN = {"data": {"root", "download"}}
 """Fields that may differ: where each machine has its files."""

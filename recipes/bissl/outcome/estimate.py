@@ -10,7 +10,10 @@ from ...vision.sources.published.catalog import DATASETS
 from ...vision.torch_metrics import as_metrics
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
-from ..training.context import Context, Datasets, check_batch_size
+from ..training.batches import Batches, check_batch_size
+from ..training.compute import Computing
+from ..training.datasets import Datasets
+from ..training.repeat import Repeat
 from ..training.warm_start import check_initial_weights
 
 PROBE = {"cpu": 16, "cuda": 256}
@@ -23,25 +26,26 @@ HVP_COST = 4.0
 """Gradients that a Hessian-vector product costs: about 3 in operations, 4 to 5 on a CPU."""
 
 
-def check_data(context: Context) -> None:
+def check_data(config: Config, data: Datasets, computing: Computing) -> None:
     """Read both data sets and make the first batches, so that whatever is wrong is found before anything is written.
 
     Raises:
         DataError, ConfigError: naming what is wrong.
     """
-    check_initial_weights(context.config.model, context.config.data.image_size)
-    for fraction in _fractions(context.config):
-        context.pretext_stack(context.config.pretext_task(), "check", fraction)
-    check_labelled(context)
+    check_initial_weights(config.model, config.data.image_size)
+    batches = Batches(Repeat(config, "bissl", config.seed), data, computing)
+    for fraction in _fractions(config):
+        batches.pretext(config.pretext_task(), "check", fraction)
+    check_labelled(config, data, computing)
 
 
-def check_labelled(context: Context) -> None:
-    """Read the labelled sets alone and make a stack of batches of them, as `check_data` does; check the metrics.
+def check_labelled(config: Config, data: Datasets, computing: Computing) -> None:
+    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does; check the metrics.
 
     Raises:
         DataError, ConfigError, PluginError: naming what is wrong.
     """
-    config, sets = context.config, context.data.downstream
+    sets = data.downstream
     task = config.downstream_task(sets.train.classes)
     if task.labels not in (None, sets.train.kind):
         raise DataError(
@@ -49,7 +53,7 @@ def check_labelled(context: Context) -> None:
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
     as_metrics(task.metrics())
-    context.labelled_stack(task, "check")
+    Batches(Repeat(config, "bissl", config.seed), data, computing).labelled(task, "check")
 
 
 def describe(config: Config) -> str:
@@ -124,7 +128,7 @@ def _solves(fields: BilevelConfig, products: int) -> str:
 
 def _sizes(config: Config) -> tuple[int, int, list[str]]:
     c, notes = config.data, []
-    data = Datasets(config.model_copy(update={"data": c.model_copy(update={"download": False})}))
+    data = Datasets(c.model_copy(update={"download": False}))
     pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
     if pretext is None:
         images = len(data.pretext)

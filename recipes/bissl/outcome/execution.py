@@ -15,15 +15,18 @@ from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
+from ...experiment.workspace import Workspace
 from ..settings.arms import arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS
-from ..settings.run_directory import run_directory
+from ..settings.run_directory import PROJECT, run_directory
 from ..training.artifacts import STEPS
-from ..training.context import Context, Datasets
+from ..training.compute import Computing
+from ..training.datasets import Datasets
 from .agreement import check_ranks
-from .pipeline import EQUAL_TIME, pretrain, run_pipeline, summarise
+from .pipeline import EQUAL_TIME, Pipeline
 from .report import write_report
+from .results import summarise
 
 ALONE = Ranks(Launch())
 """The only process of its run."""
@@ -63,13 +66,21 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     return torch.device("cuda", launch.local_rank)
 
 
-def make_context(
-    config: Config, directory: RunDirectory, store: ArtifactStore, data: Datasets | None = None, *, ranks: Ranks = ALONE
-) -> Context:
-    """The context of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
+def make_pipeline(
+    config: Config,
+    folder: Path,
+    store: ArtifactStore,
+    data: Datasets | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    console: Console | None = None,
+) -> Pipeline:
+    """The pipeline of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
 
     Args:
+        folder: the run's.
         data: may be another run's.
+        console: shows the progress; by default the terminal of rank 0 does.
 
     Raises:
         ConfigError: the device is not there, or the ranks cannot make this run together.
@@ -82,27 +93,27 @@ def make_context(
     if rank() > 0:
         # Rank 0 says it for all.
         warnings.simplefilter("ignore", SolverWarning)
-    sets = Datasets(config) if data is None else data
-    context = Context(config, device, store, directory.path / METRICS, sets, Console(quiet=rank() > 0))
-    context.computing.set_up()
-    return context
+    computing = Computing(config.compute, device)
+    computing.set_up()
+    workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking, PROJECT)
+    return Pipeline(config, Datasets(config.data) if data is None else data, computing, workspace)
 
 
-def begin(context: Context, directory: RunDirectory) -> None:
+def begin(data: Datasets, directory: RunDirectory) -> None:
     """Write what every run leaves before its first stage."""
     if rank() == 0:
         (directory.path / METRICS).touch()
-    directory.write_json(SPLITS, context.data.downstream.indices)
+    directory.write_json(SPLITS, data.downstream.indices)
 
 
-def run_whole(context: Context, directory: RunDirectory) -> dict[str, Any]:
-    """All stages of all arms into an opened run directory; the content of its results.json.
+def run_whole(pipeline: Pipeline, directory: RunDirectory) -> dict[str, Any]:
+    """All stages of all variants into an opened run directory; the content of its results.json.
 
     Raises:
         ConfigError: the report could not be written; everything else was.
     """
-    begin(context, directory)
-    results = summarise(context, run_pipeline(context))
+    begin(pipeline.data, directory)
+    results = summarise(pipeline.run(), pipeline.config, pipeline.data, pipeline.computing.device)
     directory.write_json(RESULTS, results)
     try:
         if rank() == 0:
@@ -127,20 +138,20 @@ def config_of(run: Path) -> Config:
     return build_config(PRESETS[preset]("v2"), saved)
 
 
-def open_finished(run: Path, artifacts: Path | None = None) -> Context:
-    """The context of a finished run, in which no stage can be trained.
+def open_finished(run: Path, artifacts: Path | None = None) -> Pipeline:
+    """The pipeline of a finished run, in which no stage can be trained.
 
     Args:
         run: The run's folder.
         artifacts: The folder of its stages, where they are not in the run's own.
 
     Raises:
-        ConfigError: as `config_of` and `make_context`.
+        ConfigError: as `config_of` and `make_pipeline`.
     """
-    return make_context(config_of(run), run_directory(run), FinishedStages(artifacts or run / CHECKPOINTS, STEPS))
+    return make_pipeline(config_of(run), run, FinishedStages(artifacts or run / CHECKPOINTS, STEPS))
 
 
-def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[str, Artifact]:
+def before_finetuning(pipeline: Pipeline, arms: Sequence[str], seed: int) -> dict[str, Artifact]:
     """What each of `arms` fine-tunes in the repeat `seed` of a finished run: the paper compares these (section 4.4).
 
     The lower-level backbone after the bilevel stage, and the baseline's after its pre-training, are "backbone" in them.
@@ -149,7 +160,7 @@ def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[
         ArtifactError: a stage is not finished or damaged.
         ConfigError: the run has no such arm or seed, or the arm starts from random weights.
     """
-    config = context.config
+    config = pipeline.config
     seeds = range(config.seed, config.seed + (config.pipeline_seeds or 1))
     if seed not in seeds:
         raise ConfigError(f"--seed: stages before fine-tuning were made for {', '.join(map(str, seeds))}, not {seed}")
@@ -162,5 +173,5 @@ def before_finetuning(context: Context, arms: Sequence[str], seed: int) -> dict[
     needed = dict.fromkeys(("bissl", "baseline", *arms) if EQUAL_TIME in arms else arms)
     made: dict[str, Artifact | None] = {}
     for arm in needed:
-        made[arm] = pretrain(context.at(arm, seed), made)
+        made[arm] = pipeline.pretrain(pipeline.at(arm, seed), made)
     return {arm: artifact for arm in arms if (artifact := made[arm]) is not None}

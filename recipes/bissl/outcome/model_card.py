@@ -14,6 +14,7 @@ from ...vision.networks.backbones import BACKBONES, RESNETS
 from ...vision.networks.torchvision_backbones import network_options
 from ..settings.arms import SCRATCH
 from ..settings.config import Config
+from ..training.artifacts import costs_of
 
 _HOW = {
     "pretext": "self-supervised pre-training alone",
@@ -76,7 +77,7 @@ def model_card(
         licence: of the weights; None: the card says that none is stated.
         results: content of the run's results.json, for the arm's mean over all seeds.
     """
-    info = artifact.info
+    info, costs = artifact.info, costs_of(artifact)
     snippet, after = loading_snippet(config.model.backbone, config.data.image_size, weights)
     return _TEMPLATE.format(
         name=config.model.backbone,
@@ -91,12 +92,12 @@ def model_card(
         image_size=config.data.image_size,
         pretext_task=config.pretext.task,
         pretext_data=_code(config.data.pretext),
-        pretext_steps=info["pretext_steps"],
+        pretext_steps=costs.pretext_steps,
         downstream_task=config.downstream.task,
         downstream_data=_code(config.data.downstream),
-        label_steps=info["label_steps"],
+        label_steps=costs.label_steps,
         initial=_initial(config, info),
-        seconds=info["seconds"],
+        seconds=costs.seconds,
         torch=torch.__version__,
         torchvision=torchvision.__version__,
         preset=config.preset,

@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ...experiment.folder.run_folder import METRICS
+from ...experiment.workspace import Workspace
 from ..settings.config import Config
 from ..training.artifacts import artifact_store
-from ..training.context import Context, Datasets
-from .pipeline import run_pipeline, summarise
+from ..training.compute import Computing
+from ..training.datasets import Datasets
+from .pipeline import Pipeline
+from .results import summarise
 
 
 def results_of(config: Config) -> dict[str, Any]:
     """All stages of all arms on the CPU, in a temporary folder: what a run would write to its results.json."""
     with tempfile.TemporaryDirectory() as folder:
-        path, data, quiet = Path(folder), Datasets(config), Console(quiet=True)
-        context = Context(config, torch.device("cpu"), artifact_store(path), path / METRICS, data, quiet)
-        return summarise(context, run_pipeline(context))
+        path, device = Path(folder), torch.device("cpu")
+        workspace = Workspace(path, artifact_store(path), Console(quiet=True))
+        pipeline = Pipeline(config, Datasets(config.data), Computing(config.compute, device), workspace)
+        return summarise(pipeline.run(), config, pipeline.data, device)

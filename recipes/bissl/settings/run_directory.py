@@ -6,6 +6,9 @@ from ...experiment.folder.run_folder import RunDirectory
 
 FEATURES, FEATURES_PICTURE = "features.json", "features.png"
 
+PROJECT = "bissl"
+"""Of the runs in a viewer such as W&B."""
+
 MARKS = frozenset({"preset", "pretext", "downstream", "bissl", "finetune"})
 """Fields by which a saved config is recognised as one of this program."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bilevel.distributed import mean_over_ranks, replicate, world_size
 from bilevel.nn import SyncBatchNorm, own_draws, synchronised
+from bilevel.training import Callback
 from bilevel.tree import map_tensors
 
 from ...experiment.errors import ConfigError
@@ -110,6 +111,16 @@ class Computing:
                     f"{free // MIB} MiB left; set it to cpu, or use fewer images"
                 )
         return images.to(self.device)
+
+
+class JoinBuffers(Callback):
+    """After every step, gives running statistics the ranks' mean."""
+
+    def __init__(self, computing: Computing, *modules: nn.Module) -> None:
+        self.computing, self.modules = computing, modules
+
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        self.computing.join_buffers(*self.modules)
 
 
 def _check_kinds(module: nn.Module) -> None:

@@ -67,8 +67,17 @@ class BiSSLProblem(Problem):
 
     def variables(self) -> tuple[Params, Params]:
         """(upper, lower): the modules' own trainable parameters, so that optimizer steps change the modules."""
-        upper = _trainable(self.upper_backbone, BACKBONE) | _trainable(self.head, "head.")
+        upper = trainable(self.upper_backbone, BACKBONE) | trainable(self.head, "head.")
         return upper, lower_variables(self.lower_backbone, self.heads)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks, by their names in artifacts."""
+        return {
+            "backbone": self.lower_backbone,
+            "heads": self.heads,
+            "upper_backbone": self.upper_backbone,
+            "head": self.head,
+        }
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         loss = self._pretext_loss if in_curvature_pass() else self._first_order_loss
@@ -113,12 +122,12 @@ class BiSSLProblem(Problem):
         """Buffers and frozen parameters (a momentum target), which are no variables."""
         return {
             name: {key: t.detach().clone() for key, t in _fixed(module).items()}
-            for name, module in self._parts().items()
+            for name, module in self.modules().items()
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, module in self._parts().items():
+        for name, module in self.modules().items():
             for key, tensor in _fixed(module).items():
                 tensor.copy_(state[name][key])
 
@@ -128,13 +137,10 @@ class BiSSLProblem(Problem):
     def _pretext_outputs(self, lower: Params, batch: Any) -> Tensor:
         return self.pretext.outputs(*bind_lower(self.lower_backbone, self.heads, lower), batch)
 
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"lower": self.lower_backbone, "upper": self.upper_backbone, "heads": self.heads, "head": self.head}
-
 
 def lower_variables(backbone: nn.Module, heads: nn.ModuleDict) -> Params:
     """theta_P and phi_P: the modules' own trainable parameters, named ``backbone.*`` and ``heads.*``."""
-    return _trainable(backbone, BACKBONE) | _trainable(heads, "heads.")
+    return trainable(backbone, BACKBONE) | trainable(heads, "heads.")
 
 
 def bind_lower(backbone: nn.Module, heads: nn.ModuleDict, lower: Params) -> tuple[Bound, dict[str, Bound]]:
@@ -154,7 +160,8 @@ def bind(module: nn.Module, params: Params, prefix: str) -> Bound:
     return call
 
 
-def _trainable(module: nn.Module, prefix: str) -> Params:
+def trainable(module: nn.Module, prefix: str = "") -> Params:
+    """The module's own parameters that are trained, their names after `prefix`."""
     return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

@@ -13,9 +13,18 @@ import pytest
 
 from bilevel.checkpoint import load_checkpoint
 from bilevel.training.trackers import TensorBoardLogger, TrackerError, WandbLogger, numbers
-from recipes.bissl.training.stages import pretext
 from tests.support.paths import ROOT
-from tests.support.recipes.small_runs import STAGES, events, execute, refused, run_all, small_config, small_context
+from tests.support.recipes.small_runs import (
+    STAGES,
+    before_steps,
+    events,
+    execute,
+    refused,
+    run_all,
+    small_config,
+    small_pipeline,
+    stop_at,
+)
 
 UPPER = {"event": "upper", "step": 3, "alternation": 2, "loss": 0.5, "residual": math.nan, "status": "CONVERGED"}
 
@@ -254,22 +263,14 @@ def test_tensorboard_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def interrupted_run(folder: Path, monkeypatch: pytest.MonkeyPatch, tracker: str) -> Any:
-    """All stages, the first of which is interrupted after a checkpoint and goes on in a fresh context."""
-    real, calls = pretext.optimizer_step, [0]
-
-    def step(*arguments: Any) -> dict[str, Any]:
-        calls[0] += 1
-        if calls[0] == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
+    """All stages, the first of which is interrupted after a checkpoint and goes on in a fresh pipeline."""
     config = small_config(f"--tracking={tracker}", "--data.pretext-limit=24", "--pretext.batch-size=12")
     with monkeypatch.context() as patch:
-        patch.setattr(pretext, "optimizer_step", step)
+        before_steps(patch, "pretext", stop_at(4))
         with pytest.raises(KeyboardInterrupt):
-            run_all(small_context(folder, config))
+            run_all(small_pipeline(folder, config))
     assert any(load_checkpoint(path) for path in (folder / "checkpoints").iterdir())
-    run_all(small_context(folder, config))
+    run_all(small_pipeline(folder, config))
     return [(line["stage"], line["event"], line["step"]) for line in events(folder)]
 
 

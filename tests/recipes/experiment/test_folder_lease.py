@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bissl.outcome import execution
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder import folder_lease
 from recipes.experiment.folder.folder_lease import leased
 from recipes.experiment.folder.leases import LeaseLost
 from recipes.experiment.folder.process_identity import describe, has_ended, identity
-from tests.support.recipes.small_runs import execute, files, refused, small_config, small_context
+from tests.support.recipes.small_runs import execute, files, refused, small_config, small_pipeline
 
 LEASE = ".writer.0.lease"
 
@@ -163,15 +162,12 @@ def test_a_stage_that_another_run_trains_is_refused(tmp_path: Path, capsys: pyte
 
 
 def test_every_stage_leases_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = small_context(tmp_path, small_config()).at("bissl", 0)
-    monkeypatch.setattr(execution, "write_report", lambda folder: folder)
     seen = []
 
     def spy(folder: Path, what: str) -> object:
         seen.append(folder.name.partition("-")[0])
         return leased(folder, what)
 
-    for module in ("loop", "stages.bissl"):
-        monkeypatch.setattr(f"recipes.bissl.training.{module}.leased", spy)
-    execution.run_pipeline(context)
+    monkeypatch.setattr("recipes.experiment.stage.leased", spy)
+    small_pipeline(tmp_path, small_config("--seeds=1")).run()
     assert set(seen) == {"pretext", "head", "bissl", "finetune"}

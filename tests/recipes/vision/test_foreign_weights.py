@@ -13,11 +13,10 @@ from torchvision import models
 
 from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.plan import make_plan
-from recipes.bissl.training.stages import pretext
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import ResNetBackbone, build_backbone, projector
 from recipes.vision.networks.foreign_weights import load_backbone, load_heads, read_weights
-from tests.support.recipes.small_runs import events, part, small_config, small_context
+from tests.support.recipes.small_runs import events, part, run_stage, small_config, small_pipeline
 
 State = dict[str, Tensor]
 
@@ -212,7 +211,7 @@ def start(tmp_path: Path, *options: str) -> tuple[Config, Path]:
 
 def test_the_projector_is_fitted_first_on_the_frozen_backbone(tmp_path: Path) -> None:
     config, file = start(tmp_path, "--pretext.epochs=0")
-    made = pretext.run(small_context(tmp_path, config))
+    made = run_stage(small_pipeline(tmp_path, config), "pretext")
     given = torch.load(file)
     for key, value in part(made, "backbone").items():
         assert torch.equal(value, given[f"module.backbone.{key}"]), key
@@ -224,45 +223,50 @@ def test_the_projector_is_fitted_first_on_the_frozen_backbone(tmp_path: Path) ->
 
 def test_pretext_steps_follow_and_a_projector_is_not_fitted_twice(tmp_path: Path) -> None:
     config, file = start(tmp_path)
-    first = pretext.run(small_context(tmp_path, config))
+    first = run_stage(small_pipeline(tmp_path, config), "pretext")
     assert first.info["pretext_steps"] == 10
     given = torch.load(file)
     assert not torch.equal(part(first, "backbone")["conv1.weight"], given["module.backbone.conv1.weight"])
     # An artifact brings its projector along.
     again = small_config(f"--model.init-backbone={first.directory}")
-    second = pretext.run(small_context(tmp_path, again))
+    second = run_stage(small_pipeline(tmp_path, again), "pretext")
     assert second.info["pretext_steps"] == 4
     assert second.key != first.key
 
 
 def test_the_content_of_the_file_decides_the_artifact(tmp_path: Path) -> None:
     config, file = start(tmp_path, "--pretext.epochs=0", "--model.projector-epochs=1")
-    first = pretext.run(small_context(tmp_path, config)).key
+    first = run_stage(small_pipeline(tmp_path, config), "pretext").key
     moved = tmp_path / "moved.pt"
     moved.write_bytes(file.read_bytes())
     elsewhere = config.model_copy(update={"model": config.model.model_copy(update={"init_backbone": str(moved)})})
-    assert pretext.run(small_context(tmp_path, elsewhere)).key == first
+    assert run_stage(small_pipeline(tmp_path, elsewhere), "pretext").key == first
     changed = {key: value + 1 for key, value in torch.load(file).items()}
     torch.save(changed, file)
-    assert pretext.run(small_context(tmp_path, config)).key != first
+    assert run_stage(small_pipeline(tmp_path, config), "pretext").key != first
 
 
 def test_an_interrupted_fit_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, _ = start(tmp_path)
-    whole = pretext.run(small_context(tmp_path, config))
+    whole = run_stage(small_pipeline(tmp_path, config), "pretext")
     (tmp_path / "again").mkdir()
-    context = small_context(tmp_path / "again", config)
-    for stop in (3, 8):
+    pipeline = small_pipeline(tmp_path / "again", config)
+    # In the steps that fit heads, and in those after them.
+    for stop in (3, 7):
+        calls = [0]
 
-        def interrupt(self: Any, backbone: nn.Module, heads: nn.ModuleDict, step: int, stop: int = stop) -> None:
-            if step == stop:
+        def interrupt(
+            self: Any, backbone: nn.Module, heads: nn.ModuleDict, step: int, stop: int = stop, calls: list[int] = calls
+        ) -> None:
+            calls[0] += 1
+            if calls[0] == stop:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
             patch.setattr(type(config.pretext_task()), "after_step", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                pretext.run(context)
-    resumed = pretext.run(context)
+                run_stage(pipeline, "pretext")
+    resumed = run_stage(pipeline, "pretext")
     for key, value in whole.tensors().items():
         assert torch.equal(value, resumed.tensors()[key]), key
 
@@ -279,13 +283,14 @@ def test_the_rate_that_heads_are_fitted_at_is_part_of_the_key(tmp_path: Path) ->
     keys = set()
     for rate in (0.5, 1.0):
         options = f"--pretext.lr={rate}", "--pretext.baseline-lr=2.0", "--model.projector-epochs=1"
-        keys.add(pretext.run(small_context(tmp_path, start(tmp_path, *options)[0]).at("baseline", 0)).key)
+        pipeline = small_pipeline(tmp_path, start(tmp_path, *options)[0])
+        keys.add(pipeline.pretext(pipeline.at("baseline", 0)).key)
     assert len(keys) == 2
 
 
 def test_byols_target_is_the_fitted_projector_in_the_end(tmp_path: Path) -> None:
     config, _ = start(tmp_path, "--pretext.task=byol", "--pretext.epochs=0")
-    made = pretext.run(small_context(tmp_path, config))
+    made = run_stage(small_pipeline(tmp_path, config), "pretext")
     heads = part(made, "heads")
     fitted = {key: value for key, value in heads.items() if key.startswith("projector.")}
     torch.manual_seed(0)
@@ -300,7 +305,7 @@ def test_byols_target_is_the_fitted_projector_in_the_end(tmp_path: Path) -> None
 def test_heads_before_the_backbone_are_fitted_too(tmp_path: Path) -> None:
     task = "--pretext.task=examples.masked_autoencoder:MaskedAutoencoder"
     config, file = start(tmp_path, task, "--pretext.epochs=0", "--pretext.lr=0.003")
-    made = pretext.run(small_context(tmp_path, config))
+    made = run_stage(small_pipeline(tmp_path, config), "pretext")
     # It starts at 0 and is what stands in hidden places, before the backbone.
     assert part(made, "heads")["token.patch"].abs().max() > 0
     given = torch.load(file)

@@ -7,16 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import Params, Trainer, linearize
+from bilevel import Params, linearize
 from bilevel.nn.functional import curvature_pass
 from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
-from recipes.bissl.training.stages import pretext
 from tests.support.cases import joined, vector
-from tests.support.recipes.small_runs import STAGES, small_config, small_context
+from tests.support.recipes.small_runs import before_steps, run_stage, small_config, small_pipeline, stop_at
 
 PRODUCTS: list[HVPProvider] = [ReverseOverReverse(), ForwardOverReverse()]
 
@@ -90,31 +89,18 @@ def run_stages(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, interrupted: bool = False
 ) -> dict[str, Any]:
     """The tensors of the pretext, head and bissl stages, maybe with an interruption inside the first and the last."""
-    context = small_context(folder, small_config(*SHORT, *arguments))
+    pipeline = small_pipeline(folder, small_config(*SHORT, *arguments))
     last, made = None, {}
     for name in ("pretext", "head", "bissl"):
         if interrupted and name != "head":
-            owner, method = (pretext, "optimizer_step") if name == "pretext" else (Trainer, "_upper_step")
             with monkeypatch.context() as patch:
-                patch.setattr(owner, method, _stopping(getattr(owner, method)))
+                # After a checkpoint in either stage.
+                before_steps(patch, name, stop_at(4))
                 with pytest.raises(KeyboardInterrupt):
-                    STAGES[name].run(context, last)
-        last = STAGES[name].run(context, last)
+                    run_stage(pipeline, name, last)
+        last = run_stage(pipeline, name, last)
         made[name] = last.tensors()
     return made
-
-
-def _stopping(real: Any, call: int = 4) -> Any:
-    """`real`, whose call number `call` is a Ctrl-C: after a checkpoint in either stage."""
-    calls = [0]
-
-    def step(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    return step
 
 
 def check_same_runs(found: dict[str, Any], expected: dict[str, Any]) -> None:

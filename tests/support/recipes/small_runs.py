@@ -1,7 +1,7 @@
 """Runs of the recipe that take a second, and readers of what they leave."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,15 +10,21 @@ import pytest
 from rich.console import Console
 from torch import Tensor
 
+from bilevel import Trainer
 from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome import execution
 from recipes.bissl.outcome.execution import compute_device
+from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config
+from recipes.bissl.settings.run_directory import PROJECT
 from recipes.bissl.training.artifacts import artifact_store
-from recipes.bissl.training.context import Context, Datasets
+from recipes.bissl.training.batches import Batches
+from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.datasets import Datasets
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
 from recipes.experiment.artifacts import Artifact
+from recipes.experiment.workspace import Workspace
 
 # Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
 SMALL = {
@@ -59,12 +65,15 @@ def small_config(*arguments: str) -> Config:
     return parse([*SMALL_OPTIONS, *arguments]).config
 
 
-def small_context(folder: Path, config: Config) -> Context:
-    metrics = folder / "metrics.jsonl"
-    data = Datasets(config)
-    return Context(
-        config, compute_device(config), artifact_store(folder / "checkpoints"), metrics, data, Console(quiet=True)
-    )
+def small_pipeline(folder: Path, config: Config) -> Pipeline:
+    computing = Computing(config.compute, compute_device(config))
+    workspace = Workspace(folder, artifact_store(folder / "checkpoints"), Console(quiet=True), config.tracking, PROJECT)
+    return Pipeline(config, Datasets(config.data), computing, workspace)
+
+
+def batches_of(pipeline: Pipeline) -> Batches:
+    """Those of the method at the first seed."""
+    return Batches(pipeline.at("bissl", pipeline.config.seed), pipeline.data, pipeline.computing)
 
 
 def execute(*arguments: str) -> int:
@@ -125,14 +134,62 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def before_steps(patch: pytest.MonkeyPatch, stage: str, hook: Callable[[], None]) -> None:
+    """Call `hook` before every step of a stage, in the bilevel one before every upper step."""
+    if stage == "bissl":
+        real = Trainer._upper_step
+
+        def upper_step(self: Trainer, now: Any) -> None:
+            hook()
+            real(self, now)
+
+        patch.setattr(Trainer, "_upper_step", upper_step)
+        return
+    plain = STAGES[stage].gradient_of
+
+    def gradient_of(*given: Any) -> Callable[[Any], Any]:
+        derivatives = plain(*given)
+
+        def hooked(batch: Any) -> Any:
+            hook()
+            return derivatives(batch)
+
+        return hooked
+
+    patch.setattr(STAGES[stage], "gradient_of", gradient_of)
+
+
+def stop_at(call: int) -> Callable[[], None]:
+    """A Ctrl-C when it is called for the given time."""
+    calls = [0]
+
+    def hook() -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+
+    return hook
+
+
 STAGES: dict[str, ModuleType] = {"pretext": pretext, "head": head, "bissl": bissl, "finetune": finetune}
 
 
-def run_all(context: Context) -> dict[str, Artifact]:
+def run_stage(pipeline: Pipeline, stage: str, parent: Artifact | None = None) -> Artifact:
+    """One stage of the method at the first seed."""
+    repeat = pipeline.at("bissl", pipeline.config.seed)
+    if stage == "pretext":
+        return pipeline.pretext(repeat)
+    if stage == "finetune":
+        return pipeline.finetune(repeat, parent)
+    assert parent is not None
+    return (pipeline.head if stage == "head" else pipeline.bissl)(repeat, parent)
+
+
+def run_all(pipeline: Pipeline) -> dict[str, Artifact]:
     made: dict[str, Artifact] = {}
     last = None
-    for name, stage in STAGES.items():
-        made[name] = last = stage.run(context, last)
+    for stage in STAGES:
+        made[stage] = last = run_stage(pipeline, stage, last)
     return made
 
 

@@ -15,7 +15,7 @@ from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
 from ....vision.imagesets import ImageSet
 from ....vision.networks.backbones import build_backbone
-from ...training.context import Context
+from ...training.batches import Batches
 
 BATCHES, BATCH_SIZE = 100, 256
 """Of training images that refresh the batch statistics (paper, appendix C.1: "roughly 100 batches" of 256)."""
@@ -66,7 +66,7 @@ def refresh_batch_norm(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def arm_features(
-    context: Context, artifact: Artifact, evaluated: ImageSet
+    batches: Batches, artifact: Artifact, evaluated: ImageSet
 ) -> tuple[LabelledFeatures, LabelledFeatures]:
     """Features of the training images and of `evaluated`, of the artifact's "backbone" after `refresh_batch_norm`.
 
@@ -76,35 +76,35 @@ def arm_features(
         ConfigError: the task's inputs are no tensors of images.
         ArtifactError: the weights are damaged or do not fit.
     """
-    config, train = context.config, context.data.downstream.train
-    backbone = build_backbone(config.model.backbone, image_size=config.data.image_size)
+    settings, train = batches.settings, batches.data.downstream.train
+    backbone = build_backbone(settings.model.backbone, image_size=settings.data.image_size)
     artifact.load_into({"backbone": backbone})
-    context.computing.place(backbone)
-    refresh_batch_norm(backbone, training_batches(context))
-    return _features(context, backbone, train), _features(context, backbone, evaluated)
+    batches.computing.place(backbone)
+    refresh_batch_norm(backbone, training_batches(batches))
+    return _features(batches, backbone, train), _features(batches, backbone, evaluated)
 
 
-def training_batches(context: Context) -> Iterator[Tensor]:
+def training_batches(batches: Batches) -> Iterator[Tensor]:
     """`BATCHES` shuffled batches of training images, of `BATCH_SIZE` or, where there are fewer images, all of them."""
-    images = context.data.downstream.train
-    task = context.config.downstream_task(images.classes)
+    images = batches.data.downstream.train
+    task = batches.settings.downstream_task(images.classes)
     transform, labels = task.transform(train=False), images.labels
     assert labels is not None, "the three labelled sets have labels"
 
     def load(indices: Tensor, seed: int) -> Tensor:
         inputs, _ = transform(images.images[indices], labels[indices], torch.Generator().manual_seed(seed))
-        return _images(context.computing.move(inputs), task)
+        return _images(batches.computing.move(inputs), task)
 
     size = min(BATCH_SIZE, len(images))
-    stack = BatchStack(len(images), size, load, seed=derive_seed(context.seed, "batch statistics"), drop_last=True)
+    stack = BatchStack(len(images), size, load, seed=derive_seed(batches.seed, "batch statistics"), drop_last=True)
     return (stack.next() for _ in range(BATCHES))
 
 
 @torch.no_grad()
-def _features(context: Context, backbone: nn.Module, images: ImageSet) -> LabelledFeatures:
-    task = context.config.downstream_task(images.classes)
-    batches = context.evaluation_batches(images, task)
-    found = torch.cat([backbone(_images(inputs, task)).float() for inputs, _ in batches])
+def _features(batches: Batches, backbone: nn.Module, images: ImageSet) -> LabelledFeatures:
+    task = batches.settings.downstream_task(images.classes)
+    evaluated = batches.evaluation(images, task)
+    found = torch.cat([backbone(_images(inputs, task)).float() for inputs, _ in evaluated])
     labels = images.labels
     assert labels is not None, "checked by the caller"
     return LabelledFeatures(found.cpu().double().numpy(), labels.cpu().numpy())

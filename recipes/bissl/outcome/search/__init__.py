@@ -1,1 +1,1 @@
-"""The search for learning rates and weight decays."""
+"""The search for learning rates and weight decays: fields, ranges and the rule of selection (appendix B.1)."""

@@ -2,24 +2,32 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bilevel.training import derive_seed
+from bilevel import Level
+from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient_of
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
+from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
+from ....experiment.workspace import Workspace
 from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
 from ...tasks.base import DownstreamTask
-from ..context import Context
-from ..loop import discard_checkpoints, run_steps
+from ..artifacts import Costs, costs_of
+from ..batches import Batches
+from ..compute import Computing, JoinBuffers
+from ..datasets import Datasets
+from ..problem import trainable
+from ..repeat import Repeat
 from ..supervised import SupervisedModel
 
 STAGE = "finetune"
@@ -43,144 +51,140 @@ class Fitted:
     seconds: float
 
 
-def run(context: Context, artifact: Artifact | None = None) -> Artifact:
-    """Fine-tune the artifact's "backbone" (theta_P and its buffers), or random weights where there is no artifact.
+def run(
+    repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact | None = None
+) -> Artifact:
+    """Fine-tune the parent's "backbone" (theta_P and its buffers), or random weights where there is no parent.
 
     The weights of the best validation epoch by the task's primary metric (the lower loss, then the earlier epoch,
     where epochs tie) are evaluated on the test split; only that is called test.
     """
-    key = _key(context, artifact)
-    finished = context.store.find(STAGE, key)
-    if finished is not None:
-        return finished
-    directory = context.store.directory(STAGE, key)
-    fitted = fit(context, artifact, directory)
-    info = {
-        **_costs(artifact, fitted.steps, fitted.seconds),
-        "seed": context.seed,
-        "variant": context.arm,
-        **fitted.facts,
-        "test": fitted.supervised.measure(
-            context.evaluation_batches(context.data.downstream.test, fitted.supervised.task)
-        ),
-    }
-    result = context.store.save(STAGE, key, dict(fitted.modules.items()), info)
-    discard_checkpoints(directory)
-    return result
+    before = costs_of(parent)
+
+    def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        fitted = fit(repeat, data, computing, workspace, parent, attempt)
+        test = Batches(repeat, data, computing).evaluation(data.downstream.test, fitted.supervised.task)
+        costs = before + Costs(label_steps=fitted.steps, seconds=fitted.seconds)
+        # Linear solves by status: those of a bilevel stage before.
+        solves = {} if parent is None else parent.info.get("solves", {})
+        facts = {**costs.facts(), "solves": solves, **repeat.facts(), **fitted.facts}
+        return dict(fitted.modules.items()), {**facts, "test": fitted.supervised.measure(test)}
+
+    key = _key(repeat, len(data.downstream.train), parent)
+    return CachedStage(workspace.store, STAGE, key).run(made)
 
 
 def fit(
-    context: Context, artifact: Artifact | None, directory: Path, *, check: Callable[[], None] | None = None
+    repeat: Repeat,
+    data: Datasets,
+    computing: Computing,
+    workspace: Workspace,
+    parent: Artifact | None,
+    attempt: Attempt,
 ) -> Fitted:
-    """Train as `run` does, up to the best validation epoch; the test split is not touched.
-
-    Args:
-        directory: where checkpoints lie; they are left there.
-        check: called before each step; what it raises stops the training, which a later call continues.
+    """Train as `run` does, up to the best validation epoch; the test split is not touched, and only checkpoints stay.
 
     Raises:
         NonFiniteError: a training loss or gradient is not finite.
     """
-    config, sets = context.config, context.data.downstream
-    torch.manual_seed(derive_seed(context.seed, STAGE))
-    task, model = _build(context, artifact)
-    rate, decay = config.finetune.rates(context.arm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=decay)
-    stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
-    total = finetune_steps(config, context.arm, len(sets.train))
+    settings, sets, batches = repeat.settings, data.downstream, Batches(repeat, data, computing)
+    torch.manual_seed(derive_seed(repeat.seed, STAGE))
+    task = settings.downstream_task(sets.train.classes)
+    model = _model(repeat, task, parent)
+    computing.place(model).train()
+    variables, (rate, decay) = trainable(model), settings.finetune.rates(repeat.variant)
+    optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
+    stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
+    total = finetune_steps(settings, repeat.variant, len(sets.train))
     scheduler = schedule(optimizer, total_steps=total)
-    supervised = SupervisedModel(task, model["backbone"], model["head"], context.computing)
-    best, losses = _Best(model, supervised.metrics), _Losses()
-    validation = context.evaluation_batches(sets.val, task)
-
-    def step() -> dict[str, Any]:
-        if check is not None:
-            check()
-        record = supervised.step(stack.next(), optimizer, scheduler)
-        losses.values.append(record["loss"])
-        return record
-
-    def after(number: int) -> None:
-        epoch, rest = divmod(number, len(stack))
-        if rest or (epoch % config.finetune.validate_every and number < total):
-            return
-        values = supervised.measure(validation)
-        best.offer(epoch, values)
-        named = {f"val_{name}": value for name, value in values.items()}
-        writer.write({"event": "epoch", "step": number, "epoch": epoch, "train_loss": losses.take_mean(), **named})
-
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "stack": stack}
-    seconds = run_steps(
-        step,
-        total=total,
-        parts={**parts, "best": best, "losses": losses},
-        writer=writer,
-        directory=directory,
-        checkpoint_every=config.finetune.checkpoint_every * len(stack),
-        console=context.console,
-        description=f"fine-tuning, {context.arm}, seed {context.seed}",
-        after=after,
-        nonfinite_skips=config.nonfinite_skips,
+    supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
+    best = _Best(model, supervised.metrics)
+    validation = _Validation(
+        supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
+    )
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            gradient_of(supervised.loss, variables),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            total,
+            parts={"model": model},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"fine-tuning, {repeat.variant}, seed {repeat.seed}",
+        events=events,
+        attempt=attempt,
+        workspace=workspace,
+        checkpoint_every=settings.finetune.checkpoint_every * len(stack),
+        callbacks=(JoinBuffers(computing, model), validation),
     )
     best.restore()
     return Fitted(model, supervised, best.facts(), total, seconds)
 
 
-def _build(context: Context, artifact: Artifact | None) -> tuple[DownstreamTask, nn.ModuleDict]:
-    """The task, and the backbone (the artifact's weights, if there is one) with a fresh head, ready to train."""
-    task = context.config.downstream_task(context.data.downstream.train.classes)
-    backbone = build_backbone(context.config.model.backbone, image_size=context.config.data.image_size)
+def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.ModuleDict:
+    """The backbone (the parent's weights, if there is one) with a fresh head."""
+    backbone = build_backbone(repeat.settings.model.backbone, image_size=repeat.settings.data.image_size)
     model = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
-    if artifact is not None:
-        artifact.load_into({"backbone": backbone})
-    context.computing.place(model).train()
-    return task, model
+    if parent is not None:
+        parent.load_into({"backbone": backbone})
+    return model
 
 
-def _key(context: Context, artifact: Artifact | None) -> str:
-    config = context.config
-    steps = finetune_steps(config, context.arm, len(context.data.downstream.train))
+def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
+    settings = repeat.settings
+    steps = finetune_steps(settings, repeat.variant, labelled_images)
     return make_key(
         STAGE,
-        context.seed,
-        artifact,
-        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        config.model.model_dump(include={"backbone"}),
-        config.downstream.model_dump(exclude={"eval_batch_size"}),
-        [steps, config.finetune.validate_every, *config.finetune.rates(context.arm)],
-        config.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        repeat.seed,
+        parent,
+        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.model.model_dump(include={"backbone"}),
+        settings.downstream.model_dump(exclude={"eval_batch_size"}),
+        [steps, settings.finetune.validate_every, *settings.finetune.rates(repeat.variant)],
+        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )
 
 
-def _costs(artifact: Artifact | None, steps: int, seconds: float) -> dict[str, Any]:
-    """Steps, linear solves by status and seconds of this and all earlier stages."""
-    before: Mapping[str, Any] = {"pretext_steps": 0, "label_steps": 0, "seconds": 0.0}
-    before = before if artifact is None else artifact.info
-    return {
-        "pretext_steps": before["pretext_steps"],
-        "label_steps": before["label_steps"] + steps,
-        "seconds": before["seconds"] + seconds,
-        "solves": before.get("solves", {}),
-    }
+class _Validation(Callback):
+    """Scores the model every so many epochs and after the last one, and keeps the best weights."""
 
+    def __init__(
+        self,
+        model: SupervisedModel,
+        batches: Sequence[Any],
+        best: "_Best",
+        epoch: int,
+        every: int,
+        events: StageEvents,
+    ) -> None:
+        self.model, self.batches, self.best, self.events = model, batches, best, events
+        self.epoch, self.every = epoch, every
+        self.losses: list[float] = []
 
-class _Losses:
-    """The training losses since the last validation."""
+    def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+        if "skipped" not in record:
+            self.losses.append(record["loss"])
 
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def take_mean(self) -> float:
-        """Their mean, NaN where every step was left out; then start anew."""
-        mean = sum(self.values) / len(self.values) if self.values else math.nan
-        self.values = []
-        return mean
+    def on_progress(self, trainer: Any) -> None:
+        step = trainer.progress
+        epoch, rest = divmod(step, self.epoch)
+        if rest or (epoch % self.every and step < trainer.total):
+            return
+        values = self.model.measure(self.batches)
+        self.best.offer(epoch, values)
+        # NaN where every step since the last time was left out.
+        mean = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        named = {f"val_{name}": value for name, value in values.items()}
+        self.events.write({"event": "epoch", "step": step, "epoch": epoch, "train_loss": mean, **named})
+        self.losses = []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values}
+        return {"losses": self.losses, "best": self.best.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.values = list(state["values"])
+        self.losses = list(state["losses"])
+        self.best.load_state_dict(state["best"])
 
 
 class _Best:

@@ -1,20 +1,28 @@
 """Stage 2: the downstream head on the frozen backbone."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bilevel.training import derive_seed
+from bilevel import Level
+from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient_of
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
+from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
+from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
-from ..context import Context
-from ..loop import discard_checkpoints, run_steps
+from ..artifacts import Costs, costs_of
+from ..batches import Batches
+from ..compute import Computing, JoinBuffers
+from ..datasets import Datasets
+from ..problem import trainable
+from ..repeat import Repeat
 from ..supervised import SupervisedModel
 
 STAGE = "head"
@@ -40,96 +48,98 @@ class Warmed:
     seconds: float
 
 
-def run(context: Context, artifact: Artifact) -> Artifact:
+def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact) -> Artifact:
     """Train a fresh head phi_D on the backbone of a pretext artifact.
 
     The result holds the pretext modules as they were, the head, and as "upper_backbone" the backbone that theta_D
     starts from: the same weights, with the running statistics that the switch head.batch_norm leaves.
     """
-    key = _key(context, artifact)
-    finished = context.store.find(STAGE, key)
-    if finished is not None:
-        return finished
-    directory = context.store.directory(STAGE, key)
-    warmed = fit(context, artifact, directory)
-    info = {
-        "pretext_steps": artifact.info["pretext_steps"],
-        "label_steps": warmed.steps,
-        "seconds": artifact.info["seconds"] + warmed.seconds,
-        "seed": context.seed,
-    }
-    result = context.store.save(STAGE, key, warmed.modules, info)
-    discard_checkpoints(directory)
-    return result
+    before = costs_of(parent)
+
+    def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        warmed = fit(repeat, data, computing, workspace, parent, attempt)
+        costs = before + Costs(label_steps=warmed.steps, seconds=warmed.seconds)
+        return warmed.modules, {**costs.facts(), "seed": repeat.seed}
+
+    return CachedStage(workspace.store, STAGE, _key(repeat, parent)).run(made)
 
 
-def fit(context: Context, artifact: Artifact, directory: Path, *, check: Callable[[], None] | None = None) -> Warmed:
+def fit(
+    repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact, attempt: Attempt
+) -> Warmed:
     """Train as `run` does, and keep nothing but checkpoints.
-
-    Args:
-        directory: where checkpoints lie; they are left there.
-        check: called before each step; what it raises stops the training, which a later call continues.
 
     Raises:
         NonFiniteError: a training loss or gradient is not finite.
     """
-    config, sets = context.config, context.data.downstream
-    torch.manual_seed(derive_seed(context.seed, STAGE))
-    task, pretext = config.downstream_task(sets.train.classes), config.pretext_task()
-    name, size = config.model.backbone, config.data.image_size
+    settings, sets, batches = repeat.settings, data.downstream, Batches(repeat, data, computing)
+    torch.manual_seed(derive_seed(repeat.seed, STAGE))
+    task, pretext = settings.downstream_task(sets.train.classes), settings.pretext_task()
+    name, size = settings.model.backbone, settings.data.image_size
     original, backbone = build_backbone(name, image_size=size), build_backbone(name, image_size=size)
     heads, head = pretext.build(original), task.build(backbone)
-    artifact.load_into({"backbone": original, "heads": heads})
-    artifact.load_into({"backbone": backbone})
-    context.computing.place(backbone).requires_grad_(False)
-    context.computing.place(head)
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=config.head.lr, momentum=0.9, weight_decay=config.head.weight_decay
-    )
-    stack, writer = context.labelled_stack(task, STAGE), context.writer(STAGE)
-    total = config.head.epochs * len(stack)
+    parent.load_into({"backbone": original, "heads": heads})
+    parent.load_into({"backbone": backbone})
+    computing.place(backbone).requires_grad_(False)
+    computing.place(head)
+    variables, section = trainable(head), settings.head
+    optimizer = torch.optim.SGD(list(variables.values()), section.lr, 0.9, weight_decay=section.weight_decay)
+    stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
+    total = section.epochs * len(stack)
     scheduler = schedule(optimizer, "constant", total_steps=total)
-    validation = context.evaluation_batches(sets.val, task)
-    backbone.train(config.head.batch_norm == "train")
-    model = SupervisedModel(task, backbone, head, context.computing)
-    values: dict[str, float] = {}
-
-    def step() -> dict[str, Any]:
-        if check is not None:
-            check()
-        return model.step(stack.next(), optimizer, scheduler)
-
-    def after(number: int) -> None:
-        if number % len(stack) == 0:
-            values.update(model.measure(validation))
-            named = {f"val_{name}": value for name, value in values.items()}
-            writer.write({"event": "epoch", "step": number, "epoch": number // len(stack), **named})
-
-    seconds = run_steps(
-        step,
-        total=total,
-        parts={"backbone": backbone, "head": head, "optimizer": optimizer, "scheduler": scheduler, "stack": stack},
-        writer=writer,
-        directory=directory,
+    backbone.train(section.batch_norm == "train")
+    model = SupervisedModel(task, backbone, head, computing)
+    validation = _Validation(model, batches.evaluation(sets.val, task), len(stack), events)
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            gradient_of(model.loss, variables),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            total,
+            parts={"backbone": backbone, "head": head},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"head warm-up, seed {repeat.seed}",
+        events=events,
+        attempt=attempt,
+        workspace=workspace,
         checkpoint_every=max(1, total // 4),
-        console=context.console,
-        description=f"head warm-up, seed {context.seed}",
-        after=after,
-        nonfinite_skips=config.nonfinite_skips,
+        callbacks=(JoinBuffers(computing, backbone, head), validation),
     )
     modules = {"backbone": original, "heads": heads, "upper_backbone": backbone, "head": head}
     metric, measure = next(iter(model.metrics.items()))
-    return Warmed(modules, metric, measure.higher_is_better, values, config.head.epochs, total, seconds)
+    return Warmed(modules, metric, measure.higher_is_better, validation.values, section.epochs, total, seconds)
 
 
-def _key(context: Context, artifact: Artifact) -> str:
-    config = context.config
+class _Validation(Callback):
+    """Scores the model after every epoch; `values` are those of the last one."""
+
+    def __init__(self, model: SupervisedModel, batches: Sequence[Any], epoch: int, events: StageEvents) -> None:
+        self.model, self.batches, self.epoch, self.events = model, batches, epoch, events
+        self.values: dict[str, float] = {}
+
+    def on_progress(self, trainer: Any) -> None:
+        step = trainer.progress
+        if step % self.epoch == 0:
+            self.values = self.model.measure(self.batches)
+            named = {f"val_{name}": value for name, value in self.values.items()}
+            self.events.write({"event": "epoch", "step": step, "epoch": step // self.epoch, **named})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = dict(state["values"])
+
+
+def _key(repeat: Repeat, parent: Artifact) -> str:
+    settings = repeat.settings
     return make_key(
         STAGE,
-        context.seed,
-        artifact,
-        config.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        config.downstream.model_dump(exclude={"eval_batch_size"}),
-        config.head.model_dump(),
-        config.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        repeat.seed,
+        parent,
+        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.downstream.model_dump(exclude={"eval_batch_size"}),
+        settings.head.model_dump(),
+        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )

@@ -1,6 +1,5 @@
 """Stage 1: self-supervised training of the backbone and the pretext heads."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,32 +7,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import BatchStack
+from bilevel import BatchStack, Level
 from bilevel.problem import split
 from bilevel.products import micro_batched_gradient
-from bilevel.training import derive_seed
+from bilevel.training import Callback, Derivatives, SingleLevelTrainer, derive_seed, gradient_of
+from bilevel.tree import Params
 
 from ....experiment.artifacts import Artifact, make_key
+from ....experiment.events import StageEvents
+from ....experiment.stage import Attempt, CachedStage
+from ....experiment.training import run_training
+from ....experiment.workspace import Workspace
 from ....vision.losses import embedding_spread
 from ....vision.metrics import knn_accuracy
 from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone, load_heads
 from ....vision.optimizers import schedule
 from ....vision.shards import on_shards
+from ...settings.config import Config
 from ...settings.plan import make_plan
 from ...tasks.base import PretextTask
-from ..context import LOWER_DATA, Context
+from ..artifacts import Costs, costs_of
+from ..batches import LOWER_DATA, PRETEXT_IMAGES, Batches
+from ..compute import Computing, JoinBuffers
+from ..datasets import Datasets
 from ..global_loss import pretext_loss, pretext_output_loss
-from ..loop import discard_checkpoints, gradient_step, optimizer_step, run_steps
 from ..problem import bind_lower, lower_variables
-from ..warm_start import HeadsFirst, initial_weights
+from ..repeat import Repeat
+from ..warm_start import initial_weights
+from . import heads as fitted_heads
 
 STAGE, RESTART = "pretext", "restart"
 
 
 @dataclass(frozen=True)
 class _Length:
-    """Steps, peak learning rate, steps of warm-up, and steps before them in which heads alone are fitted."""
+    """Steps, peak learning rate, steps of warm-up, and steps before them that fit heads to given weights."""
 
     steps: int
     lr: float
@@ -41,169 +50,191 @@ class _Length:
     projector: int = 0
 
 
-def run(context: Context, artifact: Artifact | None = None, *, steps: int | None = None) -> Artifact:
-    """Train for as long as the context's arm asks, or for `steps`; `artifact` is not used.
+@dataclass(frozen=True)
+class _Start:
+    """What training starts from: an artifact, the weights of a file, or (neither) random weights."""
+
+    parent: Artifact | None = None
+    weights: ForeignWeights | None = None
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """The task and the networks that it trains."""
+
+    task: PretextTask
+    backbone: nn.Module
+    heads: nn.ModuleDict
+
+    def train(self, mode: bool = True) -> None:
+        """Set both to train mode, or to eval mode."""
+        self.backbone.train(mode)
+        self.heads.train(mode)
+
+
+def run(
+    repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, *, steps: int | None = None
+) -> Artifact:
+    """Train for as long as the repeat's variant asks, or for `steps`.
 
     Weights are random, or those of model.init_backbone; then heads that the file lacks are fitted to them first.
     """
-    plan = make_plan(context.config, context.arm, len(context.data.pretext), 0)
+    settings, batches = repeat.settings, Batches(repeat, data, computing)
+    plan = make_plan(settings, repeat.variant, len(data.pretext), 0)
     length = _Length(steps or plan.pretext, plan.pretext_lr, plan.warmup, plan.projector)
-    return _train(context, STAGE, None, length, context.pretext_stack(context.config.pretext_task(), STAGE))
+    stack = batches.pretext(settings.pretext_task(), STAGE)
+    start = _Start(weights=initial_weights(settings.model))
+    key = _key(repeat, STAGE, start, length)
+    return CachedStage(workspace.store, STAGE, key).run(
+        lambda attempt: _fit(repeat, STAGE, start, length, stack, batches, workspace, attempt)
+    )
 
 
-def restart(context: Context, artifact: Artifact) -> Artifact:
+def restart(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact) -> Artifact:
     """Go on from a pretext artifact with the lower level's steps, schedule and batches, without an upper level."""
-    c = context.config.bissl
-    stack = context.pretext_stack(context.config.pretext_task(), LOWER_DATA, c.pretext_fraction)
+    c, batches = repeat.settings.bissl, Batches(repeat, data, computing)
+    stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, c.pretext_fraction)
     steps = c.alternations * c.lower_steps
     length = _Length(steps, c.lower_lr, min(round(c.lower_warmup_epochs * len(stack)), steps - 1))
-    return _train(context, RESTART, artifact, length, stack)
-
-
-def _train(context: Context, stage: str, parent: Artifact | None, length: _Length, stack: BatchStack) -> Artifact:
-    config = context.config
-    weights = initial_weights(config.model) if parent is None else None
-    key = _key(context, stage, parent, length, weights)
-    finished = context.store.find(stage, key)
-    if finished is not None:
-        return finished
-    torch.manual_seed(derive_seed(context.seed, stage))
-    task = config.pretext_task()
-    backbone, heads, heads_fit = _modules(context, task, weights)
-    fitting = 0 if heads_fit else length.projector
-    if parent is not None:
-        parent.load_into({"backbone": backbone, "heads": heads})
-    context.computing.place(backbone).train()
-    context.computing.place(heads).train()
-    parameters = [*backbone.parameters(), *heads.parameters()]
-    optimizer = task.optimizer(parameters, length.lr, config.pretext.weight_decay)
-    floor = config.pretext.lr_floor
-    scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
-    directory, writer = context.store.directory(stage, key), context.writer(stage)
-
-    def after(number: int) -> None:
-        context.computing.join_buffers(backbone, heads)
-        task.after_step(backbone, heads, number)
-        if number % (config.pretext.monitor_every * len(stack)) == 0 or number == fitting + length.steps:
-            seen = _look(context, task, backbone, heads)
-            writer.write({"event": "monitor", "step": number, "epoch": number / len(stack), **seen})
-
-    update = _update(context, task, backbone, heads, optimizer, scheduler)
-    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "stack": stack}
-    if fitting:
-        parts["heads first"] = update = HeadsFirst(fitting, context, task, backbone, heads, update)
-    seconds = run_steps(
-        lambda: update(stack.next()),
-        total=fitting + length.steps,
-        parts={"backbone": backbone, "heads": heads, **parts},
-        writer=writer,
-        directory=directory,
-        checkpoint_every=config.pretext.checkpoint_every * len(stack),
-        console=context.console,
-        description=f"{stage}, {context.arm}, seed {context.seed}",
-        after=after,
-        nonfinite_skips=config.nonfinite_skips,
+    start = _Start(parent=parent)
+    key = _key(repeat, RESTART, start, length)
+    return CachedStage(workspace.store, RESTART, key).run(
+        lambda attempt: _fit(repeat, RESTART, start, length, stack, batches, workspace, attempt)
     )
-    before: Mapping[str, Any] = {"pretext_steps": 0, "seconds": 0.0} if parent is None else parent.info
-    info = {
-        "pretext_steps": before["pretext_steps"] + fitting + length.steps,
-        "label_steps": 0,
-        "seconds": before["seconds"] + seconds,
-        "seed": context.seed,
-        "variant": context.arm,
-        "initial_weights": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
-    }
-    artifact = context.store.save(stage, key, {"backbone": backbone, "heads": heads}, info)
-    discard_checkpoints(directory)
-    return artifact
 
 
-def _modules(
-    context: Context, task: PretextTask, weights: ForeignWeights | None
-) -> tuple[nn.Module, nn.ModuleDict, bool]:
-    """Backbone and heads, fresh or from `weights`, and whether the heads fit the backbone as well as they should."""
-    model = context.config.model
-    backbone = build_backbone(model.backbone, image_size=context.config.data.image_size)
-    if weights is None:
-        return backbone, task.build(backbone), True
-    # Before the heads are made, which may hold a copy of the backbone.
-    line = load_backbone(weights, backbone, model.backbone)
-    context.console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _fit(
+    repeat: Repeat,
+    stage: str,
+    start: _Start,
+    length: _Length,
+    stack: BatchStack,
+    batches: Batches,
+    workspace: Workspace,
+    attempt: Attempt,
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The trained modules, and the facts of the artifact."""
+    settings, computing, before = repeat.settings, batches.computing, costs_of(start.parent)
+    torch.manual_seed(derive_seed(repeat.seed, stage))
+    modules, heads_fit = _modules(settings, start, workspace)
+    task, backbone, heads = modules.task, modules.backbone, modules.heads
+    if length.projector and not heads_fit:
+        assert start.weights is not None, "random heads go with random weights"
+        fitted = fitted_heads.run(repeat, batches, workspace, start.weights, length.projector)
+        fitted.load_into({"backbone": backbone, "heads": heads})
+        before = costs_of(fitted)
+        # Whether that was computed now or found.
+        torch.manual_seed(derive_seed(repeat.seed, stage, "after heads"))
+    computing.place(backbone)
+    computing.place(heads)
+    modules.train()
+    variables, floor = lower_variables(backbone, heads), settings.pretext.lr_floor
+    optimizer = task.optimizer(list(variables.values()), length.lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
+    scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
+    events = repeat.events(stage, workspace)
+    _, seconds = run_training(
+        lambda callbacks: SingleLevelTrainer(
+            _derivatives(modules, variables, computing),
+            Level(variables, optimizer, stack, scheduler=scheduler),
+            length.steps,
+            parts={"backbone": backbone, "heads": heads},
+            callbacks=callbacks,
+            nonfinite_skips=settings.nonfinite_skips,
+        ),
+        f"{stage}, {repeat.variant}, seed {repeat.seed}",
+        events=events,
+        attempt=attempt,
+        workspace=workspace,
+        checkpoint_every=settings.pretext.checkpoint_every * len(stack),
+        callbacks=(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
+    )
+    costs, weights = before + Costs(pretext_steps=length.steps, seconds=seconds), start.weights
+    initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
+    facts = {**costs.facts(), **repeat.facts(), "initial_weights": initial}
+    return {"backbone": backbone, "heads": heads}, facts
+
+
+def _modules(settings: Config, start: _Start, workspace: Workspace) -> tuple[_Modules, bool]:
+    """The networks, and whether the heads fit the backbone as well as they should."""
+    model, task = settings.model, settings.pretext_task()
+    backbone = build_backbone(model.backbone, image_size=settings.data.image_size)
+    if start.weights is not None:
+        # Before the heads are made, which may hold a copy of the backbone.
+        line = load_backbone(start.weights, backbone, model.backbone)
+        workspace.console.print(line, markup=False, highlight=False, soft_wrap=True)
     heads = task.build(backbone)
-    return backbone, heads, load_heads(weights, heads)
+    if start.parent is not None:
+        start.parent.load_into({"backbone": backbone, "heads": heads})
+    fit = start.weights is None or load_heads(start.weights, heads)
+    return _Modules(task, backbone, heads), fit
 
 
-def _key(context: Context, stage: str, parent: Artifact | None, length: _Length, weights: ForeignWeights | None) -> str:
-    config = context.config
-    sources = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
-    shared = [] if stage == STAGE else [config.bissl.pretext_fraction]
+def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
+    settings, weights = repeat.settings, start.weights
+    shared = [] if stage == STAGE else [settings.bissl.pretext_fraction]
     # By its content: the same file elsewhere makes the same artifact. Any arm fits heads at the warm-up's rate.
-    start = [] if weights is None else [weights.sha256, length.projector, config.pretext.lr]
+    given = [] if weights is None else [weights.sha256, length.projector, settings.pretext.lr]
     return make_key(
         stage,
-        context.seed,
-        parent,
-        config.data.model_dump(include=sources),
-        config.model.model_dump(include={"backbone"}),
-        config.pretext.step_settings(),
-        [length.steps, length.lr, length.warmup, *shared, *start],
-        config.compute.model_dump(exclude={"data_device"}),
+        repeat.seed,
+        start.parent,
+        settings.data.model_dump(include=PRETEXT_IMAGES),
+        settings.model.model_dump(include={"backbone"}),
+        settings.pretext.step_settings(),
+        [length.steps, length.lr, length.warmup, *shared, *given],
+        settings.compute.model_dump(exclude={"data_device"}),
     )
 
 
-def _update(
-    context: Context,
-    task: PretextTask,
-    backbone: nn.Module,
-    heads: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> Callable[[Any], dict[str, Any]]:
-    """One step on a batch, in chunks of compute.micro_batch or at once; returns its event."""
-    size = context.config.compute.micro_batch
+def _derivatives(modules: _Modules, variables: Params, computing: Computing) -> Derivatives:
+    """Loss and gradient on a batch, in chunks of compute.micro_batch or at once."""
+    task, backbone, heads = modules.task, modules.backbone, modules.heads
+    size = computing.fields.micro_batch
     if size is None:
-        loss = context.computing.first_order(lambda batch: pretext_loss(task, backbone, dict(heads.items()), batch))
-        return lambda batch: optimizer_step(loss(batch), optimizer, scheduler)
-    outputs = context.computing.first_order(
-        lambda lower, chunk: task.outputs(*bind_lower(backbone, heads, lower), chunk)
-    )
-    variables = lower_variables(backbone, heads)
+        loss = computing.first_order(lambda batch: pretext_loss(task, backbone, dict(heads.items()), batch))
+        return gradient_of(loss, variables)
+    outputs = computing.first_order(lambda lower, chunk: task.outputs(*bind_lower(backbone, heads, lower), chunk))
+    whole = partial(pretext_output_loss, task)
+    return lambda batch: micro_batched_gradient(outputs, whole, variables, split(batch, size))
 
-    def update(batch: Any) -> dict[str, Any]:
-        whole = partial(pretext_output_loss, task)
-        value, gradient = micro_batched_gradient(outputs, whole, variables, split(batch, size))
-        return gradient_step(value, gradient, variables, optimizer, scheduler)
 
-    return update
+class _Monitor(Callback):
+    """Does what the task does after every step, and looks at the networks now and then and after the last step."""
+
+    def __init__(self, modules: _Modules, batches: Batches, epoch: int, events: StageEvents) -> None:
+        self.modules, self.batches, self.epoch, self.events = modules, batches, epoch, events
+        self.every = batches.settings.pretext.monitor_every * epoch
+
+    def on_progress(self, trainer: Any) -> None:
+        modules, step = self.modules, trainer.progress
+        modules.task.after_step(modules.backbone, modules.heads, step)
+        if step % self.every == 0 or step == trainer.total:
+            seen = _look(modules, self.batches)
+            self.events.write({"event": "monitor", "step": step, "epoch": step / self.epoch, **seen})
 
 
 @torch.no_grad()
-def _look(context: Context, task: PretextTask, backbone: nn.Module, heads: nn.ModuleDict) -> dict[str, float | None]:
+def _look(modules: _Modules, batches: Batches) -> dict[str, float | None]:
     """k-NN accuracy of the features on the labelled sets, and the spread of the embeddings (0: collapse)."""
-    backbone.eval()
-    heads.eval()
+    modules.train(False)
     # Always the same images and the same draws, so that only the weights make a difference.
-    images = context.data.pretext.images[:512]
-    batch = context.computing.move(task.transform()(images, torch.Generator().manual_seed(0)))
-    embeddings = task.embed(backbone, dict(heads.items()), batch)
+    images = batches.data.pretext.images[:512]
+    batch = batches.computing.move(modules.task.transform()(images, torch.Generator().manual_seed(0)))
+    embeddings = modules.task.embed(modules.backbone, dict(modules.heads.items()), batch)
     spread = None if embeddings is None else embedding_spread(embeddings)
-    accuracy = _nearest_neighbours(context, backbone)
-    backbone.train()
-    heads.train()
+    accuracy = _nearest_neighbours(modules.backbone, batches)
+    modules.train()
     return {"knn_top1": accuracy, "embedding_spread": spread}
 
 
-def _nearest_neighbours(context: Context, backbone: nn.Module) -> float | None:
+def _nearest_neighbours(backbone: nn.Module, batches: Batches) -> float | None:
     """None where the downstream task has no tensors of images with one class each."""
-    sets = context.data.downstream
-    task = context.config.downstream_task(sets.train.classes)
-    train, val = context.evaluation_batches(sets.train, task), context.evaluation_batches(sets.val, task)
+    sets = batches.data.downstream
+    task = batches.settings.downstream_task(sets.train.classes)
+    train, val = batches.evaluation(sets.train, task), batches.evaluation(sets.val, task)
     inputs, targets = train[0]
-    if (
-        not (isinstance(inputs, Tensor) and isinstance(targets, Tensor))
-        or targets.dim() != 1
-        or targets.is_floating_point()
-    ):
+    tensors = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
+    if not tensors or targets.dim() != 1 or targets.is_floating_point():
         return None
 
     def features(batches: list[Any]) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,25 @@
 """Runs that are interrupted anywhere and resumed end as if they had not been."""
 
+import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from bilevel import Trainer
 from recipes.bissl.commands import main as run
 from recipes.bissl.training.stages import pretext
-from recipes.bissl.training.supervised import SupervisedModel
 from tests.support.recipes.small_runs import (
-    STAGES,
+    before_steps,
     events,
     execute,
     files,
     leave_out_report,
+    of_stage,
     results,
+    stop_at,
     weights,
     whole_run,
     without,
@@ -37,25 +39,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, call: int, *arguments: str) -> int:
     """Exit code of a run in which step number `call` of a stage, over all arms and seeds, meets Ctrl-C."""
-    calls = [0]
-
-    def interrupted(real: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **options: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == call:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        return step
-
     with monkeypatch.context() as patch:
-        if stage == "bissl":
-            patch.setattr(Trainer, "_upper_step", interrupted(Trainer._upper_step))
-        elif stage == "pretext":
-            patch.setattr(pretext, "optimizer_step", interrupted(pretext.optimizer_step))
-        else:
-            own = type("Interrupted", (SupervisedModel,), {"step": interrupted(SupervisedModel.step)})
-            patch.setattr(STAGES[stage], "SupervisedModel", own)
+        before_steps(patch, stage, stop_at(call))
         return execute(*arguments)
 
 
@@ -181,3 +166,28 @@ def test_runs_that_share_stages_keep_their_own_events(
     assert without(results(tmp_path / "b")) == without(results(whole))
     stages = {line["stage"] for line in events(tmp_path / "b")}
     assert stages == {"pretext", "head", "bissl", "finetune"}
+
+
+def test_a_run_stops_with_its_code_and_goes_on_where_skips_are_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, arguments = pretext.pretext_loss, ("pretext", "--output-dir", str(tmp_path))
+    calls = [0]
+
+    def second(*given: Any) -> Tensor:
+        calls[0] += 1
+        return real(*given) * (math.nan if calls[0] == 2 else 1.0)
+
+    monkeypatch.setattr(pretext, "pretext_loss", second)
+    assert execute(*arguments) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("run.py: stopped: pretext step 2: loss nan")
+    path = tmp_path / "inspect" / "pretext-bissl-seed-0-train-step-2.pt"
+    assert str(path) in said
+    saved = torch.load(path, weights_only=True)
+    assert len(saved["indices"]) == 24
+    assert saved["levels"]["train"].keys() == {"variables", "optimizer", "scheduler"}
+    assert saved["kept"].keys() == {"backbone", "heads"}
+    calls[0] = 0
+    assert execute(*arguments, "--resume", "--nonfinite-skips", "1") == 0
+    assert [line["step"] for line in of_stage(tmp_path, "pretext", "train") if "skipped" in line] == [2]

@@ -25,7 +25,6 @@ from bilevel.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from recipes.bissl.commands.main import main
 from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.search.image_cache import read_cache
 from recipes.bissl.outcome.summary import ArmResult, assemble
 from recipes.bissl.training.artifacts import read_stage
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
@@ -33,6 +32,7 @@ from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable
 from recipes.vision.imagesets import DataError
 from recipes.vision.networks.foreign_weights import read_weights
+from recipes.vision.sources.image_cache import read_cache
 from recipes.vision.sources.published.archives import unpack
 from recipes.vision.sources.published.catalog import DATASETS
 from tests.support.recipes.dataset_trees import cifar, scaled

@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks.soak import passed, soak
-from bilevel import Trainer
 from bilevel.nn.functional import in_curvature_pass
 from recipes.bissl.commands.main import main
 from recipes.bissl.outcome import execution
 from recipes.bissl.training.problem import BiSSLProblem
-from recipes.bissl.training.stages import pretext
-from recipes.bissl.training.supervised import SupervisedModel
 from tests.support.recipes.small_runs import (
     SMALL_OPTIONS,
-    STAGES,
+    before_steps,
     events,
     execute,
     leave_out_report,
@@ -65,13 +62,8 @@ def signalled(monkeypatch: pytest.MonkeyPatch, stage: str, number: signal.Signal
                 return real(self, *args)
 
             patch.setattr(BiSSLProblem, "lower_objective", objective)
-        elif stage == "bissl":
-            patch.setattr(Trainer, "_upper_step", ringing(Trainer._upper_step, number, call))
-        elif stage == "pretext":
-            patch.setattr(pretext, "optimizer_step", ringing(pretext.optimizer_step, number, call))
         else:
-            own = type("Rung", (SupervisedModel,), {"step": ringing(SupervisedModel.step, number, call)})
-            patch.setattr(STAGES[stage], "SupervisedModel", own)
+            before_steps(patch, stage, ringing(lambda: None, number, call))
         return execute(*options)
 
 
@@ -145,9 +137,8 @@ def test_between_stages_signals_act_at_once(tmp_path: Path, monkeypatch: pytest.
 def test_a_trial_of_a_search_is_saved_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*SMALL_OPTIONS, "--arm", "scratch", "--trials", "2", "--lr-range", "0.01", "0.1"]
     assert main(["search", *options, "--output-dir", str(tmp_path / "whole")]) == 0
-    own = type("Rung", (SupervisedModel,), {"step": ringing(SupervisedModel.step, signal.SIGTERM, 3)})
     with monkeypatch.context() as patch:
-        patch.setattr(STAGES["finetune"], "SupervisedModel", own)
+        before_steps(patch, "finetune", ringing(lambda: None, signal.SIGTERM, 3))
         assert main(["search", *options, "--output-dir", str(tmp_path / "a")]) == 75
     assert list((tmp_path / "a").glob("trials/*/step-00000003.json"))
     assert not list(tmp_path.rglob("*.lease"))

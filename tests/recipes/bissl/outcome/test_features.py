@@ -31,7 +31,7 @@ from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.vision.imagesets import DataError
 from recipes.vision.networks.backbones import build_backbone
-from tests.support.recipes.small_runs import execute, files, small_config, small_context
+from tests.support.recipes.small_runs import batches_of, execute, files, small_config, small_pipeline
 
 
 def blobs(count: int, *, classes: int = 4, spread: float = 1.5, seed: int = 0) -> LabelledFeatures:
@@ -201,13 +201,13 @@ def finished(run: Path, tmp_path: Path) -> Path:
 
 def own_features(folder: Path, prefix: str, key: str) -> tuple[LabelledFeatures, LabelledFeatures]:
     """Features of train and test images of an artifact, with statistics of all training images at once."""
-    context = small_context(folder, small_config())
-    sets = context.data.downstream
+    batches = batches_of(small_pipeline(folder, small_config()))
+    settings, sets = batches.settings, batches.data.downstream
     tensors = load_file(folder / "checkpoints" / f"{prefix}-{key}" / "weights.safetensors")
-    backbone = build_backbone(context.config.model.backbone)
+    backbone = build_backbone(settings.model.backbone)
     own = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
     backbone.load_state_dict(own)
-    task = context.config.downstream_task(sets.train.classes)
+    task = settings.downstream_task(sets.train.classes)
     norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     found = []
     with torch.no_grad():
@@ -215,10 +215,10 @@ def own_features(folder: Path, prefix: str, key: str) -> tuple[LabelledFeatures,
         for norm in norms:
             norm.momentum = 1.0
         backbone.train()
-        backbone(torch.cat([inputs for inputs, _ in context.evaluation_batches(sets.train, task)]))
+        backbone(torch.cat([inputs for inputs, _ in batches.evaluation(sets.train, task)]))
         backbone.eval()
         for images in (sets.train, sets.test):
-            outputs = [backbone(inputs) for inputs, _ in context.evaluation_batches(images, task)]
+            outputs = [backbone(inputs) for inputs, _ in batches.evaluation(images, task)]
             assert images.labels is not None
             found.append(LabelledFeatures(torch.cat(outputs).double().numpy(), images.labels.numpy()))
     return found[0], found[1]
@@ -304,9 +304,9 @@ def test_no_run_and_a_damaged_stage_are_refused(finished: Path, tmp_path: Path) 
 
 def test_several_classes_an_image_are_refused() -> None:
     sets = SimpleNamespace(kind="multi-label", train=SimpleNamespace(name="photos"))
-    context: Any = SimpleNamespace(config=None, data=SimpleNamespace(downstream=sets))
+    pipeline: Any = SimpleNamespace(config=None, data=SimpleNamespace(downstream=sets))
     with pytest.raises(DataError, match="photos: has multi-label labels"):
-        features.show_features(context, ["bissl"], features.Options("test", "sklearn", 30.0, 100, 0))
+        features.show_features(pipeline, ["bissl"], features.Options("test", "sklearn", 30.0, 100, 0))
 
 
 @pytest.mark.parametrize(("name", "content"), [("features.json", b"{}"), ("features.png", b"GIF")])

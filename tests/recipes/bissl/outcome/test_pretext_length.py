@@ -115,7 +115,7 @@ def test_a_sweep_end_to_end(
     after = files(folder)
     assert after == before
     # More seeds are another figure, although the folder's configuration may change to them.
-    monkeypatch.setattr(figure2, "run_whole", lambda context, directory: pytest.fail(str(directory.path.name)))
+    monkeypatch.setattr(figure2, "run_whole", lambda pipeline, directory: pytest.fail(str(directory.path.name)))
     with pytest.raises(pytest.fail.Exception, match="epochs-3"):
         sweep(folder, "--epochs", "3", "--resume", "--seeds=3")
     with pytest.raises(pytest.fail.Exception, match="epochs-3"):

@@ -5,7 +5,7 @@ import multiprocessing
 import random
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import torch
 
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.commands.search import main
-from recipes.bissl.outcome.search.trials import RandomPairs
-from recipes.bissl.training.stages import finetune, head, pretext
+from recipes.bissl.outcome.pipeline import Pipeline
+from recipes.bissl.outcome.search.space import random_pairs
+from recipes.bissl.training.stages import finetune
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder.leases import LeaseLost
+from recipes.experiment.stage import Attempt
 from recipes.vision.imagesets import DataError
-from tests.support.recipes.small_runs import SMALL_OPTIONS, small_config, small_context
+from tests.support.recipes.small_runs import SMALL_OPTIONS, of_stage, run_stage, small_config, small_pipeline
 
 COUNT = 12
 
@@ -40,8 +42,13 @@ def selection(folder: Path) -> dict[str, Any]:
 
 
 def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    def fit(pipeline: Pipeline, check: Callable[[], None]) -> finetune.Fitted:
+        attempt = Attempt(pipeline.workspace.folder / "checkpoints", check)
+        repeat = pipeline.at("bissl", 0)
+        return finetune.fit(repeat, pipeline.data, pipeline.computing, pipeline.workspace, None, attempt)
+
     config = small_config()
-    whole = finetune.fit(small_context(tmp_path / "a", config), None, tmp_path / "a" / "checkpoints")
+    whole = fit(small_pipeline(tmp_path / "a", config), lambda: None)
     steps = []
 
     def stop() -> None:
@@ -49,12 +56,12 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         if len(steps) == 6:
             raise LeaseLost("taken over")
 
-    context = small_context(tmp_path / "b", config)
+    pipeline = small_pipeline(tmp_path / "b", config)
     with pytest.raises(LeaseLost):
-        finetune.fit(context, None, tmp_path / "b" / "checkpoints", check=stop)
+        fit(pipeline, stop)
     # Two steps an epoch, and a checkpoint each: the sixth is in the third epoch, which begins anew.
     again: list[None] = []
-    resumed = finetune.fit(context, None, tmp_path / "b" / "checkpoints", check=lambda: again.append(None))
+    resumed = fit(pipeline, lambda: again.append(None))
     assert len(again) == whole.steps - 4
     assert resumed.facts == whole.facts
     for name, value in whole.modules.state_dict().items():
@@ -104,8 +111,9 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.Capture
 
     winner = selection(one)["winner"]
     config = parse([*SMALL_OPTIONS, "--config", str(one / "chosen.toml")]).config
-    context = small_context(one, config).at("baseline", 0)
-    artifact = finetune.run(context, pretext.run(context))
+    pipeline = small_pipeline(one, config)
+    baseline = pipeline.at("baseline", 0)
+    artifact = pipeline.finetune(baseline, pipeline.pretext(baseline))
     best = artifact.info["best"]
     assert (best["epoch"], best["top1"], best["loss"]) == (winner["epoch"], winner["score"], winner["loss"])
     assert set(artifact.info["test"]) == {"top1", "top5", "loss"}
@@ -134,8 +142,11 @@ def test_single_trials_make_up_the_search(tmp_path: Path) -> None:
 
 def test_the_artifact_that_trials_start_from_is_checked(tmp_path: Path) -> None:
     first, second = (
-        pretext.run(small_context(tmp_path / name, small_config(*options)).at("baseline", 0))
-        for name, options in (("a", ()), ("b", ("--pretext.lr=0.5",)))
+        pipeline.pretext(pipeline.at("baseline", 0))
+        for pipeline in (
+            small_pipeline(tmp_path / "a", small_config()),
+            small_pipeline(tmp_path / "b", small_config("--pretext.lr=0.5")),
+        )
     )
     options = ("--trials", 1, "--output-dir", tmp_path / "s", "--from")
     with pytest.raises(ArtifactError, match="starts from a bissl artifact"):
@@ -159,10 +170,10 @@ def test_the_heads_grid_is_scored_by_its_last_epoch(tmp_path: Path) -> None:
     config = parse([*SMALL_OPTIONS, "--config", str(tmp_path / "chosen.toml")]).config
     assert (config.head.lr, config.bissl.upper_lr) == (0.07, 0.07)
     assert (config.head.weight_decay, config.bissl.upper_weight_decay) == (0.002, 0.002)
-    context = replace(small_context(tmp_path, config), metrics_path=tmp_path / "own.jsonl").at("bissl", 0)
-    head.run(context, pretext.run(context))
-    events = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
-    last = [event for event in events if event["stage"] == "head" and event["event"] == "epoch"][-1]
+    (tmp_path / "own").mkdir()
+    pipeline = small_pipeline(tmp_path / "own", config)
+    run_stage(pipeline, "head", run_stage(pipeline, "pretext"))
+    last = of_stage(tmp_path / "own", "head", "epoch")[-1]
     assert (last["epoch"], last["val_top1"], last["val_loss"]) == (found["epoch"], found["score"], found["loss"])
 
 
@@ -225,6 +236,9 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search("--dry-run", "--trials", 2, "--output-dir", tmp_path / "s") == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
-    pairs = RandomPairs(trials=2).all()
-    assert printed == [f"trial {t.number:03d}: lr {t.lr:.6g}, weight decay {t.weight_decay:.6g}" for t in pairs]
+    expected = [
+        f"trial {t.number:03d}: lr {t.values['lr']:.6g}, weight decay {t.values['weight_decay']:.6g}"
+        for t in random_pairs(2)
+    ]
+    assert printed == expected
     assert not (tmp_path / "s").exists()

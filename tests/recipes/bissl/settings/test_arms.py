@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from recipes.bissl.commands.parsing import parse
-from recipes.bissl.outcome.pipeline import pretrain, run_pipeline, summarise
+from recipes.bissl.outcome.pipeline import Pipeline
+from recipes.bissl.outcome.results import summarise
 from recipes.bissl.settings.plan import batches_per_epoch, make_plan
-from recipes.bissl.training.stages import bissl, head, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
-from tests.support.recipes.small_runs import SMALL_OPTIONS, events, refused, small_config, small_context
+from tests.support.recipes.small_runs import SMALL_OPTIONS, batches_of, events, refused, small_config, small_pipeline
 
 Made = tuple[dict[str, Artifact], dict[str, Any], list[dict[str, Any]]]
 
@@ -27,10 +27,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """One artifact an arm, results.json, and the events of a run of every arm."""
     folder = tmp_path_factory.mktemp("arms")
     config = small_config("--arms", ALL, "--variants", GENTLE, "--seeds=1", "--pretext.baseline-lr=2.0")
-    context = small_context(folder, config)
-    tested = run_pipeline(context)
+    pipeline = small_pipeline(folder, config)
+    tested = pipeline.run()
     assert list(tested) == ALL.split(",")
-    return {arm: artifacts[0] for arm, artifacts in tested.items()}, summarise(context, tested), events(folder)
+    results = summarise(tested, config, pipeline.data, pipeline.computing.device)
+    return {arm: artifacts[0] for arm, artifacts in tested.items()}, results, events(folder)
 
 
 def test_steps_of_the_controls(made: Made) -> None:
@@ -86,10 +87,11 @@ def test_the_restart_sees_the_lower_level_s_batches_at_its_rates(tmp_path: Path)
         "--bissl.damping=100",
     ]
     config = small_config(*free, "--arms", "bissl,baseline,restart", "--seeds=1")
-    context = small_context(tmp_path, config)
-    warm = pretext.run(context.at("bissl", 0))
-    lower = bissl.run(context.at("bissl", 0), head.run(context.at("bissl", 0), warm)).tensors()
-    again = pretext.restart(context.at("restart", 0), warm).tensors()
+    pipeline = small_pipeline(tmp_path, config)
+    method = pipeline.at("bissl", 0)
+    warm = pipeline.pretext(method)
+    lower = pipeline.bissl(method, pipeline.head(method, warm)).tensors()
+    again = pipeline.restart(pipeline.at("restart", 0), warm).tensors()
     for name, value in again.items():
         if name.startswith("backbone."):
             torch.testing.assert_close(value, lower[name], rtol=1e-4, atol=1e-5)
@@ -97,9 +99,10 @@ def test_the_restart_sees_the_lower_level_s_batches_at_its_rates(tmp_path: Path)
 
 def test_arms_without_head_share_their_warm_up(tmp_path: Path) -> None:
     config = small_config("--arms", "bissl,baseline,restart", "--seeds=1")
-    context = small_context(tmp_path, config)
-    assert pretext.run(context.at("bissl", 0)).key == pretext.run(context.at("restart", 0)).key
-    assert pretext.run(context.at("baseline", 0)).key != pretext.run(context.at("bissl", 0)).key
+    pipeline = small_pipeline(tmp_path, config)
+    keys = {arm: pipeline.pretext(pipeline.at(arm, 0)).key for arm in config.arms}
+    assert keys["bissl"] == keys["restart"]
+    assert keys["baseline"] != keys["bissl"]
 
 
 @pytest.mark.parametrize("labelled", [30, 33, 64])
@@ -133,9 +136,9 @@ def test_fine_tuning_takes_the_rates_of_the_arm() -> None:
 
 
 def test_a_fraction_of_the_pretext_images_feeds_the_lower_level(tmp_path: Path) -> None:
-    context = small_context(tmp_path, small_config("--bissl.pretext-fraction=0.5"))
-    task = context.config.pretext_task()
-    whole, half = context.pretext_stack(task, "test"), context.pretext_stack(task, "test", 0.5)
+    batches = batches_of(small_pipeline(tmp_path, small_config("--bissl.pretext-fraction=0.5")))
+    task = batches.settings.pretext_task()
+    whole, half = batches.pretext(task, "test"), batches.pretext(task, "test", 0.5)
     assert (len(whole), len(half)) == (2, 1)
     assert all(half.next()[0].shape[0] == 24 for _ in range(3))
 
@@ -157,15 +160,13 @@ def test_equal_time_counts_the_steps_that_fit_heads(tmp_path: Path, monkeypatch:
     """6 of 14 steps fit heads: twice the baseline's seconds are 28 steps, 22 of them of the whole network."""
     torch.save(build_backbone("resnet-tiny").state_dict(), tmp_path / "weights.pt")
     config = small_config(f"--model.init-backbone={tmp_path / 'weights.pt'}", "--model.projector-epochs=3")
-    context, asked = small_context(tmp_path, config).at("baseline-time", 0), {}
-
-    def run(context: Any, artifact: Any = None, *, steps: int | None = None) -> None:
-        asked["steps"] = steps
-
-    monkeypatch.setattr(pretext, "run", run)
-    infos = {"bissl": {"seconds": 20.0}, "baseline": {"seconds": 10.0, "pretext_steps": 14}}
-    pretrain(context, {arm: Artifact("pretext", arm, tmp_path, info) for arm, info in infos.items()})
-    assert asked["steps"] == 22
+    pipeline, asked = small_pipeline(tmp_path, config), []
+    monkeypatch.setattr(Pipeline, "pretext", lambda self, repeat, steps: asked.append(steps))
+    counts = {"pretext_steps": 14, "label_steps": 0}
+    infos = {"bissl": {**counts, "seconds": 20.0}, "baseline": {**counts, "seconds": 10.0}}
+    made: dict[str, Artifact | None] = {arm: Artifact("pretext", arm, tmp_path, info) for arm, info in infos.items()}
+    pipeline.pretrain(pipeline.at("baseline-time", 0), made)
+    assert asked == [22]
 
 
 @pytest.mark.parametrize(

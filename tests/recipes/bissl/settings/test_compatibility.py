@@ -15,7 +15,7 @@ from recipes.bissl.training.stages import bissl, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
-from tests.support.recipes.small_runs import small_config, small_context
+from tests.support.recipes.small_runs import batches_of, run_stage, small_config, small_pipeline
 
 NAMES = list(SWITCHES)
 
@@ -171,11 +171,14 @@ def test_cosine_floor_reaches_the_pretext_stage_and_its_key(monkeypatch: pytest.
     assert "lr_floor" not in keys[0]
     monkeypatch.setattr(pretext, "schedule", schedule)
     with pytest.raises(Made):
-        pretext.run(small_context(tmp_path, config))
+        run_stage(small_pipeline(tmp_path, config), "pretext")
     assert seen[0]["floor"] == 0.001
     monkeypatch.setattr(bissl, "schedule", schedule)
-    context, untrained = small_context(tmp_path, config), Artifact("head", "key", tmp_path, {})
+    pipeline, untrained = small_pipeline(tmp_path, config), Artifact("head", "key", tmp_path, {})
+    classes = pipeline.data.downstream.train.classes
     monkeypatch.setattr(Artifact, "load_into", lambda self, modules: None)
     with pytest.raises(Made):
-        bissl._trainer(context, bissl._problem(context, untrained), tmp_path, ())  # type: ignore[arg-type]
+        bissl.make_trainer(
+            config, bissl.make_problem(config, classes, untrained, pipeline.computing), batches_of(pipeline)
+        )
     assert seen[1]["floor"] == 0.001

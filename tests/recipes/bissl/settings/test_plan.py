@@ -10,10 +10,10 @@ from recipes.bissl.outcome.estimate import describe
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.bissl.settings.presets import PRESETS
-from recipes.bissl.training import context as context_module
+from recipes.bissl.training import datasets
 from recipes.experiment.errors import ConfigError
 from recipes.vision.imagesets import DataError
-from tests.support.recipes.small_runs import small_config, small_context
+from tests.support.recipes.small_runs import batches_of, small_config, small_pipeline
 
 
 def preset(name: str, **overrides: Any) -> Config:
@@ -53,9 +53,9 @@ def test_an_epoch_keeps_its_last_batch_unless_it_is_a_single_image() -> None:
 def test_the_stacks_have_as_many_batches_as_planned(tmp_path: Path) -> None:
     for limit, size in ((48, 24), (49, 24), (50, 24), (50, 50)):
         config = small_config("--data.pretext-limit", str(limit), "--pretext.batch-size", str(size))
-        context = small_context(tmp_path, config)
-        assert len(context.pretext_stack(config.pretext_task(), "x")) == batches_per_epoch(limit, size)
-        labelled = context.labelled_stack(config.downstream_task(context.data.downstream.train.classes), "x")
+        batches = batches_of(small_pipeline(tmp_path, config))
+        assert len(batches.pretext(config.pretext_task(), "x")) == batches_per_epoch(limit, size)
+        labelled = batches.labelled(config.downstream_task(batches.data.downstream.train.classes), "x")
         assert len(labelled) == batches_per_epoch(30, 16)
 
 
@@ -96,8 +96,8 @@ def test_estimate_of_a_known_set_opens_no_file(tmp_path: Path, monkeypatch: pyte
     def never(*given: Any, **options: Any) -> Any:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr(context_module, "load_pretext", never)
-    monkeypatch.setattr(context_module, "load_downstream", never)
+    monkeypatch.setattr(datasets, "load_pretext", never)
+    monkeypatch.setattr(datasets, "load_downstream", never)
     monkeypatch.setattr("recipes.bissl.outcome.estimate._seconds_per_image", lambda config, device: 0.01)
     text = describe(config)
     assert "49000 + lower 10000 = 59000 pretext steps" in text

@@ -17,10 +17,13 @@ from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.paper import TITLES, PaperVersion, paper_entry
 from recipes.bissl.settings.plan import make_plan
 from recipes.bissl.settings.presets import PRESETS, describe_preset, list_presets
-from recipes.bissl.training.context import Context
+from recipes.bissl.training.batches import Batches
+from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.repeat import Repeat
 from recipes.bissl.training.stages import pretext
 from recipes.experiment.artifacts import ArtifactStore
 from recipes.experiment.configuration import differences
+from recipes.experiment.workspace import Workspace
 
 VERSIONS: tuple[PaperVersion, ...] = ("v2", "v1")
 
@@ -158,11 +161,11 @@ def pretext_key(config: Config, arm: str, monkeypatch: pytest.MonkeyPatch, folde
         raise Made
 
     monkeypatch.setattr(pretext, "make_key", make_key)
-    monkeypatch.setattr(Context, "pretext_stack", lambda *given: range(98))
+    monkeypatch.setattr(Batches, "pretext", lambda *given: range(98))
     data: Any = SimpleNamespace(pretext=range(100_000))
-    context = Context(config, torch.device("cpu"), ArtifactStore(folder), folder / "metrics.jsonl", data, arm=arm)
+    computing = Computing(config.compute, torch.device("cpu"))
     with pytest.raises(Made):
-        pretext.run(context)
+        pretext.run(Repeat(config, arm, 0), data, computing, Workspace(folder, ArtifactStore(folder)))
     return parts
 
 

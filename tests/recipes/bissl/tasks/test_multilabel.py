@@ -73,11 +73,11 @@ def test_all_stages(tmp_path: Path, loss_function: str) -> None:
     names = (*map(str, range(10)), "odd")
     options = "--downstream.task=recipes.bissl.tasks.multilabel:MultiLabel", "--downstream.eval-batch-size=150"
     choice = f'--downstream.options={{"loss_function": "{loss_function}"}}'
-    context, made = run_with_labels(tmp_path, names, relabel, *options, choice)
-    info, sets = made["finetune"].info, context.data.downstream
+    pipeline, made = run_with_labels(tmp_path, names, relabel, *options, choice)
+    info, sets = made["finetune"].info, pipeline.data.downstream
     assert info["primary_metric"] == "map11"
     assert info["best"]["map11"] == max(line["val_map11"] for line in of_stage(tmp_path, "finetune", "epoch"))
-    scores = outputs_on_test(context, context.config.downstream_task(names), made["finetune"]).double().numpy()
+    scores = outputs_on_test(pipeline, pipeline.config.downstream_task(names), made["finetune"]).double().numpy()
     assert sets.test.labels is not None
     expected = by_hand(scores, sets.test.labels.numpy(), loss_function)
     assert info["test"]["loss"] == pytest.approx(expected, rel=1e-4)

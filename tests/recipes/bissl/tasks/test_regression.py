@@ -89,14 +89,14 @@ def test_all_stages(tmp_path: Path) -> None:
     names = ("digit", "brightness")
     options = '{"target_mean": [4.5, 30], "target_std": [3, 10], "loss_function": "smooth_l1"}'
     arguments = "--downstream.task=recipes.bissl.tasks.regression:Regression", f"--downstream.options={options}"
-    context, made = run_with_labels(tmp_path, names, relabel, *arguments, "--downstream.eval-batch-size=150")
+    pipeline, made = run_with_labels(tmp_path, names, relabel, *arguments, "--downstream.eval-batch-size=150")
     info = made["finetune"].info
     assert info["primary_metric"] == "mae"
     assert info["higher_is_better"] == {"mae": False, "r2": True}
     assert info["best"]["mae"] == min(line["val_mae"] for line in of_stage(tmp_path, "finetune", "epoch"))
-    labels = context.data.downstream.test.labels
+    labels = pipeline.data.downstream.test.labels
     assert labels is not None
-    found = outputs_on_test(context, context.config.downstream_task(names), made["finetune"]).double().numpy()
+    found = outputs_on_test(pipeline, pipeline.config.downstream_task(names), made["finetune"]).double().numpy()
     true = labels.double().numpy()
     assert info["test"]["mae"] == pytest.approx(mean_absolute_error(true, found), rel=1e-4)
     assert info["test"]["r2"] == pytest.approx(r2_score(true, found), rel=1e-3)

@@ -11,7 +11,7 @@ from recipes.bissl.settings.config import Config
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
 from tests.support.paths import ROOT
-from tests.support.recipes.small_runs import of_stage, part, run_all, small_config, small_context
+from tests.support.recipes.small_runs import of_stage, part, run_all, small_config, small_pipeline
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def test_tasks_of_ones_own_run_through_all_stages(plugins: Path) -> None:
     assert config.pretext.options == {"noise": 0.2}
     assert config.downstream.options == {}
     assert small_config("--config", saved(plugins, config)) == config
-    context = small_context(plugins, config)
-    made = run_all(context)
+    pipeline = small_pipeline(plugins, config)
+    made = run_all(pipeline)
     for before, after in (("pretext", "head"), ("head", "bissl")):
         old, new = part(made[before], "heads"), part(made[after], "heads")
         moved = {key for key in old if not torch.equal(old[key], new[key])}
@@ -42,11 +42,11 @@ def test_tasks_of_ones_own_run_through_all_stages(plugins: Path) -> None:
     assert info["best"]["error"] == min(line["val_error"] for line in lines)
     assert all(line["knn_top1"] is None for line in of_stage(plugins, "pretext", "monitor"))
     # The mean over the images of an uneven last batch, by hand.
-    task = config.downstream_task(context.data.downstream.train.classes)
+    task = config.downstream_task(pipeline.data.downstream.train.classes)
     backbone = build_backbone(config.model.backbone)
     regression = task.build(backbone)
     made["finetune"].load_into({"backbone": backbone, "head": regression})
-    images = context.data.downstream.test.images.expand(-1, 3, -1, -1) / 255
+    images = pipeline.data.downstream.test.images.expand(-1, 3, -1, -1) / 255
     with torch.no_grad():
         errors = regression.eval()(backbone.eval()(images)).squeeze(1) - images.mean(dim=(1, 2, 3))
     assert info["test"]["error"] == pytest.approx(float(errors.abs().mean()), rel=1e-4)

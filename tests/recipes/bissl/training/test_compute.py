@@ -5,7 +5,7 @@ import shutil
 import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,29 @@ from torch import Tensor, nn
 from bilevel import MINRES, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
+from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
 from recipes.bissl.training.compute import Computing
-from recipes.bissl.training.context import Context
 from recipes.bissl.training.problem import BiSSLProblem, PretextLoss
-from recipes.bissl.training.stages import bissl, finetune, head, pretext
+from recipes.bissl.training.stages import bissl, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.errors import ConfigError
 from recipes.vision.imagesets import ImageSet
 from recipes.vision.networks.backbones import SmallResNet
-from tests.support.recipes.small_runs import execute, of_stage, part, refused, run_all, small_config, small_context
+from tests.support.recipes.small_runs import (
+    batches_of,
+    execute,
+    of_stage,
+    part,
+    refused,
+    run_all,
+    run_stage,
+    small_config,
+    small_pipeline,
+)
 
 CPU = torch.device("cpu")
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
@@ -172,17 +182,17 @@ def test_bf16_is_for_first_order_passes_alone() -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Artifact]]:
     """A run of all stages with nothing but defaults."""
     folder = tmp_path_factory.mktemp("plain")
-    return folder, run_all(small_context(folder, small_config()))
+    return folder, run_all(small_pipeline(folder, small_config()))
 
 
 def test_every_first_order_stage_takes_bf16(plain: tuple[Path, dict[str, Artifact]], tmp_path: Path) -> None:
     """The first step of each stage, from the same weights, by both precisions: near and not the same."""
     folder, made = plain
-    context = small_context(tmp_path, small_config("--compute.precision=bf16"))
-    pretext.run(context)
-    head.run(context, made["pretext"])
-    bissl.run(context, made["head"])
-    finetune.run(context, made["bissl"])
+    pipeline = small_pipeline(tmp_path, small_config("--compute.precision=bf16"))
+    run_stage(pipeline, "pretext")
+    run_stage(pipeline, "head", made["pretext"])
+    run_stage(pipeline, "bissl", made["head"])
+    run_stage(pipeline, "finetune", made["bissl"])
     for stage, event in (("pretext", "train"), ("head", "train"), ("bissl", "lower"), ("finetune", "train")):
         before, after = (of_stage(place, stage, event)[0]["loss"] for place in (folder, tmp_path))
         assert after != before
@@ -213,7 +223,7 @@ def test_compiled_losses_are_those_of_plain_steps_alone(
         return call
 
     monkeypatch.setattr(torch, "compile", watched)
-    made = run_all(small_context(tmp_path, small_config("--compute.compile=true")))
+    made = run_all(small_pipeline(tmp_path, small_config("--compute.compile=true")))
     # 4 pretext, 4 head and 8 fine-tuning steps; 2 x 2 lower steps, whose outputs alone are never asked for.
     assert sorted(compiled) == [0, 4, 4, 4, 8]
     for stage, artifact in plain[1].items():
@@ -263,39 +273,39 @@ def images(count: int) -> ImageSet:
     return ImageSet(pixels, torch.arange(count) % 2, ("a", "b"), "noise")
 
 
-def batches(context: Context) -> list[Tensor]:
-    config = context.config
-    tasks = config.pretext_task(), config.downstream_task(context.data.downstream.train.classes)
-    stacks = context.pretext_stack(tasks[0], "test"), context.labelled_stack(tasks[1], "test")
+def batches(pipeline: Pipeline) -> list[Tensor]:
+    config, made = pipeline.config, batches_of(pipeline)
+    tasks = config.pretext_task(), config.downstream_task(pipeline.data.downstream.train.classes)
+    stacks = made.pretext(tasks[0], "test"), made.labelled(tasks[1], "test")
     return [tensor for stack in stacks for _ in range(3) for tensor in stack.next()]
 
 
 class Elsewhere(Computing):
-    """Settles on a copy, as a device does."""
+    """Moves images to a copy, as to a device."""
 
     def to_device(self, images: ImageSet) -> ImageSet:
         return ImageSet(images.images.clone(), images.labels, images.classes, images.name)
 
 
-def test_resident_data_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_data_give_the_same_batches(tmp_path: Path) -> None:
     arguments = ("--compute.views=batched",)
-    away = batches(small_context(tmp_path, small_config(*arguments)))
-    resident = small_context(tmp_path, small_config(*arguments, "--compute.data-device=device"))
-    monkeypatch.setattr(Context, "computing", property(lambda self: Elsewhere(self.config.compute, self.device)))
+    away = batches(small_pipeline(tmp_path, small_config(*arguments)))
+    resident = small_pipeline(tmp_path, small_config(*arguments, "--compute.data-device=device"))
+    resident = replace(resident, computing=Elsewhere(resident.config.compute, torch.device("cpu")))
     here = batches(resident)
     assert all(torch.equal(a, b) for a, b in zip(here, away, strict=True))
     # Moved once, and drawn from there.
-    settled = resident.data.to_device("pretext", resident.computing)
-    assert settled is resident.at("baseline", 3).data.to_device("pretext", resident.computing)
-    settled.images.zero_()
+    moved = resident.data.to_device("pretext", resident.computing)
+    assert moved is resident.data.to_device("pretext", resident.computing)
+    moved.images.zero_()
     assert not torch.equal(batches(resident)[0], here[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
     device = ("--compute.views=batched", "--device=cuda", "--compute.data-device=device")
-    away = batches(small_context(tmp_path, small_config("--compute.views=batched")))
-    for a, b in zip(batches(small_context(tmp_path, small_config(*device))), away, strict=True):
+    away = batches(small_pipeline(tmp_path, small_config("--compute.views=batched")))
+    for a, b in zip(batches(small_pipeline(tmp_path, small_config(*device))), away, strict=True):
         assert a.is_cuda
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.05)
 
@@ -358,15 +368,15 @@ def test_micro_batches_of_pretext_steps_are_exact(tmp_path: Path, monkeypatch: p
         (tmp_path / size).mkdir()
         sizes.clear()
         options = '--pretext.options={"projector_widths": [5]}', f"--compute.micro-batch={size}"
-        made.append(part(pretext.run(small_context(tmp_path / size, small_config(*options))), "backbone"))
+        made.append(part(run_stage(small_pipeline(tmp_path / size, small_config(*options)), "pretext"), "backbone"))
         assert set(sizes) == ({24} if size == "null" else {10, 4})
     for name, value in made[0].items():
         torch.testing.assert_close(made[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = small_context(tmp_path, small_config("--compute.micro-batch=10"))
-    parent = head.run(context, pretext.run(context))
+    pipeline = small_pipeline(tmp_path, small_config("--compute.micro-batch=10"))
+    parent = run_stage(pipeline, "head", run_stage(pipeline, "pretext"))
     given: list[Any] = []
 
     def stop(problem: Any, upper: Any, lower: Any, schedule: Any, method: Any, **options: Any) -> None:
@@ -375,7 +385,7 @@ def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(bissl, "Trainer", stop)
     with pytest.raises(KeyboardInterrupt):
-        bissl.run(context, parent)
+        run_stage(pipeline, "bissl", parent)
     assert given == [MicroBatched(10), 10, None]
 
 

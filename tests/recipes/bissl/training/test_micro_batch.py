@@ -16,11 +16,11 @@ from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from recipes.bissl.tasks.base import PretextTask
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
-from recipes.bissl.training.problem import BiSSLProblem
+from recipes.bissl.training.problem import BiSSLProblem, lower_variables
 from recipes.bissl.training.stages import pretext
 from recipes.vision.losses import nt_xent
 from tests.support.cases import joined, vector
-from tests.support.recipes.small_runs import small_config, small_context
+from tests.support.recipes.small_runs import small_config, small_pipeline
 
 Loss = Callable[[Params, Any], Tensor]
 
@@ -144,13 +144,12 @@ def test_a_pretext_step_takes_each_sample_of_a_batch_of_any_kind_once(
         return plain(self, backbone, heads, (first, second))
 
     monkeypatch.setattr(SimCLR, "outputs", outputs)
-    context = small_context(tmp_path, small_config("--compute.micro-batch=4"))
-    task, backbone = context.config.pretext_task(), Backbone()
+    pipeline = small_pipeline(tmp_path, small_config("--compute.micro-batch=4"))
+    task, backbone = pipeline.config.pretext_task(), Backbone()
     heads = task.build(backbone)
-    optimizer = torch.optim.SGD([*backbone.parameters(), *heads.parameters()], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     batch = [view.float() for view in views(7)]
-    pretext._update(context, task, backbone, heads, optimizer, scheduler)(wrap(*batch))
+    modules = pretext._Modules(task, backbone, heads)
+    pretext._derivatives(modules, lower_variables(backbone, heads), pipeline.computing)(wrap(*batch))
     # Once for the outputs and once for their gradient.
     assert [len(first) for first, _ in seen] == [4, 3, 4, 3]
     for chunks in (seen[:2], seen[2:]):

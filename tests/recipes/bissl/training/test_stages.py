@@ -11,24 +11,28 @@ from torch import Tensor, nn
 
 from bilevel import CG, AlternatingSchedule
 from bilevel.products import ReverseOverReverse
+from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.training import supervised
-from recipes.bissl.training.context import Context
-from recipes.bissl.training.stages import bissl, finetune, head, pretext
+from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.stages import bissl, pretext
 from recipes.bissl.training.stages.finetune import _Best
 from recipes.experiment.artifacts import Artifact, ArtifactStore
+from recipes.experiment.workspace import Workspace
 from recipes.vision.metrics import Metric, evaluate, top_k
 from recipes.vision.networks.backbones import build_backbone
 from recipes.vision.optimizers import LARS
 from tests.support.recipes.small_runs import (
     STAGES,
+    batches_of,
     events,
     execute,
     of_stage,
     part,
     run_all,
+    run_stage,
     small_config,
-    small_context,
+    small_pipeline,
 )
 
 # Values at which a limit or a decay that is left out shows in the weights.
@@ -41,13 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def context(folder: Path) -> Context:
-    return small_context(folder, small_config(*NOTICEABLE))
+def pipeline(folder: Path) -> Pipeline:
+    return small_pipeline(folder, small_config(*NOTICEABLE))
 
 
 @pytest.fixture(scope="module")
-def made(context: Context) -> dict[str, Artifact]:
-    return run_all(context)
+def made(pipeline: Pipeline) -> dict[str, Artifact]:
+    return run_all(pipeline)
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -81,7 +85,7 @@ def test_pretext_is_watched(made: dict[str, Artifact], folder: Path) -> None:
 
 def test_watching_changes_no_weight(made: dict[str, Artifact], tmp_path: Path) -> None:
     config = small_config(*NOTICEABLE, "--pretext.monitor-every", "9", "--pretext.checkpoint-every", "9")
-    artifact = pretext.run(small_context(tmp_path, config))
+    artifact = run_stage(small_pipeline(tmp_path, config), "pretext")
     assert artifact.key == made["pretext"].key
     assert same(artifact.tensors(), made["pretext"].tensors())
     assert [line["step"] for line in of_stage(tmp_path, "pretext", "monitor")] == [4]
@@ -98,10 +102,10 @@ def test_head_leaves_the_backbone_alone(made: dict[str, Artifact], folder: Path)
 
 
 def test_head_in_train_mode_moves_only_the_upper_statistics(
-    made: dict[str, Artifact], context: Context, tmp_path: Path
+    made: dict[str, Artifact], pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    config = build_config(context.config, {"head": {"batch_norm": "train"}})
-    artifact = head.run(small_context(tmp_path, config), made["pretext"])
+    config = build_config(pipeline.config, {"head": {"batch_norm": "train"}})
+    artifact = run_stage(small_pipeline(tmp_path, config), "head", made["pretext"])
     before, upper = part(made["pretext"], "backbone"), part(artifact, "upper_backbone")
     assert same(part(artifact, "backbone"), before)
     assert same(parameters(upper), parameters(before))
@@ -123,10 +127,10 @@ def clip(gradients: list[Tensor], limit: float) -> list[Tensor]:
     return [g * limit / norm if norm > limit else g for g in gradients]
 
 
-def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], context: Context, folder: Path) -> None:
+def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], pipeline: Pipeline, folder: Path) -> None:
     """Both levels again with plain modules, autograd and optimizers; the solver is the identity here."""
-    config, c = context.config, context.config.bissl
-    tasks = config.pretext_task(), config.downstream_task(context.data.downstream.train.classes)
+    config, c = pipeline.config, pipeline.config.bissl
+    tasks = config.pretext_task(), config.downstream_task(pipeline.data.downstream.train.classes)
     theta_p, theta_d = build_backbone(config.model.backbone), build_backbone(config.model.backbone)
     phi_p, phi_d = tasks[0].build(theta_p), tasks[1].build(theta_d)
     made["head"].load_into({"backbone": theta_p, "upper_backbone": theta_d, "heads": phi_p, "head": phi_d})
@@ -135,7 +139,8 @@ def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], context: Contex
     lower, upper = [*theta_p.parameters(), *phi_p.parameters()], [*theta_d.parameters(), *phi_d.parameters()]
     lars = LARS(lower, lr=c.lower_lr, weight_decay=config.pretext.weight_decay)
     sgd = torch.optim.SGD(upper, lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay)
-    stacks = context.pretext_stack(tasks[0], "bissl lower"), context.labelled_stack(tasks[1], "bissl upper")
+    batches = batches_of(pipeline)
+    stacks = batches.pretext(tasks[0], "bissl lower"), batches.labelled(tasks[1], "bissl upper")
     seen: list[tuple[str, float, float]] = []
 
     def update(
@@ -192,10 +197,10 @@ def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], context: Contex
 def test_bilevel_stage_hands_on_its_settings(
     made: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
+    given: list[Any] = []
 
     def stop(*args: Any, **options: Any) -> None:
-        given.update(options)
+        given.extend(args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bissl, "Trainer", stop)
@@ -206,16 +211,15 @@ def test_bilevel_stage_hands_on_its_settings(
     }
     config = build_config(small_config(), {"bissl": settings})
     with pytest.raises(KeyboardInterrupt):
-        bissl.run(small_context(tmp_path, config), made["head"])
-    assert given["schedule"] == AlternatingSchedule(7, 6, 5, 3, 0.4)
-    assert (given["hessian_batches"], given["damping"], given["max_grad_norm"]) == (4, 1.25, None)
-    assert given["hvp"] == ReverseOverReverse(keep_graph=True)
-    assert given["solver"] == CG(9, 0.25, True)
+        run_stage(small_pipeline(tmp_path, config), "bissl", made["head"])
+    _, upper, lower, schedule, method = given
     names = build_backbone(config.model.backbone).state_dict().keys()
-    assert given["adaptation_pairs"].keys() == {
-        f"backbone.{n}" for n in names if "running" not in n and "num_" not in n
-    }
-    assert all(upper == lower for upper, lower in given["adaptation_pairs"].items())
+    pairs = {f"backbone.{n}": f"backbone.{n}" for n in names if "running" not in n and "num_" not in n}
+    assert schedule == AlternatingSchedule(7, 6, 5, 3, 0.4, adaptation_pairs=pairs)
+    assert (upper.max_grad_norm, lower.max_grad_norm) == (None, None)
+    assert (method.hessian_batches, method.damping) == (4, 1.25)
+    assert method.hvp == ReverseOverReverse(keep_graph=True)
+    assert method.solver == CG(9, 0.25, True)
 
 
 def test_bilevel_stage_tells_what_it_did(made: dict[str, Artifact], folder: Path) -> None:
@@ -230,10 +234,10 @@ def test_bilevel_stage_tells_what_it_did(made: dict[str, Artifact], folder: Path
     assert made["finetune"].info["solves"] == {"BUDGET": 4}
 
 
-def accuracy(context: Context, artifact: Artifact, k: int) -> float:
+def accuracy(pipeline: Pipeline, artifact: Artifact, k: int) -> float:
     """Top-k of an artifact's weights on the test images, without the recipe's metrics or evaluation loop."""
-    sets, task = context.data.downstream, context.config.downstream_task(context.data.downstream.train.classes)
-    backbone = build_backbone(context.config.model.backbone)
+    sets, task = pipeline.data.downstream, pipeline.config.downstream_task(pipeline.data.downstream.train.classes)
+    backbone = build_backbone(pipeline.config.model.backbone)
     classifier = task.build(backbone)
     artifact.load_into({"backbone": backbone, "head": classifier})
     backbone.eval()
@@ -243,24 +247,24 @@ def accuracy(context: Context, artifact: Artifact, k: int) -> float:
     return 100.0 * float((best == labels[:, None]).any(dim=1).double().mean())
 
 
-def test_fine_tuning_tests_the_best_epoch(made: dict[str, Artifact], context: Context, folder: Path) -> None:
+def test_fine_tuning_tests_the_best_epoch(made: dict[str, Artifact], pipeline: Pipeline, folder: Path) -> None:
     info = made["finetune"].info
     lines = of_stage(folder, "finetune", "epoch")
     assert [line["epoch"] for line in lines] == [2, 4]
     best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"], -line["epoch"]))
     assert info["best"] == {"epoch": best["epoch"], **{n: best[f"val_{n}"] for n in ("top1", "top5", "loss")}}
-    assert info["test"]["top1"] == pytest.approx(accuracy(context, made["finetune"], 1))
-    assert info["test"]["top5"] == pytest.approx(accuracy(context, made["finetune"], 5))
+    assert info["test"]["top1"] == pytest.approx(accuracy(pipeline, made["finetune"], 1))
+    assert info["test"]["top5"] == pytest.approx(accuracy(pipeline, made["finetune"], 5))
     assert (info["primary_metric"], info["seed"], info["variant"]) == ("top1", 0, "bissl")
     train = of_stage(folder, "finetune", "train")
     assert [line["step"] for line in train] == list(range(1, 9))
     assert lines[0]["train_loss"] == pytest.approx(sum(line["loss"] for line in train[:4]) / 4)
-    cosine = [context.config.finetune.lr * warm_cosine(step, 8, 0) for step in range(8)]
+    cosine = [pipeline.config.finetune.lr * warm_cosine(step, 8, 0) for step in range(8)]
     assert [line["lr"] for line in train] == pytest.approx(cosine)
 
 
 def test_fine_tuning_goes_back_to_the_best_epoch(
-    made: dict[str, Artifact], context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: dict[str, Artifact], pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = []
@@ -271,25 +275,25 @@ def test_fine_tuning_goes_back_to_the_best_epoch(
         return {**evaluate(forward, *others), "top1": 60.0 - len(outputs)}
 
     monkeypatch.setattr(supervised, "evaluate", better_first)
-    artifact = finetune.run(small_context(tmp_path, context.config), made["bissl"])
+    artifact = run_stage(small_pipeline(tmp_path, pipeline.config), "finetune", made["bissl"])
     assert artifact.info["best"]["epoch"] == 2
     validated_first, validated_last, tested = outputs
     assert torch.equal(tested, validated_first)
     assert not torch.equal(validated_last, validated_first)
-    backbone = build_backbone(context.config.model.backbone)
-    classifier = context.config.downstream_task(context.data.downstream.train.classes).build(backbone)
+    backbone = build_backbone(pipeline.config.model.backbone)
+    classifier = pipeline.config.downstream_task(pipeline.data.downstream.train.classes).build(backbone)
     artifact.load_into({"backbone": backbone, "head": classifier})
     assert torch.equal(classifier(backbone.eval()(probe)), validated_first)
 
 
-def test_arms_differ_in_rates_and_start(made: dict[str, Artifact], context: Context) -> None:
-    config = build_config(context.config, {"finetune": {"baseline_lr": 0.07, "scratch_lr": 0.08}})
-    here = small_context(context.metrics_path.parent, config)
-    scratch = finetune.run(here.at("scratch", 0))
-    baseline = finetune.run(here.at("baseline", 0), made["pretext"])
+def test_arms_differ_in_rates_and_start(made: dict[str, Artifact], pipeline: Pipeline) -> None:
+    config = build_config(pipeline.config, {"finetune": {"baseline_lr": 0.07, "scratch_lr": 0.08}})
+    here = small_pipeline(pipeline.workspace.folder, config)
+    scratch = here.finetune(here.at("scratch", 0), None)
+    baseline = here.finetune(here.at("baseline", 0), made["pretext"])
     assert (scratch.info["pretext_steps"], scratch.info["label_steps"]) == (0, 8)
     assert (baseline.info["pretext_steps"], baseline.info["label_steps"]) == (4, 8)
-    lines = of_stage(context.metrics_path.parent, "finetune", "train")
+    lines = of_stage(pipeline.workspace.folder, "finetune", "train")
     first = {line["variant"]: line for line in reversed(lines)}
     assert first["scratch"]["lr"] == 0.08
     assert first["baseline"]["lr"] == 0.07
@@ -324,18 +328,18 @@ def test_best_epoch(metric: str, offers: list[tuple[float, float]], best: int) -
 
 
 def test_finished_stages_are_not_made_again(
-    made: dict[str, Artifact], context: Context, monkeypatch: pytest.MonkeyPatch
+    made: dict[str, Artifact], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for stage in STAGES.values():
         monkeypatch.setattr(stage, "build_backbone", None)
-    assert run_all(context) == made
+    assert run_all(pipeline) == made
 
 
 class Finding(ArtifactStore):
     """Takes every artifact for finished, so that running a stage only names it."""
 
     def find(self, stage: str, key: str) -> Artifact:
-        return Artifact(stage, key, self.folder, {})
+        return Artifact(stage, key, self.folder, {"pretext_steps": 0, "label_steps": 0, "seconds": 0.0})
 
 
 KEYS = [
@@ -377,32 +381,33 @@ KEYS = [
 
 @pytest.mark.parametrize(("field", "value", "expected"), KEYS)
 def test_a_change_remakes_what_it_decides_and_nothing_else(
-    field: str, value: Any, expected: str, context: Context, tmp_path: Path
+    field: str, value: Any, expected: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     def keys(config: Config) -> dict[str, str]:
-        here = Context(config, context.device, Finding(tmp_path), tmp_path / "m", context.data, seed=config.seed)
+        workspace = Workspace(tmp_path, Finding(tmp_path))
+        here = Pipeline(config, pipeline.data, Computing(config.compute, torch.device("cpu")), workspace)
         return {name: artifact.key for name, artifact in run_all(here).items()}
 
     override: Any = value
     for name in reversed(field.split(".")):
         override = {name: override}
-    before, after = keys(context.config), keys(build_config(context.config, override))
+    before, after = keys(pipeline.config), keys(build_config(pipeline.config, override))
     assert [name for name in STAGES if before[name] != after[name]] == expected.split()
 
 
 def test_divergence_stops_before_a_weight_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = pretext.optimizer_step, [0]
+    real, calls = pretext.pretext_loss, [0]
 
-    def poisoned(loss: Tensor, *others: Any) -> dict[str, Any]:
+    def poisoned(*given: Any) -> Tensor:
         calls[0] += 1
-        return real(loss * float("nan") if calls[0] == 3 else loss, *others)
+        return real(*given) * (float("nan") if calls[0] == 3 else 1.0)
 
-    monkeypatch.setattr(pretext, "optimizer_step", poisoned)
+    monkeypatch.setattr(pretext, "pretext_loss", poisoned)
     assert execute("--output-dir", str(tmp_path / "run")) == 3
     error = capsys.readouterr().err
     assert re.match(r"run\.py: stopped: pretext step \d+: loss nan", error)
-    assert "no weight was changed" in error
+    assert "no variable was changed" in error
     assert error.count("\n") == 1
     assert len(of_stage(tmp_path / "run", "pretext", "train")) == 2

@@ -1,12 +1,11 @@
-"""Decoded training and validation images in files that all workers of a machine map into memory, and share."""
+"""Decoded training and validation images in files that all processes of a machine map into memory, and share."""
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....vision.imagesets import DataError, DownstreamSets, ImageSet
-from ...settings.config import Config
-from ...training.context import Datasets
+from ..imagesets import DataError, DownstreamSets, ImageSet
 
 FORMAT = 1
 SETS = ("train", "val")
@@ -31,31 +28,9 @@ class TrainAndVal:
     val: ImageSet
 
 
-class CachedImages(Datasets):
-    """The labelled sets of a cache folder, as a stage asks for them; no test set and no pretext images.
-
-    The pages of the files are shared by all processes that map them: workers beside the first cost no memory for
-    images, unless `compute.data_device` copies them to a device.
-    """
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        super().__init__(config)
-        self.folder = folder
-
-    @cached_property
-    def downstream(self) -> Any:
-        """The two sets.
-
-        Raises:
-            DataError: a file of the cache is missing or damaged.
-        """
-        return read_cache(self.folder)
-
-
-def cache_folder(config: Config, store: Path) -> Path:
-    """Where the images of a configuration lie: one folder for all that decides which they are."""
-    fields = config.data.model_dump(exclude={"download", "pretext", "pretext_limit"})
-    content = json.dumps([FORMAT, {**fields, "root": os.path.abspath(config.data.root)}], sort_keys=True)
+def cache_folder(store: Path, deciding: Mapping[str, Any]) -> Path:
+    """Where in `store` the images lie that the JSON values `deciding` decide."""
+    content = json.dumps([FORMAT, deciding], sort_keys=True)
     return store / f"images-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
@@ -79,7 +54,7 @@ def write_cache(folder: Path, sets: DownstreamSets) -> None:
 
 
 def read_cache(folder: Path) -> TrainAndVal:
-    """The sets in a folder, mapped rather than read.
+    """The sets in a folder, mapped rather than read: processes beside the first cost no memory for images.
 
     Raises:
         DataError: a file is missing or damaged.

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.bissl.outcome.search.image_cache import cache_folder, read_cache, write_cache
 from recipes.vision.imagesets import DataError, DownstreamSets
+from recipes.vision.sources.image_cache import cache_folder, read_cache, write_cache
 from recipes.vision.sources.loading import load_downstream
-from tests.support.recipes.small_runs import small_config
 
 
 def digits_sets() -> DownstreamSets:
@@ -39,7 +38,7 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_found_by_what_decides_the_images(tmp_path: Path) -> None:
-    folder = cache_folder(small_config(), tmp_path)
-    assert cache_folder(small_config("--data.pretext-limit=50", "--finetune.lr=0.5"), tmp_path) == folder
-    for option in ("--data.labels-per-class=2", "--data.split-seed=5", "--data.image-size=16", "--data.root=other"):
-        assert cache_folder(small_config(option), tmp_path) != folder
+    folder = cache_folder(tmp_path, {"source": "digits", "size": 8})
+    assert folder.parent == tmp_path
+    assert cache_folder(tmp_path, {"size": 8, "source": "digits"}) == folder
+    assert cache_folder(tmp_path, {"source": "digits", "size": 9}) != folder

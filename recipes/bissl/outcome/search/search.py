@@ -1,0 +1,169 @@
+"""A search of one variant: what its trials train, and what they start from."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from bilevel.checkpoint import write_atomic
+from bilevel.training import NonFiniteError
+
+from ....experiment.artifacts import Artifact
+from ....experiment.errors import ConfigError
+from ....experiment.search.queue import TrialQueue
+from ....experiment.search.records import Scores
+from ....experiment.stage import Attempt
+from ....experiment.workspace import Workspace
+from ....vision.sources.image_cache import cache_folder, read_cache, write_cache
+from ...settings.arms import arm_of
+from ...settings.config import Config
+from ...settings.run_directory import PROJECT
+from ...training.artifacts import artifact_store, read_stage
+from ...training.datasets import Datasets
+from ...training.repeat import Repeat
+from ...training.stages import finetune, head
+from ..estimate import check_data, check_labelled
+from ..execution import make_pipeline
+from ..pipeline import Pipeline
+from .space import SearchStage, decided, with_values
+
+PARENT = "parent.json"
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search; everything that a worker process needs.
+
+    Attributes:
+        config: the run's; the fields that the search decides are replaced by each trial's.
+        artifacts: folder of finished stages and of the image cache.
+        stage: what trials train.
+        variant: whose.
+        queue: the trials.
+    """
+
+    config: Config
+    artifacts: Path
+    stage: SearchStage
+    variant: str
+    queue: TrialQueue
+
+    @property
+    def directory(self) -> Path:
+        """The folder of the search."""
+        return self.queue.directory
+
+    @property
+    def image_cache(self) -> Path:
+        """The folder of decoded images: one for all that decides which they are."""
+        fields = self.config.data.model_dump(exclude={"download", "pretext", "pretext_limit"})
+        return cache_folder(self.artifacts, {**fields, "root": os.path.abspath(self.config.data.root)})
+
+    def fields(self, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """Section -> field -> value: what a trial's values stand for."""
+        return decided(self.stage, arm_of(self.variant).rates, values)
+
+    def pipeline(self, data: Datasets, console: Console) -> Pipeline:
+        """The pipeline of the run, with events in the folder of the search."""
+        return make_pipeline(self.config, self.directory, artifact_store(self.artifacts), data, console=console)
+
+
+def check(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
+    """Read the data of a search that is not begun yet; what is wrong must leave nothing behind.
+
+    Raises:
+        DataError, ConfigError: naming what is wrong.
+    """
+    computing = search.pipeline(data, console).computing
+    pretrains = given is None and arm_of(search.variant).start != "random"
+    (check_data if pretrains else check_labelled)(search.config, data, computing)
+
+
+def prepare(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
+    """Make or find what all trials start from: the artifact and the decoded images. One process does it, others wait.
+
+    Args:
+        given: the artifact to start from; None: that of the variant, trained here unless it is among the artifacts.
+        data: the images, read where they must be.
+
+    Raises:
+        ConfigError: the search was begun from another artifact.
+        DataError, ArtifactError, NonFiniteError: as the stages raise them.
+    """
+    path = search.directory / PARENT
+
+    def make() -> None:
+        pipeline = search.pipeline(data, console)
+        # Before the artifact: what is wrong with labelled data must not be found after pre-training.
+        check_labelled(search.config, data, pipeline.computing)
+        if not search.image_cache.exists():
+            write_cache(search.image_cache, data.downstream)
+        if not path.exists():
+            made = given if given is not None else _pretrained(search, pipeline)
+            where = None if made is None else str(made.directory.resolve())
+            write_atomic(path, json.dumps({"directory": where}).encode())
+
+    search.queue.prepare(lambda: path.exists() and search.image_cache.exists(), make)
+    known = _parent(search)
+    if given is not None and (known is None or known.key != given.key):
+        raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")
+
+
+def work(search: Search, console: Console, *, only: int | None = None) -> None:
+    """Do trials until none is left, as `TrialQueue.work`.
+
+    Args:
+        only: the one trial to do instead, or to wait for.
+    """
+    data = Datasets(search.config.data, partial(read_cache, search.image_cache))
+    fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
+    search.queue.work(fit, console, only=None if only is None else (only,))
+
+
+def _fit(
+    search: Search, pipeline: Pipeline, parent: Artifact | None, values: Mapping[str, float], attempt: Attempt
+) -> Scores:
+    """Train with a trial's values, and score it on validation.
+
+    Raises:
+        NonFiniteError: training diverged, or its score is not finite.
+    """
+    config = with_values(search.config, search.fields(values))
+    repeat = Repeat.of(config, search.variant, config.seed)
+    workspace = Workspace(attempt.directory, pipeline.workspace.store, Console(quiet=True), config.tracking, PROJECT)
+    if search.stage == "head":
+        assert parent is not None, "a head's warm-up has a backbone"
+        warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
+        # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
+        metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
+        found, steps, seconds = warmed.values, warmed.steps, warmed.seconds
+    else:
+        fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
+        found = dict(fitted.facts["best"])
+        metric, epoch = fitted.facts["primary_metric"], int(found.pop("epoch"))
+        higher, steps, seconds = fitted.facts["higher_is_better"][metric], fitted.steps, fitted.seconds
+    score, loss = found[metric], found["loss"]
+    if not (math.isfinite(score) and math.isfinite(loss)):
+        raise NonFiniteError(f"validation: {metric} {score}, loss {loss}")
+    finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
+    return Scores(epoch, metric, higher, score, loss, finite, steps, seconds)
+
+
+def _pretrained(search: Search, pipeline: Pipeline) -> Artifact | None:
+    repeat = pipeline.at(search.variant, search.config.seed)
+    return pipeline.pretext(repeat) if search.stage == "head" else pipeline.pretrain(repeat, {})
+
+
+def _parent(search: Search) -> Artifact | None:
+    """What the trials start from, None for random weights."""
+    path = search.directory / PARENT
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["directory"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); delete it to look for the artifact again") from error
+    return None if where is None else read_stage(Path(where))
