@@ -90,7 +90,7 @@ def part_of(folder: Path, first: int) -> Path:
 def analyse(results: Mapping[str, Any], events: Sequence[Event]) -> Figures:
     """Arms, comparisons and what the solves were like."""
     metric = results["primary_metric"]
-    scores = {arm: row[metric]["per_seed"] for arm, row in results["arms"].items()}
+    scores = {arm: row[metric]["per_seed"] for arm, row in results["variants"].items()}
     found = [paired(scores[a], scores[b]) for a, b in FAMILY]
     corrected = holm([each.p_value for each in found])
     comparisons = []
@@ -106,7 +106,7 @@ def analyse(results: Mapping[str, Any], events: Sequence[Event]) -> Figures:
     return {
         "seeds": results["seeds"],
         "metric": metric,
-        "arms": {arm: _arm(row, metric) for arm, row in results["arms"].items()},
+        "arms": {arm: _arm(row, metric) for arm, row in results["variants"].items()},
         "comparisons": comparisons,
         "solves": solves(events),
         "guessed_spread": GUESSED_SPREAD,
@@ -119,7 +119,7 @@ def solves(events: Sequence[Event]) -> dict[str, Figures]:
     kinds: dict[str, list[Event]] = {}
     for event in select(events, "bissl", "upper"):
         if event.get("status") is not None:
-            kinds.setdefault(event["arm"], []).append(event)
+            kinds.setdefault(event["variant"], []).append(event)
     rows = {}
     for arm, solved in kinds.items():
         cosines, departures = ([float(e[field]) for e in solved] for field in ("cosine", "relative_change"))

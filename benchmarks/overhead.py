@@ -162,7 +162,7 @@ def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any
             seen["whole"][name].append(time.perf_counter() - began)
             seen["processor"][name].append(processor_seconds() - used)
             results = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
-        seen["stages"][name].append(results["arms"]["bissl"]["seconds"])
+        seen["stages"][name].append(results["variants"]["bissl"]["seconds"])
 
     for _ in range(pairs):
         start("alone")

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
-from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.outcome.console_table import plain_lines
+from bilevel.recipes.bissl.outcome.temporary_run import results_of
 from bilevel.recipes.bissl.settings.config import build_config
 from bilevel.recipes.bissl.settings.presets import digits
 from bilevel.recipes.bissl.tasks import Bound, DownstreamTask, PretextTask

@@ -19,7 +19,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 
-from bilevel.recipes.bissl.outcome.scripting import plain_lines, results_of
+from bilevel.recipes.bissl.outcome.console_table import plain_lines
+from bilevel.recipes.bissl.outcome.temporary_run import results_of
 from bilevel.recipes.bissl.settings.config import build_config
 from bilevel.recipes.bissl.settings.presets import digits
 from bilevel.recipes.bissl.tasks import Bound, DownstreamTask

@@ -7,10 +7,13 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.system import Selection, System, Tikhonov, check_tikhonov, linearize, through_system
-from bilevel.linear import CG, Solution, Solver
+from bilevel.linear import CG, Solution, Solver, Status
 from bilevel.lower import upper_derivatives
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
 from bilevel.tree import Params
+
+_SOUND = (Status.CONVERGED, Status.BUDGET, Status.NOT_CONVERGED)
+"""After these the iterate is one that a next solve may start from."""
 
 
 @final
@@ -38,9 +41,10 @@ class Implicit(Method):
             order of gamma in BiSSL, and with momentum a displacement that comes later (the same in total at a constant
             rate). The norm limit of the last step is wider by the sum of the rates over its own.
         warm_start: start each solve from the last one's solution x0 where one product shows that it helps,
-            ``||b - A x0|| < ||b||``; the product is not lost, since a solve from x0 begins with it. Solutions of failed
-            solves are not kept, and `Problem.reset_lower` forgets them. With independent upper batches the last
-            solution is often worse than zero: then the product is all that it costs.
+            ``||b - A x0|| < ||b||``; the product is not lost, since a solve from x0 begins with it. What a breakdown
+            (negative curvature, divergence) left is not kept, an unfinished solve's iterate is, and
+            `Problem.reset_lower` forgets it. With independent upper batches the last solution is often worse than zero:
+            then the product is all that it costs.
 
     Raises:
         TypeError: a solver or provider that is not one.
@@ -122,7 +126,7 @@ class Implicit(Method):
         following = self._next(state, _Pending())
         if self.warm_start and result.solution is not None:
             following.pop("start", None)
-            if result.solution.status.ok:
+            if result.solution.status in _SOUND:
                 following["start"] = tree.scale(1.0 / scale, result.solution.value)
         return Proposal(result.grad, result.loss, following, result, scale)
 

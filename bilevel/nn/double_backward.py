@@ -21,7 +21,8 @@ _Pair = Sequence[int]
 class CheapDoubleBackward(TorchFunctionMode):
     """Inside, 2-d convolutions and batch normalisations with batch statistics differentiate twice at a low price.
 
-    Derivatives of a higher order than the second are torch's, which has none for batch normalisation and says so.
+    So do derivatives of a higher order, though not cheaply. Those that torch itself gives a batch normalisation end at
+    the second order: its versions from 2.12 on refuse the third, and 2.11 returns a wrong one.
     Everything that is not a plain float32 or float64 computation on a CPU is left to torch: other devices (not
     measured), autocast, tensors within torch.func transforms and forward mode, running statistics, padding by name.
     """
@@ -204,7 +205,7 @@ class _BatchNormBackward(torch.autograd.Function):
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         """Derivatives of ``<a, w s P g> + <b, sum g x^> + <c, sum g>``; s and x^ depend on x."""
         if torch.is_grad_enabled():
-            return (*_by_torch(ctx.saved_tensors[:3], (a, b, c), ctx.eps), None, None, None)
+            return (*_by_elements(ctx.saved_tensors[:3], (a, b, c), ctx.eps), None, None, None)
         g, x, w, mean, s, g_moment, g_sum = ctx.saved_tensors
         n = x.numel() // w.numel()
         per_channel = (1, -1, *(1,) * (x.dim() - 2))
@@ -224,11 +225,13 @@ class _BatchNormBackward(torch.autograd.Function):
         return along_g, along_x, s * projected, None, None, None
 
 
-def _by_torch(point: Sequence[Tensor], cotangents: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
-    """The same with a graph of its own, for derivatives of a higher order than the second."""
+def _by_elements(point: Sequence[Tensor], cotangents: Sequence[Tensor], eps: float) -> tuple[Tensor, ...]:
+    """The same with a graph of its own, for derivatives of a higher order: from elementary operations alone."""
     # Aliases, so that what g owes to x stays outside.
     g, x, weight = (leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in point)
     bias = torch.zeros_like(weight).requires_grad_()
-    output = functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0, keepdim=True)
+    per_channel = mean.shape
+    output = (x - mean) * (variance + eps).rsqrt() * weight.view(per_channel) + bias.view(per_channel)
     first = torch.autograd.grad(output, (x, weight, bias), g, create_graph=True)
     return torch.autograd.grad(first, (g, x, weight), cotangents, create_graph=True, materialize_grads=True)

@@ -1,16 +1,15 @@
-"""Drawings of a run's curves as SVG text that can stand inside an HTML page and follows its text colour."""
+"""Draws recorded curves with matplotlib, as SVG for an HTML page, in the page's own text colour."""
 
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .records import Band, Curve, Event, alternation_bands, curves, last_solves, mean_curve, select, thin
+from .records import NOT_RECORDED, Band, Curve, mean_curve, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +26,7 @@ WIDE_PANEL_WIDTH = 5.6
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: what it shows, and the curves of each arm (a curve a seed) or one band an arm."""
+    """One pair of axes: what it shows, and the curves of each variant (one for each seed) or its band."""
 
     title: str
     x_label: str
@@ -45,88 +44,12 @@ class Drawing:
     not_finite: int
 
 
-def pretext_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """Loss, learning rate, k-NN accuracy and spread of the embeddings of the pretext stage, over steps."""
-    train, monitor = select(events, "pretext", "train"), select(events, "pretext", "monitor")
-    return draw(
-        "pretext",
-        [
-            Panel("loss", "step", curves(train, "loss")),
-            Panel("learning rate", "step", curves(train, "lr")),
-            Panel("k-NN top-1 (%)", "step", curves(monitor, "knn_top1")),
-            Panel("spread of the embeddings", "step", curves(monitor, "embedding_spread")),
-        ],
-        arms,
-    )
-
-
-def head_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """Training loss over steps and validation scores over epochs of the head's warm-up."""
-    train, epochs = select(events, "head", "train"), select(events, "head", "epoch")
-    return draw(
-        "head", [Panel("training loss", "step", curves(train, "loss")), *validation_panels(epochs)], arms, columns=3
-    )
-
-
-def levels_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """Loss, gradient norm and learning rate of both levels of the BiSSL stage, over each level's own steps."""
-    panels = []
-    for level in ("lower", "upper"):
-        records = select(events, "bissl", level)
-        panels += [
-            Panel(f"{level} level: loss", f"{level} step", curves(records, "loss")),
-            Panel(f"{level} level: gradient norm", f"{level} step", curves(records, "grad_norm"), logarithmic=True),
-            Panel(f"{level} level: learning rate", f"{level} step", curves(records, "lr")),
-        ]
-    return draw("levels", panels, arms, columns=3)
-
-
-def solver_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """How well the linear systems were solved, what the solution changed, and what it cost, over alternations; and the
-    last solve's residual over its iterations."""
-    upper = select(events, "bissl", "upper")
-    shown = (
-        ("relative residual", "residual", True, False),
-        ("‖x − v‖ / ‖v‖", "relative_change", False, False),
-        ("cos(x, v)", "cosine", False, False),
-        ("lower stationarity", "stationarity", True, False),
-        ("lower stationarity / its noise", "stationarity_over_noise", True, False),
-        ("smallest Ritz value", "ritz_min", False, False),
-        ("largest Ritz value", "ritz_max", False, False),
-        ("smallest curvature met", "min_curvature", False, False),
-        ("operator products a solve", "num_hvps", False, True),
-    )
-    panels = [
-        Panel(title, "alternation", bands=alternation_bands(upper, name), logarithmic=logarithmic, integer=integer)
-        for title, name, logarithmic, integer in shown
-    ]
-    last = curves(last_solves(upper), "residual", x="iteration")
-    panels.append(Panel("residual within the last solve", "iteration", last, logarithmic=True))
-    return draw("solver", panels, arms, columns=3)
-
-
-def finetune_figure(events: Sequence[Event], arms: Sequence[str]) -> Drawing | None:
-    """Validation scores, validation loss and training loss of fine-tuning over epochs, one thin line a seed."""
-    epochs = select(events, "finetune", "epoch")
-    training = Panel("training loss", "epoch", curves(epochs, "train_loss", x="epoch"))
-    return draw("finetune", [*validation_panels(epochs), training], arms, columns=3)
-
-
-def validation_panels(epochs: Sequence[Event]) -> list[Panel]:
-    """A panel for each `val_*` quantity that was recorded, the loss last."""
-    names = dict.fromkeys(name for record in epochs for name in record if name.startswith("val_"))
-    ordered = sorted(names or ("val_loss",), key=lambda name: name == "val_loss")
-    return [
-        Panel(f"validation {name.removeprefix('val_')}", "epoch", curves(epochs, name, x="epoch")) for name in ordered
-    ]
-
-
-def draw(name: str, panels: Sequence[Panel], arms: Sequence[str], *, columns: int = 2) -> Drawing | None:
+def draw(name: str, panels: Sequence[Panel], variants: Sequence[str], *, columns: int = 2) -> Drawing | None:
     """The panels in a grid under one legend; an empty panel says that nothing was recorded. None if all are empty.
 
     Args:
         name: distinguishes the identifiers inside this SVG from those of the page's other drawings.
-        arms: all arms of the run in their order, which fixes their colours across drawings.
+        variants: all variants in their order, which fixes their colours across drawings; the first is drawn on top.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -135,28 +58,23 @@ def draw(name: str, panels: Sequence[Panel], arms: Sequence[str], *, columns: in
         return None
     rows = math.ceil(len(panels) / columns)
     width = columns * (WIDE_PANEL_WIDTH if columns == 2 else PANEL_WIDTH)
-    figure_class, rc_context = matplotlib_parts("the report")
-    # Names of arms may hold any character, so nothing is read as a formula; glyphs stay text in the page's fonts.
+    figure_class, rc_context = matplotlib_parts("a drawing")
+    # Names may hold any character, so nothing is read as a formula; glyphs stay text in the page's fonts.
     with rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}):
         figure = figure_class(figsize=(width, rows * PANEL_HEIGHT + 0.45))
         figure.set_layout_engine("constrained", hspace=0.07, wspace=0.04)
         figure.patch.set_alpha(0.0)
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, panel in zip(grid, panels, strict=False):
-            _draw_panel(axes, panel, arms)
+            _draw_panel(axes, panel, variants)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        _draw_legend(figure, grid, arms)
+        _draw_legend(figure, grid, variants)
         # matplotlib's own description of the picture holds web addresses, which a self-contained page has no use for.
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     values = [curve.y for panel in panels for by_seed in panel.curves.values() for curve in by_seed.values()]
     return Drawing(_embeddable(buffer.getvalue()), int(sum(np.isnan(y).sum() for y in values)))
-
-
-def shown_name(source: str) -> str:
-    """A data source's name for a picture: of a folder, its last part."""
-    return PurePath(source.removeprefix("folder:")).name if source.startswith("folder:") else source
 
 
 def matplotlib_parts(what: str) -> tuple[type["Figure"], Any]:
@@ -175,7 +93,7 @@ def matplotlib_parts(what: str) -> tuple[type["Figure"], Any]:
     return Figure, rc_context
 
 
-def _draw_panel(axes: "Axes", panel: Panel, arms: Sequence[str]) -> None:
+def _draw_panel(axes: "Axes", panel: Panel, variants: Sequence[str]) -> None:
     axes.set_title(panel.title, fontsize=10, color=TEXT, loc="left")
     axes.set_xlabel(panel.x_label, color=TEXT)
     axes.patch.set_alpha(0.0)
@@ -185,20 +103,20 @@ def _draw_panel(axes: "Axes", panel: Panel, arms: Sequence[str]) -> None:
     for side in ("left", "bottom"):
         axes.spines[side].set_color(TEXT)
     drawn = False
-    # The first arm is the one of interest, so it is drawn last, over the others.
-    for index, arm in reversed(list(enumerate(arms))):
+    # The first variant is the one of interest, so it is drawn last, over the others.
+    for index, variant in reversed(list(enumerate(variants))):
         style = {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % len(DASHES)]}
-        drawn |= _draw_seeds(axes, panel.curves.get(arm, {}), arm, style)
-        drawn |= _draw_band(axes, panel.bands.get(arm), arm, style, logarithmic=panel.logarithmic)
+        drawn |= _draw_seeds(axes, panel.curves.get(variant, {}), variant, style)
+        drawn |= _draw_band(axes, panel.bands.get(variant), variant, style, logarithmic=panel.logarithmic)
     if drawn:
         _set_scales(axes, panel)
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "not recorded", color=TEXT, alpha=0.6, ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, NOT_RECORDED, color=TEXT, alpha=0.6, ha="center", va="center", transform=axes.transAxes)
 
 
-def _draw_seeds(axes: "Axes", by_seed: Mapping[int, Curve], arm: str, style: dict[str, Any]) -> bool:
+def _draw_seeds(axes: "Axes", by_seed: Mapping[int, Curve], variant: str, style: dict[str, Any]) -> bool:
     by_seed = {seed: curve for seed, curve in by_seed.items() if np.isfinite(curve.y).any()}
     if not by_seed:
         return False
@@ -207,15 +125,15 @@ def _draw_seeds(axes: "Axes", by_seed: Mapping[int, Curve], arm: str, style: dic
             axes.plot(curve.x, curve.y, linewidth=0.7, alpha=0.35, **style)
     average = thin(mean_curve(by_seed))
     width = 1.6 if average.x.size <= 400 else 1.0
-    axes.plot(average.x, average.y, label=arm, linewidth=width, marker=_marker(average), markersize=3.5, **style)
+    axes.plot(average.x, average.y, label=variant, linewidth=width, marker=_marker(average), markersize=3.5, **style)
     return True
 
 
-def _draw_band(axes: "Axes", band: Band | None, arm: str, style: dict[str, Any], *, logarithmic: bool) -> bool:
+def _draw_band(axes: "Axes", band: Band | None, variant: str, style: dict[str, Any], *, logarithmic: bool) -> bool:
     if band is None or not np.isfinite(band.mean).any():
         return False
     mean = thin(Curve(band.x, band.mean))
-    axes.plot(mean.x, mean.y, label=arm, linewidth=1.6, marker=_marker(mean), markersize=3.5, **style)
+    axes.plot(mean.x, mean.y, label=variant, linewidth=1.6, marker=_marker(mean), markersize=3.5, **style)
     # A logarithmic axis has no place for the zero that an exact solve reports, so the band ends at its positive part.
     low = np.where(band.low > 0, band.low, band.mean) if logarithmic else band.low
     axes.fill_between(band.x, low, band.high, color=style["color"], alpha=0.18, linewidth=0)
@@ -242,12 +160,17 @@ def _set_scales(axes: "Axes", panel: Panel) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def _draw_legend(figure: "Figure", grid: Sequence["Axes"], arms: Sequence[str]) -> None:
-    handles = {str(line.get_label()): line for axes in grid for line in axes.get_lines() if line.get_label() in arms}
-    shown = [arm for arm in arms if arm in handles]
+def _draw_legend(figure: "Figure", grid: Sequence["Axes"], variants: Sequence[str]) -> None:
+    lines = [line for axes in grid for line in axes.get_lines()]
+    handles = {str(line.get_label()): line for line in lines if line.get_label() in variants}
+    shown = [variant for variant in variants if variant in handles]
     if shown:
         legend = figure.legend(
-            [handles[arm] for arm in shown], shown, loc="outside upper left", ncols=min(len(shown), 6), frameon=False
+            [handles[variant] for variant in shown],
+            shown,
+            loc="outside upper left",
+            ncols=min(len(shown), 6),
+            frameon=False,
         )
         for text in legend.get_texts():
             text.set_color(TEXT)

@@ -1,4 +1,4 @@
-"""What a run left on disk, read back: the configuration, the results, and the curves within `metrics.jsonl`."""
+"""Reads a run's configuration, results and events back from its folder, and makes curves of the events."""
 
 import json
 import math
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-METRICS_FILE = "metrics.jsonl"
-RESULTS_FILE = "results.json"
-CONFIG_FILE = "config.json"
+from .folder.run_folder import CONFIG, METRICS, RESULTS
+
+NOT_RECORDED = "not recorded"
+"""Stands in the place of what a run has not recorded."""
 
 Event = dict[str, Any]
 Array = NDArray[np.float64]
@@ -40,7 +41,7 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class Curve:
-    """A recorded quantity over steps, of one arm and seed; NaN where the run recorded null."""
+    """A recorded quantity over steps, of one variant and seed; NaN where the run recorded null."""
 
     x: Array
     y: Array
@@ -48,7 +49,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """Mean, smallest and largest finite value of a quantity within each alternation; NaN where there is none."""
+    """Mean, smallest and largest finite value of a quantity at each x; NaN where there is none."""
 
     x: Array
     mean: Array
@@ -65,12 +66,12 @@ def read_run(run_dir: Path) -> RunRecords:
     """
     if not run_dir.is_dir():
         raise ValueError(f"run_dir: {str(run_dir)!r} is not a directory; give the output directory of a run")
-    events, partial_line = _read_events(run_dir / METRICS_FILE)
-    paths = [path for path in (run_dir / n for n in (METRICS_FILE, RESULTS_FILE, CONFIG_FILE)) if path.is_file()]
+    events, partial_line = _read_events(run_dir / METRICS)
+    paths = [path for path in (run_dir / n for n in (METRICS, RESULTS, CONFIG)) if path.is_file()]
     newest = max((path.stat().st_mtime for path in paths), default=None)
     return RunRecords(
-        config=_read_object(run_dir / CONFIG_FILE),
-        results=_read_object(run_dir / RESULTS_FILE),
+        config=_read_object(run_dir / CONFIG),
+        results=_read_object(run_dir / RESULTS),
         events=events,
         partial_line=partial_line,
         written=None if newest is None else datetime.fromtimestamp(newest),
@@ -78,52 +79,44 @@ def read_run(run_dir: Path) -> RunRecords:
 
 
 def select(events: Sequence[Event], stage: str, event: str) -> list[Event]:
-    """The events of one kind, one an arm, seed and step.
+    """The events of one kind, one for each variant, seed and step.
 
     A resumed run repeats the steps after its checkpoint: what it recorded last stands.
     """
     latest: dict[tuple[str, int, int], Event] = {}
     for record in events:
         if record["stage"] == stage and record["event"] == event:
-            key = (record["arm"], record["seed"], record["step"])
+            key = (record["variant"], record["seed"], record["step"])
             latest[key] = latest.get(key, {}) | record
     return list(latest.values())
 
 
-def arms_of(events: Sequence[Event]) -> list[str]:
-    """Arms that recorded anything: `bissl` and `baseline` first, the others by name."""
-    order = {"bissl": 0, "baseline": 1}
-    return sorted({record["arm"] for record in events}, key=lambda arm: (order.get(arm, 2), arm))
+def variants_of(events: Sequence[Event]) -> list[str]:
+    """The variants that recorded anything, by name."""
+    return sorted({record["variant"] for record in events})
 
 
 def curves(events: Sequence[Event], field: str, *, x: str = "step") -> dict[str, dict[int, Curve]]:
-    """Arm -> seed -> curve of `field` over `x`; events without either are passed over."""
+    """Variant -> seed -> curve of `field` over `x`; events without either are passed over."""
     points: dict[str, dict[int, dict[float, float]]] = {}
     for record in events:
         if field in record and x in record:
-            by_seed = points.setdefault(record["arm"], {})
+            by_seed = points.setdefault(record["variant"], {})
             by_seed.setdefault(record["seed"], {})[number(record, x)] = number(record, field)
-    return {arm: {seed: _curve(values) for seed, values in sorted(by_seed.items())} for arm, by_seed in points.items()}
+    return {
+        variant: {seed: _curve(values) for seed, values in sorted(by_seed.items())}
+        for variant, by_seed in points.items()
+    }
 
 
-def alternation_bands(events: Sequence[Event], field: str) -> dict[str, Band]:
-    """Arm -> band of `field` over the upper steps (and seeds) of each alternation."""
+def bands(events: Sequence[Event], field: str, *, x: str) -> dict[str, Band]:
+    """Variant -> band of `field`, over the events (of all seeds) that share a value of `x`."""
     groups: dict[str, dict[float, list[float]]] = {}
     for record in events:
-        if field in record and "alternation" in record:
-            by_alternation = groups.setdefault(record["arm"], {})
-            by_alternation.setdefault(number(record, "alternation"), []).append(number(record, field))
-    return {arm: _band(by_alternation) for arm, by_alternation in groups.items()}
-
-
-def last_solves(upper: Sequence[Event]) -> list[Event]:
-    """The iterations of each arm's and seed's last solve as events with `iteration` (from 1) and `residual`."""
-    latest = {(record["arm"], record["seed"]): record for record in upper if record.get("residual_curve")}
-    return [
-        {**record, "iteration": number, "residual": residual}
-        for record in latest.values()
-        for number, residual in enumerate(record["residual_curve"], start=1)
-    ]
+        if field in record and x in record:
+            by_x = groups.setdefault(record["variant"], {})
+            by_x.setdefault(number(record, x), []).append(number(record, field))
+    return {variant: _band(by_x) for variant, by_x in groups.items()}
 
 
 def mean_curve(by_seed: dict[int, Curve]) -> Curve:
@@ -159,7 +152,7 @@ def number(record: Event, field: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         place = f"stage {record['stage']!r}, event {record['event']!r}, step {record['step']!r}"
-        raise ValueError(f"{METRICS_FILE}: {field!r} is {value!r} at {place}; it must be a number or null")
+        raise ValueError(f"{METRICS}: {field!r} is {value!r} at {place}; it must be a number or null")
     return float(value) if math.isfinite(value) else math.nan
 
 
@@ -170,9 +163,9 @@ def _curve(points: dict[float, float]) -> Curve:
 
 def _band(groups: dict[float, list[float]]) -> Band:
     rows = []
-    for alternation in sorted(groups):
-        values = [value for value in groups[alternation] if math.isfinite(value)] or [math.nan]
-        rows.append((alternation, sum(values) / len(values), min(values), max(values)))
+    for x in sorted(groups):
+        values = [value for value in groups[x] if math.isfinite(value)] or [math.nan]
+        rows.append((x, sum(values) / len(values), min(values), max(values)))
     return Band(*np.array(rows, dtype=np.float64).T)
 
 
@@ -208,7 +201,7 @@ def _parse_event(path: Path, index: int, line: bytes) -> Event:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {index}: not valid JSON ({error}); {remedy}") from error
-    kinds = {"stage": str, "arm": str, "seed": int, "event": str, "step": int}
+    kinds = {"stage": str, "variant": str, "seed": int, "event": str, "step": int}
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {index}: holds a {type(record).__name__}, not an object; {remedy}")
     for field, kind in kinds.items():

@@ -1,11 +1,12 @@
-"""Means, confidence intervals and tests over seeds.
+"""Means, t-tests, confidence intervals and Holm's correction, over the values of a few seeds.
 
 What a handful of numbers cannot tell (the spread of one value, a test without spread) is None, never NaN or zero.
 """
 
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -17,8 +18,7 @@ class Comparison:
 
     Attributes:
         difference: Mean of `a` minus mean of `b`.
-        ci95: Two-sided t interval of the difference at 95%, or at the level that was asked for; None if it is
-            undefined.
+        ci95: Two-sided t interval of the difference at 95%; None if it is undefined.
         test: The test and, where there is no p-value, the reason.
         p_value: Two-sided, of the hypothesis that the difference is 0; None if it is undefined.
     """
@@ -39,64 +39,58 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None
 
 
-def paired(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Comparison:
+def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
     """Student's paired test: whether ``d_i = a_i - b_i`` has mean 0.
 
     With n pairs, mean m and sample standard deviation s of d::
 
-        t = m sqrt(n) / s,    interval = m -+ q s / sqrt(n),    q the (1 + level)/2 quantile of Student's t with n - 1
-        df
+        t = m sqrt(n) / s,    interval = m -+ q s / sqrt(n),    q the 0.975 quantile of Student's t with n - 1 df
 
     Args:
         a: One value per seed.
         b: The values of the same seeds, in the same order.
-        level: Confidence level of the interval, between 0 and 1.
 
     Raises:
-        ValueError: The lengths differ, a value is not finite, or `level` is outside its range.
+        ValueError: The lengths differ, or a value is not finite.
     """
     x, y = _finite("a", a), _finite("b", b)
-    _check_level(level)
     if len(x) != len(y):
         raise ValueError(f"a and b must hold one value per seed each, got {len(x)} and {len(y)} values")
-    d, n = x - y, len(x)
-    name = "paired t"
-    if n < 2:
-        return Comparison(float(d.mean()), None, f"{name} (undefined: one pair)", None)
-    s = d.std(ddof=1)
-    if s <= _rounding(x, y):
-        return Comparison(float(d.mean()), None, f"{name} (undefined: all differences are equal)", None)
-    return _t_comparison(float(d.mean()), float(s / math.sqrt(n)), n - 1, name, level)
+    difference, name = float((x - y).mean()), "paired t"
+    if len(x) < 2:
+        return Comparison(difference, None, f"{name} (undefined: one pair)", None)
+    if (x - y).std(ddof=1) <= _rounding(x, y):
+        return Comparison(difference, None, f"{name} (undefined: all differences are equal)", None)
+    return _comparison(difference, name, stats.ttest_rel(x, y))
 
 
-def welch(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Comparison:
+def welch(a: Sequence[float], b: Sequence[float]) -> Comparison:
     """Welch's test: whether two independent samples, of any two variances, have the same mean.
 
     With ``u = s_a^2 / n_a`` and ``w = s_b^2 / n_b``::
 
         t = (mean a - mean b) / sqrt(u + w),    df = (u + w)^2 / (u^2 / (n_a - 1) + w^2 / (n_b - 1))
 
-    and the interval is the difference -+ q sqrt(u + w), q the (1 + level)/2 quantile of Student's t with df.
+    and the interval is the difference -+ q sqrt(u + w), q the 0.975 quantile of Student's t with df.
 
     Args:
         a: Values of one sample.
         b: Values of the other.
-        level: Confidence level of the interval, between 0 and 1.
 
     Raises:
-        ValueError: A sample is empty or not finite, or `level` is outside its range.
+        ValueError: A sample is empty or not finite.
     """
     x, y = _finite("a", a), _finite("b", b)
-    _check_level(level)
-    difference = float(x.mean() - y.mean())
-    name = "welch"
+    difference, name = float(x.mean() - y.mean()), "welch"
     if min(len(x), len(y)) < 2:
         return Comparison(difference, None, f"{name} (undefined: a single value has no spread)", None)
     if max(x.std(ddof=1), y.std(ddof=1)) <= _rounding(x, y):
         return Comparison(difference, None, f"{name} (undefined: neither sample varies)", None)
-    u, w = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-    freedom = (u + w) ** 2 / (u**2 / (len(x) - 1) + w**2 / (len(y) - 1))
-    return _t_comparison(difference, math.sqrt(u + w), float(freedom), name, level)
+    with warnings.catch_warnings():
+        # SciPy warns of a sample that does not vary, which is nothing to warn of where the other one does.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        test = stats.ttest_ind(x, y, equal_var=False)
+    return _comparison(difference, name, test)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -120,16 +114,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def _t_comparison(difference: float, error: float, freedom: float, test: str, level: float) -> Comparison:
-    """Interval and two-sided p-value from a difference and its standard error."""
-    half = float(stats.t.ppf((1 + level) / 2, freedom)) * error
-    p_value = float(2 * stats.t.sf(abs(difference) / error, freedom))
-    return Comparison(difference, (difference - half, difference + half), test, p_value)
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+def _comparison(difference: float, name: str, test: Any) -> Comparison:
+    """What SciPy's result of a t-test says."""
+    interval = test.confidence_interval(0.95)
+    return Comparison(difference, (float(interval.low), float(interval.high)), name, float(test.pvalue))
 
 
 def _finite(name: str, values: Sequence[float]) -> np.ndarray:

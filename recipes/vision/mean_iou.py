@@ -1,4 +1,4 @@
-"""The measure of a segmentation."""
+"""Mean intersection over union, the metric of a segmentation."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Metrics over a whole set, and the loop that evaluates a model with them."""
+"""Metrics of a whole set: top-k accuracy, 11-point mAP, MAE, R2, nearest neighbours; and the loop that evaluates."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel.tree import tensors_in
 
-State = tuple[Tensor, ...]
+State = tuple[Any, ...]
+"""What a metric has seen of a set: tensors as a rule."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Metric:
 
     Attributes:
         accumulate: ``accumulate(state, outputs, targets) -> state``; the state is None before the first batch and a
-            tuple of tensors afterwards.
+            tuple afterwards.
         compute: ``compute(state)``, the value over everything accumulated, in percent where it is a rate.
         higher_is_better: How two values compare.
     """

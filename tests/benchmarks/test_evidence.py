@@ -36,7 +36,7 @@ def made(scores: dict[str, list[float]]) -> dict[str, Any]:
         }
         for arm, v in scores.items()
     }
-    return {"primary_metric": "top1", "arms": arms, "seeds": [0, 1, 2, 3]}
+    return {"primary_metric": "top1", "variants": arms, "seeds": [0, 1, 2, 3]}
 
 
 def test_comparisons_are_paired_and_corrected_as_one_family() -> None:
@@ -65,10 +65,10 @@ def _holm(p: list[float]) -> list[float]:
 def test_solves_are_summarised_by_arm_and_alternation() -> None:
     common = {"stage": "bissl", "event": "upper", "num_hvps": 3, "relative_change": 0.2}
     rows = [
-        {**common, "arm": "a", "seed": s, "step": 4 * t, "alternation": t, "cosine": c, "status": k}
+        {**common, "variant": "a", "seed": s, "step": 4 * t, "alternation": t, "cosine": c, "status": k}
         for s, t, c, k in [(0, 1, 0.9, "CONVERGED"), (0, 2, 0.8, "BUDGET"), (1, 1, 0.7, "BUDGET")]
     ]
-    unsolved = {**common, "arm": "a", "seed": 0, "step": 1, "alternation": 1, "status": None, "cosine": None}
+    unsolved = {**common, "variant": "a", "seed": 0, "step": 1, "alternation": 1, "status": None, "cosine": None}
     found = evidence.solves([*rows, unsolved])["a"]
     assert found["solves"] == 3
     assert found["cosine"] == {"min": 0.7, "median": 0.8, "max": 0.9}

@@ -25,7 +25,7 @@ folder = pathlib.Path(sys.argv[-1].partition("=")[2])
 seconds = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 1.0
 assert os.environ["OMP_NUM_THREADS"] == "1" and os.environ.get("WORLD_SIZE", "1") == "1"
 assert ("TORCHELASTIC_RUN_ID" in os.environ) == ("RANK" in os.environ)
-(folder / "results.json").write_text(json.dumps({"arms": {"bissl": {"seconds": seconds}}}))
+(folder / "results.json").write_text(json.dumps({"variants": {"bissl": {"seconds": seconds}}}))
 """
 
 

@@ -195,9 +195,9 @@ def test_distillation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 def test_plugin_tasks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = quick("plugin_tasks", monkeypatch, capsys, tmp_path)
     assert result["primary_metric"] == "auroc"
-    assert set(result["arms"]) == {"bissl", "baseline", "scratch"}
-    assert all(0.0 <= value <= 100.0 for arm in result["arms"].values() for value in arm["auroc"]["per_seed"])
-    assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
+    assert set(result["variants"]) == {"bissl", "baseline", "scratch"}
+    assert all(0.0 <= value <= 100.0 for arm in result["variants"].values() for value in arm["auroc"]["per_seed"])
+    assert result["variants"]["bissl"]["pretext_steps"] == result["variants"]["baseline"]["pretext_steps"] > 0
 
 
 def test_masked_autoencoder(
@@ -205,13 +205,13 @@ def test_masked_autoencoder(
 ) -> None:
     result = quick("masked_autoencoder", monkeypatch, capsys, tmp_path)
     assert result["primary_metric"] == "top1"
-    assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
+    assert result["variants"]["bissl"]["pretext_steps"] == result["variants"]["baseline"]["pretext_steps"] > 0
 
 
 def test_segmentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = quick("segmentation", monkeypatch, capsys, tmp_path)
     assert result["primary_metric"] == "miou"
-    assert result["arms"]["bissl"]["pretext_steps"] == result["arms"]["baseline"]["pretext_steps"] > 0
+    assert result["variants"]["bissl"]["pretext_steps"] == result["variants"]["baseline"]["pretext_steps"] > 0
 
 
 def test_plugin_metric_is_the_area_under_the_roc_curve(monkeypatch: pytest.MonkeyPatch) -> None:

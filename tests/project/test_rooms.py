@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import bilevel
-from tests.support.imports import (
+from tests.project.imports import (
     crowded_folders,
     cycle,
     imported,

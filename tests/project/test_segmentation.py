@@ -204,7 +204,7 @@ def test_all_stages_of_both_arms(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert found["primary_metric"] == "miou"
     for arm in ("bissl", "baseline"):
-        assert 0.0 <= found["arms"][arm]["miou"]["mean"] <= 100.0
+        assert 0.0 <= found["variants"][arm]["miou"]["mean"] <= 100.0
 
 
 def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import socket
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ from recipes.experiment.ranks.processes import Launch, Ranks
 WORLDS = (2, 4)
 
 
+def forkserver() -> ForkServerContext:
+    """Starts processes as forks of one server, which has imported what takes seconds.
+
+    There is one server a process, with the imports that it was first asked for: all tests ask for the same.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recipes.bissl.commands.main", "sklearn.datasets"])
+    return context
+
+
 def on_ranks(function: Callable[[], Any], folder: Path, *, seconds: float = 240.0) -> dict[int, list[Any]]:
     """What `function`, of a test module, returns on every rank of each of `WORLDS`; the same processes serve both.
 
     What comes back is what torch.load takes with weights_only: tensors, numbers and strings in dictionaries and lists.
     """
-    # Importing torch takes seconds: one server does it, of which all processes are forks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "torchvision"])
+    context = forkserver()
     ports = _free_ports(len(WORLDS))
     processes = [
         context.Process(target=_rank, args=(rank, ports, function, str(folder))) for rank in range(max(WORLDS))

@@ -16,7 +16,7 @@ from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome.execution import config_of
 from ..outcome.model_card import model_card
-from ..settings.arms import arm_of
+from ..settings.arms import METHOD, arm_of
 from ..settings.config import Config
 from ..training.artifacts import costs_of, read_stage
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="folder of a run, or of one artifact")
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder for the files")
     parser.add_argument("--stage", choices=STAGES, default="finetune", help="of a run (default: finetune)")
-    parser.add_argument("--arm", default="bissl", help="of a run (default: bissl)")
+    parser.add_argument("--arm", default=METHOD, help="of a run (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="of a run (default: its first seed; none is chosen by its score)")
     parser.add_argument("--licence", metavar="NAME", help="licence of the weights, for the card (default: not stated)")
     parser.add_argument("--run", metavar="DIR", help="run that made the artifact (default: where it lies)")
@@ -125,12 +125,12 @@ def _find(run: Path, stage: str, arm: str, seed: int) -> Artifact:
 
 
 def _arm(artifact: Artifact, default: str) -> str:
-    return artifact.info.get("arm", default)
+    return artifact.info.get("variant", default)
 
 
 def _listing(artifacts: list[Artifact]) -> str:
     lines = [
-        f"  {artifact.directory}: {artifact.stage}, arm {artifact.info.get('arm', 'any')}, seed "
+        f"  {artifact.directory}: {artifact.stage}, arm {artifact.info.get('variant', 'any')}, seed "
         f"{artifact.info.get('seed')}, {costs_of(artifact).pretext_steps} pretext steps"
         for artifact in artifacts
     ]

@@ -16,11 +16,12 @@ from ...vision.imagesets import DataError, ImageSet
 from ..outcome.execution import before_finetuning, open_finished
 from ..outcome.features.embedding import Method, tsne
 from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures, arm_features
-from ..outcome.features.figure import FeaturePanel, feature_figure
-from ..outcome.features.record import ArmRecord, FeatureRecord
+from ..outcome.features.saved import ArmScores, SavedFeatures
+from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
 from ..outcome.pipeline import Pipeline
 from ..outcome.report import write_report
+from ..settings.arms import BASELINE, METHOD
 from ..settings.run_directory import FEATURES, FEATURES_PICTURE
 from ..training.batches import Batches
 
@@ -35,7 +36,7 @@ Written: {FEATURES_PICTURE} and {FEATURES}; in the run's own folder, also its re
 they are.
 """
 
-_TITLES = {"bissl": "BiSSL, lower-level backbone", "baseline": "baseline, pre-training alone"}
+_TITLES = {METHOD: "BiSSL, lower-level backbone", BASELINE: "baseline, pre-training alone"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def show_features(pipeline: Pipeline, arms: list[str], options: Options) -> tuple[FeatureRecord, bytes]:
+def show_features(pipeline: Pipeline, arms: list[str], options: Options) -> tuple[SavedFeatures, bytes]:
     """The record and the PNG of `arms` of a finished run.
 
     Raises:
@@ -106,10 +107,10 @@ def show_features(pipeline: Pipeline, arms: list[str], options: Options) -> tupl
             "silhouette_features": silhouette(drawn.features, drawn.labels),
             "silhouette_embedding": silhouette(points, drawn.labels),
         }
-        records[arm] = ArmRecord(stage=artifact.stage, key=artifact.key, scores=scores)
-        panels.append(FeaturePanel(_TITLES.get(arm, arm), points, _numbers(scores)))
+        records[arm] = ArmScores(stage=artifact.stage, key=artifact.key, scores=scores)
+        panels.append(ScatterPanel(_TITLES.get(arm, arm), points, _numbers(scores)))
     size = min(BATCH_SIZE, len(sets.train))
-    record = FeatureRecord(
+    record = SavedFeatures(
         dataset=config.data.downstream,
         split=options.split,
         seed=options.seed,
@@ -126,7 +127,7 @@ def show_features(pipeline: Pipeline, arms: list[str], options: Options) -> tupl
     labels = images.labels
     assert labels is not None, "labelled sets have labels"
     try:
-        return record, feature_figure(panels, labels.numpy()[chosen], images.classes, record.caption())
+        return record, scatter_png(panels, labels.numpy()[chosen], images.classes, record.caption())
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -11,13 +11,13 @@ from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.folder_lease import leased
 from ...experiment.folder.run_folder import CONFIG, RESULTS
-from ...experiment.plots import shown_name
 from ...experiment.terminal import command_name
 from ..outcome import estimate
-from ..outcome.epochs_figure import epochs_figure
-from ..outcome.epochs_sweep import Point, config_at, csv_text, is_finished, summary, warmup_cut
+from ..outcome.console_table import comparison_lines
 from ..outcome.execution import make_pipeline, run_whole
-from ..outcome.results_table import comparison_lines
+from ..outcome.pretext_length.curve import length_curve_png
+from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
+from ..outcome.wording import shown_name
 from ..settings.run_directory import run_directory
 from ..training.artifacts import artifact_store
 from ..training.datasets import Datasets
@@ -82,7 +82,7 @@ def write_figure(folder: Path, content: dict[str, Any]) -> None:
     bars = f"Bars: standard deviation over {seeds} {repeated}. " if seeds > 1 else "One seed. "
     note = f"{bars}BiSSL's warm-up is shorter; difference in epochs: {content['warmup_shorter_by']}."
     try:
-        picture = epochs_figure(
+        picture = length_curve_png(
             lines, title=shown_name(content["dataset"]), metric=f"test {metric}{percent}", note=note
         )
         write_atomic(folder / TABLE, csv_text(content).encode())

@@ -27,9 +27,10 @@ from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
 from ..outcome.agreement import check_data
+from ..outcome.console_table import comparison_lines, results_table
 from ..outcome.execution import begin, make_pipeline, run_whole
 from ..outcome.pipeline import Pipeline
-from ..outcome.results_table import comparison_lines, number_text, results_table
+from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.presets import list_presets
 from ..training.artifacts import artifact_store, read_stage

@@ -3,16 +3,19 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 from bilevel.checkpoint import write_atomic
 
 from ...experiment.errors import ConfigError
+from ...experiment.html import Bullets, Section, render_page
+from ...experiment.tables import latex, markdown
 from ...experiment.terminal import command_name
-from ..outcome.paper_table.formats import arms_grid, csv_text, html, latex, main_grid, markdown
+from ..outcome.paper_table.columns import arms_table, csv_text, main_table
 from ..outcome.paper_table.rows import FinishedRun, arm_rows, labelled_notes, main_rows, on_gpu, read_finished
-from ..outcome.results_table import FINETUNE_NOISE, PIPELINE_NOISE
+from ..outcome.wording import FINETUNE_NOISE, PIPELINE_NOISE
 from ..settings.paper import PaperVersion
 
 FILES = ("table.md", "table.csv", "arms.csv", "table.tex", "table.html")
@@ -35,7 +38,7 @@ def main(arguments: list[str]) -> int:
     there = [name for name in FILES if (folder / name).exists()]
     if there and not given.overwrite:
         raise ConfigError(f"--to: {folder} holds {', '.join(there)} already; replace them with --overwrite")
-    written = tables(runs, given.paper_version or _version(runs))
+    written = table_files(runs, given.paper_version or _version(runs))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in written.items():
@@ -47,12 +50,17 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def tables(runs: Sequence[FinishedRun], version: PaperVersion) -> dict[str, str]:
+def table_files(runs: Sequence[FinishedRun], version: PaperVersion) -> dict[str, str]:
     """The content of each of `FILES`."""
     rows, arms = main_rows(runs, version), arm_rows(runs, version)
     hours = "GPU hours" if on_gpu(runs) else "hours"
-    grids, notes = [main_grid(rows), arms_grid(arms, hours)], _notes(runs, version)
-    texts = (markdown(grids, notes), csv_text(rows), csv_text(arms), latex(grids, notes), html(grids, notes))
+    tables, notes = [main_table(rows), arms_table(arms, hours)], _notes(runs, version)
+    sections = [
+        *(Section(table.title, [replace(table, title="")]) for table in tables),
+        Section("Notes", [Bullets(notes)]),
+    ]
+    page = render_page("BiSSL: results", [], sections)
+    texts = (markdown(tables, notes), csv_text(rows), csv_text(arms), latex(tables, notes), page)
     return dict(zip(FILES, texts, strict=True))
 
 

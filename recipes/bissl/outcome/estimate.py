@@ -7,6 +7,7 @@ import torch
 from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ...vision.sources.published.catalog import DATASETS
+from ...vision.torch_metrics import as_metrics
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
 from ..training.batches import Batches, check_batch_size
@@ -39,10 +40,10 @@ def check_data(config: Config, data: Datasets, computing: Computing) -> None:
 
 
 def check_labelled(config: Config, data: Datasets, computing: Computing) -> None:
-    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does.
+    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does; check the metrics.
 
     Raises:
-        DataError, ConfigError: naming what is wrong.
+        DataError, ConfigError, PluginError: naming what is wrong.
     """
     sets = data.downstream
     task = config.downstream_task(sets.train.classes)
@@ -51,6 +52,7 @@ def check_labelled(config: Config, data: Datasets, computing: Computing) -> None
             f"data.downstream: {config.data.downstream!r} has {sets.train.kind} labels, but downstream.task "
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
+    as_metrics(task.metrics())
     Batches(Repeat(config, "bissl", config.seed), data, computing).labelled(task, "check")
 
 

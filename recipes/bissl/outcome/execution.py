@@ -26,7 +26,7 @@ from ..training.datasets import Datasets
 from .agreement import check_ranks
 from .pipeline import EQUAL_TIME, Pipeline
 from .report import write_report
-from .summary import summarise
+from .results import summarise
 
 ALONE = Ranks(Launch())
 """The only process of its run."""

@@ -12,6 +12,7 @@ import torchvision
 from ...experiment.artifacts import Artifact
 from ...vision.networks.backbones import BACKBONES, RESNETS
 from ...vision.networks.torchvision_backbones import network_options
+from ..settings.arms import SCRATCH
 from ..settings.config import Config
 from ..training.artifacts import costs_of
 
@@ -81,7 +82,7 @@ def model_card(
     return _TEMPLATE.format(
         name=config.model.backbone,
         stage=_plain(artifact.stage),
-        arm=_plain(f"arm {info['arm']}") if "arm" in info else "shared by arms",
+        arm=_plain(f"arm {info['variant']}") if "variant" in info else "shared by arms",
         seed=_plain(info.get("seed", config.seed)),
         summary=f"Weights after {_HOW.get(artifact.stage) or _plain(artifact.stage)}.",
         licence=_plain(licence or "not stated"),
@@ -150,7 +151,7 @@ def _initial(config: Config, info: Mapping[str, Any]) -> str:
     start = info.get("initial_weights")
     if start is not None:
         return f"`{_code(start['file'])}`, SHA-256 `{_code(start['sha256'])}`"
-    if config.model.init_backbone is None or info.get("arm") == "scratch":
+    if config.model.init_backbone is None or info.get("variant") == SCRATCH:
         return "random"
     return f"`{_code(Path(config.model.init_backbone).name)}`"
 
@@ -158,7 +159,7 @@ def _initial(config: Config, info: Mapping[str, Any]) -> str:
 def _scores(info: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
     """A table of this artifact's test metrics and the arm's over all seeds, as far as they are known."""
     own = info.get("test", {})
-    arm = (results or {}).get("arms", {}).get(info.get("arm"), {})
+    arm = (results or {}).get("variants", {}).get(info.get("variant"), {})
     if not own:
         return "This stage is not tested by itself."
     lines = ["| test metric | these weights | mean and standard deviation over seeds |", "|---|---|---|"]

@@ -1,8 +1,14 @@
 """The arms of a run: what each of the two training pipelines, and each control beside them, is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+METHOD, BASELINE, SCRATCH = "bissl", "baseline", "scratch"
+"""Arms with a role of their own: the method is compared with every other arm, and every other arm with scratch."""
+
+REQUIRED = (METHOD, BASELINE)
+"""Arms of every run, which tables and figures show first and in this order."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,9 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "bissl": Arm("the method", "warm-up", "bissl", "bissl"),
-    "baseline": Arm("pre-training, then fine-tuning", "baseline", "nothing", "baseline"),
-    "scratch": Arm("fine-tuning of random weights", "random", "nothing", "scratch"),
+    METHOD: Arm("the method", "warm-up", "bissl", "bissl"),
+    BASELINE: Arm("pre-training, then fine-tuning", "baseline", "nothing", "baseline"),
+    SCRATCH: Arm("fine-tuning of random weights", "random", "nothing", "scratch"),
     "identity": Arm(
         "the bilevel stage without a Hessian product (x = v): what the solve brings",
         "warm-up",
@@ -60,4 +66,10 @@ ARMS: dict[str, Arm] = {
 
 def arm_of(name: str) -> Arm:
     """The bundled arm, or the method itself for the name of a run's variant."""
-    return ARMS.get(name, ARMS["bissl"])
+    return ARMS.get(name, ARMS[METHOD])
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of arms as they are shown: those of `REQUIRED` that are among them, then the others as they come."""
+    given = list(names)
+    return [*(name for name in REQUIRED if name in given), *(name for name in given if name not in REQUIRED)]

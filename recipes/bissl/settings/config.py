@@ -18,7 +18,7 @@ from ..tasks.multilabel import MultiLabel
 from ..tasks.regression import Regression
 from ..tasks.simclr import SimCLR
 from ..tasks.vicreg import VICReg
-from .arms import ARMS, arm_of
+from .arms import ARMS, REQUIRED, arm_of
 from .paper import PaperVersion
 from .sections import (
     BilevelConfig,
@@ -54,8 +54,8 @@ class Config(Section):
         default=None, ge=1, description="repeat the whole pipeline this often, one fine-tuning each; overrides seeds"
     )
     arms: tuple[str, ...] = Field(
-        default=("bissl", "baseline"),
-        description=f"arms to run; bissl and baseline always are. Of {', '.join(ARMS)} and the names in variants",
+        default=REQUIRED,
+        description=f"arms to run; {' and '.join(REQUIRED)} always are. Of {', '.join(ARMS)} and the names in variants",
     )
     variants: dict[str, dict[str, JsonValue]] = Field(
         default_factory=dict,
@@ -101,8 +101,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _arms(self) -> "Config":
-        if not {"bissl", "baseline"} <= set(self.arms) or len(set(self.arms)) != len(self.arms):
-            raise ValueError(f"arms must hold bissl and baseline, and each arm once; got {list(self.arms)}")
+        if not set(REQUIRED) <= set(self.arms) or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"arms must hold {' and '.join(REQUIRED)}, and each arm once; got {list(self.arms)}")
         for name in self.variants:
             if name in ARMS or not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
                 raise ValueError(

@@ -6,7 +6,7 @@ ones by a short name) and its options are checked when the config is. Nothing in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ...vision.imagesets import LabelKind
 from ...vision.metrics import Metric
 from ...vision.optimizers import LARS
+
+if TYPE_CHECKING:
+    import torchmetrics
 
 Bound = Callable[..., Any]
 """A module bound to some parameters: call it as the module itself."""
@@ -127,8 +130,12 @@ class DownstreamTask(Task, ABC):
         """The mean loss on a batch, 0-d."""
 
     @abstractmethod
-    def metrics(self) -> dict[str, Metric]:
-        """Metrics by name; the first is the primary one, by which the best epoch is chosen."""
+    def metrics(self) -> "Mapping[str, Metric | torchmetrics.Metric]":
+        """Metrics by name; the first is the primary one, by which the best epoch is chosen.
+
+        Besides those of `bilevel.recipes.vision.metrics`, any ``torchmetrics.Metric`` that gives one number and says
+        whether higher is better; see `bilevel.recipes.vision.torch_metrics.as_metrics`.
+        """
 
     def forward(self, backbone: Bound, head: Bound, inputs: Any) -> Any:
         """Outputs of the model; a task that needs the feature map calls ``backbone(inputs, feature_map=True)``."""

@@ -28,9 +28,9 @@ class Repeat:
 
     def events(self, stage: str, workspace: Workspace) -> StageEvents:
         """Where the events of one of its stages go."""
-        fields = {"stage": stage, "arm": self.variant, "seed": self.seed}
+        fields = {"stage": stage, "variant": self.variant, "seed": self.seed}
         return workspace.events(fields, self.settings.model_dump(mode="json"))
 
     def facts(self) -> dict[str, Any]:
         """What the artifacts of its stages say about it."""
-        return {"seed": self.seed, "arm": self.variant}
+        return {"seed": self.seed, "variant": self.variant}

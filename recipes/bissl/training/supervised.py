@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...vision.metrics import evaluate
 from ...vision.shards import on_shards
+from ...vision.torch_metrics import as_metrics
 from ..tasks.base import DownstreamTask
 from .compute import Computing
 from .global_loss import downstream_loss
@@ -21,7 +22,7 @@ class SupervisedModel:
     """
 
     def __init__(self, task: DownstreamTask, backbone: nn.Module, head: nn.Module, computing: Computing) -> None:
-        self.task, self.backbone, self.head, self.metrics = task, backbone, head, task.metrics()
+        self.task, self.backbone, self.head, self.metrics = task, backbone, head, as_metrics(task.metrics())
         self._loss = computing.first_order(
             lambda inputs, targets: downstream_loss(task, backbone, head, inputs, targets)
         )

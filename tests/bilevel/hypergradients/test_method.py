@@ -62,7 +62,7 @@ def test_a_solver_stands_for_the_implicit_method_and_nothing_for_its_default() -
 def test_what_is_no_method_is_refused_wherever_one_is_taken(given: Any, shown: str) -> None:
     problem, upper, lower = proximal_point()
     data, match = [None], rf"method must be a Method such as Implicit\(CG\(\)\).*or a solver such as CG\(\), {shown}"
-    levels = [Level(x, torch.optim.SGD(x.values(), lr=0.1), data) for x in (upper, lower)]
+    above, below = (Level(x, torch.optim.SGD(x.values(), lr=0.1), data) for x in (upper, lower))
     with pytest.raises(TypeError, match=match):
         as_method(given)
     with pytest.raises(TypeError, match=match):
@@ -75,7 +75,7 @@ def test_what_is_no_method_is_refused_wherever_one_is_taken(given: Any, shown: s
             lower_solver=lambda problem, upper, lower, batches: lower,
         )
     with pytest.raises(TypeError, match=match):
-        Trainer(problem, levels[0], levels[1], AlternatingSchedule(1, 1, 1), given)
+        Trainer(problem, above, below, AlternatingSchedule(1, 1, 1), given)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_a_method_of_the_users_own_is_taken_like_any_other() -> None:
     assert report.agrees
     assert report.verdict.startswith("right")
     x, y = {"x": upper["x"].clone()}, {"y": lower["y"].clone()}
-    levels = [Level(z, torch.optim.SGD(z.values(), lr=0.1), [None]) for z in (x, y)]
-    trainer = Trainer(problem, levels[0], levels[1], AlternatingSchedule(2, 1, 1), Diagonal())
+    above, below = (Level(z, torch.optim.SGD(z.values(), lr=0.1), [None]) for z in (x, y))
+    trainer = Trainer(problem, above, below, AlternatingSchedule(2, 1, 1), Diagonal())
     trainer.advance()
     # The lower level is at its minimum, where its step goes nowhere.
     torch.testing.assert_close(x["x"], upper["x"] - 0.1 * expected, rtol=1e-13, atol=0.0)

@@ -184,16 +184,17 @@ def test_a_start_for_the_opposite_right_hand_side_is_not_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "status"), [(CG(1, 1e-12), Status.NOT_CONVERGED), (Neumann(5, None, 10.0), Status.DIVERGED)]
+    ("solver", "status", "kept"),
+    [(CG(1, 1e-12), Status.NOT_CONVERGED, True), (Neumann(5, None, 10.0), Status.DIVERGED, False)],
 )
-def test_the_solution_of_a_failed_solve_is_not_kept(solver: Solver, status: Status) -> None:
+def test_what_a_breakdown_left_is_not_kept(solver: Solver, status: Status, kept: bool) -> None:
     good = propose(Implicit(CG(20, 1e-8), warm_start=True), CASE.right, {}).state
     for before in ({}, {"start": {name: -leaf for name, leaf in good["start"].items()}}):
         proposal = propose(Implicit(solver, warm_start=True), CASE.right, before)
         assert proposal.result is not None
         assert proposal.result.solution is not None
         assert proposal.result.solution.status is status
-        assert "start" not in proposal.state
+        assert ("start" in proposal.state) is kept
 
 
 def test_the_next_solve_of_other_variables_starts_from_nothing() -> None:
@@ -242,10 +243,8 @@ def test_a_trainer_carries_it_from_alternation_to_alternation_until_the_lower_le
     resets: tuple[int, ...],
 ) -> None:
     x, y = {"x": vector(8, 5)}, CASE.split(torch.zeros(8, dtype=torch.float64))
-    levels = [
-        Level(x, torch.optim.SGD(x.values(), lr=0.1), [CASE.right]),
-        Level(y, torch.optim.SGD(y.values(), lr=0.1), [None]),
-    ]
+    above = Level(x, torch.optim.SGD(x.values(), lr=0.1), [CASE.right])
+    below = Level(y, torch.optim.SGD(y.values(), lr=0.1), [None])
     iterations: list[int] = []
 
     class Listener(Callback):
@@ -254,7 +253,7 @@ def test_a_trainer_carries_it_from_alternation_to_alternation_until_the_lower_le
                 iterations.append(record["iterations"])
 
     method, schedule = Implicit(CG(20, 1e-8), warm_start=True), AlternatingSchedule(3, 1, 1)
-    trainer = Trainer(Resetting(resets), levels[0], levels[1], schedule, method, callbacks=[Listener()])
+    trainer = Trainer(Resetting(resets), above, below, schedule, method, callbacks=[Listener()])
     trainer.run()
     # The right-hand side stays, so that a solve that starts at its solution has nothing to do.
     assert [count > 0 for count in iterations] == [True, bool(resets), False]

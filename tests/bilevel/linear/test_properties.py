@@ -203,7 +203,11 @@ def test_global_solvers_do_not_see_how_variables_are_split(
     parts = Case("parts", matrix, vector(9, seed), shapes, DEFINITE)
     one, other = (solver.solve(dense(matrix, case.split), case.b) for case in (whole, parts))
     assert relative_error(joined(other.value), joined(one.value)) <= 1e-8
-    assert (one.status, one.iterations, one.num_hvps) == (other.status, other.iterations, other.num_hvps)
+    assert one.status is other.status
+    # Where a tolerance ends the solve, the last digits may make it, or the check of its residual, a product longer.
+    slack = 0 if getattr(solver, "rtol", None) is None else 1
+    assert abs(one.iterations - other.iterations) <= slack
+    assert abs(one.num_hvps - other.num_hvps) <= 2 * slack
 
 
 SCALED: list[Solver] = [*GLOBAL, CG(4, rtol=None, layerwise=True), Escalating(CG(5, rtol=None)), Identity()]

@@ -4,40 +4,27 @@ import math
 
 import numpy as np
 
-from recipes.experiment.records import Curve, alternation_bands, curves, last_solves, mean_curve, select, thin
+from recipes.experiment.records import Curve, bands, curves, mean_curve, select, thin
 
 
 def test_resumed_steps_count_once() -> None:
-    head = {"stage": "bissl", "arm": "bissl", "seed": 0, "event": "upper"}
+    head = {"stage": "bissl", "variant": "bissl", "seed": 0, "event": "upper"}
     rows = [head | {"step": k, "alternation": k // 4, "residual": 10.0 ** -(k % 4 + 1)} for k in range(8)]
     again = [row | {"residual": 0.5} for row in rows[4:]]
     upper = select(rows + again, "bissl", "upper")
     assert len(upper) == 8
-    band = alternation_bands(upper, "residual")["bissl"]
+    band = bands(upper, "residual", x="alternation")["bissl"]
     np.testing.assert_allclose(band.mean, [(0.1 + 0.01 + 0.001 + 0.0001) / 4, 0.5])
     np.testing.assert_allclose(band.low, [0.0001, 0.5])
     np.testing.assert_allclose(band.high, [0.1, 0.5])
 
 
 def test_band_skips_nulls_and_keeps_gaps() -> None:
-    head = {"stage": "bissl", "arm": "a", "seed": 0, "event": "upper"}
+    head = {"stage": "bissl", "variant": "a", "seed": 0, "event": "upper"}
     rows = [head | {"step": k, "alternation": k // 2, "residual": r} for k, r in enumerate([1.0, None, None, None])]
-    band = alternation_bands(rows, "residual")["a"]
+    band = bands(rows, "residual", x="alternation")["a"]
     np.testing.assert_array_equal(band.x, [0, 1])
     np.testing.assert_array_equal(band.mean, [1.0, math.nan])
-
-
-def test_the_last_solve_of_each_seed_over_its_iterations() -> None:
-    def solve(seed: int, step: int, curve: list[float | None] | None) -> dict[str, object]:
-        rest = {} if curve is None else {"residual_curve": curve}
-        return {"stage": "bissl", "arm": "a", "seed": seed, "event": "upper", "step": step, "residual": 9.0, **rest}
-
-    # An empty curve is that of a method without iterations, none at all that of a step without a solve.
-    rows = [solve(0, 1, [0.5]), solve(0, 2, [0.5, None, 0.1]), solve(0, 3, []), solve(0, 4, None), solve(1, 1, [0.2])]
-    by_seed = curves(last_solves(rows), "residual", x="iteration")["a"]
-    np.testing.assert_array_equal(by_seed[0].x, [1, 2, 3])
-    np.testing.assert_array_equal(by_seed[0].y, [0.5, math.nan, 0.1])
-    np.testing.assert_array_equal(by_seed[1].y, [0.2])
 
 
 def test_mean_over_seeds_covers_their_common_steps() -> None:
@@ -48,7 +35,7 @@ def test_mean_over_seeds_covers_their_common_steps() -> None:
 
 
 def test_curves_sort_steps_and_turn_null_into_nan() -> None:
-    head = {"stage": "s", "arm": "a", "seed": 3, "event": "e"}
+    head = {"stage": "s", "variant": "a", "seed": 3, "event": "e"}
     rows = [head | {"step": 2, "loss": 5.0}, head | {"step": 1, "loss": None}, head | {"step": 3, "lr": 1.0}]
     curve = curves(rows, "loss")["a"][3]
     np.testing.assert_array_equal(curve.x, [1, 2])

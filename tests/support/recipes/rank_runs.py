@@ -1,6 +1,5 @@
 """Small runs of the recipe by several processes, as torchrun starts them."""
 
-import multiprocessing
 import os
 import sys
 import time
@@ -9,10 +8,13 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
+
 from benchmarks.measuring import free_port
 from benchmarks.soak import join_all
 from recipes.bissl.commands.main import main
-from tests.support.recipes.small_runs import SMALL_OPTIONS
+from tests.support.rank_processes import forkserver
+from tests.support.recipes.small_runs import SMALL_OPTIONS, leave_out_report
 
 TIMEOUT = 100.0
 """Seconds in which every such run must have ended."""
@@ -55,37 +57,44 @@ def start(
     *arguments: str,
     own: Sequence[Sequence[str]] | None = None,
     changes: Mapping[str, object] | None = None,
+    report: bool = False,
 ) -> RankRun:
     """Start `ranks` processes with the arguments of a small run, whose words go to files in `folder`.
 
     Args:
         own: further arguments of each rank.
         changes: of the environment that all are given.
+        report: whether it is drawn, which takes longer than a short run.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.bissl.commands.main"])
+    context = forkserver()
     folder.mkdir(parents=True, exist_ok=True)
     logs, processes, port = [folder / f"rank{rank}.log" for rank in range(ranks)], [], free_port()
     for rank, log in enumerate(logs):
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in {**named, **(changes or {})}.items()}
         options = [*SMALL_OPTIONS, *arguments, *(own[rank] if own else ())]
-        processes.append(context.Process(target=_rank, args=(options, environment, str(log))))
+        processes.append(context.Process(target=_rank, args=(options, environment, str(log), report)))
     for process in processes:
         process.start()
     return RankRun(processes, logs)
 
 
-def run_ranks(ranks: int, folder: Path, *arguments: str) -> RankRun:
+def run_ranks(ranks: int, folder: Path, *arguments: str, report: bool = False) -> RankRun:
     """As `start`, to its end."""
-    run = start(ranks, folder, *arguments)
+    run = start(ranks, folder, *arguments, report=report)
     run.end()
     return run
 
 
-def _rank(arguments: list[str], environment: Mapping[str, str], log: str) -> None:
+def _rank(arguments: list[str], environment: Mapping[str, str], log: str, report: bool) -> None:
     os.environ.update(environment)
-    with open(log, "w", encoding="utf-8") as words, open(os.devnull, "w", encoding="utf-8") as nowhere:
+    with (
+        open(log, "w", encoding="utf-8") as words,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if not report:
+            leave_out_report(patch)
         # What C++ writes too.
         os.dup2(words.fileno(), 2)
         sys.stderr, sys.stdout = words, nowhere

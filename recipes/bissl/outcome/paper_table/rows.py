@@ -1,4 +1,4 @@
-"""Table 1 from finished runs: what `results.json` says of each, beside the paper's figures."""
+"""Reads finished runs, and makes the rows of Table 1 of their results and the paper's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +11,7 @@ from ....experiment.configuration import explain, read_config_file
 from ....experiment.errors import ConfigError
 from ....experiment.folder.run_folder import CONFIG, RESULTS
 from ....experiment.statistics import holm
+from ...settings.arms import BASELINE, METHOD, REQUIRED, in_order
 from ...settings.paper import TITLES, PaperVersion, Score, paper_entry, paper_name
 
 COUNTS = ("pretext_steps", "label_steps", "seconds")
@@ -54,41 +55,41 @@ class RunResults(_Lenient):
     seeds: list[int]
     repeats: Literal["finetune", "pipeline"]
     primary_metric: str
-    arms: dict[str, dict[str, Measured | int | float]]
+    variants: dict[str, dict[str, Measured | int | float]]
     comparisons: list[Difference]
     notes: list[str] = []
     environment: Environment = Environment()
 
     @model_validator(mode="after")
     def _complete(self) -> "RunResults":
-        for arm in ("bissl", "baseline"):
-            if not isinstance(self.arms.get(arm, {}).get(self.primary_metric), Measured):
-                raise ValueError(f"arms: {arm!r} has no {self.primary_metric!r}, the primary metric")
-        for arm, entry in self.arms.items():
+        for arm in REQUIRED:
+            if not isinstance(self.variants.get(arm, {}).get(self.primary_metric), Measured):
+                raise ValueError(f"variants: {arm!r} has no {self.primary_metric!r}, the primary metric")
+        for arm, entry in self.variants.items():
             for count in COUNTS:
                 if not isinstance(entry.get(count), int | float):
-                    raise ValueError(f"arms: {arm!r} has no {count}")
+                    raise ValueError(f"variants: {arm!r} has no {count}")
         return self
 
     def metrics(self, arm: str) -> list[str]:
         """The arm's metrics, the primary one first."""
-        found = [name for name, value in self.arms[arm].items() if isinstance(value, Measured)]
+        found = [name for name, value in self.variants[arm].items() if isinstance(value, Measured)]
         return sorted(found, key=lambda name: name != self.primary_metric)
 
     def measured(self, arm: str, metric: str) -> Measured:
         """A metric that the arm has."""
-        value = self.arms[arm][metric]
+        value = self.variants[arm][metric]
         assert isinstance(value, Measured), "metrics() names what can be asked for"
         return value
 
     def counts(self, arm: str) -> list[float]:
         """The arm's `COUNTS`, in their order."""
-        values = [self.arms[arm][name] for name in COUNTS]
+        values = [self.variants[arm][name] for name in COUNTS]
         return [value for value in values if not isinstance(value, Measured)]
 
     def against(self, arm: str, metric: str) -> Difference | None:
         """The comparison of BiSSL with `arm`, None where the run made none."""
-        found = (c for c in self.comparisons if (c.a, c.b, c.metric) == ("bissl", arm, metric))
+        found = (c for c in self.comparisons if (c.a, c.b, c.metric) == (METHOD, arm, metric))
         return next(found, None)
 
 
@@ -162,10 +163,10 @@ def main_rows(runs: Sequence[FinishedRun], version: PaperVersion) -> list[Row]:
     """BiSSL against the baseline, a row a run and metric, in the order of the paper's Table 1."""
     return _corrected(
         [
-            _row(run, label, "baseline", metric, version)
+            _row(run, label, BASELINE, metric, version)
             for label, run in _labelled(runs)
-            for metric in run.results.metrics("bissl")
-            if metric in run.results.metrics("baseline")
+            for metric in run.results.metrics(METHOD)
+            if metric in run.results.metrics(BASELINE)
         ]
     )
 
@@ -176,7 +177,7 @@ def arm_rows(runs: Sequence[FinishedRun], version: PaperVersion) -> list[Row]:
         [
             _row(run, label, arm, run.results.primary_metric, version)
             for label, run in _labelled(runs)
-            for arm in ("bissl", "baseline", *(a for a in run.results.arms if a not in ("bissl", "baseline")))
+            for arm in in_order(run.results.variants)
             if run.results.primary_metric in run.results.metrics(arm)
         ]
     )
@@ -225,7 +226,7 @@ def _row(run: FinishedRun, label: str, arm: str, metric: str, version: PaperVers
         metric=metric,
         repeats=results.repeats,
         seeds=len(results.seeds),
-        bissl=results.measured("bissl", metric),
+        bissl=results.measured(METHOD, metric),
         other=results.measured(arm, metric),
         comparison=results.against(arm, metric),
         p_holm=None,

@@ -15,8 +15,8 @@ from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
 from tests.support.recipes.small_runs import small_config
 
-FINETUNED = {"arm": "bissl", "test": {"top1": 61.234, "loss": None}}
-RESULTS = {"arms": {"bissl": {"top1": {"mean": 60.5, "std": 0.75, "per_seed": [60.0, 61.0]}, "seconds": 3.0}}}
+FINETUNED = {"variant": "bissl", "test": {"top1": 61.234, "loss": None}}
+RESULTS = {"variants": {"bissl": {"top1": {"mean": 60.5, "std": 0.75, "per_seed": [60.0, 61.0]}, "seconds": 3.0}}}
 
 
 def make_run(folder: Path, name: str, *seeds: int) -> Config:
@@ -99,7 +99,7 @@ def test_arms_are_told_apart_and_those_with_the_same_start_share_it(tmp_path: Pa
     for number, (stage, arm) in enumerate(made):
         with torch.no_grad():
             next(backbone.parameters()).fill_(number)
-        facts = {"pretext_steps": number, "label_steps": 0, "seconds": 1.0, "seed": 0, "arm": arm}
+        facts = {"pretext_steps": number, "label_steps": 0, "seconds": 1.0, "seed": 0, "variant": arm}
         store.save(stage, f"k{number}", {"backbone": backbone}, facts)
     asked = [*made, ("pretext", "identity"), ("pretext", "baseline-labels")]
     for (stage, arm), expected in zip(asked, (0, 1, 2, 3, 0, 1), strict=True):

@@ -45,7 +45,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, stage: str, call: int, *arguments
 
 
 def places(folder: Path) -> list[tuple[Any, ...]]:
-    return [tuple(line[name] for name in ("stage", "arm", "seed", "event", "step")) for line in events(folder)]
+    return [tuple(line[name] for name in ("stage", "variant", "seed", "event", "step")) for line in events(folder)]
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:

@@ -60,14 +60,14 @@ def test_every_file_is_there(reference: Path) -> None:
 def test_results_follow_the_schema(reference: Path) -> None:
     found = results(reference)
     assert found.keys() == {
-        *("preset", "seeds", "repeats", "primary_metric", "arms", "comparisons", "solver", "environment", "notes"),
+        *("preset", "seeds", "repeats", "primary_metric", "variants", "comparisons", "solver", "environment", "notes"),
     }
     assert (found["preset"], found["seeds"], found["repeats"], found["primary_metric"]) == (
         *("digits", [0, 1], "finetune", "top1"),
     )
-    assert list(found["arms"]) == ["bissl", "baseline", "scratch"]
+    assert list(found["variants"]) == ["bissl", "baseline", "scratch"]
     steps = {"bissl": (8, 16), "baseline": (8, 8), "scratch": (0, 8)}
-    for name, arm in found["arms"].items():
+    for name, arm in found["variants"].items():
         assert arm.keys() == {"top1", "top5", "pretext_steps", "label_steps", "seconds"}
         assert (arm["pretext_steps"], arm["label_steps"]) == steps[name]
         assert arm["seconds"] > 0
@@ -84,7 +84,7 @@ def test_results_follow_the_schema(reference: Path) -> None:
     first = found["comparisons"][0]
     assert {"a", "b", "metric", "difference", "ci95", "test", "p_value"} <= first.keys()
     assert (first["a"], first["b"], first["metric"]) == ("bissl", "baseline", "top1")
-    means = [found["arms"][name]["top1"]["mean"] for name in ("bissl", "baseline")]
+    means = [found["variants"][name]["top1"]["mean"] for name in ("bissl", "baseline")]
     assert first["difference"] == pytest.approx(means[0] - means[1])
     assert first["ci95"][0] <= first["difference"] <= first["ci95"][1]
     assert "fine-tuning noise" in first["test"]
@@ -116,10 +116,10 @@ def test_events_are_those_that_the_report_reads(reference: Path) -> None:
     lines = events(reference)
     assert {(line["stage"], line["event"]) for line in lines} == EVENTS.keys()
     for line in lines:
-        fields = EVENTS[line["stage"], line["event"]] | {"stage", "arm", "seed", "event", "step"}
+        fields = EVENTS[line["stage"], line["event"]] | {"stage", "variant", "seed", "event", "step"}
         assert line.keys() == fields
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
-    places = [(line["stage"], line["arm"], line["seed"], line["event"], line["step"]) for line in lines]
+    places = [(line["stage"], line["variant"], line["seed"], line["event"], line["step"]) for line in lines]
     assert len(set(places)) == len(places)
     assert {(arm, seed) for stage, arm, seed, *_ in places if stage == "finetune"} == {
         (arm, seed) for arm in ("bissl", "baseline", "scratch") for seed in (0, 1)
@@ -177,8 +177,8 @@ def test_weights_give_the_recorded_accuracy(reference: Path) -> None:
         with torch.no_grad():
             logits = tensors["head"](tensors["backbone"]((pixels - mean) / std)).numpy()
         hits = logits.argmax(axis=1) == sets.test.labels.numpy()
-        scores.setdefault(info["arm"], {})[info["seed"]] = 100.0 * float(hits.mean())
-    for arm, entry in results(reference)["arms"].items():
+        scores.setdefault(info["variant"], {})[info["seed"]] = 100.0 * float(hits.mean())
+    for arm, entry in results(reference)["variants"].items():
         assert entry["top1"]["per_seed"] == pytest.approx([scores[arm][seed] for seed in (0, 1)])
 
 
@@ -220,8 +220,8 @@ def test_pipeline_seeds_repeat_everything(reference: Path, tmp_path: Path, no_re
     assert "paired" in found["comparisons"][0]["test"]
     stages = sorted(path.name.partition("-")[0] for path in (tmp_path / "checkpoints").iterdir())
     assert stages == [*["bissl"] * 2, *["finetune"] * 4, *["head"] * 2, *["pretext"] * 4]
-    first = {name: arm["top1"]["per_seed"][0] for name, arm in found["arms"].items()}
-    assert first == {name: results(reference)["arms"][name]["top1"]["per_seed"][0] for name in first}
+    first = {name: arm["top1"]["per_seed"][0] for name, arm in found["variants"].items()}
+    assert first == {name: results(reference)["variants"][name]["top1"]["per_seed"][0] for name in first}
     bissl = {path: content for path, content in weights(tmp_path).items() if path.startswith("bissl")}
     assert len(set(bissl.values())) == 2
 
@@ -243,7 +243,7 @@ def test_earlier_stages_are_found_again(reference: Path, tmp_path: Path, no_repo
 
 def test_more_seeds_and_arms_on_resume(reference: Path, tmp_path: Path, no_report: None) -> None:
     assert execute("--output-dir", str(tmp_path), "--seeds", "1") == 0
-    assert results(tmp_path)["arms"]["bissl"]["top1"]["std"] is None
+    assert results(tmp_path)["variants"]["bissl"]["top1"]["std"] is None
     assert execute("--output-dir", str(tmp_path), "--seeds", "2", *ARMS, "--resume") == 0
     assert weights(tmp_path) == weights(reference)
     assert without(results(tmp_path)) == without(results(reference))

@@ -23,9 +23,9 @@ from torchvision.datasets import CIFAR10
 
 from bilevel.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from recipes.bissl.commands.main import main
+from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.results import ArmResult, assemble
-from recipes.bissl.outcome.results_table import comparison_lines, results_table
+from recipes.bissl.outcome.summary import ArmResult, assemble
 from recipes.bissl.training.artifacts import read_stage
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
 from recipes.experiment.errors import ConfigError
@@ -273,7 +273,7 @@ def hostile_run(folder: Path) -> Path:
     config = {**config, "data": {**config["data"], **changes["data"]}}
     (folder / "config.json").write_text(json.dumps({**config, "classes": [HOSTILE]}))
     (folder / "results.json").write_text(json.dumps(hostile_results()))
-    event = {"stage": "finetune", "arm": HOSTILE, "seed": 0, "event": "epoch", "step": 1, HOSTILE: HOSTILE}
+    event = {"stage": "finetune", "variant": HOSTILE, "seed": 0, "event": "epoch", "step": 1, HOSTILE: HOSTILE}
     (folder / "metrics.jsonl").write_text(json.dumps(event) + "\n")
     return folder
 
@@ -303,7 +303,12 @@ def test_hostile_names_are_words_in_the_model_card() -> None:
     del config["classes"]
     (run / "config.json").write_text(json.dumps(config))
     weights = save({"backbone.x": torch.ones(1)})
-    facts = {"arm": HOSTILE, "seed": 0, "test": {HOSTILE: 1.0}, "initial_weights": {"file": HOSTILE, "sha256": HOSTILE}}
+    facts = {
+        "variant": HOSTILE,
+        "seed": 0,
+        "test": {HOSTILE: 1.0},
+        "initial_weights": {"file": HOSTILE, "sha256": HOSTILE},
+    }
     artifact(run / "checkpoints" / "finetune-k", weights, stage="finetune", **facts)
     argument = str(run / "checkpoints" / "finetune-k")
     assert main(["export", argument, "--to", "out", "--licence", HOSTILE]) == 0

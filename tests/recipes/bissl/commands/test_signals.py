@@ -131,7 +131,7 @@ def test_between_stages_signals_act_at_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     leave_out_report(monkeypatch)
     assert execute("--output-dir", str(tmp_path), "--resume") == 0
-    assert results(tmp_path)["arms"]
+    assert results(tmp_path)["variants"]
 
 
 def test_a_trial_of_a_search_is_saved_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

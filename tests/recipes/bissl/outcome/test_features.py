@@ -24,7 +24,7 @@ from torch import nn
 from recipes.bissl.commands import features
 from recipes.bissl.outcome.features.embedding import tsne
 from recipes.bissl.outcome.features.extraction import BATCHES, LabelledFeatures, refresh_batch_norm
-from recipes.bissl.outcome.features.figure import FeaturePanel, _styles, feature_figure
+from recipes.bissl.outcome.features.scatter import ScatterPanel, _styles, scatter_png
 from recipes.bissl.outcome.features.scores import feature_scores, linear_probe, silhouette
 from recipes.bissl.outcome.report import write_report
 from recipes.experiment.artifacts import ArtifactError
@@ -178,9 +178,9 @@ def test_twenty_classes_look_different_and_more_have_their_own_colours() -> None
 def test_the_picture_is_repeatable_and_not_empty(classes: int) -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(200) % classes
-    panels = [FeaturePanel(f"$x_{i}", generator.normal(size=(200, 2)) + 50 * i, "note") for i in range(2)]
+    panels = [ScatterPanel(f"$x_{i}", generator.normal(size=(200, 2)) + 50 * i, "note") for i in range(2)]
     names = [f"{'long' * 9} ${i}" for i in range(classes)]
-    first, second = (feature_figure(panels, labels, names, "caption " * 30) for _ in range(2))
+    first, second = (scatter_png(panels, labels, names, "caption " * 30) for _ in range(2))
     assert first == second
     pixels = image.imread(io.BytesIO(first))
     halves = np.array_split(pixels[..., :3], 2, axis=1)

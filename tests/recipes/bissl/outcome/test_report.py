@@ -2,21 +2,18 @@
 
 import io
 import json
-import math
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from bilevel import Status
+from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.results_table import comparison_lines, results_table
-from recipes.experiment.plots import Panel, draw
-from recipes.experiment.records import Curve, read_run
+from recipes.experiment.records import read_run
+from tests.support.html_page import Page
 
 
 def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("bissl", "baseline")) -> list[dict]:
@@ -24,7 +21,7 @@ def metrics(*, alternations: int = 6, seeds: int = 2, arms: tuple[str, ...] = ("
     rows: list[dict[str, Any]] = []
 
     def add(stage: str, arm: str, seed: int, event: str, step: int, **values: Any) -> None:
-        rows.append({"stage": stage, "arm": arm, "seed": seed, "event": event, "step": step, **values})
+        rows.append({"stage": stage, "variant": arm, "seed": seed, "event": event, "step": step, **values})
 
     for arm in arms:
         for step in range(10 * alternations):
@@ -65,7 +62,7 @@ def results() -> dict[str, Any]:
         "seeds": [0, 1],
         "repeats": "finetune",
         "primary_metric": "top1",
-        "arms": {"baseline": arm(81.5, [80.25, 82.75], 99.5), "bissl": arm(84.75, [83.875, 85.625], 100.25)},
+        "variants": {"baseline": arm(81.5, [80.25, 82.75], 99.5), "bissl": arm(84.75, [83.875, 85.625], 100.25)},
         "comparisons": [
             {
                 "a": "bissl",
@@ -93,53 +90,6 @@ def write_run(
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-class Page(HTMLParser):
-    """Tags, the addresses they ask for, and the text by section."""
-
-    VOID = frozenset({"meta"})
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.addresses: list[str] = []
-        self.identifiers: list[str] = []
-        self.words: list[str] = []
-        self.cells: list[list[str]] = []
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.cells.append([])
-        if tag == "td":
-            self.cells[-1].append("")
-        for name, value in attrs:
-            if name in {"src", "href", "xlink:href", "action", "data", "srcset", "poster"}:
-                self.addresses.append(value or "")
-            if name == "id":
-                self.identifiers.append(value or "")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self.open and self.open[-1] == "td":
-            self.cells[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -192,35 +142,15 @@ def test_every_panel_of_a_complete_run_is_drawn(finished: str) -> None:
     assert "not recorded" not in Page(finished).text
 
 
-def test_curves_are_drawn_where_their_values_put_them() -> None:
-    points = Curve(np.arange(4.0), np.array([0.0, 1.0, math.nan, 1.0]))
-    drawing = draw("x", [Panel("loss", "step", {"bissl": {0: points}})], ["bissl"], columns=1)
-    assert drawing is not None
-    assert drawing.not_finite == 1
-    assert "clip-path" in drawing.svg
-    assert drawing.svg.count("#2f7fd0") >= 2
-    assert "loss" in drawing.svg
-    assert "currentColor" in drawing.svg
-
-
-@pytest.mark.parametrize(
-    ("values", "tick"),
-    [([1e-4, 1e-2, 1.0], "0.0001"), ([0.0, 1e-4, 1.0], "0.0001"), ([0.0, 0.0, 0.0], "0"), ([2.25, 2.3, 2.75], "2.3")],
-)
-def test_logarithmic_panels_have_readable_ticks(values: list[float], tick: str) -> None:
-    points = Curve(np.arange(3.0), np.array(values))
-    drawing = draw("x", [Panel("residual", "step", {"bissl": {0: points}}, logarithmic=True)], ["bissl"], columns=1)
-    assert drawing is not None
-    assert f">{tick}</text>" in drawing.svg
-
-
 def test_data_never_becomes_markup(tmp_path: Path) -> None:
     def hostile(place: str) -> str:
         return f"</pre></td><script>alert('{place}')</script>&amp;"
 
     rows, outcome = metrics(alternations=1), results()
-    rows += [row | {"arm": hostile("arm"), "status": hostile("status")} for row in rows if row["arm"] == "bissl"]
-    outcome["arms"][hostile("result arm")] = {hostile("metric"): {"mean": hostile("mean")}}
+    rows += [
+        row | {"variant": hostile("arm"), "status": hostile("status")} for row in rows if row["variant"] == "bissl"
+    ]
+    outcome["variants"][hostile("result arm")] = {hostile("metric"): {"mean": hostile("mean")}}
     outcome |= {"preset": hostile("preset"), "primary_metric": hostile("primary"), "seeds": [hostile("seed")]}
     outcome["comparisons"][0] |= {"a": hostile("a"), "metric": hostile("compared"), "test": hostile("test")}
     outcome["notes"].append(hostile("note"))
@@ -250,7 +180,7 @@ def test_data_never_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_names_are_no_formulas(tmp_path: Path) -> None:
-    rows = [row | {"arm": r"$\frac{$ & x_1"} for row in metrics(alternations=1)]
+    rows = [row | {"variant": r"$\frac{$ & x_1"} for row in metrics(alternations=1)]
     assert r"$\frac{$ & x_1" in Page(write_report(write_run(tmp_path, rows=rows)).read_text(encoding="utf-8")).text
 
 
@@ -282,7 +212,7 @@ def test_results_with_a_piece_missing(tmp_path: Path, missing: str) -> None:
 def test_null_statistics_of_one_seed(tmp_path: Path) -> None:
     outcome = results()
     outcome["seeds"] = [0]
-    for entry in outcome["arms"].values():
+    for entry in outcome["variants"].values():
         entry["top1"] |= {"std": None, "per_seed": [entry["top1"]["mean"]]}
     outcome["comparisons"][0] |= {"ci95": None, "p_value": None, "p_holm": None}
     page = Page(write_report(write_run(tmp_path, outcome=outcome)).read_text(encoding="utf-8"))
@@ -295,7 +225,7 @@ def test_cut_off_last_line_is_left_out_and_mentioned(tmp_path: Path) -> None:
     rows = metrics(alternations=1)
     write_run(tmp_path, rows=rows)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes() + '{"stage": "pretext", "arm": "é'.encode()[:-1])
+    path.write_bytes(path.read_bytes() + '{"stage": "pretext", "variant": "é'.encode()[:-1])
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert f"Line {len(rows) + 1} of metrics.jsonl" in page.text
     assert read_run(tmp_path).events == tuple(rows)
@@ -315,7 +245,7 @@ def test_complete_last_line_without_its_line_end_counts(tmp_path: Path) -> None:
         '{"stage": "pre',
         "[1, 2]",
         '{"stage": "pretext"}',
-        '{"stage":"a","arm":"b","seed":"0","event":"c","step":1}',
+        '{"stage":"a","variant":"b","seed":"0","event":"c","step":1}',
         "\\",
     ],
 )
@@ -356,7 +286,7 @@ def test_missing_matplotlib_names_the_remedy(tmp_path: Path, monkeypatch: pytest
 
 def test_console_table() -> None:
     outcome = results()
-    outcome["arms"]["[red]odd"] = {"top1": outcome["arms"]["bissl"]["top1"]}
+    outcome["variants"]["[red]odd"] = {"top1": outcome["variants"]["bissl"]["top1"]}
     console = Console(file=io.StringIO(), width=200, color_system=None, record=True)
     console.print(results_table(outcome))
     lines = console.export_text().splitlines()

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from recipes.bissl.commands.table import FILES, main
-from recipes.bissl.outcome.results import ArmResult, assemble
+from recipes.bissl.outcome.summary import ArmResult, assemble
 from recipes.experiment.errors import ConfigError
 from tests.support.recipes.small_runs import execute, small_config
 
@@ -198,7 +198,7 @@ DAMAGES = {
     "no run": (lambda run: (run / "config.json").unlink(), "holds no run, there is no config.json"),
     "unfinished": (lambda run: (run / "results.json").unlink(), "not finished, there is no results.json"),
     "cut off": (lambda run: (run / "results.json").write_text('{"seeds": ['), "results.json: damaged (config file "),
-    "no arm": (lambda run: change(run, "arms", {}), "damaged, arms: 'bissl' has no 'top1', the primary metric"),
+    "no arm": (lambda run: change(run, "variants", {}), "damaged, variants: 'bissl' has no 'top1', the primary metric"),
     "no repeats": (lambda run: change(run, "repeats", "often"), "damaged, repeats: "),
     "bad p": (lambda run: change(run, "comparisons", [{"p_value": 2.0}]), "comparisons.0.p_value: "),
     "no set": (
@@ -261,7 +261,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = records(tmp_path / "t" / "arms.csv")
     assert [row["arm"] for row in rows] == ["bissl", "baseline"]
     for row in rows:
-        arm = results["arms"][row["arm"]]
+        arm = results["variants"][row["arm"]]
         assert float(row["arm_mean"]) == arm["top1"]["mean"]
         assert float(row["hours"]) == pytest.approx(arm["seconds"] / 3600)
     crop = small_config().pretext_task().describe()[0]

@@ -24,35 +24,43 @@ from tests.support.recipes.small_runs import (
 )
 
 LONG = "--pretext.epochs=1000"
+# At a tenth of the preset's rates training does not magnify what rounding does.
+GENTLE = (
+    *("--pretext.lr=0.3", "--head.lr=0.005", "--bissl.lower-lr=0.3"),
+    *("--bissl.upper-lr=0.005", "--finetune.lr=0.001"),
+)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in one process."""
-    return whole_run(tmp_path_factory.mktemp("whole"))
+    return whole_run(tmp_path_factory.mktemp("whole"), *GENTLE)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by two."""
     folder = tmp_path_factory.mktemp("two")
-    run = run_ranks(2, folder / "logs", "--output-dir", str(folder / "run"))
+    run = run_ranks(2, folder / "logs", "--output-dir", str(folder / "run"), *GENTLE, report=True)
     assert run.end() == [0, 0], run.said()
     assert run.said() == [[], []]
     return folder / "run"
 
 
+# A mean over two shards is that of the whole batch but for a few units of float32's last place. Where these move a unit
+# of the network across its kink, a gradient changes by that unit's part, and later losses by the rate times that.
+CLOSE = {"loss": 1e-4, "train_loss": 1e-4, "val_loss": 1e-4, "grad_norm": 1e-2, "residual": 1e-2}
+SAME = {"event", "stage", "variant", "seed", "step", "epoch", "alternation", "lr", "status", "iterations"}
+
+
 def assert_close_runs(one: Path, other: Path) -> None:
-    """The same events, with numbers that agree but for float32 rounding, which training magnifies."""
-    first, second = without(events(one)), without(events(other))
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
+    """The same events, with numbers that agree but for rounding."""
+    for a, b in zip(without(events(one)), without(events(other)), strict=True):
         assert a.keys() == b.keys()
-        for name, value in a.items():
-            if isinstance(value, float) and name in ("loss", "lr", "grad_norm", "train_loss", "val_loss", "residual"):
-                assert math.isclose(value, b[name], rel_tol=2e-2, abs_tol=1e-4), (name, a, b)
-            elif name in ("event", "stage", "arm", "seed", "step", "epoch", "alternation", "status", "iterations"):
-                assert value == b[name], (name, a, b)
+        for name in a.keys() & SAME:
+            assert a[name] == b[name], (name, a, b)
+        for name in a.keys() & CLOSE.keys():
+            assert math.isclose(a[name], b[name], rel_tol=CLOSE[name], abs_tol=1e-6), (name, a, b)
 
 
 def test_two_processes_make_the_run_of_one(whole: Path, two: Path) -> None:
@@ -60,21 +68,10 @@ def test_two_processes_make_the_run_of_one(whole: Path, two: Path) -> None:
     assert_close_runs(whole, two)
     assert weights(whole).keys() == weights(two).keys()
     one, other = results(whole), results(two)
-    assert one["arms"].keys() == other["arms"].keys()
+    assert one["variants"].keys() == other["variants"].keys()
     assert one["notes"] == other["notes"]
     assert (one["environment"]["processes"], other["environment"]["processes"]) == (1, 2)
     assert (two / "splits.json").read_bytes() == (whole / "splits.json").read_bytes()
-
-
-def test_first_steps_agree_to_rounding(whole: Path, two: Path) -> None:
-    pairs = [
-        (a, b) for a, b in zip(events(whole), events(two), strict=True) if a["event"] == "train" and a["step"] <= 2
-    ]
-    assert len(pairs) >= 8
-    for a, b in pairs:
-        if a["stage"] != "finetune" or a["arm"] == "bissl":
-            assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5), (a, b)
-            assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3), (a, b)
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
@@ -90,7 +87,7 @@ def test_a_lost_rank_is_named(tmp_path: Path) -> None:
     run.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(events(tmp_path / "run")) > 2)
     victim = run.processes[1]
     victim.kill()
-    assert run.end(30.0) == [76, -signal.SIGKILL]
+    assert run.end() == [76, -signal.SIGKILL]
     (line,) = run.said()[0]
     assert line.startswith(f"run.py: stopped: rank 1 (process {victim.pid} on ")
     assert "--resume" in line
@@ -110,31 +107,35 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     run.end(0.0)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_to_one_stops_all_and_the_run_goes_on(
-    number: signal.Signals, code: int, two: Path, tmp_path: Path
-) -> None:
-    arguments = ("--output-dir", str(tmp_path / "run"))
-    run = start(2, tmp_path / "logs", *arguments)
-    run.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(events(tmp_path / "run")) > 2)
-    pid = run.processes[1].pid
-    assert pid is not None
-    os.kill(pid, number)
-    assert run.end() == [code, code], run.said()
-    assert run.said() == [
-        [f"run.py: stopped by {number.name}, and saved; the same command with --resume continues"],
-        [],
-    ]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert len(events(tmp_path / "run")) < len(events(two))
-    assert run_ranks(2, tmp_path / "logs", *arguments, "--resume").end() == [0, 0]
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes().startswith(lines)
-    assert weights(tmp_path / "run") == weights(two)
-    assert without(events(tmp_path / "run")) == without(events(two))
+def test_a_signal_to_one_stops_all_and_the_run_goes_on(two: Path, tmp_path: Path) -> None:
+    """One run, stopped by each signal in turn."""
+    folder = tmp_path / "run"
+    arguments = ("--output-dir", str(folder), "--resume", *GENTLE)
+    lines = b""
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+        run = start(2, tmp_path / "logs", *arguments)
+        ahead = lines.count(b"\n") + 2
+        run.wait_for(lambda ahead=ahead: len(made(folder)) > ahead)
+        pid = run.processes[1].pid
+        assert pid is not None
+        os.kill(pid, number)
+        assert run.end() == [code, code], run.said()
+        assert run.said() == [
+            [f"run.py: stopped by {number.name}, and saved; the same command with --resume continues"],
+            [],
+        ]
+        kept = (folder / "metrics.jsonl").read_bytes()
+        assert kept.startswith(lines)
+        lines = kept
+        assert len(events(folder)) < len(events(two))
+    assert run_ranks(2, tmp_path / "logs", *arguments).end() == [0, 0]
+    assert (folder / "metrics.jsonl").read_bytes().startswith(lines)
+    assert weights(folder) == weights(two)
+    assert without(events(folder)) == without(events(two))
 
 
 def test_another_number_of_processes_goes_on_with_the_same_data(whole: Path, tmp_path: Path) -> None:
-    arguments = ("--output-dir", str(tmp_path / "run"))
+    arguments = ("--output-dir", str(tmp_path / "run"), *GENTLE)
     run = start(2, tmp_path / "logs", *arguments)
     run.wait_for(lambda: "bissl" in [line["stage"] for line in made(tmp_path / "run")])
     pid = run.processes[0].pid
@@ -146,11 +147,11 @@ def test_another_number_of_processes_goes_on_with_the_same_data(whole: Path, tmp
     with pytest.MonkeyPatch.context() as patch:
         leave_out_report(patch)
         assert execute(*arguments, "--resume") == 0
-    order = lambda line: (line["arm"], line["stage"], line["seed"])  # noqa: E731
+    order = lambda line: (line["variant"], line["stage"], line["seed"])  # noqa: E731
     first, second = (sorted(events(folder), key=order) for folder in (whole, tmp_path / "run"))
     for a, b in zip(first, second, strict=True):
         if a["event"] in ("train", "lower", "upper"):
-            assert math.isclose(a["loss"], b["loss"], rel_tol=2e-2, abs_tol=1e-4), (a, b)
+            assert math.isclose(a["loss"], b["loss"], rel_tol=CLOSE["loss"]), (a, b)
 
 
 def made(folder: Path) -> list[dict[str, Any]]:
@@ -160,7 +161,7 @@ def made(folder: Path) -> list[dict[str, Any]]:
 def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
     task = "--pretext.task=tests.support.recipes.rank_tasks:BrokenOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
-    assert run.end(30.0) == [3, 3], run.said()
+    assert run.end() == [3, 3], run.said()
     (line,), others = run.said()
     assert others == []
     assert "pretext step 3: loss nan" in line
@@ -187,7 +188,7 @@ def test_a_nan_on_one_rank_stops_both_before_the_update(tmp_path: Path) -> None:
 def test_what_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
     task = "--pretext.task=tests.support.recipes.rank_tasks:FailingOnOneRank"
     run = start(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), task)
-    assert run.end(30.0) == [74, 74], run.said()
+    assert run.end() == [74, 74], run.said()
     (first,), (second,) = run.said()
     assert second.startswith("run.py: rank 1: cannot write: Input/output error (images.bin)")
     assert first.startswith("run.py: stopped: rank 1 (process ")
@@ -195,7 +196,7 @@ def test_what_one_rank_alone_meets_ends_all(tmp_path: Path) -> None:
 
 
 def test_local_statistics_are_joined(whole: Path, tmp_path: Path) -> None:
-    run = run_ranks(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), "--compute.batch-norm=local")
+    run = run_ranks(2, tmp_path / "logs", "--output-dir", str(tmp_path / "run"), *GENTLE, "--compute.batch-norm=local")
     assert run.end() == [0, 0], run.said()
     first = [line["loss"] for line in events(whole) if line["event"] == "train"]
     local = [line["loss"] for line in events(tmp_path / "run") if line["event"] == "train"]
@@ -205,6 +206,7 @@ def test_local_statistics_are_joined(whole: Path, tmp_path: Path) -> None:
 
 def test_own_tasks_need_not_know_of_ranks(tmp_path: Path) -> None:
     options = (
+        *GENTLE,
         "--pretext.task=tests.support.recipes.plugin_tasks:Colour",
         "--downstream.task=tests.support.recipes.plugin_tasks:Brightness",
         "--pretext.batch-size=13",

@@ -9,7 +9,7 @@ import torch
 
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome.pipeline import Pipeline
-from recipes.bissl.outcome.summary import summarise
+from recipes.bissl.outcome.results import summarise
 from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.errors import ConfigError
@@ -50,7 +50,9 @@ def test_steps_of_the_controls(made: Made) -> None:
 def test_the_identity_arm_makes_no_product_and_the_others_do(made: Made) -> None:
     products = {
         arm: sum(
-            e["num_hvps"] for e in made[2] if e["arm"] == arm and e["event"] == "upper" and e["num_hvps"] is not None
+            e["num_hvps"]
+            for e in made[2]
+            if e["variant"] == arm and e["event"] == "upper" and e["num_hvps"] is not None
         )
         for arm in ("bissl", "identity", "gentle")
     }
@@ -69,7 +71,7 @@ def test_arms_end_at_different_weights(made: Made) -> None:
 
 def test_the_report_says_what_each_control_is(made: Made) -> None:
     results = made[1]
-    assert set(results["arms"]) == set(ALL.split(","))
+    assert set(results["variants"]) == set(ALL.split(","))
     notes = "\n".join(results["notes"])
     assert "arm gentle: bissl with damping = 30.0" in notes
     assert "arm restart: as many pretext steps" in notes

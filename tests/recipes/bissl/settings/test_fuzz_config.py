@@ -24,7 +24,7 @@ from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome import estimate
 from recipes.bissl.outcome.report import write_report
-from recipes.bissl.outcome.results import ArmResult, assemble
+from recipes.bissl.outcome.summary import ArmResult, assemble
 from recipes.bissl.settings.presets import PRESETS
 from recipes.vision.sources.published.catalog import DATASETS
 from tests.support.odd_inputs import BROKEN, JUNK, LINES, TOOL_LINES
@@ -213,7 +213,7 @@ def test_mutated_run_folders(capsys: pytest.CaptureFixture[str]) -> None:
         "arm": "bissl",
     }
     facts |= {"seed": 0, "test": {"top1": 50.0}, "pretext_steps": 1, "label_steps": 1, "seconds": 1.0}
-    event = {"stage": "finetune", "arm": "bissl", "seed": 0, "event": "epoch", "step": 1, "loss": 0.5}
+    event = {"stage": "finetune", "variant": "bissl", "seed": 0, "event": "epoch", "step": 1, "loss": 0.5}
     whole = {"config.json": DIGITS, "results.json": results, "a/b/artifact.json": facts, "metrics.jsonl": event}
     Path("run/a/b").mkdir(parents=True)
     Path("run/a/b/weights.safetensors").write_bytes(content)

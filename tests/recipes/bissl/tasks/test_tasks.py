@@ -10,6 +10,7 @@ import torch
 from recipes.bissl.settings.config import Config
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
+from tests.support.paths import ROOT
 from tests.support.recipes.small_runs import of_stage, part, run_all, small_config, small_pipeline
 
 
@@ -18,7 +19,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory with a file of tasks in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
-    shutil.copy(Path(__file__).parent / "plugin_tasks.py", tmp_path / "my_tasks.py")
+    shutil.copy(ROOT / "tests" / "support" / "recipes" / "plugin_tasks.py", tmp_path / "my_tasks.py")
     return tmp_path
 
 

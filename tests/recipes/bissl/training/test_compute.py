@@ -232,6 +232,7 @@ def test_compiled_losses_are_those_of_plain_steps_alone(
         assert all(torch.equal(before[name], after[name]) for name in before), stage
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_a_compiled_loss_is_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -255,7 +255,7 @@ def test_fine_tuning_tests_the_best_epoch(made: dict[str, Artifact], pipeline: P
     assert info["best"] == {"epoch": best["epoch"], **{n: best[f"val_{n}"] for n in ("top1", "top5", "loss")}}
     assert info["test"]["top1"] == pytest.approx(accuracy(pipeline, made["finetune"], 1))
     assert info["test"]["top5"] == pytest.approx(accuracy(pipeline, made["finetune"], 5))
-    assert (info["primary_metric"], info["seed"], info["arm"]) == ("top1", 0, "bissl")
+    assert (info["primary_metric"], info["seed"], info["variant"]) == ("top1", 0, "bissl")
     train = of_stage(folder, "finetune", "train")
     assert [line["step"] for line in train] == list(range(1, 9))
     assert lines[0]["train_loss"] == pytest.approx(sum(line["loss"] for line in train[:4]) / 4)
@@ -294,7 +294,7 @@ def test_arms_differ_in_rates_and_start(made: dict[str, Artifact], pipeline: Pip
     assert (scratch.info["pretext_steps"], scratch.info["label_steps"]) == (0, 8)
     assert (baseline.info["pretext_steps"], baseline.info["label_steps"]) == (4, 8)
     lines = of_stage(pipeline.workspace.folder, "finetune", "train")
-    first = {line["arm"]: line for line in reversed(lines)}
+    first = {line["variant"]: line for line in reversed(lines)}
     assert first["scratch"]["lr"] == 0.08
     assert first["baseline"]["lr"] == 0.07
     # Same seed, same fresh head, same first batch: only the backbones differ.

@@ -179,7 +179,7 @@ def test_rounding_down_a_fifth_of_each_class_gives_the_papers_validation_sets(si
 
 PLUGIN = """
 import torch
-from recipes.bissl.data import DownstreamSets, ImageSet
+from recipes.vision.imagesets import DownstreamSets, ImageSet
 
 class Angles:
     def pretext(self):

@@ -124,7 +124,7 @@ def test_unknown_source_lists_what_there_is() -> None:
 
 PLUGIN = """
 import torch
-from recipes.bissl.data import DownstreamSets, ImageSet
+from recipes.vision.imagesets import DownstreamSets, ImageSet
 
 def images(count):
     labels = torch.arange(count) % 3

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from scipy import stats
 
-from recipes.bissl.outcome.results import ArmResult, assemble, environment
+from recipes.bissl.outcome.summary import ArmResult, assemble, environment
 
 BISSL = [81.2, 80.4, 82.9, 81.0]
 BASELINE = [79.9, 80.6, 81.1, 80.2]
@@ -61,7 +61,7 @@ def test_every_key_of_the_schema() -> None:
         "seeds",
         "repeats",
         "primary_metric",
-        "arms",
+        "variants",
         "comparisons",
         "solver",
         "environment",
@@ -72,9 +72,9 @@ def test_every_key_of_the_schema() -> None:
     assert content["repeats"] == "pipeline"
     assert content["primary_metric"] == "top1"
     assert content["environment"] == {"torch": "2.11"}
-    assert set(content["arms"]) == {"bissl", "baseline"}
-    assert set(content["arms"]["bissl"]) == {"top1", "pretext_steps", "label_steps", "seconds"}
-    assert content["arms"]["baseline"] == {
+    assert set(content["variants"]) == {"bissl", "baseline"}
+    assert set(content["variants"]["bissl"]) == {"top1", "pretext_steps", "label_steps", "seconds"}
+    assert content["variants"]["baseline"] == {
         "top1": {
             "mean": pytest.approx(np.mean(BASELINE)),
             "std": pytest.approx(np.std(BASELINE, ddof=1)),
@@ -153,14 +153,14 @@ def test_every_shared_metric_is_compared_the_primary_one_first() -> None:
     a = ArmResult({"loss": loss, "top5": TOP5, "top1": BISSL}, 1, 1, 1.0)
     content = result({"bissl": a, "baseline": arm(BASELINE, loss=loss[::-1])})
     assert [entry["metric"] for entry in content["comparisons"]] == ["top1", "loss"]
-    assert content["arms"]["bissl"]["loss"]["higher_is_better"] is False
+    assert content["variants"]["bissl"]["loss"]["higher_is_better"] is False
     # Each metric is a family of its own: one comparison, nothing to correct.
     assert all(entry["p_holm"] == entry["p_value"] for entry in content["comparisons"])
 
 
 def test_one_seed_has_no_spread_and_no_test() -> None:
     content = result({"bissl": arm([81.0]), "baseline": arm([80.0])}, seeds=[7])
-    assert content["arms"]["bissl"]["top1"]["std"] is None
+    assert content["variants"]["bissl"]["top1"]["std"] is None
     (entry,) = content["comparisons"]
     assert entry["difference"] == 1.0
     assert (entry["ci95"], entry["p_value"], entry["p_holm"]) == (None, None, None)
@@ -177,7 +177,7 @@ def test_missing_seeds_cannot_be_paired() -> None:
 
 def test_a_value_that_is_not_finite_becomes_null_and_is_named() -> None:
     content = result({"bissl": arm([81.0, math.nan, math.inf, 80.0]), "baseline": arm(BASELINE)})
-    summary = content["arms"]["bissl"]["top1"]
+    summary = content["variants"]["bissl"]["top1"]
     assert summary["per_seed"] == [81.0, None, None, 80.0]
     assert (summary["mean"], summary["std"]) == (None, None)
     (entry,) = content["comparisons"]

@@ -1,4 +1,4 @@
-"""Test scores over the length of pre-training (the paper's Figure 2), as a PNG."""
+"""Draws test scores over the length of pre-training (the paper's Figure 2), as a PNG."""
 
 import io
 import textwrap
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ...experiment.plots import DASHES, PALETTE, matplotlib_parts
+from ....experiment.plots import DASHES, PALETTE, matplotlib_parts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ ASIDE = 0.008
 """Sideways distance of neighbouring arms at the same length (share of the range of lengths)."""
 
 
-def epochs_figure(arms: Mapping[str, Sequence[Point]], *, title: str, metric: str, note: str) -> bytes:
+def length_curve_png(arms: Mapping[str, Sequence[Point]], *, title: str, metric: str, note: str) -> bytes:
     """A line an arm with its standard deviation, over total pretext epochs.
 
     Args:

@@ -1,4 +1,4 @@
-"""The runs behind the paper's Figure 2: both arms at several lengths of pre-training."""
+"""Plans the runs of the paper's Figure 2, both arms at several lengths of pre-training, and collects their scores."""
 
 import csv
 import io
@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...experiment.configuration import differences
-from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import RESULTS, RunDirectory
-from ...experiment.statistics import mean_std
-from ..settings.config import Config, build_config
-from ..settings.plan import batches_per_epoch
-from .paper_table.rows import read_finished
+from ....experiment.configuration import differences
+from ....experiment.errors import ConfigError
+from ....experiment.folder.run_folder import RESULTS, RunDirectory
+from ....experiment.statistics import mean_std
+from ...settings.arms import METHOD
+from ...settings.config import Config, build_config
+from ...settings.plan import batches_per_epoch
+from ..paper_table.rows import read_finished
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def is_finished(point: Point) -> bool:
     # The configuration is written first: results may still be those of fewer seeds or arms.
     results = read_finished(path).results
     repeats = point.config.pipeline_seeds or point.config.seeds
-    return len(results.seeds) == repeats and set(results.arms) == set(point.config.arms)
+    return len(results.seeds) == repeats and set(results.variants) == set(point.config.arms)
 
 
 def summary(points: Sequence[tuple[Point, dict[str, Any]]], cut: int) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def summary(points: Sequence[tuple[Point, dict[str, Any]]], cut: int) -> dict[st
     return {
         "dataset": config.data.downstream,
         "metric": metric,
-        "higher_is_better": first["arms"]["bissl"][metric]["higher_is_better"],
+        "higher_is_better": first["variants"][METHOD][metric]["higher_is_better"],
         "repeats": first["repeats"],
         "seeds": first["seeds"],
         "warmup_shorter_by": cut,
@@ -104,7 +105,7 @@ def summary(points: Sequence[tuple[Point, dict[str, Any]]], cut: int) -> dict[st
             {
                 "epochs": point.epochs,
                 "run": point.directory.path.name,
-                "arms": {arm: _entry(point, arm, results["arms"][arm], metric) for arm in config.arms},
+                "arms": {arm: _entry(point, arm, results["variants"][arm], metric) for arm in config.arms},
             }
             for point, results in points
         ],

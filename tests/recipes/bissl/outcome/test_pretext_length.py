@@ -12,15 +12,15 @@ from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from recipes.bissl.commands import figure2
-from recipes.bissl.outcome import epochs_figure as epochs_figure_module
 from recipes.bissl.outcome import execution
-from recipes.bissl.outcome.epochs_figure import epochs_figure
-from recipes.bissl.outcome.epochs_sweep import config_at, warmup_cut
+from recipes.bissl.outcome.pretext_length import curve
+from recipes.bissl.outcome.pretext_length.curve import length_curve_png
+from recipes.bissl.outcome.pretext_length.runs import config_at, warmup_cut
+from recipes.bissl.outcome.wording import shown_name
 from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.plan import make_plan
 from recipes.bissl.settings.presets import PRESETS
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.plots import shown_name
 from tests.support.recipes.small_runs import SMALL_OPTIONS, files, results, small_config
 
 IMAGES = 100_000
@@ -75,8 +75,6 @@ def sweep(folder: Path, *options: str) -> int:
     return figure2.main([*SMALL_OPTIONS, "--finetune.epochs=2", "--output-dir", str(folder), *options])
 
 
-# After two steps the lower level is nowhere near a minimum.
-@pytest.mark.filterwarnings("ignore::bilevel.SolverWarning")
 def test_a_sweep_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,12 +89,12 @@ def test_a_sweep_end_to_end(
     for point in content["points"]:
         outcome = results(folder / point["run"])
         for arm in ("bissl", "baseline"):
-            values = outcome["arms"][arm]["top1"]["per_seed"]
+            values = outcome["variants"][arm]["top1"]["per_seed"]
             entry = point["arms"][arm]
             assert entry["per_seed"] == values
             assert entry["mean"] == pytest.approx(np.mean(values))
             assert entry["std"] == pytest.approx(np.std(values, ddof=1))
-            assert entry["pretext_steps"] == outcome["arms"][arm]["pretext_steps"] == 2 * point["epochs"]
+            assert entry["pretext_steps"] == outcome["variants"][arm]["pretext_steps"] == 2 * point["epochs"]
             own = [row for row in rows if (row["epochs"], row["arm"]) == (str(point["epochs"]), arm)]
             assert [float(row["value"]) for row in own] == values
             assert {float(row["mean"]) for row in own} == {entry["mean"]}
@@ -166,7 +164,7 @@ def test_a_dry_run_tells_steps_and_writes_nothing(tmp_path: Path, capsys: pytest
 
 def test_a_long_note_is_not_cut_off_and_bars_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    real = epochs_figure_module.matplotlib_parts
+    real = curve.matplotlib_parts
 
     def remembering(what: str) -> Any:
         figure_class, context = real(what)
@@ -177,9 +175,9 @@ def test_a_long_note_is_not_cut_off_and_bars_stand_side_by_side(monkeypatch: pyt
 
         return make, context
 
-    monkeypatch.setattr(epochs_figure_module, "matplotlib_parts", remembering)
+    monkeypatch.setattr(curve, "matplotlib_parts", remembering)
     lines = {arm: [(4.0, 50.0, 5.0), (12.0, 60.0, 5.0)] for arm in ("bissl", "baseline", "scratch")}
-    epochs_figure(lines, title="t", metric="top1 (%)", note="a word or two " * 15)
+    length_curve_png(lines, title="t", metric="top1 (%)", note="a word or two " * 15)
     (figure,) = drawn
     renderer = FigureCanvasAgg(figure).get_renderer()
     for text in figure.texts:
@@ -194,7 +192,7 @@ def test_a_long_note_is_not_cut_off_and_bars_stand_side_by_side(monkeypatch: pyt
 @pytest.mark.parametrize("epochs", [(3,), (10, 20, 40), (10, 20, 30, 50, 100, 200, 400, 600, 601)])
 def test_the_figure_is_repeatable_and_not_empty(epochs: tuple[int, ...]) -> None:
     lines = {arm: [(float(e), 50.0 + e / 20 + i, 2.0) for e in epochs] for i, arm in enumerate(("bissl", "$base_"))}
-    first, second = (epochs_figure(lines, title="$x_1", metric="top1 (%)", note="note") for _ in range(2))
+    first, second = (length_curve_png(lines, title="$x_1", metric="top1 (%)", note="note") for _ in range(2))
     assert first == second
     pixels = image.imread(io.BytesIO(first))[..., :3]
     blue, orange = (

@@ -80,14 +80,19 @@ def network() -> nn.Sequential:
         return [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
 
     layers = [*block(3, 8), *block(8, 16), *block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+    net = nn.Sequential(*layers, nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16)).double()
+    # Drawn in float64: another last digit of float32 would be another network after 100 steps.
+    for layer in net:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
+    return net
 
 
 @pytest.fixture(scope="module", params=[pytest.param(cifar, marks=needs_archive), pieces], ids=lambda f: f.__name__)
 def trained(request: pytest.FixtureRequest) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Params]:
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     generator = torch.Generator().manual_seed(1)
-    images, net = as_tensor(request.param(BATCH * K)), network().double().train()
+    images, net = as_tensor(request.param(BATCH * K)), network().train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     for _ in range(STEPS):
         rows = torch.randperm(len(images), generator=generator)[:BATCH]

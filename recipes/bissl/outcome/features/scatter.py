@@ -1,4 +1,4 @@
-"""Embedded features of several backbones side by side, one colour a class, as a PNG."""
+"""Draws the embedded features of several backbones side by side, one colour for each class, as a PNG."""
 
 import io
 import textwrap
@@ -33,7 +33,7 @@ LINE = 60
 
 
 @dataclass(frozen=True)
-class FeaturePanel:
+class ScatterPanel:
     """The points of one backbone, what it is, and a line of numbers below it."""
 
     title: str
@@ -41,7 +41,7 @@ class FeaturePanel:
     note: str
 
 
-def feature_figure(panels: Sequence[FeaturePanel], labels: Labels, classes: Sequence[str], caption: str) -> bytes:
+def scatter_png(panels: Sequence[ScatterPanel], labels: Labels, classes: Sequence[str], caption: str) -> bytes:
     """The panels in a row on axes of the same scale, with a legend of the classes where there are at most `NAMED`.
 
     Args:
@@ -90,7 +90,7 @@ def _centred(points: Array) -> Array:
     return points - (points.max(axis=0) + points.min(axis=0)) / 2
 
 
-def _draw(axes: "Axes", panel: FeaturePanel, labels: Labels, styles: Sequence[dict[str, Any]], extent: float) -> None:
+def _draw(axes: "Axes", panel: ScatterPanel, labels: Labels, styles: Sequence[dict[str, Any]], extent: float) -> None:
     points = _centred(panel.points)
     size = float(np.clip(9000 / len(points), 5, 26))
     for c in np.unique(labels):

@@ -1,4 +1,4 @@
-"""What the command `features` leaves in a run: `features.json` beside `features.png`."""
+"""Reads and writes what the command `features` leaves: `features.json` beside `features.png`."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ....experiment.plots import shown_name
 from ...settings.run_directory import FEATURES, FEATURES_PICTURE
+from ..wording import shown_name
 
 
-class ArmRecord(BaseModel):
+class ArmScores(BaseModel):
     """One backbone: its artifact, and its scores by name; None where one is undefined."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -20,7 +20,7 @@ class ArmRecord(BaseModel):
     scores: dict[str, float | None]
 
 
-class FeatureRecord(BaseModel):
+class SavedFeatures(BaseModel):
     """What was shown, how, and what came out.
 
     Attributes:
@@ -41,7 +41,7 @@ class FeatureRecord(BaseModel):
     points: int
     batch_norm: str
     definitions: dict[str, str]
-    arms: dict[str, ArmRecord]
+    arms: dict[str, ArmScores]
 
     def caption(self) -> str:
         """What a reader of the picture must know."""
@@ -57,7 +57,7 @@ class FeatureRecord(BaseModel):
         return json.dumps(self.model_dump(), indent=1, allow_nan=False).encode()
 
 
-def read_features(run_dir: Path) -> tuple[FeatureRecord, bytes] | None:
+def read_features(run_dir: Path) -> tuple[SavedFeatures, bytes] | None:
     """The record and the picture in a run's folder; None where there are none.
 
     Raises:
@@ -69,7 +69,7 @@ def read_features(run_dir: Path) -> tuple[FeatureRecord, bytes] | None:
     remedy = "make it again by the command features --overwrite, or delete it"
     try:
         values: Any = json.loads(path.read_bytes())
-        record, picture = FeatureRecord.model_validate(values), (run_dir / FEATURES_PICTURE).read_bytes()
+        record, picture = SavedFeatures.model_validate(values), (run_dir / FEATURES_PICTURE).read_bytes()
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {remedy}") from error

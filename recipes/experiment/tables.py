@@ -1,0 +1,83 @@
+"""Tables of text, written as markdown and as LaTeX."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .terminal import printable
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of plain text under headings: the first `left` columns are words, the others numbers."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    title: str = ""
+
+
+def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """The tables one below the other, then the notes as a list."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_markdown(cell).replace("|", r"\|") for cell in cells) + " |"
+
+    parts = []
+    for table in tables:
+        rule = ["---"] * table.left + ["---:"] * (len(table.headings) - table.left)
+        parts.append("\n".join([f"## {table.title}", "", line(table.headings), line(rule), *map(line, table.rows)]))
+    parts.append("\n".join(f"- {_markdown(note)}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """`table` environments to be included in a document; they need no package. The notes are a list below."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_latex(cell) for cell in cells) + r" \\"
+
+    parts = []
+    for table in tables:
+        columns = "l" * table.left + "r" * (len(table.headings) - table.left)
+        body = [line(table.headings), r"\hline", *map(line, table.rows)]
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    rf"\caption{{{_latex(table.title)}}}",
+                    rf"\begin{{tabular}}{{{columns}}}",
+                    *body,
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    parts.append("\n".join([r"\begin{itemize}", *(rf"\item {_latex(note)}" for note in notes), r"\end{itemize}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))
+
+
+def _markdown(text: str) -> str:
+    """Text without tags and escapes; a plain "<" before a number stays as it is."""
+    return re.sub(r"\\|<(?=[A-Za-z/!?])", lambda match: "\\" + match[0], _one_line(text))
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in _one_line(text))

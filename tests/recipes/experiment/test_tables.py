@@ -1,0 +1,28 @@
+"""Tables of text as markdown and LaTeX: their columns, and characters that mean something there."""
+
+from recipes.experiment.tables import Table, latex, markdown
+
+TABLE = Table(["name", "score"], [["a_b|c", "1.0 ± 0.5"], ["<i>&%", "−2"]], left=1, title="Scores #1")
+
+
+def test_markdown() -> None:
+    assert markdown([TABLE], ["a note\nof two lines", "1 < 2"]) == (
+        "## Scores #1\n\n| name | score |\n| --- | ---: |\n| a_b\\|c | 1.0 ± 0.5 |\n| \\<i>&% | −2 |\n\n"
+        "- a note of two lines\n- 1 < 2\n"
+    )
+
+
+def test_latex() -> None:
+    lines = latex([TABLE], ["50%"]).splitlines()
+    assert r"\caption{Scores \#1}" in lines
+    assert r"\begin{tabular}{lr}" in lines
+    assert r"a\_b$|$c & 1.0 $\pm$ 0.5 \\" in lines
+    assert r"$<$i$>$\&\% & $-$2 \\" in lines
+    assert r"\item 50\%" in lines
+
+
+def test_commands_for_a_terminal_are_shown_as_words() -> None:
+    hostile = Table(["a"], [["\x1b[2J"]])
+    for written in (markdown([hostile], []), latex([hostile], [])):
+        assert "\x1b" not in written
+        assert "x1b" in written
