@@ -66,7 +66,7 @@ class StageEvents(Callback):
     @property
     def name(self) -> str:
         """The stage in one word, for names of files."""
-        return "{stage}-{arm}-seed-{seed}".format(**self.context)
+        return "{stage}-{variant}-seed-{seed}".format(**self.context)
 
     def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
         # Of a long training of one level, `MOST_LINES` steps at most and those that were left out.

@@ -18,7 +18,7 @@ def fit(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     found = load_checkpoint(attempt.directory)
     attempt.check()
     save_checkpoint(attempt.directory, 1, {"x": torch.ones(1)})
-    return {"net": nn.Linear(1, 1)}, {"resumed": found is not None}
+    return {"net": nn.Linear(1, 1)}, {"resumed": found is not None, "seconds": 0.0}
 
 
 def never(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
