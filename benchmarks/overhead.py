@@ -32,7 +32,7 @@ if not __package__:
 from benchmarks.measuring import Timing, environment, free_port, interleaved, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
 from bilevel import Checkpointing
-from bilevel.training import engine
+from bilevel.checkpoint import save_checkpoint
 from recipes.bissl.commands.main import main as run_recipe
 from recipes.experiment.folder.run_folder import RESULTS
 
@@ -64,13 +64,15 @@ def saves_through(watch: Callable[[str, Path, Save], None]) -> Iterator[None]:
 
     What `save` takes is what training waits for: the states of all parts, and their way to the disk.
     """
-    first, others = engine.save_checkpoint, Checkpointing.on_interrupt
+    first, others = save_checkpoint, Checkpointing.on_interrupt
 
     def see(folder: Path, save: Save) -> None:
         watch(folder.name.rpartition("-")[0], folder, save)
 
     with (
-        patch.object(engine, "save_checkpoint", lambda folder, *what: see(folder, lambda: first(folder, *what))),
+        patch(
+            "bilevel.training.engine.save_checkpoint", lambda folder, *what: see(folder, lambda: first(folder, *what))
+        ),
         patch.object(Checkpointing, "on_interrupt", lambda self, it: see(self.directory, lambda: others(self, it))),
     ):
         yield

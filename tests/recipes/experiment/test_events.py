@@ -36,7 +36,7 @@ def test_steps_left_out_are_events_always(tmp_path: Path) -> None:
 
 
 def stage_events(path: Path, **context: Any) -> StageEvents:
-    return StageEvents(path, {"stage": "head", "arm": "bissl", "seed": 0, **context})
+    return StageEvents(path, {"stage": "head", "variant": "ours", "seed": 0, **context})
 
 
 def test_resuming_cuts_the_own_lines_only(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_resuming_cuts_the_own_lines_only(tmp_path: Path) -> None:
     found = [(line["seed"], line["step"], line.get("again", False)) for line in lines(path)]
     assert found == [(0, 1, False), (1, 1, False), (1, 2, False), (0, 2, True)]
     assert resumed.state_dict() == {"lines": 2}
-    assert lines(path)[0] == {"stage": "head", "arm": "bissl", "seed": 0, "step": 1, "loss": None}
+    assert lines(path)[0] == {"stage": "head", "variant": "ours", "seed": 0, "step": 1, "loss": None}
 
 
 def test_resuming_in_the_file_of_another_run_loses_nothing(tmp_path: Path) -> None:
@@ -78,6 +78,6 @@ def test_a_fresh_start_forgets_an_earlier_attempt(tmp_path: Path) -> None:
     stage_events(path).restart()
     assert not path.exists()
     stage_events(path).write({"step": 1})
-    stage_events(path, arm="baseline").write({"step": 1})
+    stage_events(path, variant="baseline").write({"step": 1})
     stage_events(path).restart()
-    assert [line["arm"] for line in lines(path)] == ["baseline"]
+    assert [line["variant"] for line in lines(path)] == ["baseline"]

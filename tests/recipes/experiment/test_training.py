@@ -77,7 +77,7 @@ class Fit:
         trainer, _ = run_training(
             self.make,
             "fit",
-            events=StageEvents(self.folder / "metrics.jsonl", {"stage": "fit", "arm": "a", "seed": 0}),
+            events=StageEvents(self.folder / "metrics.jsonl", {"stage": "fit", "variant": "a", "seed": 0}),
             attempt=Attempt(self.folder / "stage", self.check),
             workspace=Workspace(self.folder, ArtifactStore(self.folder), Console(quiet=True)),
             checkpoint_every=every,
@@ -111,7 +111,7 @@ def test_an_interrupted_training_continues_exactly(tmp_path: Path, stop: int) ->
     whole.run(11, every=4)
     parts = tmp_path / "parts"
     first = Fit(parts, check=taken_at(stop))
-    (parts / "metrics.jsonl").write_text('{"stage": "earlier", "arm": "a", "seed": 0}\n')
+    (parts / "metrics.jsonl").write_text('{"stage": "earlier", "variant": "a", "seed": 0}\n')
     with pytest.raises(Taken):
         first.run(11, every=4)
     # Who was taken over writes no event of the step any more.
