@@ -73,8 +73,7 @@ class Segmentation(DownstreamTask):
     def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
         def view(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             inputs, targets = images.expand(-1, 3, -1, -1).float() / 127.5 - 1.0, masks[:, None].float()
-            if train:
-                # One grid for both. A mean of two classes is no class: masks take the nearest pixel.
+            if train:  # One grid for both. A mean of two classes is no class: masks take the nearest pixel.
                 grid = affine_grid(self.crops(len(images), generator).to(images.device), list(inputs.shape), False)
                 inputs = grid_sample(inputs, grid, "bilinear", "border", False)
                 targets = grid_sample(targets, grid, "nearest", "border", False)
@@ -85,10 +84,8 @@ class Segmentation(DownstreamTask):
     def crops(self, count: int, generator: torch.Generator) -> Tensor:
         """Square crops inside the image, maybe mirrored, for `affine_grid`: [count, 2, 3]."""
         draws = torch.rand(4, count, generator=generator)
-        side, mirror = (
-            1.0 - (1.0 - self.smallest_crop) * draws[0],
-            1.0 - 2.0 * (draws[3] < self.flip_probability).float(),
-        )
+        side = 1.0 - (1.0 - self.smallest_crop) * draws[0]
+        mirror = torch.where(draws[3] < self.flip_probability, -1.0, 1.0)
         middle, zero = (1.0 - side) * (2.0 * draws[1:3] - 1.0), torch.zeros(count)
         rows = [side * mirror, zero, middle[0]], [zero, side, middle[1]]
         return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
@@ -110,9 +107,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of each stage")
     module = Path(__file__).stem if __name__ == "__main__" else __name__
-    images, every = f"{module}:PastedDigits", {"labels_per_class": None, "val_per_class": None}
-    data = {"pretext": images, "downstream": images, "image_size": SIDE, **every}
-    base = {"data": data, "downstream": {"task": f"{module}:Segmentation"}}
+    images = {"pretext": f"{module}:PastedDigits", "downstream": f"{module}:PastedDigits", "image_size": SIDE}
+    every_label = {"labels_per_class": None, "val_per_class": None}
+    base = {"data": images | every_label, "downstream": {"task": f"{module}:Segmentation"}}
     length = QUICK if parser.parse_args(arguments).quick else FULL
     results = results_of(build_config(digits(), base, {"arms": ("bissl", "baseline", "scratch"), **COST}, length))
     print("\n".join(plain_lines(results)))
