@@ -71,7 +71,7 @@ def test_the_share_of_all_saves_in_a_small_run() -> None:
     counts = {stage: row["count"] for stage, row in found["stages"].items()}
     assert sorted(counts) == sorted(STAGES)
     assert counts["bissl"] == 1 + 2
-    assert counts["finetune"] == 2 * (1 + 3)
+    assert counts["finetune"] == 2 * (1 + 4)
     assert found["saving"] == pytest.approx(sum(row["seconds"] for row in found["stages"].values()))
     assert found["share"] == pytest.approx(found["saving"] / found["seconds"])
     assert 0.0 < found["share"] < 1.0
