@@ -67,7 +67,7 @@ def test_states_of_every_stage_of_a_small_run() -> None:
 def test_the_share_of_all_saves_in_a_small_run() -> None:
     found = overhead.share([*SMALL_OPTIONS, "--seeds=1"])
     # One before the first step and one after each alternation; two arms fine-tune for 4 epochs, with one before
-    # the first step and after each epoch but the last.
+    # the first step and after each epoch.
     counts = {stage: row["count"] for stage, row in found["stages"].items()}
     assert sorted(counts) == sorted(STAGES)
     assert counts["bissl"] == 1 + 2
