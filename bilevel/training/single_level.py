@@ -37,7 +37,8 @@ class SingleLevelTrainer(Training):
             taken here.
         level: variables, optimizer, data and schedule.
         steps: of the whole training.
-        parts: what else changes and belongs to a checkpoint, by name: modules for their buffers, callables with counts.
+        parts: what else changes and belongs to a checkpoint, by name. Of modules all that the level does not hold:
+            buffers, frozen parameters.
         callbacks, nonfinite_skips: as for `Trainer`. A step that is left out changes no buffer of a module either.
 
     Raises:
@@ -84,11 +85,26 @@ class SingleLevelTrainer(Training):
         return f"step {self.steps[name] + 1}"
 
     def kept(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        return {name: self._rest_of(part) for name, part in self.parts.items()}
 
     def load_kept(self, kept: Mapping[str, Any]) -> None:
         for name, part in self.parts.items():
-            part.load_state_dict(kept[name])
+            if isinstance(part, nn.Module):
+                part.load_state_dict(kept[name], strict=False)
+            else:
+                part.load_state_dict(kept[name])
+
+    def _rest_of(self, part: Stateful) -> Any:
+        """A part's state; a module's without the variables, which the level saves."""
+        if not isinstance(part, nn.Module):
+            return part.state_dict()
+        own = {id(leaf) for leaf in self.levels["train"].params.values()}
+        state = part.state_dict(keep_vars=True)
+        return {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in state.items()
+            if id(value) not in own
+        }
 
 
 def gradient_of(loss: Callable[[Any], Tensor], params: Params) -> Derivatives:
