@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel import Implicit, Params, Problem, linearize
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
+from bilevel.products import automatic as automatic_module
 from bilevel.products.automatic import Automatic, as_provider
 from tests.support.closed_forms import proximal_point, run
 from tests.support.two_heads import implicit, make
