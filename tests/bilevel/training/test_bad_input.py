@@ -4,13 +4,21 @@
 # pyright: reportArgumentType=false
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bilevel import AlternatingSchedule, BatchStack, Checkpointing, JSONLWriter, Level, ProgressBar
 from bilevel.training import Cycle, Diagnostics, Inspect, TensorBoardLogger, WandbLogger
+
+
+@dataclass
+class Points:
+    indices: Tensor
+    seed: int
 
 
 def level(**given: Any) -> Level:
@@ -85,5 +93,5 @@ def test_what_is_meant_is_taken() -> None:
     assert Level(params, optimizer, [None], scheduler=rates).scheduler is rates
     for strength in (0, 0.5, 1):
         assert schedule(adaptation_strength=strength).adaptation_strength == strength
-    # A class is a function too.
-    assert stack(load=lambda indices, seed: indices, seed=2**62).seed == 2**62
+    # What can be called is a function: here a class.
+    assert stack(load=Points).next().indices.shape == (1,)

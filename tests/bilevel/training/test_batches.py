@@ -122,7 +122,7 @@ def test_a_state_of_other_data_is_refused() -> None:
     [
         (0, 1, "size must be .* got 0"),
         (5, 0, "batch_size must be .* got 0"),
-        (5, 6, "batch_size=6 is larger .* reduce"),
+        (5, 6, "batch_size=6 is larger"),
     ],
 )
 def test_impossible_sizes_are_refused(size: int, batch_size: int, message: str) -> None:
