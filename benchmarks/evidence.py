@@ -122,7 +122,7 @@ def solves(events: Sequence[Event]) -> dict[str, Figures]:
             kinds.setdefault(event["variant"], []).append(event)
     rows = {}
     for arm, solved in kinds.items():
-        cosines, departures = ([float(e[field]) for e in solved] for field in ("cosine", "relative_change"))
+        cosines, changes = ([float(e[field]) for e in solved] for field in ("cosine", "relative_change"))
         by_alternation: dict[int, list[float]] = {}
         for event in solved:
             by_alternation.setdefault(int(event["alternation"]), []).append(float(event["cosine"]))
@@ -130,9 +130,9 @@ def solves(events: Sequence[Event]) -> dict[str, Figures]:
             "solves": len(solved),
             "cosine": {"min": min(cosines), "median": statistics.median(cosines), "max": max(cosines)},
             "relative_change": {
-                "min": min(departures),
-                "median": statistics.median(departures),
-                "max": max(departures),
+                "min": min(changes),
+                "median": statistics.median(changes),
+                "max": max(changes),
             },
             "cosine_by_alternation": [statistics.median(by_alternation[i]) for i in sorted(by_alternation)],
             "products": statistics.mean(float(e["num_hvps"]) for e in solved),

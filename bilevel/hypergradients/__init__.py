@@ -3,7 +3,7 @@
 from bilevel.hypergradients.check import HypergradientCheck, check_hypergradient
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import LowerStep, Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.method import LowerStep, Method, MethodState, Proposal, Setup, UpperStep, check_proposal
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.penalty import Penalty
 from bilevel.hypergradients.result import (
@@ -46,6 +46,7 @@ __all__ = [
     "as_method",
     "check_hypergradient",
     "check_on_failure",
+    "check_proposal",
     "from_optimizer",
     "hypergradient",
     "linearize",

@@ -6,7 +6,7 @@ from typing import Any
 from bilevel import tree
 from bilevel.checks import check_kind
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, UpperStep
+from bilevel.hypergradients.method import Method, UpperStep, check_proposal
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
 from bilevel.hypergradients.system import check_batches
 from bilevel.linear import Solver
@@ -62,8 +62,12 @@ def propose_once(
 ) -> Hypergradient:
     """What a method proposes for a first and only upper step."""
     step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches))
-    result = method.propose(step, {}, method.prepare(step, {})).result
-    assert result is not None, "the only step of a stage has a hypergradient"
+    result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), upper).result
+    if result is None:
+        raise ValueError(
+            f"{type(method).__name__}: the Proposal has no hypergradient (result=None); this method can be used in a "
+            "Trainer alone"
+        )
     return result
 
 

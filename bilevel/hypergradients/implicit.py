@@ -6,7 +6,17 @@ from typing import Any, final
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, System, Tikhonov, check_tikhonov, linearize, through_system
+from bilevel.hypergradients.system import (
+    Selection,
+    System,
+    Tikhonov,
+    check_selection,
+    check_tikhonov,
+    check_tikhonov_names,
+    linearize,
+    selected,
+    through_system,
+)
 from bilevel.linear import CG, Solution, Solver, Status
 from bilevel.lower import upper_derivatives
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
@@ -62,18 +72,25 @@ class Implicit(Method):
 
     def __post_init__(self) -> None:
         check_kind("Implicit: solver", self.solver, Solver, "a solver such as CG() or Neumann(10)")
-        object.__setattr__(self, "hvp", as_provider(self.hvp))
+        as_provider(self.hvp)
+        object.__setattr__(self, "implicit", check_selection("Implicit", self.implicit))
         check_number("Implicit: damping", self.damping)
         check_tikhonov(self.tikhonov)
         check_count("Implicit: hessian_batches", self.hessian_batches, least=1)
         for name in ("aggregate", "warm_start"):
             check_kind(f"Implicit: {name}", getattr(self, name), bool, "True or False")
+        if self.warm_start and not self.solver.uses_start:
+            raise ValueError(
+                f"Implicit: warm_start=True, but {type(self.solver).__name__} has no use for a start; take a solver "
+                "that iterates, or leave it out"
+            )
 
     @property
     def stored_batches(self) -> int:
         return self.hessian_batches
 
     def check(self, setup: Setup) -> None:
+        check_tikhonov_names(self.tikhonov, selected(setup.problem, setup.lower, self.implicit))
         if not self.aggregate:
             return
         if setup.problem.curvature_depends_on_upper:
@@ -93,15 +110,17 @@ class Implicit(Method):
         return several and self.solver.learns
 
     def prepare(self, step: UpperStep, state: MethodState) -> System:
-        if isinstance(self.hvp, Automatic) and self.hvp.chosen is None and "hvp" in state:
-            self.hvp.load_state_dict({"chosen": state["hvp"]})
+        # "auto" measures anew for every training; a training that has chosen keeps its choice.
+        provider = as_provider(self.hvp)
+        if isinstance(provider, Automatic) and "hvp" in state:
+            provider.load_state_dict({"chosen": state["hvp"]})
         return linearize(
             step.problem,
             step.upper,
             step.lower,
             step.lower_batches,
             solver=self.solver,
-            hvp=self.hvp,
+            hvp=provider,
             damping=self.damping,
             tikhonov=self.tikhonov,
             implicit=self.implicit,
@@ -112,7 +131,7 @@ class Implicit(Method):
         pending = _Pending.of(step, state)
         if self.aggregate and step.position + 1 < step.count:
             loss, direct, v = upper_derivatives(step.problem, step.upper, step.lower, system.implicit, step.upper_batch)
-            return Proposal(direct, loss, self._next(state, pending.and_of(v, step.upper_rate or 0.0)))
+            return Proposal(direct, loss, self._next(state, system, pending.and_of(v, step.upper_rate or 0.0)))
         rate = step.upper_rate or 0.0
         if rate == 0.0 and pending.rates > 0.0:
             raise ValueError(
@@ -123,15 +142,15 @@ class Implicit(Method):
             system, step.upper, step.lower, step.upper_batch, solve=lambda v: self._solve(step, state, system, v)
         )
         scale = pending.scale(rate)
-        following = self._next(state, _Pending())
+        following = self._next(state, system, _Pending())
         if self.warm_start and result.solution is not None:
             following.pop("start", None)
             if result.solution.status in _SOUND:
                 following["start"] = tree.scale(1.0 / scale, result.solution.value)
         return Proposal(result.grad, result.loss, following, result, scale)
 
-    def _next(self, state: MethodState, pending: "_Pending") -> MethodState:
-        chosen = self.hvp.state_dict()["chosen"] if isinstance(self.hvp, Automatic) else None
+    def _next(self, state: MethodState, system: System, pending: "_Pending") -> MethodState:
+        chosen = system.hvp.state_dict()["chosen"] if isinstance(system.hvp, Automatic) else None
         start = state.get("start") if self.warm_start else None
         kept = {"start": start, "hvp": chosen, "right": pending.right, "rates": pending.right and pending.rates}
         return {name: value for name, value in kept.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.checks import same_structure
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.hypergradients.updates import State, Update
 from bilevel.problem import Problem
@@ -113,6 +114,25 @@ class Setup:
     adapts: bool
 
 
+def check_proposal(method: "Method", proposal: object, upper: Params) -> Proposal:
+    """The proposal, if it is one that an optimizer of `upper` can follow.
+
+    Raises:
+        TypeError, ValueError: naming the method and what it must propose.
+    """
+    name = type(method).__name__
+    if not isinstance(proposal, Proposal):
+        raise TypeError(f"{name}: propose must return a Proposal, got {type(proposal).__name__}")
+    if not same_structure(proposal.gradient, upper):
+        raise ValueError(
+            f"{name}: the gradient of a Proposal must have the names and shapes of the upper variables {list(upper)}, "
+            f"got {list(proposal.gradient)}"
+        )
+    if proposal.loss.dim() != 0:
+        raise ValueError(f"{name}: the loss of a Proposal must be 0-d, got shape {tuple(proposal.loss.shape)}")
+    return proposal
+
+
 class Method(ABC):
     """A way to compute hypergradients, as a value: it holds options, and what changes is in its state.
 
@@ -153,7 +173,11 @@ class Method(ABC):
 
     def prepare(self, step: UpperStep, state: MethodState) -> Any:
         """What serves all upper steps of a stage, made before the first one; before each of them where
-        `Problem.curvature_depends_on_upper`. `state` may be read."""
+        `Problem.curvature_depends_on_upper`.
+
+        It is made again where a stage is resumed between two upper steps, from `step` and `state` as they are then:
+        what it reads of them must not change within a stage, or `starts_anew` must say True.
+        """
         return None
 
     @abstractmethod

@@ -5,8 +5,8 @@ from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_number
-from bilevel.hypergradients.method import Method, MethodState, Proposal, UpperStep
-from bilevel.hypergradients.system import Selection, linearize, through_system
+from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.system import Selection, check_selection, linearize, selected, through_system
 from bilevel.linear import ApproximateInverse, Identity
 from bilevel.products import HVP, FiniteDifference, as_provider
 
@@ -46,11 +46,15 @@ class OneStep(Method):
         if self.step_size is not None:
             check_number("OneStep: step_size", self.step_size, positive=True)
         object.__setattr__(self, "hvp", as_provider(self.hvp))
+        object.__setattr__(self, "implicit", check_selection("OneStep", self.implicit))
         check_count("OneStep: lower_batches", self.lower_batches, least=1)
 
     @property
     def stored_batches(self) -> int:
         return self.lower_batches
+
+    def check(self, setup: Setup) -> None:
+        selected(setup.problem, setup.lower, self.implicit)
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         size = step.lower_rate if self.step_size is None else self.step_size

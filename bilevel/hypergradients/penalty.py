@@ -8,10 +8,10 @@ from typing import Any, final
 import torch
 
 from bilevel import tree
-from bilevel.checks import check_kind, check_number, same_structure
-from bilevel.hypergradients.method import Method, MethodState, Proposal, UpperStep
+from bilevel.checks import check_count, check_kind, check_number, same_structure
+from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.hypergradients.system import Selection, selected
+from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.updates import Update
 from bilevel.lower import lower_derivatives, upper_derivatives
 from bilevel.tree import Params
@@ -53,12 +53,18 @@ class Penalty(Method):
     def __post_init__(self) -> None:
         check_kind("Penalty: update", self.update, Update, "an Update such as SGDUpdate(lr=0.1)")
         check_number("Penalty: penalty", self.penalty, positive=True)
+        object.__setattr__(self, "implicit", check_selection("Penalty", self.implicit))
+        check_count("Penalty: lower_batches", self.lower_batches, least=1)
         if self.penalized is not None:
             tree.check_params("Penalty: penalized", self.penalized)
 
     @property
     def stored_batches(self) -> int:
         return self.lower_batches
+
+    def check(self, setup: Setup) -> None:
+        selected(setup.problem, setup.lower, self.implicit)
+        self._start(setup.lower, {})
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         names = selected(step.problem, step.lower, self.implicit)

@@ -1,7 +1,8 @@
 """The hypergradient by the sensitivity of the lower optimizer (SAMA)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, final
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from bilevel import tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, linearize, through_system
+from bilevel.hypergradients.system import Selection, check_selection, linearize, selected, through_system
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
 from bilevel.linear import ApproximateInverse, Identity
@@ -34,8 +35,8 @@ class SAMA(Method):
 
     with the moments m, s after that step. It is taken by automatic differentiation, for any `Update`. y should have
     nearly converged under the optimizer. The paper's adjustment of the lower variables along D dF/dy is not made:
-    nothing is written. The result's `solution` holds D dF/dy (times lambda where there is a regularizer, by the
-    system's scale) and no residual.
+    nothing is written. A trainer's norm limit is no part of D. The result's `solution` holds D dF/dy (times lambda
+    where there is a regularizer, by the system's scale) and no residual.
 
     Args:
         update: the lower optimizer; None takes the live one, which only a trainer has.
@@ -61,7 +62,9 @@ class SAMA(Method):
             check_kind("SAMA: update", self.update, Update, "an Update such as AdamUpdate(lr=1e-3), or None")
         elif self.state is not None:
             raise ValueError("SAMA: a state belongs to an update; pass the update too, or leave the state out")
+        check_kind("SAMA: state", self.state, (Mapping, NoneType), "the state that from_optimizer gave, or None")
         object.__setattr__(self, "hvp", as_provider(self.hvp))
+        object.__setattr__(self, "implicit", check_selection("SAMA", self.implicit))
         check_count("SAMA: lower_batches", self.lower_batches, least=1)
 
     @property
@@ -69,8 +72,11 @@ class SAMA(Method):
         return self.lower_batches
 
     def check(self, setup: Setup) -> None:
+        selected(setup.problem, setup.lower, self.implicit)
         if self.update is None:
             from_optimizer(setup.lower_optimizer, setup.lower)
+        else:
+            starting_state(self.update, setup.lower, self.state)
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         update, slots = self.update, self.state

@@ -304,9 +304,7 @@ def linearize(
     check_number("regularization_weight", problem.regularization_weight)
     check_tikhonov(tikhonov)
     names = selected(problem, lower, implicit)
-    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
-    if unknown:
-        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
+    check_tikhonov_names(tikhonov, names)
     check_kind("solver", solver, (Solver, NoneType), "a solver such as CG() or Neumann(10)")
     return System(
         problem,
@@ -330,6 +328,30 @@ def check_batches(lower_batches: Sequence[Any]) -> None:
         )
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+
+
+def check_selection(owner: str, implicit: Selection | None) -> Selection | None:
+    """`implicit` as a predicate or a tuple of names, which can be gone through more than once.
+
+    Raises:
+        TypeError: a bare string, or neither names nor a predicate.
+        ValueError: no name.
+    """
+    if implicit is None or (callable(implicit) and not isinstance(implicit, type)):
+        return implicit
+    names = tuple(implicit) if isinstance(implicit, Iterable) and not isinstance(implicit, str) else None
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{owner}: implicit must be names of lower variables or a predicate on names, got {implicit!r}")
+    if not names:
+        raise ValueError(f"{owner}: implicit names no lower variable; leave it out for the Problem's choice")
+    return names
+
+
+def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
+    """Raise ValueError where a term is for something that is not an implicit lower variable."""
+    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
+    if unknown:
+        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
 
 
 def matching(implicit: Selection, lower: Params) -> tuple[str, ...]:

@@ -5,15 +5,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, final
 
 import torch
 
 from bilevel import distributed, tree
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.hypergradients.system import Selection, selected
+from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
 from bilevel.lower import lower_derivatives, lower_value, upper_derivatives
@@ -78,10 +79,19 @@ class Unrolled(Method):
     started_from: Mapping[str, str] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not (self.update is None or isinstance(self.update, Update) or callable(self.update)):
+        object.__setattr__(self, "implicit", check_selection("Unrolled", self.implicit))
+        check_kind("Unrolled: recompute", self.recompute, bool, "True or False")
+        check_kind("Unrolled: state", self.state, (Mapping, NoneType), "the state that from_optimizer gave, or None")
+        check_kind(
+            "Unrolled: started_from", self.started_from, (Mapping, NoneType), "lower name -> upper name, or None"
+        )
+        if self.state is not None and self.update is None:
+            raise ValueError("Unrolled: a state belongs to an update; pass the update too, or leave the state out")
+        known = isinstance(self.update, Update) or (callable(self.update) and not isinstance(self.update, type))
+        if not (self.update is None or known):
             raise TypeError(
                 "Unrolled: update must be an Update or a function of the upper variables that makes one, got "
-                f"{type(self.update).__name__}"
+                f"{self.update!r}"
             )
         if self.steps is not None:
             check_count("Unrolled: steps", self.steps, least=1)

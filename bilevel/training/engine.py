@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from bilevel.tree import Params
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed."""
+    """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed.
+
+    Buffers that the pass writes, such as running statistics, are put back only where `nonfinite_skips` is above 0.
+    """
 
 
 class Training(ABC):
@@ -107,7 +110,19 @@ class Training(ABC):
         self.load_state_dict(found[1])
         return True
 
-    def apply(self, event: str, name: str, loss: Tensor, gradient: Params, *, limit_scale: float = 1.0) -> Record:
+    def apply(
+        self,
+        event: str,
+        name: str,
+        loss: Tensor,
+        gradient: Params,
+        *,
+        limit_scale: float = 1.0,
+        also: Iterable[Tensor] = (),
+        before: Callable[[], None] = lambda: None,
+        undo: Callable[[], None] = lambda: None,
+        reason: str | None = None,
+    ) -> Record:
         """One optimizer step of a level, after checking that every number is finite; the event's record.
 
         Loss and gradient are means over the ranks, so that what is not finite on one is so on all. One read of the
@@ -117,27 +132,37 @@ class Training(ABC):
             event: its name.
             name: of the level.
             limit_scale: how many steps' gradients this one stands for, in the norm limit.
+            also: tensors that must be finite too.
+            before: called when all is finite, before anything changes.
+            undo: called when something is not, before the callbacks hear of it.
+            reason: in words, what may have gone wrong.
         """
-        level, norm_ = self.levels[name], tree.norm(gradient)
-        dtype = torch.promote_types(loss.dtype, norm_.dtype)
-        value, norm = torch.stack((loss.detach().to(norm_.device, dtype), norm_.to(dtype))).tolist()
+        level, size = self.levels[name], tree.norm(gradient)
+        dtype = torch.promote_types(loss.dtype, size.dtype)
+        others = [torch.isfinite(tensor).all().to(size.device) for tensor in also]
+        sound = torch.stack(others).all() if others else torch.ones_like(size, dtype=torch.bool)
+        numbers = torch.stack((loss.detach().to(size.device, dtype), size.to(dtype), sound.to(dtype)))
+        value, norm, all_sound = numbers.tolist()
         record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}
-        if not (abs(value) < float("inf") and norm < float("inf")):
-            record = self._skip(name, record)
-        else:
+        if abs(value) < float("inf") and norm < float("inf") and all_sound:
+            before()
             level.descend(gradient, norm, limit_scale=limit_scale)
+        else:
+            undo()
+            reasons = [reason] if reason else []
+            record = self._skip(name, record, reasons if all_sound else [*reasons, "the method's state is not finite"])
         self.steps[name] += 1
         return record
 
-    def _skip(self, name: str, record: Record) -> Record:
+    def _skip(self, name: str, record: Record, reasons: Sequence[str]) -> Record:
         """Count a step that is not finite as left out, with nothing changed; its event."""
         record = {**record, "skipped": True}
         notes = [note for callback in self.callbacks if (note := callback.on_nonfinite(self, name, record)) is not None]
         if self.skipped.total() >= self.nonfinite_skips:
             raise NonFiniteError(
                 f"{self.place(name)}: loss {record['loss']}, gradient norm {record['grad_norm']}; "
-                f"{'; '.join(['no variable was changed', *notes])}. Lower the learning rate ({record['lr']:g}), or "
-                "check the data of this batch"
+                f"{'; '.join([*reasons, 'no variable was changed', *notes])}. Lower the learning rate "
+                f"({record['lr']:g}), or check the data of this batch"
             )
         self.skipped[name] += 1
         return record
@@ -168,18 +193,11 @@ class Training(ABC):
         """Continue from a `state_dict` of a training that was made with the same arguments.
 
         Raises:
-            ValueError: the state has other variables or another number of callbacks than this training.
+            ValueError: the state is of another training; nothing was changed.
         """
-        if len(state["callbacks"]) != len(self.callbacks):
-            raise ValueError(
-                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; "
-                "resume with the same callbacks in the same order"
-            )
+        self.check_state(state)
         for name, level in self.levels.items():
-            try:
-                level.load_state_dict(state["levels"][name])
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            level.load_state_dict(state["levels"][name])
             level.data.load_state_dict(state["data"][name])
         self.load_kept(state["kept"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
@@ -187,6 +205,28 @@ class Training(ABC):
         self.progress, self.steps = state["progress"], dict(state["steps"])
         self.skipped = Counter(state["skipped"])
         set_random_state(state["random"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of another training, before anything is written.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        if state["levels"].keys() != self.levels.keys():
+            raise ValueError(
+                f"the state is of a training of {list(state['levels'])}, this one is of {list(self.levels)}; name the "
+                "checkpoints of this training"
+            )
+        for name, level in self.levels.items():
+            try:
+                level.check_state(state["levels"][name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        if len(state["callbacks"]) != len(self.callbacks):
+            raise ValueError(
+                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; "
+                "resume with the same callbacks in the same order"
+            )
 
     @abstractmethod
     def load_kept(self, kept: Mapping[str, Any]) -> None:

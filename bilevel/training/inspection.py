@@ -41,7 +41,8 @@ class Inspect(Callback):
 
     A dictionary for ``torch.load(path, weights_only=True)``: the event ("event", "step", "loss", "grad_norm", ...),
     "indices" of the level's batch where its data are a `BatchStack`, "levels" (variables, optimizer and schedule by
-    level) and "kept" (buffers and the like) as they were before the step.
+    level) as they were before the step, and "kept" (buffers and the like), which the pass may have written unless
+    `nonfinite_skips` is above 0.
 
     Args:
         directory: made where missing.
@@ -61,4 +62,4 @@ class Inspect(Callback):
             "kept": trainer.kept(),
         }
         write_inspection(path, content)
-        return f"batch and state are in {path}"
+        return f"indices and state are in {path}"

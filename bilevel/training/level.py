@@ -91,7 +91,17 @@ class Level:
 
     @torch.no_grad()
     def restart(self, values: Params) -> None:
-        """Start from `values` with an optimizer that has seen nothing; the schedule goes on."""
+        """Start from `values` with an optimizer that has seen nothing; the schedule goes on.
+
+        Raises:
+            ValueError: a value of no variable, or of another shape.
+        """
+        for name, value in values.items():
+            if name not in self.params or value.shape != self.params[name].shape:
+                raise ValueError(
+                    f"Problem.reset_lower gave {name!r} of shape {tuple(value.shape)}; it must give values of lower "
+                    f"variables, {[(n, tuple(t.shape)) for n, t in self.params.items()][:4]} ..., or None"
+                )
         for name, value in values.items():
             self.params[name].copy_(value)
         self.optimizer.state.clear()
@@ -104,18 +114,24 @@ class Level:
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where the state is of another level."""
+        if not same_structure(state["variables"], self.params):
+            raise ValueError("the state's variables have other names or shapes than this training's")
+        if (state["scheduler"] is None) != (self.scheduler is None):
+            there, here = ("one", "none") if self.scheduler is None else ("none", "one")
+            raise ValueError(f"scheduler: the state has {there}, this level {here}; make the level as it was made then")
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, in place.
 
         Raises:
-            ValueError: the state has other variables than this level.
+            ValueError: the state is of another level.
         """
-        saved = state["variables"]
-        if not same_structure(saved, self.params):
-            raise ValueError("the state's variables have other names or shapes than this training's")
+        self.check_state(state)
         for name, leaf in self.params.items():
-            leaf.copy_(saved[name])
+            leaf.copy_(state["variables"][name])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])

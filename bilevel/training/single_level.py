@@ -56,6 +56,11 @@ class SingleLevelTrainer(Training):
         nonfinite_skips: int = 0,
     ) -> None:
         super().__init__({"train": level}, callbacks, nonfinite_skips)
+        if level.micro_batch is not None:
+            raise ValueError(
+                "SingleLevelTrainer: the level's micro_batch is for Trainer; chunk the derivatives by "
+                "micro_batched_gradient, and leave it out"
+            )
         check_count("SingleLevelTrainer: steps", steps, least=0)
         self.derivatives, self.parts, self._total = derivatives, dict(parts or {}), steps
 
@@ -68,11 +73,13 @@ class SingleLevelTrainer(Training):
         """One step."""
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
         loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].data.next()))
-        record = self.apply("train", "train", loss, gradient)
-        if "skipped" in record:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+
+        @torch.no_grad()
+        def undo() -> None:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+        record = self.apply("train", "train", loss, gradient, undo=undo)
         self.progress += 1
         self.emit(record)
 
@@ -86,6 +93,13 @@ class SingleLevelTrainer(Training):
 
     def kept(self) -> dict[str, Any]:
         return {name: self._rest_of(part) for name, part in self.parts.items()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        super().check_state(state)
+        for name in {**self.parts, **state["kept"]}:
+            own, saved = (list(kept[name]) if name in kept else None for kept in (self.kept(), state["kept"]))
+            if own != saved:
+                raise ValueError(f"parts[{name!r}]: the state's has other content than this training's")
 
     def load_kept(self, kept: Mapping[str, Any]) -> None:
         for name, part in self.parts.items():

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 
-from bilevel import interruption
+from bilevel import interruption, tree
 from bilevel.checkpoint import set_random_state
 from bilevel.checks import check_kind
 from bilevel.hypergradients import (
@@ -22,6 +22,7 @@ from bilevel.hypergradients import (
     UpperStep,
     as_method,
     check_on_failure,
+    check_proposal,
     from_optimizer,
     report_failure,
 )
@@ -53,7 +54,8 @@ class Trainer(Training):
         nonfinite_skips: how many steps may be left out in the whole run because their loss or gradient is not finite:
             nothing changes in them, neither the method's state nor the learning rate's schedule. One more, by default
             the first, raises `NonFiniteError`. `bilevel.training.Inspect` saves what such a step was made of.
-        on_failure: as for `hypergradient`; "warn" warns once a run, and `solves` counts by status either way.
+        on_failure: as for `hypergradient`; "warn" warns once a run, and `solves` counts by status either way. A step
+            that is not finite is one for `nonfinite_skips`, whatever is said here.
 
     Inside ``with bilevel.interruption.Interruption()``, SIGTERM, SIGUSR1 and Ctrl-C end `run` after the step that is
     being made, an upper step before the method's next product or pass: it is undone. `Checkpointing` then saves.
@@ -90,8 +92,15 @@ class Trainer(Training):
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
         schedule.check_pairs(upper.params, lower.params)
+        if upper is lower:
+            raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
         if upper.micro_batch is not None:
             raise ValueError("upper: micro_batch is for the steps of the lower level; leave it out here")
+        if lower.micro_batch is not None and type(problem).lower_outputs is Problem.lower_outputs:
+            raise ValueError(
+                f"lower: micro_batch needs lower_outputs and lower_output_loss, which {type(problem).__name__} does "
+                "not define; define both, or leave micro_batch out"
+            )
         if any(group.get("weight_decay", 0.0) for group in lower.optimizer.param_groups):
             warnings.warn(
                 "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
@@ -181,13 +190,15 @@ class Trainer(Training):
             micro_batch=lower.micro_batch,
             seed=None if made is None else made.seed,
         )
-        record = self.apply("lower", "lower", loss, gradient)
+        record = self.apply("lower", "lower", loss, gradient, undo=lambda: self._put_back(kept))
         if "skipped" not in record:
             self.problem.after_lower_step(upper, lower.params, self.steps["lower"])
             now.recorded += [] if made is None else [(now.drawn - 1, made)]
-        elif kept is not None:
-            self.problem.load_state_dict(kept)
         self.emit(record)
+
+    def _put_back(self, kept: Mapping[str, Any] | None) -> None:
+        if kept is not None:
+            self.problem.load_state_dict(kept)
 
     def _is_replayed(self, now: Alternation) -> bool:
         """Whether the method asks for the lower step that is about to be made."""
@@ -223,9 +234,18 @@ class Trainer(Training):
         )
         batch = upper.data.next()
         proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
+        proposal = check_proposal(self.method, proposal, upper.params)
         now.proposed = now.proposed or proposal.result is not None
-        self._report(proposal.result)
-        record = self.apply("upper", "upper", proposal.loss, proposal.gradient, limit_scale=proposal.norm_limit_scale)
+        record = self.apply(
+            "upper",
+            "upper",
+            proposal.loss,
+            proposal.gradient,
+            limit_scale=proposal.norm_limit_scale,
+            also=[tensor for tensor in tree.tensors_in(proposal.state) if tensor.is_floating_point()],
+            before=lambda: self._report(proposal.result),
+            reason=proposal.result and proposal.result.failure,
+        )
         if "skipped" not in record:
             self._method_state = proposal.state
             self.problem.after_upper_step(upper.params, lower.params, batch, self.steps["upper"])
@@ -290,9 +310,17 @@ class Trainer(Training):
         return {
             **super().state_dict(),
             "solves": dict(self.solves),
-            "method": copy.deepcopy(self._method_state),
+            "method": {"name": type(self.method).__name__, "state": copy.deepcopy(self._method_state)},
             "under_way": None if self._now is None else self._now.state_dict(),
         }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        super().check_state(state)
+        saved, own = state["method"]["name"], type(self.method).__name__
+        if saved != own:
+            raise ValueError(
+                f"method: the state is of {saved}, this training goes by {own}; resume with the same method"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
@@ -302,5 +330,5 @@ class Trainer(Training):
             lower = self.lower
             self._now = restored(state["under_way"], lower, self._lower_batches)
             lower.data.load_state_dict(state["data"]["lower"])
-        self.solves, self._method_state = Counter(state["solves"]), copy.deepcopy(state["method"])
+        self.solves, self._method_state = Counter(state["solves"]), copy.deepcopy(state["method"]["state"])
         set_random_state(state["random"])

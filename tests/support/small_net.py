@@ -126,6 +126,5 @@ def net_trainer(
         else AlternatingSchedule(4, 3, upper_steps),
         Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2) if method is None else method,
         callbacks=[JSONLWriter(folder / "metrics.jsonl", {"seed": 1}), Checkpointing(folder / "checkpoints"), *extra],
-        on_failure="ignore",
-        **options,
+        **{"on_failure": "ignore", **options},
     )

@@ -14,11 +14,11 @@ from ...experiment.artifacts import INFO, Artifact, ArtifactError
 from ...experiment.configuration import read_config_file
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
 from ...experiment.terminal import command_name
-from ..outcome.execution import config_of
 from ..outcome.model_card import model_card
+from ..outcome.open_run import config_of
 from ..settings.arms import METHOD, arm_of
 from ..settings.config import Config
-from ..training.artifacts import costs_of, read_stage
+from ..training.costs import costs_of, read_stage
 
 WEIGHTS, CARD = "backbone.safetensors", "MODEL_CARD.md"
 STAGES = ("pretext", "restart", "head", "bissl", "finetune")

@@ -13,17 +13,17 @@ from bilevel.training import derive_seed
 from ...experiment.errors import ConfigError
 from ...experiment.terminal import command_name
 from ...vision.imagesets import DataError, ImageSet
-from ..outcome.execution import before_finetuning, open_finished
 from ..outcome.features.embedding import Method, tsne
 from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures, arm_features
 from ..outcome.features.saved import ArmScores, SavedFeatures
 from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
+from ..outcome.open_run import before_finetuning, open_finished
 from ..outcome.pipeline import Pipeline
 from ..outcome.report import write_report
 from ..settings.arms import BASELINE, METHOD
 from ..settings.run_directory import FEATURES, FEATURES_PICTURE
-from ..training.batches import Batches
+from ..training.image_batches import Batches
 
 Split = Literal["test", "val"]
 
@@ -168,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN_DIR", help="output folder of a finished run")
     parser.add_argument("--seed", type=int, help="which repeat of the pipeline (default: the run's first)")
     parser.add_argument(
-        "--arms", default="baseline,bissl", help="arms of the run, in the order of the panels (default: %(default)s)"
+        "--arms",
+        default=f"{BASELINE},{METHOD}",
+        help="arms of the run, in the order of the panels (default: %(default)s)",
     )
     parser.add_argument("--split", choices=get_args(Split), default="test", help="images to show (default: test)")
     parser.add_argument("--method", choices=get_args(Method), default="sklearn", help="which t-SNE (default: sklearn)")

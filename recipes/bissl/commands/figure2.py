@@ -14,12 +14,12 @@ from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines
-from ..outcome.execution import make_pipeline, run_whole
+from ..outcome.open_run import make_pipeline, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
 from ..outcome.wording import shown_name
 from ..settings.run_directory import run_directory
-from ..training.artifacts import artifact_store
+from ..training.costs import artifact_store
 from ..training.datasets import Datasets
 from .parsing import Request, parse
 

@@ -26,14 +26,14 @@ from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
-from ..outcome.agreement import check_data
 from ..outcome.console_table import comparison_lines, results_table
-from ..outcome.execution import begin, make_pipeline, run_whole
+from ..outcome.open_run import begin, make_pipeline, run_whole
 from ..outcome.pipeline import Pipeline
+from ..outcome.rank_checks import check_data
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.presets import list_presets
-from ..training.artifacts import artifact_store, read_stage
+from ..training.costs import artifact_store, read_stage
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 

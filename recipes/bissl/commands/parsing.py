@@ -17,7 +17,7 @@ from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import RunDirectory
 from ...experiment.terminal import command_name
 from ..settings import compatibility
-from ..settings.arms import ARMS, arm_of
+from ..settings.arms import ARMS, EQUAL_TIME, METHOD, SCRATCH, arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS, PaperVersion, describe_preset
 from ..settings.run_directory import run_directory
@@ -170,12 +170,12 @@ def _check_options(given: argparse.Namespace, config: Config) -> None:
         if given.from_artifact is not None:
             raise ConfigError(f"--from: the arm {given.arm!r} starts from random weights; leave out one of the two")
     elif given.command not in ("all", "pretext") and given.from_artifact is None and not given.dry_run:
-        remedy = " (or --arm scratch, from random weights)" if given.command == "finetune" else ""
+        remedy = f" (or --arm {SCRATCH}, from random weights)" if given.command == "finetune" else ""
         raise ConfigError(f"{given.command}: needs --from ARTIFACT, the folder of an earlier stage's artifact{remedy}")
 
 
 def _arm(given: argparse.Namespace) -> str:
-    return given.arm or ("restart" if given.command == "restart" else "bissl")
+    return given.arm or ("restart" if given.command == "restart" else METHOD)
 
 
 def _arms_of(command: str, config: Config) -> list[str]:
@@ -183,7 +183,7 @@ def _arms_of(command: str, config: Config) -> list[str]:
     names = [*ARMS, *config.variants]
     if command == "pretext":
         # How long the arm of equal time trains is known only after others.
-        return [name for name in names if arm_of(name).start != "random" and name != "baseline-time"]
+        return [name for name in names if arm_of(name).start != "random" and name != EQUAL_TIME]
     if command in ("head", "bissl", "restart"):
         return [name for name in names if arm_of(name).then == ("restart" if command == "restart" else "bissl")]
     return names

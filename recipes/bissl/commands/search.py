@@ -20,19 +20,19 @@ from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.search.queue import TrialQueue
-from ...experiment.search.records import select
+from ...experiment.search.trial_record import select
 from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.imagesets import DataError
-from ..outcome.execution import compute_device
-from ..outcome.search.results import CHOSEN, SELECTION, lines, table, write_selection
+from ..outcome.open_run import compute_device
+from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
 from ..outcome.search.space import LR, LR_RANGE, TRIALS, WEIGHT_DECAY, WEIGHT_DECAY_RANGE, grid_around, random_pairs
 from ..outcome.search.variant_search import Search, check, prepare, work
-from ..settings.arms import ARMS, arm_of
+from ..settings.arms import ARMS, BASELINE, EQUAL_TIME, arm_of
 from ..settings.run_directory import SAFE_TO_CHANGE
-from ..training.artifacts import read_stage
+from ..training.costs import read_stage
 from ..training.datasets import Datasets
 from .parsing import Request, parse, show_config
 
@@ -130,8 +130,8 @@ def _check(given: argparse.Namespace, request: Request) -> None:
     if given.stage == "head" and arm_of(request.arm).then != "bissl":
         names = ", ".join(name for name, arm in ARMS.items() if arm.then == "bissl")
         raise ConfigError(f"--arm: --stage head belongs to {names}, not to {request.arm!r}")
-    if request.arm == "baseline-time" and given.source is None:
-        raise ConfigError("--arm: how long baseline-time trains is known only after others; give --from ARTIFACT")
+    if request.arm == EQUAL_TIME and given.source is None:
+        raise ConfigError(f"--arm: how long {EQUAL_TIME} trains is known only after others; give --from ARTIFACT")
     if not given.lease > 0 or given.lease == float("inf"):
         raise ConfigError(f"--lease: must be a positive number of seconds, got {given.lease:g}")
     if not given.tolerance >= 0:
@@ -141,7 +141,7 @@ def _check(given: argparse.Namespace, request: Request) -> None:
 def _search(given: argparse.Namespace, request: Request) -> Search:
     config, of = request.config, "head" if given.stage == "head" else request.arm
     if given.stage == "head":
-        trials = grid_around(config.finetune.rates("baseline"), side=given.grid_side, factor=given.grid_factor)
+        trials = grid_around(config.finetune.rates(BASELINE), side=given.grid_side, factor=given.grid_factor)
     else:
         count = TRIALS if given.trials is None else given.trials
         ranges = tuple(given.lr_range), tuple(given.weight_decay_range)

@@ -8,13 +8,14 @@ from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.torch_metrics import as_metrics
+from ..settings.arms import METHOD
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
-from ..training.batches import Batches, check_batch_size
 from ..training.compute import Computing
 from ..training.datasets import Datasets
+from ..training.given_weights import check_initial_weights
+from ..training.image_batches import Batches, check_batch_size
 from ..training.repeat import Repeat
-from ..training.warm_start import check_initial_weights
 
 PROBE = {"cpu": 16, "cuda": 256}
 """Images that the time of one is measured on: enough to fill the device."""
@@ -33,7 +34,7 @@ def check_data(config: Config, data: Datasets, computing: Computing) -> None:
         DataError, ConfigError: naming what is wrong.
     """
     check_initial_weights(config.model, config.data.image_size)
-    batches = Batches(Repeat(config, "bissl", config.seed), data, computing)
+    batches = Batches(Repeat(config, METHOD, config.seed), data, computing)
     for fraction in _fractions(config):
         batches.pretext(config.pretext_task(), "check", fraction)
     check_labelled(config, data, computing)
@@ -53,7 +54,7 @@ def check_labelled(config: Config, data: Datasets, computing: Computing) -> None
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
     as_metrics(task.metrics())
-    Batches(Repeat(config, "bissl", config.seed), data, computing).labelled(task, "check")
+    Batches(Repeat(config, METHOD, config.seed), data, computing).labelled(task, "check")
 
 
 def describe(config: Config) -> str:

@@ -14,7 +14,7 @@ from ...vision.networks.backbones import BACKBONES, RESNETS
 from ...vision.networks.torchvision_backbones import network_options
 from ..settings.arms import SCRATCH
 from ..settings.config import Config
-from ..training.artifacts import costs_of
+from ..training.costs import costs_of
 
 _HOW = {
     "pretext": "self-supervised pre-training alone",

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 
 from ...experiment.artifacts import Artifact
 from ...experiment.workspace import Workspace
-from ..settings.arms import arm_of
+from ..settings.arms import BASELINE, EQUAL_TIME, METHOD, arm_of
 from ..settings.config import Config
 from ..settings.plan import make_plan
-from ..training.artifacts import costs_of
 from ..training.compute import Computing
+from ..training.costs import costs_of
 from ..training.datasets import Datasets
 from ..training.repeat import Repeat
 from ..training.stages import bissl, finetune, head, pretext
-
-EQUAL_TIME = "baseline-time"
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Pipeline:
 
     def _equal_time(self, made: dict[str, Artifact | None]) -> int:
         """Pretext steps of the baseline in the seconds of BiSSL's stages."""
-        method, baseline = costs_of(made["bissl"]), costs_of(made["baseline"])
+        method, baseline = costs_of(made[METHOD]), costs_of(made[BASELINE])
         # Steps that fit heads to given weights come before, and are as many again.
-        planned = make_plan(self.config, "baseline", len(self.data.pretext), 0).pretext
+        planned = make_plan(self.config, BASELINE, len(self.data.pretext), 0).pretext
         fitting = baseline.pretext_steps - planned
         return max(1, round(baseline.pretext_steps * method.seconds / baseline.seconds) - fitting)

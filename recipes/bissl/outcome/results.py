@@ -9,7 +9,7 @@ from ...experiment.artifacts import Artifact
 from ..settings import compatibility
 from ..settings.arms import METHOD, REQUIRED, SCRATCH, arm_of
 from ..settings.config import Config
-from ..training.artifacts import costs_of
+from ..training.costs import costs_of
 from ..training.datasets import Datasets
 from .summary import ArmResult, assemble, environment
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ...experiment.workspace import Workspace
 from ..settings.config import Config
-from ..training.artifacts import artifact_store
 from ..training.compute import Computing
+from ..training.costs import artifact_store
 from ..training.datasets import Datasets
 from .pipeline import Pipeline
 from .results import summarise

@@ -2,13 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-METHOD, BASELINE, SCRATCH = "bissl", "baseline", "scratch"
+Rates = Literal["bissl", "baseline", "scratch"]
+"""Whose learning rate and weight decay an arm's fine-tuning takes."""
+
+METHOD: Final = "bissl"
+BASELINE: Final = "baseline"
+SCRATCH: Final = "scratch"
 """Arms with a role of their own: the method is compared with every other arm, and every other arm with scratch."""
 
 REQUIRED = (METHOD, BASELINE)
 """Arms of every run, which tables and figures show first and in this order."""
+
+EQUAL_TIME, EQUAL_LABELS, WARMUP_LR = "baseline-time", "baseline-labels", "baseline-warmup-lr"
+"""Baselines that differ in how long they are pre-trained, in how long they are fine-tuned, and in the pretext rate."""
 
 
 @dataclass(frozen=True)
@@ -26,39 +34,39 @@ class Arm:
     meaning: str
     start: Literal["warm-up", "baseline", "random"]
     then: Literal["bissl", "restart", "nothing"]
-    rates: Literal["bissl", "baseline", "scratch"]
+    rates: Rates
     bissl: Mapping[str, Any] = field(default_factory=dict)
 
 
 ARMS: dict[str, Arm] = {
-    METHOD: Arm("the method", "warm-up", "bissl", "bissl"),
-    BASELINE: Arm("pre-training, then fine-tuning", "baseline", "nothing", "baseline"),
-    SCRATCH: Arm("fine-tuning of random weights", "random", "nothing", "scratch"),
+    METHOD: Arm("the method", "warm-up", "bissl", METHOD),
+    BASELINE: Arm("pre-training, then fine-tuning", "baseline", "nothing", BASELINE),
+    SCRATCH: Arm("fine-tuning of random weights", "random", "nothing", SCRATCH),
     "identity": Arm(
         "the bilevel stage without a Hessian product (x = v): what the solve brings",
         "warm-up",
         "bissl",
-        "bissl",
+        METHOD,
         {"solver": "identity", "layerwise": False, "escalate": False},
     ),
     "restart": Arm(
         "as many pretext steps with the bilevel stage's restarted schedule, no upper level: what the restart brings",
         "warm-up",
         "restart",
-        "bissl",
+        METHOD,
     ),
-    "baseline-warmup-lr": Arm("the baseline at the warm-up's learning rate", "baseline", "nothing", "baseline"),
-    "baseline-labels": Arm(
+    WARMUP_LR: Arm("the baseline at the warm-up's learning rate", "baseline", "nothing", BASELINE),
+    EQUAL_LABELS: Arm(
         "the baseline, fine-tuned for as many labelled steps as the BiSSL arm makes in all",
         "baseline",
         "nothing",
-        "baseline",
+        BASELINE,
     ),
-    "baseline-time": Arm(
+    EQUAL_TIME: Arm(
         "the baseline, pre-trained for as many seconds as the BiSSL arm takes before fine-tuning",
         "baseline",
         "nothing",
-        "baseline",
+        BASELINE,
     ),
 }
 """Name on the command line -> arm; a run's own variants of the bilevel stage come beside them."""

@@ -1,4 +1,4 @@
-"""Where the authors' published code departs from the paper: switches that follow the code, none of them on by default.
+"""Where the authors' published code deviates from the paper: switches that follow the code, none of them on by default.
 
 What the paper leaves open and the presets therefore take from the code (layer-wise CG, one forward pass a view, the
 joint norm limit, the evaluation resize, softmax cross-entropy for several labels) needs no switch.
@@ -165,4 +165,4 @@ NOT_OFFERED: dict[str, str] = {
     "NaN of a solve taken as 0": "a failed solve is reported, never hidden",
     "no resume, CUDA and torchrun only, a tracking service required": "changes no number",
 }
-"""Departures without a switch -> why."""
+"""Deviations without a switch -> why."""

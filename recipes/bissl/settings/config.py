@@ -18,7 +18,7 @@ from ..tasks.multilabel import MultiLabel
 from ..tasks.regression import Regression
 from ..tasks.simclr import SimCLR
 from ..tasks.vicreg import VICReg
-from .arms import ARMS, REQUIRED, arm_of
+from .arms import ARMS, METHOD, REQUIRED, WARMUP_LR, arm_of
 from .paper import PaperVersion
 from .sections import (
     BilevelConfig,
@@ -82,7 +82,7 @@ class Config(Section):
     )
     compat: tuple[str, ...] = Field(
         default=(),
-        description="departures of the authors' code to follow, made after all other fields: names, or official",
+        description="deviations of the authors' code to follow, made after all other fields: names, or official",
     )
     data: DataConfig
     model: ModelConfig
@@ -149,12 +149,12 @@ class Config(Section):
         for name in self.variants.keys() & set(self.arms):
             if self.for_arm(name).bissl == self.bissl:
                 raise ValueError(
-                    f"variants: {name!r} is the arm bissl itself, whose section has these values already; change one, "
-                    "or leave the arm out"
+                    f"variants: {name!r} is the arm {METHOD} itself, whose section has these values already; "
+                    "change one, or leave the arm out"
                 )
-        if "baseline-warmup-lr" in self.arms and self.pretext.baseline_lr in (None, self.pretext.lr):
+        if WARMUP_LR in self.arms and self.pretext.baseline_lr in (None, self.pretext.lr):
             raise ValueError(
-                "arms: baseline-warmup-lr is the baseline itself where pretext.baseline_lr is null or equals "
+                f"arms: {WARMUP_LR} is the baseline itself where pretext.baseline_lr is null or equals "
                 "pretext.lr; leave it out"
             )
         return self

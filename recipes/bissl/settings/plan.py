@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .arms import arm_of
+from .arms import EQUAL_LABELS, WARMUP_LR, arm_of
 from .config import Config
 
 
@@ -38,7 +38,7 @@ def batches_per_epoch(points: int, batch_size: int) -> int:
 
 
 def make_plan(config: Config, arm: str, pretext_images: int, labelled_images: int) -> Plan:
-    """The plan of `arm` for data of these sizes; that of "baseline-time" is the baseline's, which it goes beyond.
+    """The plan of `arm` for data of these sizes; that of `EQUAL_TIME` is the baseline's, which it goes beyond.
 
     Without `pretext.baseline_epochs` the baseline makes exactly as many pretext steps as the BiSSL arm, whose lower
     steps count (paper, section 4.1).
@@ -53,7 +53,7 @@ def make_plan(config: Config, arm: str, pretext_images: int, labelled_images: in
         return Plan(0, c.pretext.lr, 0, 0, 0, 0, tuning)
     if kind.start == "baseline":
         steps = warm + lower if c.pretext.baseline_epochs is None else c.pretext.baseline_epochs * epoch
-        rate = c.pretext.lr if arm == "baseline-warmup-lr" else c.pretext.baseline_lr or c.pretext.lr
+        rate = c.pretext.lr if arm == WARMUP_LR else c.pretext.baseline_lr or c.pretext.lr
         return Plan(steps, rate, min(warmup, max(steps - 1, 0)), 0, 0, 0, tuning, fitting)
     head, upper = _labelled_stages(config, labelled_images) if kind.then == "bissl" else (0, 0)
     return Plan(warm, c.pretext.lr, min(warmup, max(warm - 1, 0)), head, lower, upper, tuning, fitting)
@@ -63,7 +63,7 @@ def finetune_steps(config: Config, arm: str, labelled_images: int) -> int:
     """Steps of the arm's fine-tuning, always whole epochs."""
     epoch = batches_per_epoch(labelled_images, config.downstream.batch_size)
     steps = config.finetune.epochs * epoch
-    if arm != "baseline-labels":
+    if arm != EQUAL_LABELS:
         return steps
     return math.ceil((steps + sum(_labelled_stages(config, labelled_images))) / max(epoch, 1)) * epoch
 

@@ -10,7 +10,7 @@ from bilevel.linear import Escalating, Solver
 from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 
 from ...vision.networks.backbones import BACKBONES, check_backbone
-from .arms import arm_of
+from .arms import BASELINE, METHOD, arm_of
 
 V = TypeVar("V")
 
@@ -295,10 +295,10 @@ class FinetuneConfig(Section):
     def rates(self, arm: str) -> tuple[float, float]:
         """(learning rate, weight decay) of an arm."""
         whose = arm_of(arm).rates
-        if whose == "bissl":
+        if whose == METHOD:
             return self.lr, self.weight_decay
         baseline = _first(self.baseline_lr, self.lr), _first(self.baseline_weight_decay, self.weight_decay)
-        if whose == "baseline":
+        if whose == BASELINE:
             return baseline
         return _first(self.scratch_lr, baseline[0]), _first(self.scratch_weight_decay, baseline[1])
 

@@ -20,7 +20,7 @@ from bilevel.training import NonFiniteError
 from ..folder.leases import Lease, LeaseLost, Leases
 from ..folder.run_folder import INSPECT
 from ..stage import Attempt, discard_checkpoints
-from .records import Scores, TrialRecord, read_record
+from .trial_record import Scores, TrialRecord, read_record
 from .trials import Trial
 
 TRIALS, LEASES = "trials", "leases"

@@ -190,7 +190,7 @@ def test_what_is_not_finite_is_reported_and_kept() -> None:
         ({"penalized": [vector(2)]}, TypeError, "Penalty: penalized must be a dict"),
         ({"implicit": ["c"]}, ValueError, "implicit names"),
         ({"lower_batches": []}, ValueError, "lower_batches is empty"),
-        ({"implicit": "a"}, TypeError, "implicit must be a sequence"),
+        ({"implicit": "a"}, TypeError, "Penalty: implicit must be names of lower variables"),
         ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
     ],
 )

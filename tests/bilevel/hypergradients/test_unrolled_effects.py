@@ -225,7 +225,7 @@ def name_of(value: Any) -> str:
         ({"lower_batches": BATCHES[0]}, TypeError, "lower_batches must be a sequence"),
         ({"steps": 0}, ValueError, "Unrolled: steps must be a whole number of at least 1"),
         ({"steps": True}, ValueError, "Unrolled: steps"),
-        ({"implicit": "w"}, TypeError, "implicit must be a sequence"),
+        ({"implicit": "w"}, TypeError, "Unrolled: implicit must be names of lower variables"),
         ({"implicit": ["nothing"]}, ValueError, "nothing"),
         ({"on_failure": "shout"}, ValueError, "on_failure must be one of"),
         (

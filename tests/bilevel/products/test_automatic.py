@@ -1,12 +1,13 @@
 """The automatic provider: what it measures, keeps and falls back to."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Implicit, Params, Problem, Trainer, linearize
+from bilevel import Implicit, Params, Problem, linearize
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products.automatic import Automatic, as_provider
 from tests.support.closed_forms import proximal_point, run
@@ -211,34 +212,41 @@ def test_kinks_make_no_alarm(width: int) -> None:
     assert automatic.report[0].difference > 1e-2
 
 
-def provider_of(trainer: Trainer) -> Automatic:
-    assert isinstance(trainer.method, Implicit)
-    assert isinstance(trainer.method.hvp, Automatic)
-    return trainer.method.hvp
+def with_choice(state: dict[str, Any], chosen: HVPProvider) -> dict[str, Any]:
+    return {**state, "method": {"name": "Implicit", "state": {"hvp": str(chosen)}}}
 
 
 @pytest.mark.parametrize("chosen", [ReverseOverReverse(), ForwardOverReverse()])
-def test_a_resumed_trainer_keeps_the_choice_and_measures_nothing(chosen: HVPProvider) -> None:
+def test_a_resumed_trainer_keeps_the_choice_and_measures_nothing(
+    chosen: HVPProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = make(method=implicit(hvp="auto"))
-    assert first.state_dict()["method"] == {}
-    provider_of(first).load_state_dict({"chosen": str(chosen)})
-    first.advance()
-    state = first.state_dict()
-    assert state["method"] == {"hvp": str(chosen)}
-    second = make(method=implicit(hvp="auto"))
-    second.load_state_dict(state)
-    second.advance()
-    automatic = provider_of(second)
-    assert automatic.chosen == chosen
-    assert automatic.report == ()
-    assert str(chosen) in str(automatic)
-    fixed = make(method=implicit(hvp=ReverseOverReverse()))
-    fixed.load_state_dict(state)
-    fixed.advance()
-    assert fixed.state_dict()["method"] == {}
+    assert first.state_dict()["method"]["state"] == {}
+
+    def never(*what: Any) -> None:
+        pytest.fail("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bilevel.products.automatic._measure", never)
+        first.load_state_dict(with_choice(first.state_dict(), chosen))
+        first.advance()
+        assert first.state_dict()["method"]["state"] == {"hvp": str(chosen)}
+        fixed = make(method=implicit(hvp=ReverseOverReverse()))
+        fixed.load_state_dict(first.state_dict())
+        fixed.advance()
+        assert fixed.state_dict()["method"]["state"] == {}
     unchosen = make(method=implicit(hvp="auto"))
-    unchosen.load_state_dict(make(method=implicit(hvp=ReverseOverReverse())).state_dict())
-    assert provider_of(unchosen).chosen is None
+    unchosen.advance()
+    assert unchosen.state_dict()["method"]["state"]["hvp"] in map(str, (ReverseOverReverse(), ForwardOverReverse()))
+
+
+def test_two_trainings_by_one_method_choose_each_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, seen = implicit(hvp="auto"), list[int]()
+    real = automatic_module._measure
+    monkeypatch.setattr("bilevel.products.automatic._measure", lambda first: (seen.append(1), real(first))[1])
+    for _ in range(2):
+        make(method=method).advance()
+    assert len(seen) == 2
 
 
 def test_a_choice_that_is_no_candidate_is_refused() -> None:

@@ -12,13 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, SGDUpdate, Trainer, Unrolled
+from bilevel import (
+    CG,
+    SAMA,
+    AdamUpdate,
+    AlternatingSchedule,
+    Identity,
+    Implicit,
+    Level,
+    OneStep,
+    Params,
+    Penalty,
+    Problem,
+    SGDUpdate,
+    Trainer,
+    Unrolled,
+)
 from bilevel.checkpoint import load_checkpoint
 from bilevel.distributed import shard
 from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
-from bilevel.training import Callback, Inspect, NonFiniteError
+from bilevel.training import Callback, Inspect, NonFiniteError, SingleLevelTrainer
 from tests.bilevel.training.test_trainer_resume import metrics
 from tests.support.cases import vector
 from tests.support.methods import METHODS, Kind
@@ -295,7 +310,7 @@ def test_a_method_of_ones_own_is_trained_saved_and_resumed(tmp_path: Path) -> No
     assert again.resume(tmp_path / "broken" / "checkpoints")
     again.run()
     assert_same(everything(again), everything(whole))
-    assert everything(whole)["method"] == {"made": 12}
+    assert everything(whole)["method"] == {"name": "Direct", "state": {"made": 12}}
 
 
 def test_a_checkpoint_holds_the_methods_state(tmp_path: Path) -> None:
@@ -303,7 +318,7 @@ def test_a_checkpoint_holds_the_methods_state(tmp_path: Path) -> None:
     trainer.run()
     found = load_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
-    start = found[1]["method"]["start"]
+    start = found[1]["method"]["state"]["start"]
     assert start.keys() == trainer.lower.params.keys()
     assert any(float(leaf.norm()) > 0.0 for leaf in start.values())
     state = copy.deepcopy(found[1])
@@ -325,3 +340,96 @@ def test_a_restart_of_the_lower_level_forgets_the_start(tmp_path: Path) -> None:
     trainer.problem.reset_lower = lambda upper: dict(upper)  # type: ignore[method-assign]
     trainer.run()
     assert starts == [False, True] * 4
+
+
+def test_a_state_that_is_not_finite_is_never_kept(tmp_path: Path) -> None:
+    """F and dF/dx are finite and dF/dy is not, in a step that only adds to what waits for the solve."""
+    trainer = made(tmp_path / "run", METHODS["aggregated"], nonfinite_skips=1, on_failure="raise")
+    plain, batches = trainer.problem.upper_objective, list[Tensor]()
+
+    def poisoned(upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        if not any(batch is seen for seen in batches):
+            batches.append(batch)
+        value = plain(upper, lower, batch)
+        leaf = next(iter(lower.values()))
+        # The root's slope at 0 is infinite, its value 0.
+        return value + (leaf - leaf.detach()).abs().sqrt().sum() if batch is batches[0] else value
+
+    trainer.problem.upper_objective = poisoned  # type: ignore[method-assign]
+    trainer.run()
+    assert trainer.skipped == {"upper": 1}
+    assert all(status in ("BUDGET", "CONVERGED") for status in trainer.solves)
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in trainer.upper.params.values())
+
+
+@pytest.mark.parametrize(
+    ("proposal", "error", "match"),
+    [
+        (None, TypeError, "Odd: propose must return a Proposal, got NoneType"),
+        (Proposal({}, torch.zeros(())), ValueError, "Odd: the gradient of a Proposal must have the names and shapes"),
+    ],
+)
+def test_what_no_optimizer_can_follow_is_refused_by_the_methods_name(
+    tmp_path: Path, proposal: Any, error: type[Exception], match: str
+) -> None:
+    class Odd(Method):
+        def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
+            return proposal
+
+    trainer = made(tmp_path / "run", Kind(Odd()))
+    before = {name: leaf.clone() for name, leaf in trainer.upper.params.items()}
+    with pytest.raises(error, match=match):
+        trainer.run()
+    assert_same(trainer.upper.params, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        (Implicit(implicit=["nope"]), "implicit names \\['nope'\\]"),
+        (Implicit(tikhonov={"nope": 1.0}), "tikhonov names \\['nope'\\]"),
+        (OneStep(implicit=["nope"]), "implicit names \\['nope'\\]"),
+        (SAMA(implicit=["nope"]), "implicit names \\['nope'\\]"),
+        (SAMA(AdamUpdate(0.1), {}), "state lacks"),
+        (Penalty(SGDUpdate(0.1), 1.0, implicit=["nope"]), "implicit names \\['nope'\\]"),
+        (Penalty(SGDUpdate(0.1), 1.0, {"nope": torch.ones(1)}), "penalized must have the names and shapes of lower"),
+    ],
+)
+def test_names_that_are_not_there_are_refused_at_construction(tmp_path: Path, method: Method, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        net_trainer(tmp_path, method=method)
+
+
+def test_a_start_for_a_solver_that_takes_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="warm_start=True, but Identity has no use for a start"):
+        Implicit(Identity(), warm_start=True)
+
+
+def test_names_given_by_a_generator_serve_every_step(tmp_path: Path) -> None:
+    names = (name for name in ("0.weight", "4.bias"))
+    trainer = made(tmp_path / "run", Kind(Implicit(CG(2, rtol=None), damping=2.0, implicit=names)))
+    trainer.run()
+    assert trainer.solves == {"BUDGET": 12}
+
+
+def test_a_restart_with_other_variables_is_refused(tmp_path: Path) -> None:
+    trainer = made(tmp_path / "run", METHODS["implicit"])
+    trainer.problem.reset_lower = lambda upper: {"4.bias": torch.ones(1)}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"Problem.reset_lower gave '4.bias' of shape \(1,\)"):
+        trainer.run()
+
+
+def test_the_state_of_another_training_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    trainer, other = made(tmp_path / "run", METHODS["penalty"]), made(tmp_path / "other", METHODS["implicit"])
+    before = other.state_dict()
+    with pytest.raises(ValueError, match="method: the state is of Penalty, this training goes by Implicit"):
+        other.load_state_dict(trainer.state_dict())
+    other.upper.scheduler = None
+    with pytest.raises(ValueError, match="upper: scheduler: the state has one, this level none"):
+        other.load_state_dict(before)
+    single = SingleLevelTrainer(lambda batch: (torch.zeros(()), {}), other.lower, 1)
+    with pytest.raises(
+        ValueError, match=r"the state is of a training of \['upper', 'lower'\], this one is of \['train'\]"
+    ):
+        single.load_state_dict(before)
+    assert_same(other.state_dict()["levels"]["lower"], before["levels"]["lower"])

@@ -46,7 +46,7 @@ def test_a_trainer_skips_and_saves(level: str, tmp_path: Path) -> None:
     resumed = make(**options, nonfinite_skips=1, callbacks=[Inspect(tmp_path)])
     resumed.load_state_dict(trainer.state_dict())
     assert resumed.skipped == {level: 1}
-    with pytest.raises(NonFiniteError, match=rf"{level} step 2 .*batch and state are in .*{level}-step-2\.pt"):
+    with pytest.raises(NonFiniteError, match=rf"{level} step 2 .*indices and state are in .*{level}-step-2\.pt"):
         make(**options, callbacks=[Inspect(tmp_path)]).run()
 
 

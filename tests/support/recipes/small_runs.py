@@ -13,15 +13,15 @@ from torch import Tensor
 from bilevel import Trainer
 from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
-from recipes.bissl.outcome import execution
-from recipes.bissl.outcome.execution import compute_device
+from recipes.bissl.outcome import open_run
+from recipes.bissl.outcome.open_run import compute_device
 from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.run_directory import PROJECT
-from recipes.bissl.training.artifacts import artifact_store
-from recipes.bissl.training.batches import Batches
 from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.costs import artifact_store
 from recipes.bissl.training.datasets import Datasets
+from recipes.bissl.training.image_batches import Batches
 from recipes.bissl.training.stages import bissl, finetune, head, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.workspace import Workspace
@@ -86,7 +86,7 @@ def execute(*arguments: str) -> int:
 
 def leave_out_report(patch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    patch.setattr(execution, "write_report", lambda folder: folder)
+    patch.setattr(open_run, "write_report", lambda folder: folder)
 
 
 def whole_run(folder: Path, *arguments: str) -> Path:

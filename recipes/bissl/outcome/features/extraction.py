@@ -15,7 +15,7 @@ from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
 from ....vision.imagesets import ImageSet
 from ....vision.networks.backbones import build_backbone
-from ...training.batches import Batches
+from ...training.image_batches import Batches
 
 BATCHES, BATCH_SIZE = 100, 256
 """Of training images that refresh the batch statistics (paper, appendix C.1: "roughly 100 batches" of 256)."""

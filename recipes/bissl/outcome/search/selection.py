@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ....experiment.search.records import Scores
+from ....experiment.search.trial_record import Scores
 
 TOLERANCE = 0.5
 

@@ -6,13 +6,12 @@ from typing import Literal
 
 from ....experiment.errors import ConfigError
 from ....experiment.search.trials import Distribution, LogUniform, Trial, draw, grid
+from ...settings.arms import METHOD, Rates
 from ...settings.config import Config
 
 LR_RANGE, WEIGHT_DECAY_RANGE = (1e-4, 1.0), (1e-5, 1e-2)
 TRIALS = 200
 SearchStage = Literal["finetune", "head"]
-Rates = Literal["bissl", "baseline", "scratch"]
-"""Whose learning rate and weight decay: see `arms.Arm.rates`."""
 
 LR, WEIGHT_DECAY = "lr", "weight_decay"
 
@@ -79,7 +78,7 @@ def decided(stage: SearchStage, whose: Rates, values: Mapping[str, float]) -> di
             "head": {"lr": rate, "weight_decay": decay},
             "bissl": {"upper_lr": rate, "upper_weight_decay": decay},
         }
-    prefix = "" if whose == "bissl" else f"{whose}_"
+    prefix = "" if whose == METHOD else f"{whose}_"
     return {"finetune": {f"{prefix}lr": rate, f"{prefix}weight_decay": decay}}
 
 

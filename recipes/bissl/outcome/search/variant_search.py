@@ -16,19 +16,19 @@ from bilevel.training import NonFiniteError
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
 from ....experiment.search.queue import TrialQueue
-from ....experiment.search.records import Scores
+from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
 from ....experiment.workspace import Workspace
 from ....vision.sources.image_cache import cache_folder, read_cache, write_cache
 from ...settings.arms import arm_of
 from ...settings.config import Config
 from ...settings.run_directory import PROJECT
-from ...training.artifacts import artifact_store, read_stage
+from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
 from ...training.repeat import Repeat
 from ...training.stages import finetune, head
 from ..estimate import check_data, check_labelled
-from ..execution import make_pipeline
+from ..open_run import make_pipeline
 from ..pipeline import Pipeline
 from .space import SearchStage, decided, with_values
 

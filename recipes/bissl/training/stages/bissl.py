@@ -13,15 +13,15 @@ from bilevel.training import Callback, Diagnostics, derive_seed
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.stage import Attempt, CachedStage
-from ....experiment.training import run_training
+from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.config import Config
-from ..artifacts import Costs, costs_of
-from ..batches import LOWER_DATA, Batches
 from ..compute import Computing
+from ..costs import Costs, costs_of
 from ..datasets import Datasets
+from ..image_batches import LOWER_DATA, Batches
 from ..problem import BACKBONE, BiSSLProblem
 from ..repeat import Repeat
 

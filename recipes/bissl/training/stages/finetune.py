@@ -15,17 +15,17 @@ from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
-from ....experiment.training import run_training
+from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
 from ...tasks.base import DownstreamTask
-from ..artifacts import Costs, costs_of
-from ..batches import Batches
 from ..compute import Computing, JoinBuffers
+from ..costs import Costs, costs_of
 from ..datasets import Datasets
+from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
 from ..supervised import SupervisedModel

@@ -16,7 +16,7 @@ from bilevel.tree import Params
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
-from ....experiment.training import run_training
+from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.losses import embedding_spread
 from ....vision.metrics import knn_accuracy
@@ -27,14 +27,14 @@ from ....vision.shards import on_shards
 from ...settings.config import Config
 from ...settings.plan import make_plan
 from ...tasks.base import PretextTask
-from ..artifacts import Costs, costs_of
-from ..batches import LOWER_DATA, PRETEXT_IMAGES, Batches
 from ..compute import Computing, JoinBuffers
+from ..costs import Costs, costs_of
 from ..datasets import Datasets
+from ..given_weights import initial_weights
 from ..global_loss import pretext_loss, pretext_output_loss
+from ..image_batches import LOWER_DATA, PRETEXT_IMAGES, Batches
 from ..problem import bind_lower, lower_variables
 from ..repeat import Repeat
-from ..warm_start import initial_weights
 from . import projector
 
 STAGE, RESTART = "pretext", "restart"

@@ -11,16 +11,16 @@ from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.stage import Attempt, CachedStage
-from ....experiment.training import run_training
+from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone
 from ....vision.optimizers import schedule
 from ...tasks.base import PretextTask
-from ..artifacts import Costs
-from ..batches import PRETEXT_IMAGES, Batches
 from ..compute import JoinBuffers
+from ..costs import Costs
 from ..global_loss import pretext_loss
+from ..image_batches import PRETEXT_IMAGES, Batches
 from ..problem import trainable
 from ..repeat import Repeat
 

@@ -265,9 +265,3 @@ _ALL = (
 )
 
 DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in _ALL}
-
-
-def known_sizes(name: str) -> dict[str, int] | None:
-    """The published number of images for the "pretext" task and of labelled ones to "train" on; None if unknown."""
-    dataset = DATASETS.get(name)
-    return None if dataset is None else {"pretext": dataset.pretext, "train": dataset.split[0]}

@@ -26,7 +26,7 @@ from recipes.bissl.commands.main import main
 from recipes.bissl.outcome.console_table import comparison_lines, results_table
 from recipes.bissl.outcome.report import write_report
 from recipes.bissl.outcome.summary import ArmResult, assemble
-from recipes.bissl.training.artifacts import read_stage
+from recipes.bissl.training.costs import read_stage
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recipes.bissl.outcome.search.selection import near_best
-from recipes.experiment.search.records import Scores
+from recipes.experiment.search.trial_record import Scores
 
 
 def scores(score: float, loss: float, *, higher: bool = True) -> Scores:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from recipes.bissl.commands.parsing import parse
-from recipes.bissl.outcome.search.results import toml
+from recipes.bissl.outcome.search.presentation import toml
 from recipes.bissl.outcome.search.space import decided, grid_around, random_pairs, with_values
 from recipes.bissl.outcome.search.variant_search import Search
 from recipes.experiment.search.queue import TrialQueue

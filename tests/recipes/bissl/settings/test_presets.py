@@ -17,8 +17,8 @@ from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.paper import TITLES, PaperVersion, paper_entry
 from recipes.bissl.settings.plan import make_plan
 from recipes.bissl.settings.presets import PRESETS, describe_preset, list_presets
-from recipes.bissl.training.batches import Batches
 from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.image_batches import Batches
 from recipes.bissl.training.repeat import Repeat
 from recipes.bissl.training.stages import pretext
 from recipes.experiment.artifacts import ArtifactStore

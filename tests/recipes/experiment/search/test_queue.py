@@ -12,7 +12,7 @@ from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.training import NonFiniteError
 from recipes.experiment.folder.leases import LeaseLost
 from recipes.experiment.search.queue import TrialQueue
-from recipes.experiment.search.records import Scores
+from recipes.experiment.search.trial_record import Scores
 from recipes.experiment.search.trials import grid
 from recipes.experiment.stage import Attempt
 

@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, OxfordIIITPet
 
 from recipes.vision.imagesets import DataError
 from recipes.vision.sources import folders
-from recipes.vision.sources.published.catalog import DATASETS, known_sizes
+from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.dataset import open_dataset
 from recipes.vision.sources.sources import Request, Source
 from tests.support.recipes.dataset_trees import MAKERS, cifar, fashion_mnist, md5, scaled, small
@@ -282,6 +282,3 @@ def test_table_agrees_with_the_specification() -> None:
         assert dataset.counts["test"] == dataset.split[2]
         if name != "stl10":
             assert dataset.pretext == dataset.split[0] + dataset.split[1]
-    assert known_sizes("stl10") == {"pretext": 100_000, "train": 4000}
-    assert known_sizes("cars") == {"pretext": 8144, "train": 6598}
-    assert known_sizes("digits") is None

@@ -1,4 +1,4 @@
-"""Artifacts of this recipe's stages: those that count the steps which led to them."""
+"""What stages cost in steps and seconds, and the artifacts that count it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from bilevel.checkpoint import write_atomic
 
-from ....experiment.search.records import Scores, Selection, TrialRecord
+from ....experiment.search.trial_record import Scores, Selection, TrialRecord
 from ....experiment.search.trials import title
 from ....experiment.terminal import command_line
 from .variant_search import Search

@@ -16,7 +16,7 @@ from bilevel.training import Callback, NonFiniteError, SingleLevelTrainer, gradi
 from recipes.experiment.artifacts import ArtifactStore
 from recipes.experiment.events import StageEvents
 from recipes.experiment.stage import Attempt
-from recipes.experiment.training import Seconds, run_training
+from recipes.experiment.stage_training import Seconds, run_training
 from recipes.experiment.workspace import Workspace
 
 BAD = 7

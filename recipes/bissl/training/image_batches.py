@@ -49,7 +49,7 @@ class Batches:
             chosen = images.images[indices.to(images.images.device)]
             return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
 
-        self._check_shares("pretext.batch_size", size, count, self.settings.compute.micro_batch)
+        self._check_shards("pretext.batch_size", size, count, self.settings.compute.micro_batch)
         return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
 
     def labelled(self, task: DownstreamTask, purpose: str) -> BatchStack:
@@ -58,7 +58,7 @@ class Batches:
         transform = views_of_shard(task.transform(train=True), type(task).__name__)
         count, wanted = len(images), self.settings.downstream.batch_size
         size = check_batch_size("downstream.batch_size", wanted, count, "labelled images")
-        self._check_shares("downstream.batch_size", size, count, None)
+        self._check_shards("downstream.batch_size", size, count, None)
         labels = images.labels
         assert labels is not None
 
@@ -78,7 +78,7 @@ class Batches:
             for i in range(0, len(images), size)
         ]
 
-    def _check_shares(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
+    def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
         """Refuse batches of `size` of `count` images, and an epoch's last one, whose parts are too small for BatchNorm.
 
         Raises:
@@ -87,13 +87,13 @@ class Batches:
         ranks, least = world_size(), 2 if self.settings.compute.batch_norm == "local" else 1
         # A last batch of one image has no negatives: nothing to contrast, no batch statistics. It is left out.
         rest = 0 if count % size == 1 else count % size
-        shares = {part for batch in (size, rest) if batch for part in shard_sizes(batch)}
-        if ranks > 1 and min(shares) < least:
+        shards = {part for batch in (size, rest) if batch for part in shard_sizes(batch)}
+        if ranks > 1 and min(shards) < least:
             raise ConfigError(
-                f"{field_name}: {ranks} processes leave one of them {min(shares)} images of a batch of {size} or of an "
+                f"{field_name}: {ranks} processes leave one of them {min(shards)} images of a batch of {size} or of an "
                 f"epoch's last one, of {rest or size}; it needs {least}. Choose another size, or fewer processes"
             )
-        if chunk is not None and any(share % chunk == 1 for share in shares):
+        if chunk is not None and any(shard % chunk == 1 for shard in shards):
             raise ConfigError(
                 f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
                 f"last one, of {rest or size}; BatchNorm needs two, choose another size"

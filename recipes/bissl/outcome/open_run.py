@@ -16,15 +16,15 @@ from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
 from ...experiment.workspace import Workspace
-from ..settings.arms import arm_of
+from ..settings.arms import BASELINE, EQUAL_TIME, METHOD, arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS
 from ..settings.run_directory import PROJECT, run_directory
-from ..training.artifacts import STEPS
 from ..training.compute import Computing
+from ..training.costs import STEPS
 from ..training.datasets import Datasets
-from .agreement import check_ranks
-from .pipeline import EQUAL_TIME, Pipeline
+from .pipeline import Pipeline
+from .rank_checks import check_ranks
 from .report import write_report
 from .results import summarise
 
@@ -170,7 +170,7 @@ def before_finetuning(pipeline: Pipeline, arms: Sequence[str], seed: int) -> dic
         if arm_of(arm).start == "random":
             raise ConfigError(f"--arms: {arm} has random weights before fine-tuning; leave it out")
     # How long the arm of equal time trained is seen from those two.
-    needed = dict.fromkeys(("bissl", "baseline", *arms) if EQUAL_TIME in arms else arms)
+    needed = dict.fromkeys((METHOD, BASELINE, *arms) if EQUAL_TIME in arms else arms)
     made: dict[str, Artifact | None] = {}
     for arm in needed:
         made[arm] = pipeline.pretrain(pipeline.at(arm, seed), made)

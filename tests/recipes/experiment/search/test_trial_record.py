@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.search.records import Scores, TrialRecord, read_record, select
+from recipes.experiment.search.trial_record import Scores, TrialRecord, read_record, select
 from recipes.experiment.search.trials import Trial
 
 TRIAL = Trial(7, {"rate": 0.1, "decay_of_weights": 0.02})
