@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from bilevel.checks import check_count
 from bilevel.distributed import on_first_rank, rank
 
 
@@ -46,10 +47,10 @@ def save_checkpoint(directory: str | Path, step: int, state: Mapping[str, Any], 
         The checkpoint's path, ``step-NNNNNNNN.pt`` or, in place of one of that name, ``step-NNNNNNNN.again.pt``.
 
     Raises:
+        ValueError: a `keep` below 1 or that is no whole number.
         OSError: it cannot be written; earlier checkpoints are as they were.
     """
-    if keep < 1:
-        raise ValueError(f"save_checkpoint: keep must be at least 1, got {keep}")
+    check_count("save_checkpoint: keep", keep, least=1)
     folder = Path(directory)
     plain, again = folder / f"step-{step:08d}.pt", folder / f"step-{step:08d}.again.pt"
     if rank() > 0:

@@ -1,31 +1,57 @@
 """Checks of arguments: each raises one sentence that names the argument, what came and what to do."""
 
 import math
+import os
 from typing import Any
 
 from bilevel.tree import Params
 
 
-def check_count(argument: str, value: object, *, least: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least`."""
+def check_count(argument: str, value: object, *, least: int, otherwise: str = "") -> None:
+    """Raise ValueError unless `value` is a whole number of at least `least`; `otherwise` says what else can be given,
+    for the message."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")
+        other = otherwise and f", or {otherwise}"
+        raise ValueError(f"{argument} must be a whole number of at least {least}{other}, got {_shown(value)}")
 
 
-def check_number(argument: str, value: object, *, positive: bool = False, below: float = math.inf) -> None:
-    """Raise ValueError unless `value` is a number in [0, below), in (0, below) where it must be `positive`."""
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value < below
-    if not valid or (positive and value == 0.0):
+def check_number(
+    argument: str,
+    value: object,
+    *,
+    positive: bool = False,
+    above: float = 0.0,
+    below: float = math.inf,
+    most: float = math.inf,
+    otherwise: str = "",
+) -> None:
+    """Raise ValueError unless `value` is a finite number >= 0, below `below` and at most `most`; greater than 0 where
+    it must be `positive`, greater than `above` where that is not 0. `otherwise` as in `check_count`."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and above <= value < below and value <= most
+    if not valid or ((positive or above > 0.0) and value == above):
         kind = "a positive number" if positive else "a finite number >= 0"
+        kind = f"a finite number above {above:g}" if above > 0.0 else kind
         limit = "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{argument} must be {kind}{limit}, got {value!r}")
+        limit += "" if most == math.inf else f" and at most {most:g}"
+        other = otherwise and f", or {otherwise}"
+        raise ValueError(f"{argument} must be {kind}{limit}{other}, got {_shown(value)}")
 
 
 def check_kind(argument: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
-    """Raise TypeError unless `value` is of the `kind`; `remedy` says what to pass."""
-    if not isinstance(value, kind):
-        given = f"the class {value.__name__}" if isinstance(value, type) else f"{_shown(value)}"
-        raise TypeError(f"{argument} must be {remedy}, got {given}")
+    """Raise TypeError unless `value` is of the `kind`, and no class; `remedy` says what to pass."""
+    if isinstance(value, type) or not isinstance(value, kind):
+        raise TypeError(f"{argument} must be {remedy}, got {_shown(value)}")
+
+
+def check_function(argument: str, value: object, remedy: str) -> None:
+    """Raise TypeError unless `value` can be called; `remedy` says what to pass."""
+    if not callable(value):
+        raise TypeError(f"{argument} must be {remedy}, got {_shown(value)}")
+
+
+def check_path(argument: str, value: object) -> None:
+    """Raise TypeError unless `value` is a path."""
+    check_kind(argument, value, (str, os.PathLike), "a path")
 
 
 def same_structure(x: Params, y: Params) -> bool:
@@ -35,5 +61,7 @@ def same_structure(x: Params, y: Params) -> bool:
 
 def _shown(value: Any) -> str:
     """A short value itself, of others the type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     text = repr(value)
     return text if len(text) <= 40 and "\n" not in text else f"a {type(value).__name__}"

@@ -160,8 +160,8 @@ def measure(*, quick: bool) -> list[dict[str, Any]]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """`right`: solved to the tolerance; `reported`: a status or a shift says that it was not; `unchecked`: a method
-    that makes no product has nothing to say; `wrong`: said to be solved, and is not."""
+    """`right`: solved to the tolerance; `reported`: a status or a Tikhonov term says that it was not; `unchecked`: a
+    method that makes no product has nothing to say; `wrong`: said to be solved, and is not."""
     if row["products"] == 0:
         return "right" if row["residual"] == 0.0 else "unchecked"
     if row["status"] != "CONVERGED" or row["shifted"]:

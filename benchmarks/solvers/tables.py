@@ -34,7 +34,7 @@ def _outcome(row: Figures) -> str:
     """Error and products; before them what is no success, and nothing else where there is no solution."""
     remark, error = "" if row["status"] in SUCCESSES else words(row["status"]), row["error"]
     if row["shifted"]:
-        remark = f"{remark}, shifted" if remark else "shifted"
+        remark = f"{remark}, Tikhonov" if remark else "Tikhonov"
     if error is None:
         return remark or f"not noticed ({_products(row)})"
     return f"{remark}{', ' if remark else ''}{number(error)} ({_products(row)})"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.checks import check_count, check_number
+from bilevel.checks import check_count, check_function, check_kind, check_number
 from bilevel.hypergradients.differences import derivative, step_ranges
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.method import Method
@@ -111,8 +111,11 @@ def check_hypergradient(
         seed: of the directions.
 
     Raises:
+        TypeError: a `lower_solver` that cannot be called, or as for `hypergradient`.
         ValueError: directions < 1, a tolerance that is not positive, or as for `hypergradient`.
     """
+    check_kind("problem", problem, Problem, "an instance of a Problem")
+    check_function("lower_solver", lower_solver, "a function of the problem, upper, lower and the lower batches")
     check_count("directions", directions, least=1)
     check_number("tolerance", tolerance, positive=True)
     point, method = tree.detach(upper), as_method(CG(200, 1e-10) if method is None else method)

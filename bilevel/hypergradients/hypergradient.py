@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bilevel import tree
+from bilevel.checks import check_kind
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method, UpperStep, check_proposal
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
@@ -45,6 +46,7 @@ def hypergradient(
     Raises:
         TypeError, ValueError: bad arguments, as for the method.
     """
+    check_kind("problem", problem, Problem, "an instance of a Problem")
     method = as_method(method)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)

@@ -291,10 +291,12 @@ def linearize(
             Problem's `implicit`.
 
     Raises:
-        TypeError: variables that are not Params; an `implicit` that is a bare string; batches that are not a sequence.
+        TypeError: no instance of a Problem; variables that are not Params; an `implicit` that is a bare string; batches
+            that are not a sequence.
         ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
             without a regularizer; an unknown name in `tikhonov`.
     """
+    check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
     tree.check_params("lower", lower)
     check_batches(lower_batches)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_number
+from bilevel.checks import check_kind, check_number
 from bilevel.tree import Params
 
 State = dict[str, Params]
@@ -55,6 +55,7 @@ class SGDUpdate(Update):
         nesterov: needs momentum.
 
     Raises:
+        TypeError: a `nesterov` that is no truth value.
         ValueError: an option outside its range, a tensor that is not 0-d, or `nesterov` without momentum.
     """
 
@@ -67,6 +68,7 @@ class SGDUpdate(Update):
         _check_option("SGDUpdate", "lr", self.lr)
         _check_option("SGDUpdate", "momentum", self.momentum)
         _check_option("SGDUpdate", "weight_decay", self.weight_decay)
+        check_kind("SGDUpdate: nesterov", self.nesterov, bool, "True or False")
         if self.nesterov and not self._has_momentum:
             raise ValueError(f"SGDUpdate: nesterov=True needs a momentum above 0, got momentum={self.momentum!r}")
 
@@ -108,6 +110,7 @@ class AdamUpdate(Update):
         weight_decay: w >= 0, added to the gradient as ``w y``, or, if `decoupled`, applied as ``y (1 - alpha w)``.
 
     Raises:
+        TypeError: betas that are no pair, a `decoupled` that is no truth value.
         ValueError: an option outside its range or a tensor that is not 0-d.
     """
 
@@ -121,6 +124,10 @@ class AdamUpdate(Update):
         _check_option("AdamUpdate", "lr", self.lr)
         _check_option("AdamUpdate", "eps", self.eps, positive=True)
         _check_option("AdamUpdate", "weight_decay", self.weight_decay)
+        check_kind("AdamUpdate: decoupled", self.decoupled, bool, "True or False")
+        check_kind("AdamUpdate: betas", self.betas, (tuple, list), "two numbers, such as (0.9, 0.999)")
+        if len(self.betas) != 2:
+            raise ValueError(f"AdamUpdate: betas must be two numbers, such as (0.9, 0.999), got {self.betas!r}")
         for k, beta in enumerate(self.betas):
             _check_option("AdamUpdate", f"betas[{k}]", beta, below=1.0)
 

@@ -10,7 +10,7 @@ from bilevel.linear.operators import (
     WatchedOperator,
     mean_and_error,
 )
-from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
+from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner
 from bilevel.linear.solution import Solution, Status
 from bilevel.linear.solver import Solver
 from bilevel.linear.solvers.approximate_inverse import ApproximateInverse
@@ -36,6 +36,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "NystromPreconditioner",
+    "Preconditioner",
     "ScaledOperator",
     "Solution",
     "Solver",

@@ -88,16 +88,16 @@ class Account:
         """Whether another iteration is both needed and allowed."""
         return self.iterations < self.max_iterations and not self.good_enough(relative)
 
-    def verdict(self, relative: float, settled: bool) -> Status:
+    def verdict(self, relative: float, at_rounding: bool) -> Status:
         """The status of a solve without breakdown, from its measured residual."""
         if not math.isfinite(relative):
             return Status.NON_FINITE
         if self.rtol is None:
             # A layer-wise recursion may run out of residual early, at a point that solves another system.
             early = self.iterations < self.max_iterations
-            return Status.CONVERGED if early and (settled or self.good_enough(relative)) else Status.BUDGET
+            return Status.CONVERGED if early and (at_rounding or self.good_enough(relative)) else Status.BUDGET
         # Batches that agree to rounding ask for no more than rounding lets be reached.
-        as_good_as_noise = self.noise is not None and settled
+        as_good_as_noise = self.noise is not None and at_rounding
         return Status.CONVERGED if relative <= self.rtol or as_good_as_noise else Status.NOT_CONVERGED
 
     def close(

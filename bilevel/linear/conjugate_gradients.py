@@ -67,12 +67,12 @@ class ConjugateGradients:
                 relative = account.relative(r)
             # Directions made of nothing but rounding errors have arbitrary curvature: no breakdown once x is as good
             # as it can get.
-            settled = account.at_rounding_level(x, relative)
-            if breakdown is not None and not (settled and breakdown is not Status.NON_FINITE):
+            at_rounding = account.at_rounding_level(x, relative)
+            if breakdown is not None and not (at_rounding and breakdown is not Status.NON_FINITE):
                 return account.close(breakdown, x, (start, relative), self._ritz_range())
-            stop = settled or not account.unfinished(relative)
+            stop = at_rounding or not account.unfinished(relative)
             if stop or self.layerwise or not math.isfinite(relative):
-                verdict = account.verdict(relative, settled)
+                verdict = account.verdict(relative, at_rounding)
                 if verdict is Status.BUDGET and relative > _GROWTH * max(start, 1.0):
                     verdict = Status.DIVERGED
                 return account.close(verdict, x, (start, relative), self._ritz_range())

@@ -17,7 +17,7 @@ class LinearOperator(ABC):
 
     Attributes:
         exact: whether products are linear to rounding; False for finite differences, whose residuals a solver
-            then measures instead of carrying along.
+            then measures instead of updating them.
     """
 
     exact: bool = True
@@ -77,14 +77,6 @@ class _Combined(LinearOperator):
 
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])
-
-
-@final
-class ProductOperator(_Combined):
-    """``A_1 A_2 ... A_m``; symmetric only if the factors commute."""
-
-    def __call__(self, vector: Params) -> Params:
-        return reduce(lambda v, op: op(v), reversed(self.operators), vector)
 
 
 @final
@@ -157,13 +149,13 @@ class TikhonovOperator(_Combined):
         self.tikhonov = tikhonov
 
     def __call__(self, vector: Params) -> Params:
-        return self._shifted(self.operators[0](vector), vector)
+        return self._with_term(self.operators[0](vector), vector)
 
     def sampled(self, vector: Params) -> tuple[Params, float | None]:
         product, error = self.operators[0].sampled(vector)
-        return self._shifted(product, vector), error
+        return self._with_term(product, vector), error
 
-    def _shifted(self, product: Params, vector: Params) -> Params:
+    def _with_term(self, product: Params, vector: Params) -> Params:
         if not isinstance(self.tikhonov, Mapping):
             return tree.axpy(self.tikhonov, vector, product)
         tikhonov = self.tikhonov

@@ -39,7 +39,7 @@ class Diagonal(Preconditioner):
 
     .. math:: d = \frac{1}{m} \sum_{k=1}^m z_k \circ A z_k, \qquad M = \operatorname{diag} \sqrt{d^2 + s^2}
 
-    with s the standard error of d, so that an entry which the probes do not settle is not taken for a small one.
+    with s the standard error of d, so that an entry which the probes leave uncertain is not taken for a small one.
     Exact where A is diagonal. Entries of no more than rounding size get the mean of the others.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_number
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solver import product_error
 from bilevel.tree import Params
@@ -91,11 +91,9 @@ def check_model(owner: str, rank: int, tikhonov: float | None, seed: int) -> Non
     """Raise ValueError unless `draw_sketch` can work with these."""
     check_count(f"{owner}: rank", rank, least=1)
     check_count(f"{owner}: seed", seed, least=0)
-    if tikhonov is not None and not 0.0 < tikhonov < math.inf:
-        raise ValueError(
-            f"{owner}: tikhonov must be a positive number, the multiple of the identity that A contains, or None for "
-            f"an estimate; got {tikhonov!r}"
-        )
+    if tikhonov is not None:
+        otherwise = "None for an estimate of the multiple of the identity that A contains"
+        check_number(f"{owner}: tikhonov", tikhonov, positive=True, otherwise=otherwise)
 
 
 def _nystrom(image: Tensor, core: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

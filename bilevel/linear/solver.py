@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.checks import check_count, same_structure
+from bilevel.checks import check_count, check_number, same_structure
 from bilevel.linear.operators import KnownProduct, LinearOperator, as_operator
 from bilevel.linear.solution import Solution, Status
 from bilevel.tree import Params
@@ -112,16 +112,16 @@ def product_error(operator: LinearOperator, x: Params) -> float:
     return rounding_unit(x) if operator.exact else rounding_unit(x) ** (2 / 3)
 
 
-def check_iterations(solver: str, max_iterations: int, rtol: float | None) -> None:
+def check_iterations(solver: str, max_iterations: int, rtol: object) -> None:
     """Raise ValueError unless the budget is a positive whole number and rtol a non-negative number or None."""
     check_count(f"{solver}: max_iterations", max_iterations, least=1)
     check_rtol(solver, rtol)
 
 
-def check_rtol(solver: str, rtol: float | None) -> None:
-    """Raise ValueError unless rtol is None or lies in [0, 1)."""
-    if rtol is not None and not 0.0 <= rtol < 1.0:
-        raise ValueError(f"{solver}: rtol must lie in [0, 1) or be None for a fixed budget, got {rtol!r}")
+def check_rtol(solver: str, rtol: object, *, otherwise: str = "None for a fixed budget") -> None:
+    """Raise ValueError unless rtol is None or lies in [0, 1); `otherwise` as in `check_count`."""
+    if rtol is not None:
+        check_number(f"{solver}: rtol", rtol, below=1.0, otherwise=otherwise)
 
 
 def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:

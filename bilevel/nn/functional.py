@@ -241,6 +241,6 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
         if torchs and layer.training and world_size() > 1:
             raise TypeError(
                 "functional_call: torch's SyncBatchNorm has no double backward; build the module with BatchNorm "
-                "and call bilevel.nn.sync_batch_norm.synchronised(module), whose layers have one, or put the layer in "
+                "and call bilevel.nn.synchronised(module), whose layers have one, or put the layer in "
                 "eval mode"
             )

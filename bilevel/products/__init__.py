@@ -1,7 +1,8 @@
 """Products with second derivatives of the lower objective: providers, Gauss-Newton, micro-batches."""
 
-from bilevel.products.automatic import HVP, Automatic, as_provider
+from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
+from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
 
@@ -13,10 +14,12 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Measurement",
     "MicroBatched",
     "Objective",
     "ReverseOverReverse",
     "as_provider",
     "check_rows",
+    "graph_bytes",
     "micro_batched_gradient",
 ]

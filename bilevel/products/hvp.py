@@ -101,7 +101,7 @@ class ReverseOverReverse(HVPProvider):
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
             after the first saves the forward and the first backward pass, for the memory of one graph per batch.
         memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
-            measured (`bilevel.products.graph_memory.graph_bytes`) when the batch's first product has built it, and kept
+            measured (`bilevel.products.graph_bytes`) when the batch's first product has built it, and kept
             if it still fits beside those kept before; the other batches are recomputed for every product, and the
             products are the same. As without kept graphs, one more graph exists while such a product is made.
 

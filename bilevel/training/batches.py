@@ -9,6 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_function, check_kind
+
 
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2^63) that depends on every part and on nothing else."""
@@ -52,18 +54,24 @@ class BatchStack(BatchSource):
         size: number of points.
         batch_size: points a batch.
         load: ``load(indices, seed) -> batch``; `indices` is int64 [batch], `seed` is for the batch's random draws.
-        seed: of the whole stream.
+        seed: of the whole stream, >= 0.
         drop_last: never give the smaller batch at the end of a shuffle.
 
     Raises:
-        ValueError: sizes below 1, or a batch larger than the data.
+        TypeError: a `load` that cannot be called, a `drop_last` that is no truth value.
+        ValueError: sizes below 1, a batch larger than the data, a negative seed, what is no whole number.
     """
 
     def __init__(
         self, size: int, batch_size: int, load: Callable[[Tensor, int], Any], *, seed: int, drop_last: bool = False
     ) -> None:
-        if size < 1 or batch_size < 1:
-            raise ValueError(f"BatchStack: size and batch_size must be at least 1, got {size} and {batch_size}")
+        check_count("BatchStack: size", size, least=1)
+        check_count("BatchStack: batch_size", batch_size, least=1)
+        check_count("BatchStack: seed", seed, least=0)
+        check_function(
+            "BatchStack: load", load, "a function of the points' indices and a seed that returns their batch"
+        )
+        check_kind("BatchStack: drop_last", drop_last, bool, "True or False")
         if batch_size > size:
             raise ValueError(f"BatchStack: batch_size={batch_size} is larger than the data ({size} points); reduce it")
         self.size, self.batch_size, self.load, self.seed, self.drop_last = size, batch_size, load, seed, drop_last
@@ -125,11 +133,15 @@ class BatchStack(BatchSource):
 
 @final
 class Cycle(BatchSource):
-    """A fixed list of batches, in order, again and again."""
+    """A fixed list of batches, in order, again and again.
+
+    Raises:
+        TypeError: neither a list nor a tuple.
+        ValueError: no batches.
+    """
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        if not batches:
-            raise ValueError("Cycle: no batches")
+        _check_batches("Cycle: batches", batches)
         self.batches, self._position = tuple(batches), 0
 
     def begin_stage(self, steps: int) -> None:
@@ -152,12 +164,20 @@ def as_source(argument: str, data: object) -> BatchSource:
 
     Raises:
         TypeError: anything else.
+        ValueError: no batches.
     """
     if isinstance(data, BatchSource):
         return data
     if isinstance(data, (list, tuple)):
+        _check_batches(argument, data)
         return Cycle(data)
     raise TypeError(
         f"{argument} must be a BatchSource or a list of batches, got {type(data).__name__}; a list is cycled through "
         "as it is, and BatchStack(size, batch_size, load, seed=...) draws and shuffles batches anew"
     )
+
+
+def _check_batches(argument: str, batches: Sequence[Any]) -> None:
+    check_kind(argument, batches, (list, tuple), "a list or tuple of batches")
+    if not batches:
+        raise ValueError(f"{argument} is empty; pass at least one batch")

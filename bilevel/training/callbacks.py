@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bilevel.checkpoint import save_checkpoint
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_kind, check_path
 from bilevel.distributed import rank
 from bilevel.hypergradients import Hypergradient
 from bilevel.linear import Status
@@ -89,7 +90,7 @@ class Callback:
         """When a signal stops the run early, between two steps (`bilevel.interruption`)."""
 
     def on_run_end(self, trainer: Any) -> None:
-        """After the last alternation, and after an exception or an interrupt."""
+        """After the last unit, and after an exception or an interrupt."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for this callback."""
@@ -111,6 +112,8 @@ class JSONLWriter(Callback):
     """
 
     def __init__(self, path: str | Path, context: Mapping[str, Any] | None = None) -> None:
+        check_path("JSONLWriter: path", path)
+        check_kind("JSONLWriter: context", context, (Mapping, NoneType), "a mapping of fields to values, or None")
         self.path, self.context = Path(path), dict(context or {})
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -136,6 +139,7 @@ class ProgressBar(Callback):
     """A bar over the training's units with the losses and the state of the last solve, on the first rank."""
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
+        _check_console("ProgressBar: console", console)
         self.console, self.description = console, description
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -182,6 +186,7 @@ class Checkpointing(Callback):
     """
 
     def __init__(self, directory: str | Path, *, every: int = 1, keep: int = 2) -> None:
+        check_path("Checkpointing: directory", directory)
         check_count("Checkpointing: every", every, least=1)
         check_count("Checkpointing: keep", keep, least=1)
         self.directory, self.every, self.keep = Path(directory), every, keep
@@ -205,8 +210,8 @@ class Diagnostics(Callback):
     residual; iterations and operator products, summed; the smallest curvature and the extreme Ritz values met; the mean
     of ``||x - v|| / ||v||`` and of cos(x, v), near 0 and 1 where solving changed little; and, of the last step, the
     stationarity of the lower level and its multiple of the noise of the mini-batches
-    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. Where `Escalating` shifted systems,
-    the status ends with the largest Tikhonov term and the largest residual without it. The summary counts the run's
+    (`Hypergradient.stationarity_over_noise`). "-" stands for what was not measured. Where `Escalating` added Tikhonov
+    terms, the status ends with the largest of them and the largest residual without it. The summary counts the run's
     solves by status, and says what each status means and asks to do.
 
     Args:
@@ -214,12 +219,14 @@ class Diagnostics(Callback):
         every: alternations a line; None prints the summary alone.
 
     Raises:
-        ValueError: `every` below 1.
+        TypeError: another console than rich's.
+        ValueError: an `every` below 1 or that is no whole number.
     """
 
     def __init__(self, console: Console | None = None, every: int | None = 1) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"Diagnostics: every must be at least 1 alternation, or None for no lines, got {every}")
+        _check_console("Diagnostics: console", console)
+        if every is not None:
+            check_count("Diagnostics: every", every, least=1, otherwise="None for no lines")
         self.console, self.every = console or Console(quiet=rank() > 0), every
         self._since: list[Record] = []
         self._headed = False
@@ -296,6 +303,10 @@ def solves_table(solves: Mapping[str, int]) -> Table:
     for name in (status.name for status in Status if solves.get(status.name)):
         table.add_row(name, str(solves[name]), Status[name].value)
     return table
+
+
+def _check_console(argument: str, console: object) -> None:
+    check_kind(argument, console, (Console, NoneType), "a rich.console.Console, or None")
 
 
 def _short(value: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bilevel.checkpoint import write_atomic
+from bilevel.checks import check_path
 from bilevel.distributed import rank
 from bilevel.training.batches import BatchSource, BatchStack
 from bilevel.training.callbacks import Callback, Record
@@ -49,6 +50,7 @@ class Inspect(Callback):
     """
 
     def __init__(self, directory: str | Path, *, prefix: str = "") -> None:
+        check_path("Inspect: directory", directory)
         self.directory, self.prefix = Path(directory), prefix
 
     def on_nonfinite(self, trainer: Any, level: str, record: Record) -> str | None:

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, final
+from types import NoneType
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 
@@ -12,6 +13,7 @@ from bilevel.training.batches import BatchSource, as_source
 from bilevel.tree import Params
 
 
+@runtime_checkable
 class LRSchedule(Protocol):
     """A learning-rate schedule, stepped once after every optimizer step (any of torch.optim.lr_scheduler)."""
 
@@ -37,7 +39,7 @@ class Level:
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an optimizer with other tensors, or a number out of its range.
+        ValueError: no variables or batches, an optimizer with other tensors, or a number out of its range.
     """
 
     def __init__(
@@ -51,7 +53,11 @@ class Level:
         micro_batch: int | None = None,
     ) -> None:
         tree.check_params("Level: params", params)
+        if not params:
+            raise ValueError("Level: params must hold at least one tensor, got {}; pass the level's variables by name")
         check_kind("Level: optimizer", optimizer, torch.optim.Optimizer, "an optimizer of torch.optim")
+        remedy = "a schedule of torch.optim.lr_scheduler, with step, state_dict and load_state_dict, or None"
+        check_kind("Level: scheduler", scheduler, (LRSchedule, NoneType), remedy)
         if max_grad_norm is not None:
             check_number("Level: max_grad_norm", max_grad_norm, positive=True)
         if micro_batch is not None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_kind, check_number
 from bilevel.tree import Params
 
 
@@ -21,6 +22,7 @@ class AlternatingSchedule:
         adaptation_pairs: upper name -> lower name it adapts to; needed if there is an adaptation.
 
     Raises:
+        TypeError: pairs that are not a mapping.
         ValueError: a value out of range, an adaptation without pairs.
     """
 
@@ -35,16 +37,15 @@ class AlternatingSchedule:
         check_count("AlternatingSchedule: alternations", self.alternations, least=1)
         check_count("AlternatingSchedule: lower_steps", self.lower_steps, least=0)
         check_count("AlternatingSchedule: upper_steps", self.upper_steps, least=0)
+        remedy = "a mapping, upper name -> lower name, or None"
+        check_kind("AlternatingSchedule: adaptation_pairs", self.adaptation_pairs, (Mapping, NoneType), remedy)
+        check_number("AlternatingSchedule: adaptation_strength", self.adaptation_strength, most=1.0)
         if self.adaptation_every is not None:
             check_count("AlternatingSchedule: adaptation_every", self.adaptation_every, least=1)
             if not self.adaptation_pairs:
                 raise ValueError(
                     "AlternatingSchedule: adaptation_pairs is empty; pass {'upper name': 'lower name'} of what adapts"
                 )
-        if not 0.0 <= self.adaptation_strength <= 1.0:
-            raise ValueError(
-                f"AlternatingSchedule: adaptation_strength must lie in [0, 1], got {self.adaptation_strength!r}"
-            )
 
     def adapts(self, alternation: int) -> bool:
         """Whether alternation number `alternation` (from 1) has an adaptation."""

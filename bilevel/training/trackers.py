@@ -8,8 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any, final
 
+from bilevel.checks import check_kind, check_path
 from bilevel.training.callbacks import Callback, Record
 
 
@@ -73,6 +75,7 @@ class TensorBoardLogger(Tracker):
     """
 
     def __init__(self, folder: str | Path) -> None:
+        check_path("TensorBoardLogger: folder", folder)
         self.folder = Path(folder)
         self._make, self._writer = _summary_writer(), None
 
@@ -153,6 +156,8 @@ class WandbLogger(Tracker):
         group: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
+        check_path("WandbLogger: folder", folder)
+        check_kind("WandbLogger: config", config, (Mapping, NoneType), "a mapping of settings to values, or None")
         self.folder, self.project, self.name, self.group = Path(folder), project, name, group
         self.config = dict(config or {})
         self._wandb, self._run = _wandb(), None

@@ -13,7 +13,7 @@ from bilevel.linear.operators import LinearOperator
 from bilevel.linear.preconditioner import Inverse, Preconditioner
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_iterations
+from bilevel.linear.solver import Solver, check_rtol
 from bilevel.tree import Params
 
 
@@ -74,7 +74,9 @@ class CG(Solver):
     recycle: int = 0
 
     def __post_init__(self) -> None:
-        check_iterations("CG", self.max_iterations, 0.0 if self.rtol == "noise" else self.rtol)
+        check_count("CG: max_iterations", self.max_iterations, least=1)
+        if self.rtol != "noise":
+            check_rtol("CG", self.rtol, otherwise="'noise', or None for a fixed budget")
         check_count("CG: recycle", self.recycle, least=0)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
             raise TypeError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from bilevel import tree
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_kind, check_number
 from bilevel.linear.account import CountedOperator
 from bilevel.linear.lanczos import ritz_values, union_of_ranges
 from bilevel.linear.operators import LinearOperator, TikhonovOperator
@@ -20,7 +20,7 @@ _SMALLEST_PART = 1e-3
 
 @dataclass
 class _Level:
-    """the Tikhonov term that serves an operator, 0 until a breakdown, and the inner solver's state for it."""
+    """The Tikhonov term that serves an operator, 0 until a breakdown, and the inner solver's state for it."""
 
     state: Any
     tikhonov: float = 0.0
@@ -43,7 +43,7 @@ class Escalating(Solver):
     Args:
         solver: what solves; it is prepared anew for every term.
         factor: by which the Tikhonov term grows.
-        attempts: at most this many shifts for one right-hand side.
+        attempts: at most this many terms for one right-hand side.
         initial: the first term, in units of A's eigenvalues. None takes ``max(-2 l, size / 1000)``, with l the
             smallest eigenvalue estimate and size the largest modulus of one: Ritz values of the solve that broke down
             or, where it has none, of 5 Lanczos steps from b (counted). For A = 0 it takes 1.
@@ -59,15 +59,13 @@ class Escalating(Solver):
     initial: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"Escalating: solver must be a Solver, got {type(self.solver).__name__}")
+        check_kind("Escalating: solver", self.solver, Solver, "a solver such as CG()")
         if isinstance(self.solver, Escalating):
             raise ValueError("Escalating: solver is itself Escalating; raise attempts instead")
         check_count("Escalating: attempts", self.attempts, least=1)
-        if not 1.0 < self.factor < math.inf:
-            raise ValueError(f"Escalating: factor must be a number above 1, got {self.factor!r}")
-        if self.initial is not None and not 0.0 < self.initial < math.inf:
-            raise ValueError(f"Escalating: initial must be a positive number or None, got {self.initial!r}")
+        check_number("Escalating: factor", self.factor, above=1.0)
+        if self.initial is not None:
+            check_number("Escalating: initial", self.initial, positive=True, otherwise="None for an estimate")
 
     @property
     def uses_start(self) -> bool:
@@ -86,16 +84,16 @@ class Escalating(Solver):
         chosen = made[-1]
         if chosen.status in _BREAKDOWNS:
             chosen, (state.state, state.tikhonov) = made[0], before
-        unshifted = None
+        without = None
         if state.tikhonov > 0.0:
-            unshifted = float(tree.norm(residual(counted, b, chosen.value)) / tree.norm(b))
+            without = float(tree.norm(residual(counted, b, chosen.value)) / tree.norm(b))
         return replace(
             chosen,
             num_hvps=counted.products,
             min_curvature=min((s.min_curvature for s in made if s.min_curvature is not None), default=None),
             ritz_range=union_of_ranges([s.ritz_range for s in made]),
             tikhonov=state.tikhonov,
-            residual_without_tikhonov=unshifted,
+            residual_without_tikhonov=without,
         )
 
     def _attempt(self, operator: LinearOperator, b: Params, x0: Params | None, level: _Level) -> Solution:

@@ -31,7 +31,7 @@ class MINRES(Solver):
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
             solve ends early where the residual has reached the rounding level.
 
-    The residual's norm is carried along by the Givens rotations, and measured by one more product wherever rounding
+    The residual's norm follows from the Givens rotations, and is measured by one more product wherever rounding
     (which enters with the square of A's condition number: Sleijpen, van der Vorst and Modersitzki 2000) or an inexact
     operator could matter; if it turns out above rtol, iterations start again from it. Where no iteration lowers the
     residual of 0, b is given back, never 0.
@@ -68,27 +68,27 @@ class _MinimalResiduals:
         best, best_relative = x, start
         while True:
             made = account.iterations
-            x, carried, breakdown = self._iterate(x, r, relative)
-            relative, made = carried, account.iterations - made
+            x, estimate, breakdown = self._iterate(x, r, relative)
+            relative, made = estimate, account.iterations - made
             if made and breakdown is not Status.NON_FINITE and self._must_measure(x, relative):
                 r = account.residual(x)
                 relative = account.relative(r)
-                if breakdown is Status.INCONSISTENT and relative > 2.0 * carried:
+                if breakdown is Status.INCONSISTENT and relative > 2.0 * estimate:
                     # What the recursion took for a null vector is not the residual.
                     breakdown = None
             if relative <= best_relative:
                 best, best_relative = x, relative
-            settled = account.at_rounding_level(x, relative)
-            stop = settled or not account.unfinished(relative) or not math.isfinite(relative)
+            at_rounding = account.at_rounding_level(x, relative)
+            stop = at_rounding or not account.unfinished(relative) or not math.isfinite(relative)
             if stop or breakdown is not None:
                 break
         if not math.isfinite(relative):
             breakdown = Status.NON_FINITE
-        if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
-            grown = relative > start * (1.0 + math.sqrt(account.product_error)) and not settled
+        if breakdown is None or (at_rounding and breakdown is not Status.NON_FINITE):
+            grown = relative > start * (1.0 + math.sqrt(account.product_error)) and not at_rounding
             # Beyond what rounding explains, the operator is not the symmetric linear one that it should be.
             explained = account.rtol is not None and relative <= start + self._rounding()
-            breakdown = Status.DIVERGED if grown and not explained else account.verdict(best_relative, settled)
+            breakdown = Status.DIVERGED if grown and not explained else account.verdict(best_relative, at_rounding)
         if breakdown is Status.INCONSISTENT and account.iterations:
             best = _lift(x, x0, r)
             best_relative = account.relative(account.residual(best))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_number
 from bilevel.linear.account import Account
 from bilevel.linear.lanczos import ritz_values
 from bilevel.linear.operators import LinearOperator
@@ -60,8 +61,8 @@ class Neumann(Solver):
 
     def __post_init__(self) -> None:
         check_iterations("Neumann", self.max_iterations, self.rtol)
-        if self.scale != "auto" and (isinstance(self.scale, str) or not 0.0 < self.scale < math.inf):
-            raise ValueError(f"Neumann: scale must be a positive number or 'auto', got {self.scale!r}")
+        if self.scale != "auto":
+            check_number("Neumann: scale", self.scale, positive=True, otherwise="'auto'")
 
     def prepare(self, operator: Any) -> _Scale:
         return _Scale(None if isinstance(self.scale, str) else self.scale)
@@ -115,9 +116,9 @@ class _Series:
             relative = account.relative(tree.sub(b, self.first_product))
         elif account.drifted(x, relative):
             relative = account.relative(account.residual(x))
-        settled = account.at_rounding_level(x, relative)
-        if breakdown is None or (settled and breakdown is not Status.NON_FINITE):
-            breakdown = account.verdict(relative, settled)
+        at_rounding = account.at_rounding_level(x, relative)
+        if breakdown is None or (at_rounding and breakdown is not Status.NON_FINITE):
+            breakdown = account.verdict(relative, at_rounding)
         return account.close(breakdown, x, (start, relative))
 
     def _watched(self, x: Params, r: Params, relative: float) -> _End:

@@ -100,9 +100,9 @@ class Nystrom(Solver):
         if agree(not math.isfinite(relative)):
             return account.close(Status.NON_FINITE, b if x0 is None else x0, (start, math.nan))
         account.curve.append(relative)
-        settled = account.at_rounding_level(x, relative)
-        if settled or account.good_enough(relative):
-            return account.close(account.verdict(relative, settled), x, (start, relative))
+        at_rounding = account.at_rounding_level(x, relative)
+        if at_rounding or account.good_enough(relative):
+            return account.close(account.verdict(relative, at_rounding), x, (start, relative))
         indefinite = sketch.ritz_range[0] < -4.0 * account.product_error * account.norm_a
         useful = relative <= (1.0 - math.sqrt(account.product_error)) * start
         if self.max_refinements > 0 and not indefinite:
@@ -119,4 +119,4 @@ class Nystrom(Solver):
         grown = relative > (1.0 + math.sqrt(account.product_error)) * start
         if indefinite and (grown or self.max_refinements > 0 or self.rtol is not None):
             return Status.NEGATIVE_CURVATURE
-        return Status.DIVERGED if grown else account.verdict(relative, settled=False)
+        return Status.DIVERGED if grown else account.verdict(relative, at_rounding=False)

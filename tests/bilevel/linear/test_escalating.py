@@ -1,4 +1,4 @@
-"""A growing shift after breakdowns, against the shifted systems solved densely."""
+"""A growing Tikhonov term after breakdowns, against the systems with it solved densely."""
 
 import json
 import math
@@ -60,7 +60,7 @@ NEEDS_SHIFT = {
 }
 
 
-def shifted_solution(case: Case, tikhonov: float) -> Tensor:
+def tikhonov_solution(case: Case, tikhonov: float) -> Tensor:
     eye = torch.eye(len(case.right), dtype=torch.float64)
     return torch.linalg.solve(case.matrix + tikhonov * eye, case.right / case.length)
 
@@ -78,7 +78,7 @@ def test_right_answer_or_right_status(case: Case, name: str) -> None:
         assert solution.status is Status.CONVERGED
     if solution.tikhonov > 0.0 and solution.status is Status.CONVERGED:
         x = joined(solution.value) / case.length
-        exact = shifted_solution(case, solution.tikhonov)
+        exact = tikhonov_solution(case, solution.tikhonov)
         torch.testing.assert_close(x, exact, rtol=1e-4, atol=1e-4 * float(exact.norm()))
 
 
@@ -106,7 +106,7 @@ def test_without_a_breakdown_it_is_the_inner_solver(name: str) -> None:
     assert (wrapped.tikhonov, wrapped.residual_without_tikhonov) == (0.0, None)
 
 
-def test_the_first_shift_comes_from_the_spectrum_that_was_seen() -> None:
+def test_the_first_term_comes_from_the_spectrum_that_was_seen() -> None:
     case = BY_NAME["indefinite"]
     broken, _ = solve_case(CG(60, rtol=1e-9), case)
     assert broken.ritz_range is not None
@@ -122,7 +122,7 @@ def test_the_first_shift_comes_from_the_spectrum_that_was_seen() -> None:
     assert layerwise.num_hvps == len(operator.asked)
 
 
-def test_shifts_grow_by_the_factor_until_one_works() -> None:
+def test_terms_grow_by_the_factor_until_one_works() -> None:
     case = BY_NAME["negative definite"]
     solution, operator = solve_case(Escalating(CG(60, rtol=1e-9), initial=0.1, factor=4.0, attempts=5), case)
     assert solution.status is Status.CONVERGED
@@ -132,7 +132,7 @@ def test_shifts_grow_by_the_factor_until_one_works() -> None:
     assert enough.tikhonov == solution.tikhonov
 
 
-def test_where_no_shift_works_the_first_breakdown_is_what_comes_back() -> None:
+def test_where_no_term_works_the_first_breakdown_is_what_comes_back() -> None:
     case = BY_NAME["negative definite"]
     plain, once = solve_case(CG(60, rtol=1e-9), case)
     solution, operator = solve_case(Escalating(CG(60, rtol=1e-9), initial=1e-3, factor=2.0, attempts=2), case)
@@ -143,7 +143,7 @@ def test_where_no_shift_works_the_first_breakdown_is_what_comes_back() -> None:
     assert len(operator.asked) == solution.num_hvps == 3 * len(once.asked)
 
 
-def test_the_shift_that_worked_serves_later_right_hand_sides() -> None:
+def test_the_term_that_worked_serves_later_right_hand_sides() -> None:
     case = BY_NAME["indefinite"]
     operator, solver = dense(case.matrix, case.split), Escalating(CG(60, rtol=1e-9))
     state = solver.prepare(operator)
@@ -155,11 +155,11 @@ def test_the_shift_that_worked_serves_later_right_hand_sides() -> None:
     assert second.num_hvps == len(operator.asked) - before < first.num_hvps
     exact = torch.linalg.solve(case.matrix + second.tikhonov * torch.eye(8, dtype=torch.float64), right)
     torch.testing.assert_close(joined(second.value), exact, rtol=1e-6, atol=1e-6)
-    shifted = case.matrix + second.tikhonov * torch.eye(8, dtype=torch.float64)
-    alone = CG(60, rtol=1e-9).solve(dense(shifted, case.split), case.split(right))
+    with_term = case.matrix + second.tikhonov * torch.eye(8, dtype=torch.float64)
+    alone = CG(60, rtol=1e-9).solve(dense(with_term, case.split), case.split(right))
     assert alone.min_curvature is not None
     assert second.min_curvature == pytest.approx(alone.min_curvature - second.tikhonov)
-    # A shift that stopped working grows from where it was.
+    # A term that stopped working grows from where it was.
     state.tikhonov, state.state = 0.01, solver.solver.prepare(operator)
     third = solver.solve(operator, case.b, state=state)
     assert third.tikhonov == pytest.approx(10.0)
@@ -184,10 +184,10 @@ def test_numbers_other_than_the_solution_stay_those_of_the_operator() -> None:
     assert f"tikhonov={solution.tikhonov!r}" in repr(solution)
 
 
-def test_the_inner_state_is_made_anew_for_the_shifted_operator() -> None:
+def test_the_inner_state_is_made_anew_for_the_operator_with_the_term() -> None:
     case = BY_NAME["singular, inconsistent"]
     solution, operator = solve_case(Escalating(Dense()), case)
-    torch.testing.assert_close(joined(solution.value), shifted_solution(case, solution.tikhonov) * case.length)
+    torch.testing.assert_close(joined(solution.value), tikhonov_solution(case, solution.tikhonov) * case.length)
     assert solution.num_hvps == len(operator.asked) == 8 + 1 + 8 + 1 + 1
 
 
@@ -226,7 +226,7 @@ def test_the_split_into_leaves_does_not_matter() -> None:
     torch.testing.assert_close(joined(found[0].value), joined(found[1].value), rtol=1e-7, atol=1e-9)
 
 
-def test_a_system_solves_the_shifted_one_and_the_hypergradient_says_so() -> None:
+def test_a_system_solves_the_one_with_the_term_and_the_hypergradient_says_so() -> None:
     case = BY_NAME["indefinite"]
     problem = Quadratic(case)
     y = {name: leaf.detach() for name, leaf in case.split(vector(8, seed=7)).items()}
@@ -255,7 +255,7 @@ class Saddle(Problem):
 
 
 @pytest.mark.parametrize("solver", [Escalating(CG(20)), MINRES(20), CG(20, layerwise=True)])
-def test_a_training_record_carries_the_shift_and_the_ritz_range(solver: Solver, tmp_path: Path) -> None:
+def test_a_training_record_carries_the_term_and_the_ritz_range(solver: Solver, tmp_path: Path) -> None:
     upper = {"x": vector(4).requires_grad_()}
     lower = {"y": vector(4, seed=2).requires_grad_()}
     Trainer(
@@ -279,7 +279,7 @@ def test_a_training_record_carries_the_shift_and_the_ritz_range(solver: Solver, 
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: Escalating("cg"), TypeError, "solver must be a Solver"),  # pyright: ignore[reportArgumentType]
+        (lambda: Escalating("cg"), TypeError, "solver must be a solver such as CG"),  # pyright: ignore[reportArgumentType]
         (lambda: Escalating(Escalating(CG())), ValueError, "itself Escalating"),
         (lambda: Escalating(CG(), factor=1.0), ValueError, "Escalating: factor"),
         (lambda: Escalating(CG(), attempts=0), ValueError, "Escalating: attempts"),

@@ -9,7 +9,6 @@ from bilevel.linear import LinearOperator
 from bilevel.linear.operators import (
     FunctionOperator,
     MeanOperator,
-    ProductOperator,
     ScaledOperator,
     SumOperator,
     TikhonovOperator,
@@ -35,7 +34,6 @@ SCALAR = torch.diag(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
         (FunctionOperator(lambda v: dense(A, split)(v)), A),
         (MeanOperator([dense(A, split), dense(B, split), dense(B, split)]), (A + 2 * B) / 3),
         (SumOperator(dense(A, split), dense(B, split)), A + B),
-        (ProductOperator(dense(A, split), dense(B, split)), A @ B),
         (ScaledOperator(-0.25, dense(A, split)), -0.25 * A),
         (TikhonovOperator(dense(A, split), 0.7), A + 0.7 * EYE),
         (TikhonovOperator(dense(A, split), {"scalar": 0.7}), A + 0.7 * SCALAR),

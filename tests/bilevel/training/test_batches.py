@@ -117,9 +117,16 @@ def test_a_state_of_other_data_is_refused() -> None:
             other.load_state_dict(state)
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(0, 1), (5, 0), (5, 6)])
-def test_impossible_sizes_are_refused(size: int, batch_size: int) -> None:
-    with pytest.raises(ValueError, match=r"BatchStack: .*batch_size"):
+@pytest.mark.parametrize(
+    ("size", "batch_size", "message"),
+    [
+        (0, 1, "size must be .* got 0"),
+        (5, 0, "batch_size must be .* got 0"),
+        (5, 6, "batch_size=6 is larger"),
+    ],
+)
+def test_impossible_sizes_are_refused(size: int, batch_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^BatchStack: {message}"):
         stack(size, batch_size)
 
 
@@ -130,7 +137,7 @@ def test_a_cycle_repeats_its_list_and_resumes() -> None:
     resumed = Cycle(["a", "b", "c"])
     resumed.load_state_dict(source.state_dict())
     assert resumed.next() == "c"
-    with pytest.raises(ValueError, match="Cycle: no batches"):
+    with pytest.raises(ValueError, match="Cycle: batches is empty"):
         Cycle([])
 
 

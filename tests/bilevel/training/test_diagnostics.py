@@ -104,12 +104,12 @@ def test_a_line_is_over_the_solves_since_the_last() -> None:
     assert (bare["stationarity"], bare["x noise"]) == ("nan", "inf")
 
 
-def test_a_line_names_the_shift_of_systems_that_were_shifted() -> None:
-    shifted = [
+def test_a_line_names_the_tikhonov_term_of_systems_that_got_one() -> None:
+    with_term = [
         record(tikhonov=0.5, residual_without_tikhonov=0.25),
         record(tikhonov=2.0, residual_without_tikhonov=0.125),
     ]
-    cells = diagnostics_cells(1, [record(), *shifted])
+    cells = diagnostics_cells(1, [record(), *with_term])
     assert cells["status"] == "3 CONVERGED, tikhonov 2 (residual without it 0.25)"
 
 
@@ -168,5 +168,5 @@ def test_a_run_prints_a_line_an_alternation_and_the_summary() -> None:
 
 
 def test_a_bad_interval_is_refused() -> None:
-    with pytest.raises(ValueError, match="Diagnostics: every must be at least 1"):
+    with pytest.raises(ValueError, match="Diagnostics: every must be a whole number of at least 1"):
         Diagnostics(every=0)

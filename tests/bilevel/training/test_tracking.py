@@ -169,7 +169,7 @@ def test_wandb_passes_over_what_it_has_on_resume(tmp_path: Path, wandb: list[Fak
 def test_wandb_itself_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb.sdk")
     code = (
-        "import sys; from bilevel.training.trackers import WandbLogger\n"
+        "import sys; from bilevel.training import WandbLogger\n"
         "logger = WandbLogger(sys.argv[1], project='p', name='n', group='g', config={'a': 1})\n"
         "for step in (1, 2): logger.write({'event': 'train', 'step': step, 'loss': 0.5})\n"
         "print(logger.state_dict()['seen']); logger.close()\n"

@@ -35,7 +35,7 @@ def level(**changes: Any) -> Level:
         ({"max_grad_norm": 0.0}, "Level: max_grad_norm must be a positive number, got 0.0"),
         ({"max_grad_norm": "1"}, "Level: max_grad_norm must be a positive number, got '1'"),
         ({"micro_batch": 0}, "Level: micro_batch must be a whole number of at least 1, got 0"),
-        ({"data": []}, "Cycle: no batches"),
+        ({"data": []}, "Level: data is empty"),
     ],
 )
 def test_a_level_refuses_numbers_out_of_range(changes: dict[str, Any], match: str) -> None:
