@@ -167,7 +167,9 @@ def _newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
             warnings.warn(f"{problem}; using step {step} instead", stacklevel=5)
         return step, state
     if problems:
-        raise CheckpointError("; ".join(problems) + "; no usable checkpoint is left")
+        raise CheckpointError(
+            "; ".join(problems) + f"; no usable checkpoint is left in {folder}: delete its step-* files to begin anew"
+        )
     return None
 
 

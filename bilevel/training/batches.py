@@ -179,5 +179,10 @@ def as_source(argument: str, data: object) -> BatchSource:
 
 def _check_batches(argument: str, batches: Sequence[Any]) -> None:
     check_kind(argument, batches, (list, tuple), "a list or tuple of batches")
+    if isinstance(batches, tuple) and len(batches) > 1 and all(isinstance(item, Tensor) for item in batches):
+        raise TypeError(
+            f"{argument} is a tuple of tensors, which looks like one batch; write [batch], or a list where each "
+            "tensor is a batch"
+        )
     if not batches:
         raise ValueError(f"{argument} is empty; pass at least one batch")

@@ -107,7 +107,7 @@ class JSONLWriter(Callback):
     several ranks the first writes.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file; its folder is made where it is missing.
         context: fields that every line carries, for example {"stage": "bissl", "seed": 0}.
     """
 
@@ -121,6 +121,7 @@ class JSONLWriter(Callback):
         if rank() > 0:
             return
         line = json.dumps({**self.context, **{key: _finite(value) for key, value in record.items()}}, allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -161,7 +162,8 @@ class ProgressBar(Callback):
             name = "loss" if record["event"] == "train" else record["event"]
             self._latest[name] = f"{name} {record['loss']:.4f}"
         if record.get("status") is not None:
-            self._latest["solve"] = f"{record['status'].lower()}, residual {record['residual']:.1e}"
+            residual = "" if math.isnan(record["residual"]) else f", residual {record['residual']:.1e}"
+            self._latest["solve"] = f"{record['status'].lower()}{residual}"
 
     def on_progress(self, trainer: Any) -> None:
         if self._bar is not None:

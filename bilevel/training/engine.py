@@ -185,7 +185,7 @@ class Training(ABC):
             "levels": {name: level.state_dict() for name, level in self.levels.items()},
             "data": {name: level.data.state_dict() for name, level in self.levels.items()},
             "kept": self.kept(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "callbacks": [{"kind": type(c).__name__, "state": c.state_dict()} for c in self.callbacks],
             "random": random_state(),
         }
 
@@ -200,7 +200,7 @@ class Training(ABC):
             level.load_state_dict(state["levels"][name])
             level.data.load_state_dict(state["data"][name])
         self.load_kept(state["kept"])
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+        for callback, saved in self._pairs(state)[0]:
             callback.load_state_dict(saved)
         self.progress, self.steps = state["progress"], dict(state["steps"])
         self.skipped = Counter(state["skipped"])
@@ -222,11 +222,24 @@ class Training(ABC):
                 level.check_state(state["levels"][name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if len(state["callbacks"]) != len(self.callbacks):
+        missing = self._pairs(state)[1]
+        if missing:
             raise ValueError(
-                f"callbacks: the state is of {len(state['callbacks'])}, this training has {len(self.callbacks)}; "
-                "resume with the same callbacks in the same order"
+                f"callbacks: the state has one of {', '.join(missing)} that this training lacks; resume with "
+                "the callbacks that kept something then"
             )
+
+    def _pairs(self, state: Mapping[str, Any]) -> tuple[list[tuple[Callback, Any]], list[str]]:
+        """Callbacks with their saved states, by kind and order; kinds of saved states that no callback takes.
+
+        A callback that the state does not know begins anew, and one that keeps nothing may go.
+        """
+        left, pairs = list(state["callbacks"]), []
+        for callback in self.callbacks:
+            place = next((i for i, saved in enumerate(left) if saved["kind"] == type(callback).__name__), None)
+            if place is not None:
+                pairs.append((callback, left.pop(place)["state"]))
+        return pairs, [saved["kind"] for saved in left if saved["state"]]
 
     @abstractmethod
     def load_kept(self, kept: Mapping[str, Any]) -> None:

@@ -111,20 +111,31 @@ class Level:
         return {
             "variables": {name: leaf.detach().clone() for name, leaf in self.params.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "kind": type(self.optimizer).__name__,
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
         }
+
+    @property
+    def _kind(self) -> tuple[str, int]:
+        return type(self.optimizer).__name__, len(self.optimizer.param_groups)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError where the state is of another level."""
         if not same_structure(state["variables"], self.params):
             raise ValueError("the state's variables have other names or shapes than this training's")
+        saved, own = (state["kind"], len(state["optimizer"]["param_groups"])), self._kind
+        if saved != own:
+            raise ValueError(
+                f"optimizer: the state is of {saved[0]} with {saved[1]} parameter group(s), this level has {own[0]} "
+                f"with {own[1]}; make the level as it was made then"
+            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             there, here = ("one", "none") if self.scheduler is None else ("none", "one")
             raise ValueError(f"scheduler: the state has {there}, this level {here}; make the level as it was made then")
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`, in place.
+        """Inverse of `state_dict`, in place. Learning rates and other options of the optimizer are those of the state.
 
         Raises:
             ValueError: the state is of another level.

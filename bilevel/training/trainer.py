@@ -310,6 +310,7 @@ class Trainer(Training):
         return {
             **super().state_dict(),
             "solves": dict(self.solves),
+            "stages": [self.schedule.lower_steps, self.schedule.upper_steps],
             "method": {"name": type(self.method).__name__, "state": copy.deepcopy(self._method_state)},
             "under_way": None if self._now is None else self._now.state_dict(),
         }
@@ -320,6 +321,12 @@ class Trainer(Training):
         if saved != own:
             raise ValueError(
                 f"method: the state is of {saved}, this training goes by {own}; resume with the same method"
+            )
+        then, now = tuple(state["stages"]), (self.schedule.lower_steps, self.schedule.upper_steps)
+        if then != now:
+            raise ValueError(
+                f"schedule: the state is of {then[0]} lower and {then[1]} upper steps an alternation, this training "
+                f"has {now[0]} and {now[1]}; resume with the same schedule (more alternations may be asked for)"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from bilevel import AlternatingSchedule
 from bilevel.checkpoint import load_checkpoint
-from bilevel.training import Callback
+from bilevel.training import Callback, Diagnostics
 from tests.support.cases import joined
 from tests.support.small_net import Net, net_trainer
 from tests.support.two_heads import make
@@ -84,8 +85,15 @@ def test_a_state_in_memory_is_a_copy() -> None:
 
 def test_a_state_of_another_trainer_is_refused() -> None:
     state = make().state_dict()
-    with pytest.raises(ValueError, match="callbacks: the state is of 0, this training has 1"):
-        make(callbacks=[Callback()]).load_state_dict(state)
+    make(callbacks=[Callback()]).load_state_dict(state)
+    with pytest.raises(ValueError, match="callbacks: the state has one of Diagnostics that this training lacks"):
+        make().load_state_dict(make(callbacks=[Callback(), Diagnostics()]).state_dict())
+    with pytest.raises(ValueError, match=r"schedule: the state is of 4 lower and 3 upper steps .* has 2 and 3"):
+        make(schedule=AlternatingSchedule(5, 2, 3)).load_state_dict(state)
+    adam = make()
+    adam.lower.optimizer = torch.optim.Adam(adam.lower.params.values())
+    with pytest.raises(ValueError, match=r"lower: optimizer: the state is of SGD with 1 parameter group\(s\), .* Adam"):
+        adam.load_state_dict(state)
     state["levels"]["lower"]["variables"] = {"backbone": torch.ones(3)}
     with pytest.raises(ValueError, match="lower: the state's variables have other names or shapes"):
         make().load_state_dict(state)
