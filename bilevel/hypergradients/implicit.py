@@ -138,10 +138,12 @@ class Implicit(Method):
                 f"upper scheduler: the learning rate is 0 in upper step {step.number}, which takes the implicit part "
                 "of its whole alternation; end above 0, or leave aggregate out"
             )
-        result = through_system(
-            system, step.upper, step.lower, step.upper_batch, solve=lambda v: self._solve(step, state, system, v)
-        )
-        scale = pending.scale(rate)
+        scale, start = pending.scale(rate), state.get("start")
+
+        def solve(v: Params) -> Solution:
+            return _solve(step, system, pending.whole(v, rate), start and tree.scale(scale, start))
+
+        result = through_system(system, step.upper, step.lower, step.upper_batch, solve=solve)
         following = self._next(state, system, _Pending())
         if self.warm_start and result.solution is not None:
             following.pop("start", None)
@@ -158,16 +160,14 @@ class Implicit(Method):
     def restarted(self, state: MethodState) -> MethodState:
         return {name: value for name, value in state.items() if name == "hvp"}
 
-    def _solve(self, step: UpperStep, state: MethodState, system: System, v: Params) -> Solution:
-        """x for dF/dy and the right-hand sides that earlier steps have left."""
-        pending, rate = _Pending.of(step, state), step.upper_rate or 0.0
-        b = pending.whole(v, rate)
-        start = state.get("start")
-        if start is None or start.keys() != b.keys():
-            return system.solve(b, watch=step.watch)
-        step.watch()
-        x0 = tree.scale(pending.scale(rate), {name: start[name].to(b[name].device) for name in b})
-        return system.solve(b, x0=x0, only_if_closer=True, watch=step.watch)
+
+def _solve(step: UpperStep, system: System, b: Params, start: Params | None) -> Solution:
+    """A^-1 b, from `start` where it is of these variables and one product shows that it helps."""
+    if start is None or start.keys() != b.keys():
+        return system.solve(b, watch=step.watch)
+    step.watch()
+    x0 = {name: start[name].to(b[name].device) for name in b}
+    return system.solve(b, x0=x0, only_if_closer=True, watch=step.watch)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_number
+from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, check_selection, linearize, selected, through_system
-from bilevel.linear import ApproximateInverse, Identity
+from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.products import HVP, FiniteDifference, as_provider
 
 
@@ -60,19 +60,6 @@ class OneStep(Method):
         size = step.lower_rate if self.step_size is None else self.step_size
         if size is None:
             raise ValueError("OneStep: step_size is missing; there is no lower optimizer here whose rate it could be")
-        step.watch()
-        system = linearize(
-            step.problem,
-            step.upper,
-            step.lower,
-            step.lower_batches,
-            solver=Identity(),
-            hvp=self.hvp,
-            implicit=self.implicit,
-        )
+        system = unsolved_system(step, self.hvp, self.implicit)
         virtual = {**step.lower, **tree.axpy(-size, system.gradient(), system.variables(step.lower))}
-        inverse = ApproximateInverse(lambda b: tree.scale(size * system.weight, b))
-        result = through_system(
-            system, step.upper, virtual, step.upper_batch, solve=lambda v: inverse.solve(system.operator, v)
-        )
-        return Proposal(result.grad, result.loss, state, result)
+        return by_approximation(step, state, system, virtual, lambda b: tree.scale(size, b))

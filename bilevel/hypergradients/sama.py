@@ -9,11 +9,11 @@ import torch
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind
+from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, check_selection, linearize, selected, through_system
+from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
-from bilevel.linear import ApproximateInverse, Identity
 from bilevel.products import HVP, FiniteDifference, as_provider
 from bilevel.tree import Params
 
@@ -84,23 +84,10 @@ class SAMA(Method):
             if step.lower_update is None:
                 raise ValueError("SAMA: update is missing; there is no lower optimizer here that it could be read from")
             update, slots = step.lower_update()
-        step.watch()
-        system = linearize(
-            step.problem,
-            step.upper,
-            step.lower,
-            step.lower_batches,
-            solver=Identity(),
-            hvp=self.hvp,
-            implicit=self.implicit,
-        )
+        system = unsolved_system(step, self.hvp, self.implicit)
         slots = starting_state(update, step.lower, slots)
         sensitivity = _sensitivity(update, tree.detach(step.lower), system.gradient(), slots)
-        inverse = ApproximateInverse(lambda b: tree.scale(system.weight, sensitivity(b)))
-        result = through_system(
-            system, step.upper, step.lower, step.upper_batch, solve=lambda v: inverse.solve(system.operator, v)
-        )
-        return Proposal(result.grad, result.loss, state, result)
+        return by_approximation(step, state, system, step.lower, sensitivity)
 
 
 def _sensitivity(update: Update, lower: Params, gradient: Params, state: State) -> Callable[[Params], Params]:

@@ -96,8 +96,9 @@ class SingleLevelTrainer(Training):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         super().check_state(state)
+        both = self.kept(), state["kept"]
         for name in {**self.parts, **state["kept"]}:
-            own, saved = (list(kept[name]) if name in kept else None for kept in (self.kept(), state["kept"]))
+            own, saved = (list(kept[name]) if name in kept else None for kept in both)
             if own != saved:
                 raise ValueError(f"parts[{name!r}]: the state's has other content than this training's")
 
