@@ -319,17 +319,6 @@ def linearize(
     )
 
 
-def check_batches(lower_batches: Sequence[Any]) -> None:
-    """Raise unless these are one or more batches in a sequence."""
-    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
-    if not lower_batches:
-        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
-
-
 def check_selection(owner: str, implicit: Selection | None) -> Selection | None:
     """`implicit` as a predicate or a tuple of names, which can be gone through more than once.
 
