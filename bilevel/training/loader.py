@@ -32,15 +32,15 @@ class LoaderSource(BatchSource):
     samplers and datasets that have ``set_epoch`` are told the pass, from 0. A pass may be of any length, and endless;
     one without a batch is an error.
 
-    **Order and random draws.** Batch i of pass k is drawn with torch's, numpy's and Python's default generators, and the
-    loader's and its samplers' ``generator``, seeded by (seed, k, i), in the workers too, whether they persist or not: it
-    does not depend on their number. The training's own random state is left as it was. On several ranks indices are
-    drawn alike everywhere (use a ``DistributedSampler``), and what the dataset draws is each rank's own.
+    **Order and random draws.** For batch i of pass k torch's, numpy's and Python's default generators, and the
+    ``generator`` of the loader and its samplers, are seeded by (seed, k, i), in the workers too: batches depend neither
+    on the number of workers nor on whether they persist. The training's own random state is left as it was. On several
+    ranks indices are drawn alike everywhere (use a ``DistributedSampler``); what the dataset draws is each rank's own.
 
-    **Resuming.** A state holds the seed, the pass, the number of its batches drawn and a fingerprint of the last one. On
-    resume that batch is drawn again, in a dataset with indices without loading the ones before, else after them, and
-    compared. If it is another one, because the dataset or the sampler draws from a generator of its own or has another
-    state, a UserWarning says that the order is not that of the first run; so it does for ``in_order=False``.
+    **Resuming.** A state holds the seed, the pass, the number of its batches drawn and a fingerprint of the last one.
+    On resume that batch is drawn again and compared; those before it are not loaded where the dataset has indices, and
+    loaded where it has none. If it is another one, because the dataset or the sampler draws from a generator of its own
+    or keeps a state, a UserWarning says that the order is not that of the first run; so it does for ``in_order=False``.
 
     Loaders of a class that iterates in a way of its own are iterated as they are: seeded in this process alone, with
     the batches before the place loaded again on resume; a state that such a loader keeps itself is not used.
@@ -131,11 +131,11 @@ class LoaderSource(BatchSource):
         self._warned = True
         number, count = self._place
         warnings.warn(
-            f"LoaderSource: the order of the batches is not that of the run before: batch {count - 1} of pass {number} "
-            "(both from 0) was drawn again and is another one, or cannot be told to be the same. The data have changed, "
-            "or the dataset or sampler draws from a generator of its own or keeps a state, which no seed reaches: draw "
+            "LoaderSource: the order of the batches is not that of the run before, or cannot be told to be: batch "
+            f"{count - 1} of pass {number} (both from 0) was drawn again and compared. Either the data have changed, or "
+            "the dataset or sampler draws from a generator of its own or keeps a state, which no seed reaches: draw "
             "from torch's, numpy's or Python's default generators or from the DataLoader's, begin each pass anew, and "
-            "use in_order=True",
+            "leave in_order=True",
             stacklevel=4,
         )
 
