@@ -76,10 +76,9 @@ class LoaderSource(BatchSource):
         if self._kept is None or self._kept.before != self._place:
             try:
                 self._kept = self._draw()
-            except BaseException as error:
+            except BaseException:
+                # A batch may be lost: the next one begins at the place again.
                 self._passes = None
-                number, count = self._place
-                error.add_note(f"LoaderSource: raised after {count} batches of the DataLoader's pass {number} (from 0)")
                 raise
         self._place, self._fingerprint = self._kept.after, self._kept.fingerprint
         return self._kept.batch
@@ -132,8 +131,8 @@ class LoaderSource(BatchSource):
         number, count = self._place
         warnings.warn(
             "LoaderSource: the order of the batches is not that of the run before, or cannot be told to be: batch "
-            f"{count - 1} of pass {number} (both from 0) was drawn again and compared. Either the data have changed, or "
-            "the dataset or sampler draws from a generator of its own or keeps a state, which no seed reaches: draw "
+            f"{count - 1} of pass {number} (both from 0) was drawn again and compared. The data have changed, or the "
+            "dataset or sampler draws from a generator of its own or keeps a state, which no seed reaches: draw "
             "from torch's, numpy's or Python's default generators or from the DataLoader's, begin each pass anew, and "
             "leave in_order=True",
             stacklevel=4,
@@ -231,7 +230,11 @@ class _Passes:
         """The next batch of this pass; `_END` after the last one."""
         number, count = self.place
         with self._seeded(count):
-            batch = next(self.iterator, _END)
+            try:
+                batch = next(self.iterator, _END)
+            except Exception as error:
+                error.add_note(f"LoaderSource: while drawing batch {count} of the DataLoader's pass {number} (from 0)")
+                raise
         if batch is not _END:
             self.place = number, count + 1
         return batch
