@@ -27,7 +27,7 @@ from torch.utils.data import (
 
 from bilevel.checkpoint import random_state
 from bilevel.training import Cycle, Level, LoaderSource
-from tests.support.loaders import Own, Points, Shuffled, Stream, drawn, loader, points_of
+from tests.bilevel.training.loader.data_sets import Own, Points, Shuffled, Stream, drawn, loader, points_of
 
 WEIGHTS = [float(i + 1) for i in range(10)]
 
