@@ -41,7 +41,7 @@ def _parts(item: Any) -> list[Any]:
     if isinstance(item, Mapping):
         return [part for pair in item.items() for part in pair]
     if isinstance(item, (list, tuple)):
-        return list(item)
+        return _spaced(list(item))
     return list(vars(item).values()) if hasattr(item, "__dict__") and not isinstance(item, type) else []
 
 
