@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from bilevel import Level
 from bilevel.distributed import on_first_rank, rank, world_size
 from bilevel.training import LoaderSource, SingleLevelTrainer, gradient_of
-from tests.bilevel.training.loader.data_sets import Points, Stream, drawn, loader, points_of
+from tests.bilevel.training.data.data_sets import Points, Stream, drawn, loader, points_of
 from tests.support.rank_processes import on_ranks
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from bilevel.training import Cycle, Level, LoaderSource
-from tests.bilevel.training.loader.data_sets import Points, Stream, loader
+from tests.bilevel.training.data.data_sets import Points, Stream, loader
 
 
 def test_the_explicit_class_takes_loaders_alone() -> None:
