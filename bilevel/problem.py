@@ -37,19 +37,23 @@ class Problem(ABC):
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         """F(x, y) on one batch; 0-d."""
 
-    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        """z(x, y) with ``lower_objective = lower_output_loss(z)``; only `GaussNewton` and micro-batching ask for it.
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Any:
+        """z(x, y) with ``lower_objective = lower_output_loss(x, z)``; only `GaussNewton` and micro-batching ask for it.
 
-        For micro-batching one row of z belongs to each sample, in the batch's order: two views of n samples make
-        ``[n, 2, d]``.
+        A tensor, or tensors in nested mappings, lists, tuples and dataclasses, beside None, numbers and strings.
+        Integer and boolean tensors, such as indices and masks, are passed on to the loss.
+
+        For micro-batching one row of each tensor belongs to each sample, in the batch's order: two views of n samples
+        make ``[n, 2, d]``. What is no tensor must be the same in every chunk of a batch.
         """
         raise TypeError(
             f"{type(self).__name__} does not define lower_outputs, which GaussNewton and micro-batching need; define "
             "lower_outputs and lower_output_loss, or take another provider and no micro_batch"
         )
 
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The lower objective as a function of `lower_outputs`; 0-d."""
+    def lower_output_loss(self, upper: Params, outputs: Any, batch: Any) -> Tensor:
+        """l(x, z), the lower objective as a function of `lower_outputs` and, for weights of samples, label smoothing
+        and the like, of the upper variables; 0-d. It sees the whole batch and its outputs, also in micro-batching."""
         raise TypeError(f"{type(self).__name__} defines lower_outputs but not lower_output_loss; define both")
 
     def split_batch(self, batch: Any, size: int) -> list[Any]:

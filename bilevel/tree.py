@@ -8,6 +8,7 @@ products, and products with a 0-d tensor, run leaf by leaf.
 # torch has no public name for its foreach operations.
 # pyright: reportPrivateImportUsage=false
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -148,7 +149,7 @@ def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_g
 
 
 def pullback(
-    outputs: Params, vector: Params, wrt: Sequence[Params], *, retain_graph: bool = False
+    outputs: Params, vector: Params, wrt: Sequence[Params], *, retain_graph: bool = False, create_graph: bool = False
 ) -> tuple[Params, ...]:
     """``d <outputs, vector> / d wrt``, one tree for each of `wrt`; variables that the outputs do not use get zeros.
 
@@ -163,7 +164,8 @@ def pullback(
             [outputs[name] for name in live],
             inputs,
             grad_outputs=[vector[name] for name in live],
-            retain_graph=retain_graph,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
@@ -187,14 +189,21 @@ def tensors_in(batch: object) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The same structure with `function` of each of `tensors_in`; mappings become dicts.
+    """The same structure with `function` of each of `tensors_in`; mappings that are no dicts become dicts.
 
     Dataclasses are made anew from the fields that their constructor takes, and compute the others again.
     """
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, item) for key, item in batch.items()}
+        items = {key: map_tensors(function, item) for key, item in batch.items()}
+        if type(batch) is dict or not isinstance(batch, dict):
+            return items
+        # A kind of dict may have more than its items: attributes, a default.
+        same = copy.copy(batch)
+        for key, item in items.items():
+            same[key] = item
+        return same
     if isinstance(batch, (list, tuple)):
         # A named tuple's own constructor takes its fields one by one.
         make = getattr(batch, "_make", type(batch))

@@ -52,7 +52,7 @@ def training_derivatives(
     else:
         loss, gradient = micro_batched_gradient(
             lambda variables, chunk: problem.lower_outputs(x, variables, chunk),
-            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(z, batch)),
+            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(x, z, batch)),
             y,
             problem.split_batch(batch, micro_batch),
         )

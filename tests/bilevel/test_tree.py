@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -214,6 +215,28 @@ def test_map_tensors_keeps_the_kind_of_every_container() -> None:
     for tensor in (found["list"][0], found["tuple"][0], found["named"].value):
         assert tensor.tolist() == [2.0, 2.0]
     assert one.tolist() == [1.0, 1.0, 1.0]
+
+
+class Attributed(OrderedDict[str, Any]):
+    """Items are attributes too, beside others."""
+
+    unit = "m"
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+def test_map_tensors_keeps_kinds_of_dicts_and_makes_dicts_of_other_mappings() -> None:
+    given = Attributed(one=torch.ones(3), size=2)
+    given.unit = "s"
+    found = tree.map_tensors(lambda tensor: 2.0 * tensor, given)
+    assert (type(found), found.unit, found.size, found.one.tolist()) == (Attributed, "s", 2, [2.0] * 3)
+    assert given.one.tolist() == [1.0] * 3
+    counts = tree.map_tensors(lambda tensor: tensor, defaultdict(list, a=torch.ones(1)))
+    assert (type(counts), counts["none"]) == (defaultdict, [])
+    assert type(tree.map_tensors(lambda tensor: tensor, MappingProxyType({"a": torch.ones(1)}))) is dict
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def test_what_cannot_be_chunked_is_refused_with_the_remedy() -> None:
         micro_batched_gradient(lambda y, chunk: y["w"], torch.sum, {"w": torch.ones(1)}, [])
 
 
-@pytest.mark.parametrize("wrong", [torch.cat, lambda views: torch.stack(views).mean(), lambda views: views])
+@pytest.mark.parametrize(
+    "wrong", [torch.cat, lambda views: torch.stack(views).mean(), lambda views: [*views, views[0].sum()]]
+)
 def test_outputs_without_a_row_for_each_sample_are_refused(wrong: Any) -> None:
     net = conv_net()
 
@@ -49,9 +51,7 @@ def test_outputs_without_a_row_for_each_sample_are_refused(wrong: Any) -> None:
         return wrong([functional_call(net, y, view) for view in chunk])
 
     chunks = Pairs(net).split_batch(views(), 4)
-    with pytest.raises(
-        (TypeError, ValueError), match=r"one row per sample, got shape \(.*lengths \[\[4\]\]|tensor, got"
-    ):
+    with pytest.raises(ValueError, match=r"one row per sample, got shape \(.*lengths \[\[4\]\]"):
         micro_batched_gradient(outputs, torch.sum, parameters(net), chunks)
 
 
