@@ -135,6 +135,11 @@ class Trainer(Training):
         return self.schedule.alternations
 
     @property
+    def planned(self) -> dict[str, int]:
+        made = {"upper": self.schedule.upper_steps, "lower": self.schedule.lower_steps}
+        return {name: self.total * steps for name, steps in made.items()}
+
+    @property
     def failures(self) -> Counter[str]:
         """Of `solves`, those that did not do what was asked, by the name of their `Status`."""
         return Counter({name: count for name, count in self.solves.items() if not Status[name].ok})

@@ -425,7 +425,7 @@ def test_the_state_of_another_training_is_refused_and_nothing_changes(tmp_path: 
     with pytest.raises(ValueError, match="method: the state is of Penalty, this training goes by Implicit"):
         other.load_state_dict(trainer.state_dict())
     other.upper.scheduler = None
-    with pytest.raises(ValueError, match="upper: scheduler: the state has one, this level none"):
+    with pytest.raises(ValueError, match="upper: scheduler: the state has LambdaLR, this level none"):
         other.load_state_dict(before)
     single = SingleLevelTrainer(lambda batch: (torch.zeros(()), {}), other.lower, 1)
     with pytest.raises(
