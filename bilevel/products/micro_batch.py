@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bilevel import distributed, tree
+from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
 from bilevel.products.gauss_newton import ComposedObjective
+from bilevel.products.graph import reached
 from bilevel.products.hvp import HVPProvider, Linearization, Objective
 from bilevel.products.outputs import check_rows, differentiable, joined, replaced, split_rows
 from bilevel.tree import Params
@@ -147,17 +148,16 @@ class _MicroBatched(Linearization):
         return _gradient(passes, passes, lambda z: self.loss(x, z), self.lower)[1]
 
     @torch.enable_grad()
-    def uses_upper(self) -> bool:
-        x, y = tree.as_variables(self.upper), tree.detach(self.lower)
-        if not x:
-            return False
-        in_outputs = any(_reaches(x, differentiable(outputs(x, y))) for outputs in self.chunks)
-        # The loss may gather over the ranks, so that either all evaluate it or none.
-        if distributed.agree(in_outputs):
-            return True
-        with torch.no_grad():
-            z = joined([outputs(x, y) for outputs in self.chunks])
-        return _reaches(x, {"loss": self.loss(x, z)})
+    def reached_upper(self) -> set[str]:
+        x, y = tree.as_variables(self.upper), tree.as_variables(self.lower)
+
+        def reached_by(z: Any) -> tuple[set[str], Any]:
+            """Names, and the outputs without their graph, of which one shall live at a time."""
+            tensors = differentiable(z)
+            return reached(tensors.values(), x), replaced(z, tree.detach(tensors))
+
+        found, parts = zip(*[reached_by(outputs(x, y)) for outputs in self.chunks], strict=True)
+        return set().union(*found, reached([self.loss(x, joined(parts))], x))
 
     @torch.enable_grad()
     def _product(
@@ -223,12 +223,3 @@ def _gradient(
 def _tagged(**trees: Params) -> Params:
     """Several trees as one."""
     return {f"{kind} {name}": leaf for kind, named in trees.items() for name, leaf in named.items()}
-
-
-def _reaches(variables: Params, outputs: Params) -> bool:
-    live = [leaf for leaf in outputs.values() if leaf.requires_grad]
-    if not live:
-        return False
-    ones = [torch.ones_like(leaf) for leaf in live]
-    found = torch.autograd.grad(live, list(variables.values()), grad_outputs=ones, allow_unused=True)
-    return any(gradient is not None for gradient in found)
