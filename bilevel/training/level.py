@@ -10,10 +10,12 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
-from bilevel.training.batches import BatchSource, as_source
+from bilevel.training.batches import BatchSource
+from bilevel.training.sources import as_source
 from bilevel.tree import Params
 
 
@@ -36,7 +38,8 @@ class Level:
         params: leaf tensors by name.
         optimizer: any of torch.optim that steps from dense gradients (not LBFGS, SparseAdam), holding exactly these
             tensors; it minimises.
-        data: a `BatchSource`, or a list or tuple of batches that is cycled through.
+        data: a ``torch.utils.data.DataLoader``, iterated pass after pass and resumed where it was (`LoaderSource`); a
+            list or tuple of batches, which is cycled through; or a `BatchSource`.
         scheduler: of this optimizer, stepped once after each of the level's steps. Chained and sequential ones, and
             those that cycle the momentum, included; one of your own without an attribute `optimizer` is taken at its
             word. A checkpoint holds its numbers; its functions are those it was made with anew.
@@ -57,7 +60,7 @@ class Level:
         self,
         params: Params,
         optimizer: torch.optim.Optimizer,
-        data: BatchSource | Sequence[Any],
+        data: DataLoader[Any] | BatchSource | Sequence[Any],
         *,
         scheduler: LRSchedule | None = None,
         max_grad_norm: float | None = None,

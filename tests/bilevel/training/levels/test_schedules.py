@@ -1,7 +1,6 @@
-"""Which optimizers and schedules a level takes, what it does with them, and which it refuses when it is made."""
+"""Which schedules a level takes, how it steps and resumes them, and which it refuses when it is made."""
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,14 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from bilevel import AlternatingSchedule, Checkpointing, Level, OneStep, Params, Trainer
+from bilevel import AlternatingSchedule, Checkpointing, Level, Params, Trainer
 from bilevel.hypergradients import from_optimizer
 from bilevel.training import Callback, SingleLevelTrainer, gradient_of
+from tests.bilevel.training.levels.making import Make, level, none
 from tests.support.cases import vector
 from tests.support.closed_forms import quadratic
 
 STEPS = 8
-Make = Callable[[Optimizer], Any]
-
 SCHEDULES: dict[str, Make] = {
     "lambda": lambda o: LambdaLR(o, lambda step: 0.9**step),
     "multiplicative": lambda o: MultiplicativeLR(o, lambda step: 1.0 - step / 20),
@@ -66,10 +64,6 @@ class Rates(Callback):
 
     def on_event(self, trainer: Any, record: Any) -> None:
         self.seen.append((record["lr"], self.optimizer.param_groups[0].get("momentum")))
-
-
-def none(optimizer: Optimizer) -> None:
-    """No schedule, or no callback."""
 
 
 def single(make: Make, folder: Path, *, steps: int = STEPS, callback: Make = none) -> SingleLevelTrainer:
@@ -202,48 +196,6 @@ def test_the_state_of_another_kind_of_schedule_is_refused(tmp_path: Path) -> Non
         assert other.state_dict()["levels"]["train"]["scheduler"] == before["levels"]["train"]["scheduler"]
 
 
-def level(make: Callable[[Params], Optimizer], schedule: Make = none) -> Level:
-    params = {"w": torch.zeros(2, requires_grad=True), "b": torch.zeros(1, requires_grad=True)}
-    optimizer = make(params)
-    return Level(params, optimizer, [None], scheduler=schedule(optimizer))
-
-
-class NeedsBoth(Optimizer):
-    def step(self, closure: Any, extra: int) -> Any:  # type: ignore[override]
-        return closure() + extra
-
-
-def twice(params: Params) -> Optimizer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return SGD([*params.values(), params["w"]], 0.1)
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda p: torch.optim.LBFGS(p.values()), "LBFGS.step needs 'closure'.*torch.optim.SGD.*call hypergradient"),
-        (lambda p: NeedsBoth(p.values(), {}), "NeedsBoth.step needs 'closure'"),
-        (lambda p: torch.optim.SparseAdam(list(p.values())), "SparseAdam takes sparse gradients alone; .*optim.Adam"),
-        (lambda p: SGD(p.values(), 0.1, maximize=True), "maximize=True climbs.*return the negative"),
-        (lambda p: SGD([{"params": [p["w"]], "maximize": True}, {"params": [p["b"]]}], 0.1), "maximize=True"),
-        (lambda p: Adam(p.values(), differentiable=True), "differentiable=True records steps.*leave it out"),
-        (lambda p: Adam(p.values(), capturable=True), "capturable=True is for variables on a GPU.*leave it out"),
-        (twice, "holds 3 entries for 2 tensors.*more than once; build it from list"),
-        (lambda p: SGD([p["w"]], 0.1), r"must hold exactly the 2 tensors of params; it holds 1 and misses \['b'\]"),
-        (lambda p: SGD([*p.values(), torch.zeros(1)], 0.1), "must hold exactly the 2 tensors of params; it holds 3"),
-    ],
-)
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_optimizers_that_do_not_fit_are_refused_with_the_remedy(make: Any, match: str, scheduled: bool) -> None:
-    def schedule(optimizer: Optimizer) -> Any:
-        # A schedule wraps the step of its optimizer.
-        return StepLR(optimizer, 2) if scheduled and "lr" in optimizer.param_groups[0] else None
-
-    with pytest.raises(ValueError, match=f"^Level: (optimizer: )?.*{match}"):
-        level(make, schedule)
-
-
 class NeedsEpoch(Own):
     def step(self, epoch: int, metric: float | None = None) -> None:  # type: ignore[override]
         raise AssertionError
@@ -316,15 +268,6 @@ def test_a_schedule_of_the_optimizer_within_a_wrapper_is_the_levels() -> None:
     assert made.rate == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}])
-def test_flags_of_execution_change_nothing(flags: dict[str, Any]) -> None:
-    made = level(lambda p: Adam([{"params": [p["w"]], "lr": 0.5}, {"params": [p["b"]]}], 0.1, **flags))
-    made.descend({"w": torch.tensor([3.0, -4.0]), "b": torch.tensor([12.0])}, 13.0)
-    # Adam's first step is of the length of its rate, each group's own.
-    torch.testing.assert_close(made.params["w"].detach(), torch.tensor([-0.5, 0.5]))
-    torch.testing.assert_close(made.params["b"].detach(), torch.tensor([-0.1]))
-
-
 def test_the_momentum_that_a_schedule_has_set_is_what_a_method_reads() -> None:
     made = level(lambda p: SGD(p.values(), 0.1, momentum=0.9), lambda o: OneCycleLR(o, 0.1, 10))
     assert from_optimizer(made.optimizer, made.params)[0].momentum == pytest.approx(0.95)  # type: ignore[attr-defined]
@@ -337,16 +280,14 @@ def test_the_momentum_that_a_schedule_has_set_is_what_a_method_reads() -> None:
     assert 0.85 <= group["momentum"] < 0.86
 
 
-def bilevel(schedule: Make, *, groups: bool = False, method: Any = None) -> Trainer:
+def bilevel(schedule: Make) -> Trainer:
     problem, upper, lower = quadratic()
-    several = [{"params": [leaf], "lr": 0.01 * (k + 1)} for k, leaf in enumerate(lower.values())]
-    optimizer = SGD(several if groups else lower.values(), 0.01, momentum=0.9)
+    optimizer = SGD(lower.values(), 0.01, momentum=0.9)
     return Trainer(
         problem,
         Level(upper, SGD(upper.values(), 0.1), [None]),
         Level(lower, optimizer, [None], scheduler=schedule(optimizer)),
         AlternatingSchedule(2, 3, 1),
-        method,
     )
 
 
@@ -365,11 +306,3 @@ def test_a_cycle_that_ends_before_the_training_is_refused_before_the_first_step(
         ValueError, match=r"^train: scheduler: OneCycleLR ends after 0 more steps .*and 1 are to be made"
     ):
         longer.run()
-
-
-def test_one_step_of_several_rates_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"OneStep: step_size=None .* groups have several, \[0.01, 0.02.*pass step_size"
-    ):
-        bilevel(none, groups=True, method=OneStep())
-    bilevel(none, groups=True, method=OneStep(0.05)).run()
