@@ -22,7 +22,7 @@ from bilevel.lower import upper_derivatives
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
-_SOUND = (Status.CONVERGED, Status.BUDGET, Status.NOT_CONVERGED)
+_SOUND = (Status.CONVERGED, Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.BUDGET, Status.NOT_CONVERGED)
 """After these the iterate is one that a next solve may start from."""
 
 

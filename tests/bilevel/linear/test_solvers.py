@@ -356,7 +356,9 @@ def test_a_status_says_what_happened_and_what_to_do() -> None:
     for status in Status:
         headline = status.value.split(":")[0].replace("-", " ").replace(" ", "_").upper()
         assert headline == status.name
-        assert status.ok == (status in (Status.CONVERGED, Status.BUDGET))
+    assert [status.name for status in Status if not status.ok] == [
+        *("NOT_CONVERGED", "NEGATIVE_CURVATURE", "DIVERGED", "NON_FINITE", "INCONSISTENT")
+    ]
 
 
 class _LateNaN(LinearOperator):
