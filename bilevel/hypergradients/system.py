@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_kind, check_number, same_structure
+from bilevel.checks import check_kind, check_number, check_variables, same_structure
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
@@ -36,7 +36,9 @@ from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
     StaleSystemError,
+    check_batch,
     check_marks,
+    differentiates,
     take_marks,
     upper_derivatives,
 )
@@ -106,6 +108,7 @@ class System:
         """The implicit part of `lower`, detached."""
         return {name: lower[name].detach() for name in self.implicit}
 
+    @differentiates
     def hypergradient(
         self, upper_batch: Any, *, x0: Params | None = None, on_failure: OnFailure = "warn"
     ) -> Hypergradient:
@@ -119,14 +122,17 @@ class System:
 
         Raises:
             StaleSystemError: something else that the system was built from has changed.
+            RuntimeError: under torch.inference_mode.
             SolverError: with ``on_failure="raise"``.
         """
         check_on_failure(on_failure)
+        check_batch("upper_batch", [upper_batch])
         self.check_fresh()
         result = through_system(self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0))
         report_failure(result, on_failure)
         return result
 
+    @differentiates
     def solve(
         self,
         b: Params,
@@ -161,6 +167,7 @@ class System:
         found = self.solver.solve(operator, b, state=self.state)
         return replace(found, num_hvps=found.num_hvps + 1)
 
+    @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
@@ -191,6 +198,7 @@ class System:
         batches can tell."""
         return self.gradient_and_noise(upper)[1]
 
+    @differentiates
     def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
         """`gradient` and `gradient_noise`, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
@@ -255,6 +263,7 @@ class System:
         return named
 
 
+@differentiates
 def linearize(
     problem: Problem,
     upper: Params,
@@ -298,7 +307,7 @@ def linearize(
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
+    check_variables("lower", lower)
     check_batches(lower_batches)
     check_number("damping", damping)
     check_number("regularization_weight", problem.regularization_weight)
@@ -328,6 +337,7 @@ def check_batches(lower_batches: Sequence[Any]) -> None:
         )
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+    check_batch("lower_batches", lower_batches)
 
 
 def check_selection(owner: str, implicit: Selection | None) -> Selection | None:
