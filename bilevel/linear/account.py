@@ -3,6 +3,8 @@
 import math
 from typing import final
 
+from torch import Tensor
+
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
@@ -21,7 +23,7 @@ class CountedOperator(LinearOperator):
         self.products += 1
         return self.operator(vector)
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.products += 1
         return self.operator.sampled(vector)
 

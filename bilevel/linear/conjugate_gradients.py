@@ -210,7 +210,7 @@ class _Step:
                     'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
                     "lower_batches, or a number for rtol"
                 )
-            self.gain_noise = error / float(tree.norm(direction))
+            self.gain_noise = float(error / tree.norm(direction))
             self.run.stop_at_noise = False
         else:
             self.product = account.operator(direction)

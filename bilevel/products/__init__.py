@@ -3,7 +3,14 @@
 from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.products.graph_memory import graph_bytes
-from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
+from bilevel.products.hvp import (
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPProvider,
+    Linearization,
+    Objective,
+    ReverseOverReverse,
+)
 from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Linearization",
     "Measurement",
     "MicroBatched",
     "Objective",

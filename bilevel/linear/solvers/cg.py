@@ -107,6 +107,10 @@ class CG(Solver):
     def learns(self) -> bool:
         return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise"
 
+    @property
+    def tolerance(self) -> float | None:
+        return None if isinstance(self.rtol, str) else self.rtol
+
     def prepare(self, operator: Any) -> _Prepared:
         return _Prepared(Directions(self.recycle))
 
