@@ -126,14 +126,12 @@ def _remedy(system: SolvedSystem, b: Params) -> str | None:
     low, high = bounds
     least = _SMALLEST_PART * max(-low, high) or 1.0
     more = 0.0 if low > least else max(-_MARGIN * low, least)
-    advice = []
-    if more > 0.0 and isinstance(system.tikhonov, Mapping):
-        advice = [f"add about {_rounded(more):g} to tikhonov of every implicit variable"]
-    elif more > 0.0:
-        term = system.tikhonov
-        advice = [f"raise tikhonov from {term:g} to about {_rounded(term + more):g}"]
-    if advice and system.has_regularizer:
-        advice[0] += f" or damping from {system.damping:g}"
+    advice, term = [], system.tikhonov
+    if more > 0.0:
+        add = f"add about {_rounded(more):g} to tikhonov of every implicit variable"
+        damp = f" or damping from {system.damping:g}" if system.has_regularizer else ""
+        up = add if isinstance(term, Mapping) else f"raise tikhonov from {term:g} to about {_rounded(term + more):g}"
+        advice.append(up + damp)
     solver = system.solver.solver if isinstance(system.solver, Escalating) else system.solver
     if isinstance(solver, Neumann) and not isinstance(solver.scale, str) and solver.scale * (high + more) >= 2.0:
         advice.append(f"give Neumann a scale of at most {1.0 / (high + more):.2g}")

@@ -82,8 +82,9 @@ class Solution:
         tikhonov: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status,
             iterations, residual_norms and residual_curve are those of ``(A + tikhonov I) x = b``; the other numbers
             stay those of A.
-        noise: standard error of A x, relative to b, from the choice of A's batches, where the solver measured it
-            (``CG(rtol="noise")``); None otherwise.
+        noise: standard error of A x, relative to b, from the choice of A's batches, measured on one product for
+            nothing: by ``CG(rtol="noise")``, and by a `System` of several batches in one process. None otherwise: it
+            was not measured.
         residual_without_tikhonov: ``||b - A x|| / ||b||`` where tikhonov is not 0; None otherwise, residual_norms
             saying it.
     """

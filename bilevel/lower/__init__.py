@@ -10,7 +10,6 @@ from bilevel.lower.selection import (
     check_selection,
     check_tikhonov,
     check_tikhonov_names,
-    matching,
     selected,
 )
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
@@ -35,7 +34,6 @@ __all__ = [
     "halves",
     "lower_derivatives",
     "lower_value",
-    "matching",
     "selected",
     "take_marks",
     "training_derivatives",

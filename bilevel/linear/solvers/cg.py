@@ -63,6 +63,10 @@ class CG(Solver):
     it. In the layer-wise method the recursion's vector is not the residual, so the true one is always measured at the
     end, by one more product, and decides the status.
 
+    A is most often a mean over batches, and solving it far more accurately than these agree on it makes the result
+    biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
+    more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
+
     On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
     breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
 
