@@ -42,17 +42,20 @@ from bilevel.lower import (
     StaleSystemError,
     Tikhonov,
     check_batch,
+    check_batches,
     check_marks,
     check_tikhonov,
     check_tikhonov_names,
+    cross_examined,
     differentiates,
+    examine_cross,
     halves,
     selected,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, as_provider
+from bilevel.products import HVP, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, as_provider, reached
 from bilevel.tree import Params
 
 
@@ -199,15 +202,13 @@ class System:
             # Nobody has promised that the objective takes a batch of another size.
             return None
         error, noise = mean_and_error(products)[1], mean_and_error(gradients)[1]
-        assert error is not None
-        assert noise is not None
-        return float(error) / self.weight, float(noise)
+        return None if error is None or noise is None else (float(error) / self.weight, float(noise))
 
     @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
-        if self._loss_uses_upper:
+        if self._loss_reaches_upper:
             loss_part = MeanOperator(
                 [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
             )
@@ -218,6 +219,8 @@ class System:
             # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
             exact = ReverseOverReverse().linearize(self._objectives.penalty, point, self.variables(self.lower))
             total = tree.add(exact.cross(x, point), total)
+        if not cross_examined(self.problem, point):
+            examine_cross(self.problem, self._reached_upper | self._reached_by_penalty(point), point)
         return total
 
     def stationarity(self, upper: Params | None = None) -> float:
@@ -261,13 +264,23 @@ class System:
                 f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
                 "linearize again"
             )
-        check_marks(self._marks, take_marks(self._named_tensors()))
+        check_marks(self._marks, self._named_tensors())
         self._buffers.check()
 
     @cached_property
-    def _loss_uses_upper(self) -> bool:
+    def _reached_upper(self) -> set[str]:
+        """Upper variables that the first batch's loss to reach any reaches."""
+        return next((found for loss in self._losses if (found := loss.reached_upper())), set())
+
+    @cached_property
+    def _loss_reaches_upper(self) -> bool:
         """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
-        return self.operator.agree(any(loss.uses_upper() for loss in self._losses))
+        return self.operator.agree(bool(self._reached_upper))
+
+    def _reached_by_penalty(self, upper: Params) -> set[str]:
+        x = tree.as_variables(upper)
+        value = self._objectives.regularizer(x, self.variables(self.lower))
+        return set() if value is None else reached([value], x)
 
     def _linearizations(self, batches: Sequence[Any], resident: Iterable[Tensor] = ()) -> list[Linearization]:
         """Of the batches' losses at the system's point."""
@@ -287,7 +300,7 @@ class System:
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
         """The mean of the batches' gradients, and its standard error."""
-        if not self.problem.curvature_depends_on_upper and self._loss_uses_upper:
+        if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
@@ -343,7 +356,7 @@ def linearize(
 
     Raises:
         TypeError: no instance of a Problem; variables that are not Params; an `implicit` that is a bare string; batches
-            that are not a sequence.
+            that are not a sequence, such as a DataLoader.
         ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
             without a regularizer; an unknown name in `tikhonov`.
     """
@@ -368,18 +381,6 @@ def linearize(
         tikhonov=tikhonov,
         implicit=names,
     )
-
-
-def check_batches(lower_batches: Sequence[Any]) -> None:
-    """Raise unless these are one or more batches in a sequence."""
-    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
-    if not lower_batches:
-        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
-    check_batch("lower_batches", lower_batches)
 
 
 def through_system(

@@ -3,6 +3,7 @@
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem, PerProblem
+from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.sampling import are_samples, halves
 from bilevel.lower.selection import (
     Selection,
@@ -13,7 +14,7 @@ from bilevel.lower.selection import (
     selected,
 )
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
-from bilevel.lower.surroundings import check_batch, check_recordable, differentiates
+from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
 
 __all__ = [
     "BufferWatch",
@@ -25,12 +26,15 @@ __all__ = [
     "Tikhonov",
     "are_samples",
     "check_batch",
+    "check_batches",
     "check_marks",
     "check_recordable",
     "check_selection",
     "check_tikhonov",
     "check_tikhonov_names",
+    "cross_examined",
     "differentiates",
+    "examine_cross",
     "halves",
     "lower_derivatives",
     "lower_value",
