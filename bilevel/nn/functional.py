@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.distributed import rank, world_size
+from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layers
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
@@ -151,6 +152,8 @@ def functional_call(
     """
     curvature = _in_curvature_pass.get()
     _refuse_wrappers(module, curvature)
+    if curvature:
+        refuse_layers(module)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     unknown = [name for name in params if name not in parameters and name not in buffers]
@@ -160,13 +163,15 @@ def functional_call(
             f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
         )
     keywords = dict(kwargs) if kwargs else None
-    if not curvature and not _buffers_kept.get():
-        return torch.func.functional_call(module, dict(params), args, keywords)
     with ExitStack() as stack:
+        stack.enter_context(own_parametrization_cache())
+        if not curvature and not _buffers_kept.get():
+            return torch.func.functional_call(module, dict(params), args, keywords)
         if curvature:
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
             stack.enter_context(_without_running_statistics(module))
+            stack.enter_context(differentiable_layers(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
         read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
         notes = _buffer_notes.get() if curvature else None

@@ -1,0 +1,144 @@
+"""Layers and parametrizations that torch differentiates once, or that write while they are called.
+
+In a curvature pass each is replaced by the same function in operations that differentiate twice, or refused.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.overrides import TorchFunctionMode
+
+_ABSENT = object()
+
+
+@contextmanager
+def differentiable_layers(module: nn.Module) -> Iterator[None]:
+    """Inside, a call of `module` differentiates twice where torch's own layers would not; afterwards nothing is left of
+    it, nor of what hooks of the call stored."""
+    with ExitStack() as stack:
+        hooked = False
+        for layer in module.modules():
+            hooked |= bool(layer._forward_pre_hooks) or "parametrizations" in layer._modules
+            for owner, name, value in _replacements(layer):
+                stack.enter_context(_set(owner, name, value))
+            if layer._forward_pre_hooks:
+                # Hooks of the older kind keep the weight that they compute, with its graph.
+                kept = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
+                stack.callback(vars(layer).update, kept)
+        if hooked:
+            stack.enter_context(_ElementaryWeightNorm())
+        yield
+
+
+@contextmanager
+def own_parametrization_cache() -> Iterator[None]:
+    """Inside, `parametrize.cached` knows no weight that was computed from other parameters."""
+    with ExitStack() as stack:
+        if parametrize._cache_enabled:
+            stack.enter_context(_set(parametrize, "_cache", {}))
+        yield
+
+
+def refuse_layers(module: nn.Module) -> None:
+    """Raise TypeError for a layer whose gradients are those of no function of its parameters."""
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        shown = f"functional_call: layer {name!r}, an {type(layer).__name__}" if name else type(layer).__name__
+        if layer.max_norm is not None:
+            raise TypeError(
+                f"{shown} with max_norm={layer.max_norm}, writes to its weight while it is called, so that the "
+                "objective is no function of it; build it with max_norm=None and bound the rows in the objective, for "
+                "example by a penalty or by rows / rows.norm(dim=-1, keepdim=True).clamp(min=1.0)"
+            )
+        if layer.scale_grad_by_freq:
+            raise TypeError(
+                f"{shown} with scale_grad_by_freq=True, has gradients that are not those of the objective, and no "
+                "second derivative; build it with scale_grad_by_freq=False and weight the samples in the objective"
+            )
+
+
+@final
+class _ElementaryWeightNorm(TorchFunctionMode):
+    """Inside, torch's weight normalisation is computed by operations whose derivatives are right to every order: those
+    of its fused kernel are wrong from the second on."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # -1 stands for the norm of the whole, as in torch.
+    norm = v.norm() if dim == -1 else v.norm(dim=[d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True)
+    return v * (g / norm)
+
+
+def _replacements(layer: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, attribute, value) of what a curvature pass sets for one layer."""
+    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+        yield layer, "sparse", False
+    elif isinstance(layer, _SpectralNorm) and layer.training:
+        yield layer, "forward", partial(_parametrized_spectral_norm, layer)
+    elif isinstance(layer, nn.RNNBase) and any(weight.is_cuda for weight in layer.parameters(recurse=False)):
+        yield layer, "forward", partial(_without_cudnn, layer.forward)
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and layer.training:
+            yield hook, "compute_weight", partial(_hooked_spectral_norm, hook)
+
+
+def _parametrized_spectral_norm(norm: _SpectralNorm, weight: Tensor) -> Tensor:
+    if weight.dim() == 1:
+        return type(norm).forward(norm, weight)
+    return weight / _largest_singular_value(norm._reshape_weight_to_matrix(weight))
+
+
+def _hooked_spectral_norm(hook: SpectralNorm, layer: nn.Module, do_power_iteration: bool) -> Tensor:
+    weight = getattr(layer, f"{hook.name}_orig")
+    return weight / _largest_singular_value(hook.reshape_weight_to_matrix(weight))
+
+
+def _largest_singular_value(matrix: Tensor) -> Tensor:
+    r"""The largest singular value of W, with its first three derivatives; not finite where it is a double one.
+
+    torch's power iterations hold the singular vectors fixed, and with them lose the second derivative. Here they take
+    one Newton step from the exact ones, which has their first derivative, and the value is Rayleigh's quotient
+    ``2 u'Wv / (u'u + v'v)``, whose error is the fourth power of what the step leaves.
+    """
+    with torch.no_grad():
+        left, values, right = torch.linalg.svd(matrix.detach(), full_matrices=False)
+    u, v, top = left[:, 0], right[0], values[0]
+    rest_u, rest_v = matrix @ v - top * u, matrix.mT @ u - top * v
+    p, q = left.mT @ rest_u, right @ rest_v
+    inverse = torch.cat([torch.zeros_like(values[:1]), 1.0 / (top.square() - values[1:].square())])
+    u = u + left @ (inverse * (top * p + values * q)) + (rest_u - left @ p) / top
+    v = v + right.mT @ (inverse * (values * p + top * q)) + (rest_v - right.mT @ q) / top
+    return 2.0 * torch.dot(u, matrix @ v) / (torch.dot(u, u) + torch.dot(v, v))
+
+
+def _without_cudnn(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """cuDNN's recurrent layers have no second derivative, torch's own have."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """The attribute of this one object, put back or taken away afterwards."""
+    before = vars(owner).get(name, _ABSENT)
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del vars(owner)[name]
+        else:
+            vars(owner)[name] = before
