@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
@@ -144,11 +145,16 @@ def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_g
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(wrt, values, strict=True))
+    return dict(zip(wrt, map(_dense, values), strict=True))
 
 
 def pullback(
-    outputs: Params, vector: Params, wrt: Sequence[Params], *, retain_graph: bool = False
+    outputs: Params,
+    vector: Params,
+    wrt: Sequence[Params],
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
 ) -> tuple[Params, ...]:
     """``d <outputs, vector> / d wrt``, one tree for each of `wrt`; variables that the outputs do not use get zeros.
 
@@ -163,12 +169,13 @@ def pullback(
             [outputs[name] for name in live],
             inputs,
             grad_outputs=[vector[name] for name in live],
-            retain_graph=retain_graph,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
     )
-    return tuple({name: next(values) for name in variables} for variables in wrt)
+    return tuple({name: _dense(next(values)) for name in variables} for variables in wrt)
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:
@@ -206,14 +213,29 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def check_params(argument: str, value: object) -> None:
-    """Raise TypeError unless `value` is a dictionary of named floating-point tensors."""
+    """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors."""
     if not isinstance(value, dict):
         raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
     for name, leaf in value.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
+        if is_lazy(leaf):
+            raise TypeError(
+                f"{argument}[{name!r}] has no shape yet: it is of a lazy module; call the module once on a batch first"
+            )
+        if leaf.is_nested or leaf.layout is not torch.strided:
+            layout = "a nested tensor" if leaf.is_nested else f"layout {leaf.layout}"
+            raise TypeError(
+                f"{argument}[{name!r}] must be a dense tensor, got {layout}; take its to_dense(), or the tensor of its "
+                "values, and build the other from it in the objectives"
+            )
         if not leaf.is_floating_point():
             raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Gradients of a sparse embedding's weight come as sparse tensors, which the arithmetic here does not take."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _values(x: Params, order: Iterable[str]) -> list[Tensor]:

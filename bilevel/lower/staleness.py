@@ -75,12 +75,23 @@ def _checksums(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided:
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = _numbers(tensor.detach())
     # In the order of memory, so that flattening a channels-last batch copies nothing.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float64).sum()
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].resolve_conj().resolve_neg()
+    return (torch.view_as_real(sample) if sample.is_complex() else sample).to(torch.float64).sum()
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """What a tensor of any layout holds, as a strided one."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.is_nested or tensor.layout in _COMPRESSED:
+        tensor = tensor.values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.int_repr() if tensor.is_quantized else tensor
+
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)

@@ -68,24 +68,12 @@ class _GaussNewton(Linearization):
             return tree.zeros_like(y)
         # J w as the derivative of J^T u in the dummy u: two reverse passes, no forward-mode rule needed.
         u = torch.zeros_like(z, requires_grad=True)
-        transposed = _gradient([z], y, [u], create_graph=True)
+        transposed = tree.pullback({"z": z}, {"z": u}, [y], create_graph=True)[0]
         pushed = tree.pullback(transposed, vector, [{"u": u}], retain_graph=True)[0]["u"]
         point = z.detach().requires_grad_()
         slope = tree.gradients(self.composed.loss(point), {"z": point}, create_graph=True)
         curved = tree.pullback(slope, {"z": pushed}, [{"z": point}])[0]["z"]
-        return _gradient([z], y, [curved], create_graph=False)
+        return tree.pullback({"z": z}, {"z": curved}, [y])[0]
 
     def cross(self, vector: Params, upper: Params) -> Params:
         return self._exact.cross(vector, upper)
-
-
-def _gradient(outputs: list[Tensor], wrt: Params, vectors: list[Tensor], *, create_graph: bool) -> Params:
-    values = torch.autograd.grad(
-        outputs,
-        list(wrt.values()),
-        grad_outputs=vectors,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(wrt, values, strict=True))

@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
+from bilevel.products.forward_mode import forward_mode
 from bilevel.products.gauss_newton import ComposedObjective
-from bilevel.products.hvp import HVPProvider, Linearization, Objective
+from bilevel.products.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
 from bilevel.tree import Params
 
 Pass = Callable[[Params], Tensor]
@@ -85,9 +86,10 @@ class MicroBatched(HVPProvider):
        \frac{\partial \langle u_c, z_c \rangle}{\partial y}, w \right\rangle + \langle \dot u_c, z_c \rangle \right],
 
     and d/dx of the same bracket for the cross term. The tangent takes forward mode, so that every operation of the
-    outputs needs a forward-mode rule; the bracket takes reverse mode twice. For convolutional networks on a CPU a
-    product costs 4.5 to 7 gradients, where one by `ReverseOverReverse` costs 3.5 to 4.5. The Problem must define
-    `lower_outputs` and `lower_output_loss`. Random masks are drawn per chunk and the same in every product.
+    outputs needs a forward-mode rule (a RuntimeError names the one that has none); the bracket takes reverse mode
+    twice. For convolutional networks on a CPU a product costs 4.5 to 7 gradients, where one by `ReverseOverReverse`
+    costs 3.5 to 4.5. The Problem must define `lower_outputs` and `lower_output_loss`. Random masks are drawn per chunk
+    and the same in every product.
 
     Equal to the whole batch's products wherever samples meet in the loss alone. BatchNorm in train mode normalises each
     chunk by the chunk's own statistics: a different model, of which these are the exact products. Freeze the statistics
@@ -158,8 +160,10 @@ class _MicroBatched(Linearization):
         """u and its tangent for every chunk."""
         x = tree.detach(upper)
         z, z_dot = [], []
+        reverse = ReverseOverReverse().linearize(lambda x, y: self.chunks[0](x, y).square().sum(), upper, self.lower)
+        explained = forward_mode("MicroBatched", lambda: reverse.hessian(self.lower))
         # Not torch.func.jvp: it hides the tensors' memory layout, in whose order a plain pass fills random masks.
-        with torch.no_grad(), forward_ad.dual_level():
+        with explained, torch.no_grad(), forward_ad.dual_level():
             y = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in self.lower.items()}
             for outputs in self.chunks:
                 value, tangent = forward_ad.unpack_dual(outputs(x, y))
@@ -193,12 +197,13 @@ def check_rows(outputs: object, chunk: Any) -> Tensor:
     """Raise unless the outputs of a chunk have a row for each sample; samples are counted where all tensors agree."""
     if not isinstance(outputs, Tensor):
         raise TypeError(f"lower outputs must be a tensor, got {type(outputs).__name__}")
-    lengths = {tensor.shape[:1] for tensor in tree.tensors_in(chunk)}
-    if outputs.dim() == 0 or (len(lengths) == 1 and outputs.shape[:1] not in lengths):
+    # Nested tensors have no shape.
+    lengths = {tensor.size(0) if tensor.dim() else None for tensor in tree.tensors_in(chunk)}
+    if outputs.dim() == 0 or (len(lengths) == 1 and len(outputs) not in lengths):
         raise ValueError(
             f"micro-batching needs outputs with one row per sample, got shape {tuple(outputs.shape)} for a chunk whose "
-            f"tensors have the lengths {sorted(list(length) for length in lengths)}; stack views along dimension 1, as "
-            "[n, views, d], and leave means over samples to the loss"
+            f"tensors have the lengths {sorted([] if n is None else [n] for n in lengths)}; stack views along "
+            "dimension 1, as [n, views, d], and leave means over samples to the loss"
         )
     return outputs
 
