@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -23,17 +24,19 @@ def differentiable_layers(module: nn.Module) -> Iterator[None]:
     """Inside, a call of `module` differentiates twice where torch's own layers would not; afterwards nothing is left of
     it, nor of what hooks of the call stored."""
     with ExitStack() as stack:
-        hooked = False
+        computed = False
         for layer in module.modules():
-            hooked |= bool(layer._forward_pre_hooks) or "parametrizations" in layer._modules
+            computed |= bool(layer._forward_pre_hooks) or "parametrizations" in layer._modules
+            computed |= isinstance(layer, nn.EmbeddingBag)
             for owner, name, value in _replacements(layer):
                 stack.enter_context(_set(owner, name, value))
             if layer._forward_pre_hooks:
                 # Hooks of the older kind keep the weight that they compute, with its graph.
                 kept = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
                 stack.callback(vars(layer).update, kept)
-        if hooked:
-            stack.enter_context(_ElementaryWeightNorm())
+        if computed:
+            # Not for every module: the mode takes a microsecond for each call of torch's.
+            stack.enter_context(_Elementary())
         yield
 
 
@@ -51,40 +54,84 @@ def refuse_layers(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             continue
-        shown = f"functional_call: layer {name!r}, an {type(layer).__name__}" if name else type(layer).__name__
+        where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module {type(layer).__name__}"
         if layer.max_norm is not None:
             raise TypeError(
-                f"{shown} with max_norm={layer.max_norm}, writes to its weight while it is called, so that the "
-                "objective is no function of it; build it with max_norm=None and bound the rows in the objective, for "
-                "example by a penalty or by rows / rows.norm(dim=-1, keepdim=True).clamp(min=1.0)"
+                f"functional_call: {where} writes to its weight while it is called (max_norm={layer.max_norm}), so that "
+                "the objective is no function of it; build it with max_norm=None and bound the rows in the objective, "
+                "for example by a penalty or by rows / rows.norm(dim=-1, keepdim=True).clamp(min=1.0)"
             )
         if layer.scale_grad_by_freq:
             raise TypeError(
-                f"{shown} with scale_grad_by_freq=True, has gradients that are not those of the objective, and no "
-                "second derivative; build it with scale_grad_by_freq=False and weight the samples in the objective"
+                f"functional_call: {where} has scale_grad_by_freq=True, so that its gradients are not those of the "
+                "objective; build it with scale_grad_by_freq=False and weight the samples in the objective"
             )
 
 
 @final
-class _ElementaryWeightNorm(TorchFunctionMode):
-    """Inside, torch's weight normalisation is computed by operations whose derivatives are right to every order: those
-    of its fused kernel are wrong from the second on."""
+class _Elementary(TorchFunctionMode):
+    """Inside, what torch computes by kernels without a (right) second derivative is computed by operations that have
+    derivatives of every order."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        return (_weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
+        return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # -1 stands for the norm of the whole, as in torch.
-    norm = v.norm() if dim == -1 else v.norm(dim=[d for d in range(v.dim()) if d != dim % v.dim()], keepdim=True)
-    return v * (g / norm)
+    others = None if dim == -1 else [d for d in range(v.dim()) if d != dim % v.dim()]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    # For torch's own checks of its arguments; the layer's max_norm and scale_grad_by_freq were refused before.
+    functional.embedding_bag(
+        *(input, weight.detach(), offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse),
+        *(per_sample_weights, include_last_offset, padding_idx),
+    )
+    if input.is_nested:
+        offsets, include_last_offset, input = input.offsets(), True, input.values()
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights.values()
+    elif offsets is None:
+        offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
+        input = input.reshape(-1)
+    starts = offsets[:-1] if include_last_offset else offsets
+    if mode == "max":
+        parts = torch.embedding_bag(weight.detach(), input, starts, False, 2, False, None, False, padding_idx)
+        return weight.gather(0, parts[3]) * (parts[2] > 0).unsqueeze(1)
+    bag = torch.searchsorted(starts, torch.arange(len(input), device=input.device), right=True) - 1
+    share = weight.new_ones(len(input)) if per_sample_weights is None else per_sample_weights.reshape(-1)
+    if padding_idx is not None:
+        share = share * (input != padding_idx % len(weight))
+    if mode == "mean":
+        share = share / share.new_zeros(len(starts)).index_add(0, bag, share).clamp(min=1.0)[bag]
+    rows = functional.embedding(input, weight) * share.unsqueeze(1)
+    return rows.new_zeros(len(starts), weight.shape[1]).index_add(0, bag, rows)
+
+
+_ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,
+    functional.embedding_bag: _embedding_bag,
+}
 
 
 def _replacements(layer: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """(owner, attribute, value) of what a curvature pass sets for one layer."""
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+    if isinstance(layer, nn.Embedding) and layer.sparse:
         yield layer, "sparse", False
     elif isinstance(layer, _SpectralNorm) and layer.training:
         yield layer, "forward", partial(_parametrized_spectral_norm, layer)
