@@ -1,7 +1,6 @@
 """Every layer of torch.nn that has parameters and every parametrization, each small and in float64."""
 
-import inspect
-import warnings
+import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +64,9 @@ def cases() -> list[Case]:
     return [*dense(), *convolutions(), *norms(), *embeddings(), *recurrent(), *attention(), *heads(), *weights()]
 
 
-def of(title: str, make: Make, *batch: Tensor, modes: tuple[str, ...] = ("train",), **fixed: int) -> Case:
+def of(title: str, make: Make, *batch: Tensor, modes: tuple[str, ...] = ("train",)) -> Case:
     """The part of the title before the first space or comma is the class."""
-    return Case(title, (title.replace(",", " ").split()[0],), make, batch, modes, fixed)
+    return Case(title, (title.replace(",", " ").split()[0],), make, batch, modes)
 
 
 def dense() -> Iterator[Case]:
@@ -119,7 +118,8 @@ def embeddings() -> Iterator[Case]:
     for options in ("", "sparse=True", "padding_idx=2", "max_norm=1.0", "scale_grad_by_freq=True"):
         keywords = parsed(options)
         fixed = {"weight": 2} if "padding_idx" in keywords else {}
-        yield of(f"Embedding, {options}" if options else "Embedding", lambda k=keywords: nn.Embedding(7, 3, **k), x, **fixed)
+        title = f"Embedding, {options}" if options else "Embedding"
+        yield Case(title, ("Embedding",), lambda k=keywords: nn.Embedding(7, 3, **k), (x,), fixed=fixed)
     for mode in ("sum", "mean", "max"):
         for options in ("", "padding_idx=2", "sparse=True", "max_norm=1.0", "scale_grad_by_freq=True"):
             if mode == "max" and options in ("sparse=True", "scale_grad_by_freq=True"):
@@ -158,8 +158,7 @@ def attention() -> Iterator[Case]:
     for options in ("", "dropout=0.3", "add_bias_kv=True, add_zero_attn=True", "kdim=4, vdim=4"):
         keywords = {"batch_first": True, **parsed(options)}
         title = f"MultiheadAttention, {options}" if options else "MultiheadAttention"
-        make = lambda k=keywords: Called(nn.MultiheadAttention(4, 2, **k), lambda m, x: m(x, x, x)[0])
-        yield of(title, make, x, modes=BOTH)
+        yield of(title, lambda k=keywords: Called(nn.MultiheadAttention(4, 2, **k), attended), x, modes=BOTH)
     yield of(
         "MultiheadAttention, masked",
         lambda: Called(
@@ -209,8 +208,11 @@ def heads() -> Iterator[Case]:
         *(x, targets),
     )
     if hasattr(nn, "LinearCrossEntropyLoss"):
-        make = lambda: nn.LinearCrossEntropyLoss(4, 8, bias=True, reduction="none")
-        yield of("LinearCrossEntropyLoss", make, x, targets)
+        yield of(
+            "LinearCrossEntropyLoss",
+            lambda: nn.LinearCrossEntropyLoss(4, 8, bias=True, reduction="none"),
+            *(x, targets),
+        )
 
 
 def weights() -> Iterator[Case]:
@@ -267,6 +269,10 @@ def globally_pruned() -> nn.Module:
     return module
 
 
+def attended(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, x, x)[0]
+
+
 def first_output(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)[0]
 
@@ -290,58 +296,6 @@ def called_once(layer: nn.Module, *batch: Tensor) -> nn.Module:
 
 def parsed(options: str) -> dict[str, Any]:
     """``"a=1, b=True"`` as keywords."""
-    return eval(f"dict({options})", {"dict": dict})  # Of this file alone.
-
-
-# What stands on its own in torch's tables -------------------------------------------------------------------------
-
-NOT_LAYERS = {
-    "Module": "the base of all",
-    "Container": "a base without anything of its own",
-    "Sequential": "holds other layers",
-    "ModuleList": "holds other layers",
-    "ModuleDict": "holds other layers",
-    "ParameterList": "holds parameters and computes nothing",
-    "ParameterDict": "holds parameters and computes nothing",
-    "DataParallel": "holds another module",
-    "RNNBase": "the base of RNN, LSTM and GRU",
-    "RNNCellBase": "the base of the cells",
-}
-"""Classes of torch.nn that the table leaves out though they may have parameters."""
-
-_ARGUMENTS = ((), (1,), (1, 1), (2, 1), (1, 1, 1), (1, (1, 1)))
-
-
-def with_parameters() -> list[str]:
-    """Names of the classes of torch.nn that have, or may have, parameters, `NOT_LAYERS` left out."""
-    public = {name: value for name, value in vars(nn).items() if inspect.isclass(value) and issubclass(value, nn.Module)}
-    return sorted(name for name, kind in public.items() if name not in NOT_LAYERS and _may_have_parameters(kind))
-
-
-def weight_functions() -> list[str]:
-    """Names of torch's functions that make a layer's weight from other parameters or masks."""
-    new = [name for name, f in vars(parametrizations).items() if _defined_in(f, parametrizations)]
-    masks = [name for name, f in vars(prune).items() if _defined_in(f, prune) and name not in ("remove", "is_pruned")]
-    older = [name for name in vars(nn.utils) if hasattr(nn.utils, f"remove_{name}")]
-    groups = {"parametrizations": new, "utils": older, "prune": masks}
-    return sorted(f"{prefix}.{name}" for prefix, names in groups.items() for name in names if not name.startswith("_"))
-
-
-def _defined_in(value: object, module: object) -> bool:
-    return inspect.isfunction(value) and inspect.getmodule(value) is module
-
-
-def _may_have_parameters(kind: type[nn.Module]) -> bool:
-    """Unless one can be made, has none, and no class that it comes from makes any."""
-    bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    if any("Parameter(" in inspect.getsource(base) for base in bases):
-        return True
-    for arguments in _ARGUMENTS:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                made = kind(*arguments)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-        return any(True for _ in made.parameters())
-    return True
+    call = ast.parse(f"f({options})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}

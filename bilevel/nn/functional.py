@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from bilevel.distributed import rank, world_size
-from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layers
+from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layer
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
@@ -139,28 +140,36 @@ def functional_call(
     attention takes torch's plain kernel, since the fused ones do not differentiate twice: slower, and with memory that
     grows with the square of the sequence length. The logger "bilevel" says so once a process, at level INFO, where the
     module holds an `nn.MultiheadAttention`; direct calls of ``scaled_dot_product_attention`` are switched unannounced.
+    Weight normalisation, `nn.EmbeddingBag` and, on a GPU, recurrent layers are computed by operations that differentiate
+    twice, sparse embeddings with dense gradients, and spectral normalisation in train mode by the exact singular value
+    in place of a power iteration, whose vectors torch holds fixed.
 
     Args:
         params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
         args: positional arguments; a single non-tuple is taken as the only one.
 
     Raises:
-        ValueError: `params` names something the module does not have.
+        ValueError: `params` names something the module does not have; a lazy module that has not been called yet.
         TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
-            torch's SyncBatchNorm over several ranks); the message gives the remedy.
+            torch's SyncBatchNorm over several ranks, embeddings with `max_norm` or `scale_grad_by_freq`); the message
+            gives the remedy.
         RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
     curvature = _in_curvature_pass.get()
     _refuse_wrappers(module, curvature)
-    if curvature:
-        refuse_layers(module)
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     unknown = [name for name in params if name not in parameters and name not in buffers]
     if unknown:
         raise ValueError(
             f"functional_call: {type(module).__name__} has no parameter or buffer named {unknown[0]!r} "
             f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
+        )
+    lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"functional_call: parameter {lazy[0]!r} of {type(module).__name__} has no shape yet; call the module once on "
+            "a batch first"
         )
     keywords = dict(kwargs) if kwargs else None
     with ExitStack() as stack:
@@ -235,6 +244,7 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
             )
         if not curvature:
             continue
+        refuse_layer(layer, module)
         # torch.compile's wrapper has no public type: it keeps the bare module as the child `_orig_mod`, and
         # Module.compile() its call in `_compiled_call_impl`.
         if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:

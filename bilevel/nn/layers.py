@@ -3,6 +3,9 @@
 In a curvature pass each is replaced by the same function in operations that differentiate twice, or refused.
 """
 
+# torch has no public name for its weight normalisation.
+# pyright: reportPrivateImportUsage=false
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,11 +29,12 @@ def differentiable_layers(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         computed = False
         for layer in module.modules():
-            computed |= bool(layer._forward_pre_hooks) or "parametrizations" in layer._modules
-            computed |= isinstance(layer, nn.EmbeddingBag)
-            for owner, name, value in _replacements(layer):
-                stack.enter_context(_set(owner, name, value))
-            if layer._forward_pre_hooks:
+            hooks = layer._forward_pre_hooks
+            computed |= bool(hooks) or "parametrizations" in layer._modules or isinstance(layer, nn.EmbeddingBag)
+            if hooks or isinstance(layer, _REPLACED):
+                for owner, name, value in _replacements(layer):
+                    stack.enter_context(_set(owner, name, value))
+            if hooks:
                 # Hooks of the older kind keep the weight that they compute, with its graph.
                 kept = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor)}
                 stack.callback(vars(layer).update, kept)
@@ -49,23 +53,23 @@ def own_parametrization_cache() -> Iterator[None]:
         yield
 
 
-def refuse_layers(module: nn.Module) -> None:
-    """Raise TypeError for a layer whose gradients are those of no function of its parameters."""
-    for name, layer in module.named_modules():
-        if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-            continue
-        where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module {type(layer).__name__}"
-        if layer.max_norm is not None:
-            raise TypeError(
-                f"functional_call: {where} writes to its weight while it is called (max_norm={layer.max_norm}), so that "
-                "the objective is no function of it; build it with max_norm=None and bound the rows in the objective, "
-                "for example by a penalty or by rows / rows.norm(dim=-1, keepdim=True).clamp(min=1.0)"
-            )
-        if layer.scale_grad_by_freq:
-            raise TypeError(
-                f"functional_call: {where} has scale_grad_by_freq=True, so that its gradients are not those of the "
-                "objective; build it with scale_grad_by_freq=False and weight the samples in the objective"
-            )
+def refuse_layer(layer: nn.Module, module: nn.Module) -> None:
+    """Raise TypeError for a layer of `module` whose gradients are those of no function of its parameters."""
+    if not isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        return
+    name = next(name for name, each in module.named_modules() if each is layer)
+    where = f"layer {name!r} ({type(layer).__name__})" if name else f"the module {type(layer).__name__}"
+    if layer.max_norm is not None:
+        raise TypeError(
+            f"functional_call: {where} writes to its weight while it is called (max_norm={layer.max_norm}), so "
+            "that the objective is no function of it; build it with max_norm=None and bound the rows in the "
+            "objective, for example by a penalty or by rows / rows.norm(dim=-1, keepdim=True).clamp(min=1.0)"
+        )
+    if layer.scale_grad_by_freq:
+        raise TypeError(
+            f"functional_call: {where} has scale_grad_by_freq=True, so that its gradients are not those of the "
+            "objective; build it with scale_grad_by_freq=False and weight the samples in the objective"
+        )
 
 
 @final
@@ -103,30 +107,39 @@ def _embedding_bag(
         *(input, weight.detach(), offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse),
         *(per_sample_weights, include_last_offset, padding_idx),
     )
-    if input.is_nested:
-        offsets, include_last_offset, input = input.offsets(), True, input.values()
-        per_sample_weights = None if per_sample_weights is None else per_sample_weights.values()
-    elif offsets is None:
-        offsets = torch.arange(0, input.numel(), input.shape[1], device=input.device)
-        input = input.reshape(-1)
-    starts = offsets[:-1] if include_last_offset else offsets
+    indices, starts = _bags(input, offsets, include_last_offset)
     if mode == "max":
-        parts = torch.embedding_bag(weight.detach(), input, starts, False, 2, False, None, False, padding_idx)
+        parts = torch.embedding_bag(weight.detach(), indices, starts, False, 2, False, None, False, padding_idx)
         return weight.gather(0, parts[3]) * (parts[2] > 0).unsqueeze(1)
-    bag = torch.searchsorted(starts, torch.arange(len(input), device=input.device), right=True) - 1
-    share = weight.new_ones(len(input)) if per_sample_weights is None else per_sample_weights.reshape(-1)
+    bag = torch.searchsorted(starts, torch.arange(len(indices), device=indices.device), right=True) - 1
+    share = weight.new_ones(len(indices)) if per_sample_weights is None else _flat(per_sample_weights)
     if padding_idx is not None:
-        share = share * (input != padding_idx % len(weight))
+        share = share * (indices != padding_idx % len(weight))
     if mode == "mean":
         share = share / share.new_zeros(len(starts)).index_add(0, bag, share).clamp(min=1.0)[bag]
-    rows = functional.embedding(input, weight) * share.unsqueeze(1)
+    rows = functional.embedding(indices, weight) * share.unsqueeze(1)
     return rows.new_zeros(len(starts), weight.shape[1]).index_add(0, bag, rows)
+
+
+def _bags(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> tuple[Tensor, Tensor]:
+    """All indices in one row, and where each bag starts."""
+    if offsets is not None:
+        return input, offsets[:-1] if include_last_offset else offsets
+    lengths = torch.tensor([len(bag) for bag in input.unbind()], device=input.device)
+    return _flat(input), lengths.cumsum(0) - lengths
+
+
+def _flat(bags: Tensor) -> Tensor:
+    return torch.cat(bags.unbind()) if bags.is_nested else bags.reshape(-1)
 
 
 _ELEMENTARY: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: _weight_norm,
     functional.embedding_bag: _embedding_bag,
 }
+
+
+_REPLACED = (nn.Embedding, _SpectralNorm, nn.RNNBase)
 
 
 def _replacements(layer: nn.Module) -> Iterator[tuple[Any, str, Any]]:
