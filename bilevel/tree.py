@@ -231,6 +231,11 @@ def check_params(argument: str, value: object) -> None:
             )
         if not leaf.is_floating_point():
             raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
+        if leaf.dtype.itemsize < 2:
+            raise TypeError(
+                f"{argument}[{name!r}] must have at least 16 bits a number, got {leaf.dtype}, in which torch does not "
+                "calculate; keep the variable in float32 and convert it in the objectives"
+            )
 
 
 def _dense(gradient: Tensor) -> Tensor:
