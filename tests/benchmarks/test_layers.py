@@ -51,7 +51,7 @@ class Cut(nn.Linear):
 
 def test_a_wrong_layer_is_seen() -> None:
     case = Case("Cut", ("Cut",), lambda: Cut(4, 3), cases()[0].batch)
-    figures = layers.measure([case])
+    figures = {"quick": True, **layers.measure([case])}
     assert len(layers.silently_wrong(figures)) == len(layers.PROVIDERS)
     figures["layers"][0]["providers"] = {"reverse": {"error": 0.1, "flagged": "said"}, "forward": {"refused": "no"}}
     assert layers.silently_wrong(figures) == []

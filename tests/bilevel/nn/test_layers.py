@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from bilevel import CG, Implicit, OneStep, Params, Problem, Unrolled, functional_call, hypergradient, linearize, tree
-from bilevel.hypergradients import SAMA, SGDUpdate
+from bilevel.hypergradients import SAMA, Method, SGDUpdate
 from bilevel.nn import curvature_pass, layers
 from bilevel.products import FiniteDifference, GaussNewton, HVPProvider, MicroBatched, ReverseOverReverse
 from tests.support.cases import joined, vector
@@ -95,7 +95,7 @@ UPPER = {"scale": torch.tensor(0.3, dtype=torch.float64)}
     ],
     ids=lambda method: f"{type(method).__name__}-{getattr(method, 'hvp', '')}",
 )
-def test_every_method_differentiates_weight_norm_as_it_does_the_formula(method: object, wrap: Wrap) -> None:
+def test_every_method_differentiates_weight_norm_as_it_does_the_formula(method: Method, wrap: Wrap) -> None:
     module = normed(wrap)
     lower = parameters(module)
     found, expected = (
@@ -214,7 +214,7 @@ def test_embeddings_that_are_no_function_of_their_weight_are_refused(
 def test_sparse_embeddings_have_dense_derivatives(hvp: HVPProvider) -> None:
     module = double(nn.Sequential(nn.Embedding(5, 3, sparse=True)))
     check_products(Fit(module), lambda p: F.embedding(WORDS, p["0.weight"]).tanh().square().mean() * 3.0, WORDS, hvp)
-    assert module[0].sparse
+    assert vars(module.get_submodule("0"))["sparse"]
 
 
 class Direct(Fit):
@@ -274,6 +274,27 @@ def test_recurrent_layers_on_a_gpu_are_called_without_cudnn() -> None:
     assert layers._without_cudnn(lambda x, *, y: [seen.append(torch.backends.cudnn.enabled), x + y][1], 1, y=2) == 3
     assert seen == [False]
     assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_products_through_recurrent_layers_on_a_gpu_are_those_on_the_cpu(kind: str) -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = getattr(nn, kind)(1, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.unsqueeze(2))[0]
+
+    module = double(First())
+    lower = parameters(module)
+    expected = linearize(Fit(module), lower, lower, [BATCH]).operator(lower)
+    module, lower = module.cuda(), {name: leaf.cuda() for name, leaf in lower.items()}
+    for hvp in EXACT:
+        found = linearize(Fit(module), lower, lower, [BATCH.cuda()], hvp=hvp).operator(lower)
+        torch.testing.assert_close({name: leaf.cpu() for name, leaf in found.items()}, expected)
+    assert "forward" not in vars(module.layer)
 
 
 def test_a_lazy_module_is_refused_until_it_was_called() -> None:
