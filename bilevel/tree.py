@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 Params = dict[str, Tensor]
@@ -213,29 +214,103 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def check_params(argument: str, value: object) -> None:
-    """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors."""
+    """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors that can be differentiated.
+
+    Refused with them: tensors made under torch.inference_mode, and those of a torch.func transform (vmap, grad, jvp)
+    or of forward-mode differentiation around the call, whose outer derivative would be lost.
+    """
     if not isinstance(value, dict):
         raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
     for name, leaf in value.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
-        if is_lazy(leaf):
-            raise TypeError(
-                f"{argument}[{name!r}] has no shape yet: it is of a lazy module; call the module once on a batch first"
-            )
-        if leaf.is_nested or leaf.layout is not torch.strided:
-            layout = "a nested tensor" if leaf.is_nested else f"layout {leaf.layout}"
-            raise TypeError(
-                f"{argument}[{name!r}] must be a dense tensor, got {layout}; take its to_dense(), or the tensor of its "
-                "values, and build the other from it in the objectives"
-            )
-        if not leaf.is_floating_point():
-            raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
-        if leaf.dtype.itemsize < 2:
-            raise TypeError(
-                f"{argument}[{name!r}] must have at least 16 bits a number, got {leaf.dtype}, in which torch does not "
-                "calculate; keep the variable in float32 and convert it in the objectives"
-            )
+        _check_storage(f"{argument}[{name!r}]", leaf)
+        check_plain(f"{argument}[{name!r}]", leaf)
+
+
+def _check_storage(argument: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor is dense, of floating-point numbers that torch calculates with."""
+    if is_lazy(tensor):
+        raise TypeError(f"{argument} has no shape yet: it is of a lazy module; call the module once on a batch first")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(
+            f"{argument} must be a dense tensor, got {layout}; take its to_dense(), or the tensor of its values, and "
+            "build the other from it in the objectives"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{argument} must be real floating point, got {tensor.dtype}; convert it first")
+    if tensor.dtype.itemsize < 2:
+        raise TypeError(
+            f"{argument} must have at least 16 bits a number, got {tensor.dtype}, in which torch does not calculate; "
+            "keep the variable in float32 and convert it in the objectives"
+        )
+
+
+def check_plain(argument: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of inference mode, of a torch.func transform or of forward-mode differentiation."""
+    if tensor.is_inference():
+        raise TypeError(
+            f"{argument} was made under torch.inference_mode, where nothing can be differentiated; pass its clone() "
+            "made outside of it, or make it under torch.no_grad"
+        )
+    if torch.func.debug_unwrap(tensor) is not tensor or forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(
+            f"{argument} belongs to a torch.func transform (vmap, grad, jacrev, jvp) or to forward-mode "
+            "differentiation around this call, which gives plain numbers that nothing differentiates or batches "
+            "further; call it in a loop, once a sample or direction, or state the outer problem as a Problem"
+        )
+
+
+def overlapping(variables: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two strided tensors that have an element in common, None where all are apart.
+
+    Views of one buffer are told apart by the bytes that they really cover.
+    """
+    met: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in variables:
+        # Tensors without memory (of the meta device) are the same where they are the same object.
+        storage = tensor.untyped_storage().data_ptr() or -id(tensor)
+        for other, former in met.setdefault(storage, []):
+            if tensor is former or _share_bytes(tensor, former):
+                return other, name
+        met[storage].append((name, tensor))
+    return None
+
+
+def _share_bytes(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one storage cover a byte in common."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (first, last), (start, end) = _span(x), _span(y)
+    low, high = max(first, start), min(last, end)
+    if low >= high:
+        return False
+    if _is_dense(x) and _is_dense(y):
+        return True
+    base = min(first, start)
+    covered = torch.zeros(max(last, end) - base, dtype=torch.bool)
+    _bytes_of(x, covered, base).fill_(True)
+    return bool(_bytes_of(y, covered, base).any())
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte of the storage that a tensor covers, and the one after its last."""
+    last = int(x.storage_offset()) + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return int(x.storage_offset()) * x.element_size(), (int(last) + 1) * x.element_size()
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor covers its span without a gap."""
+    first, last = _span(x)
+    return last - first == x.numel() * x.element_size()
+
+
+def _bytes_of(x: Tensor, covered: Tensor, base: int) -> Tensor:
+    """The entries of `covered`, one a byte from `base` on, that belong to a tensor."""
+    size = x.element_size()
+    strides = [step * size for step in x.stride()]
+    return covered.as_strided([*x.shape, size], [*strides, 1], x.storage_offset() * size - base)
 
 
 def _dense(gradient: Tensor) -> Tensor:

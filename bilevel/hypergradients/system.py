@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_kind, check_number, same_structure
+from bilevel.checks import check_kind, check_number, check_variables, same_structure
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
@@ -36,12 +36,16 @@ from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
     StaleSystemError,
+    check_batch,
     check_marks,
+    cross_examined,
+    differentiates,
+    examine_cross,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider
+from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider, reached
 from bilevel.tree import Params
 
 Tikhonov = float | Mapping[str, float]
@@ -106,6 +110,7 @@ class System:
         """The implicit part of `lower`, detached."""
         return {name: lower[name].detach() for name in self.implicit}
 
+    @differentiates
     def hypergradient(
         self, upper_batch: Any, *, x0: Params | None = None, on_failure: OnFailure = "warn"
     ) -> Hypergradient:
@@ -119,14 +124,17 @@ class System:
 
         Raises:
             StaleSystemError: something else that the system was built from has changed.
+            RuntimeError: under torch.inference_mode.
             SolverError: with ``on_failure="raise"``.
         """
         check_on_failure(on_failure)
+        check_batch("upper_batch", [upper_batch])
         self.check_fresh()
         result = through_system(self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0))
         report_failure(result, on_failure)
         return result
 
+    @differentiates
     def solve(
         self,
         b: Params,
@@ -161,10 +169,11 @@ class System:
         found = self.solver.solve(operator, b, state=self.state)
         return replace(found, num_hvps=found.num_hvps + 1)
 
+    @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
-        if self._loss_uses_upper:
+        if self._loss_reaches_upper:
             loss_part = MeanOperator(
                 [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
             )
@@ -175,6 +184,8 @@ class System:
             # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
             exact = ReverseOverReverse().linearize(self._objectives.penalty, point, self.variables(self.lower))
             total = tree.add(exact.cross(x, point), total)
+        if not cross_examined(self.problem, point):
+            examine_cross(self.problem, self._reached_upper | self._reached_by_penalty(point), point)
         return total
 
     def stationarity(self, upper: Params | None = None) -> float:
@@ -191,6 +202,7 @@ class System:
         batches can tell."""
         return self.gradient_and_noise(upper)[1]
 
+    @differentiates
     def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
         """`gradient` and `gradient_noise`, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
@@ -217,13 +229,23 @@ class System:
                 f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
                 "linearize again"
             )
-        check_marks(self._marks, take_marks(self._named_tensors()))
+        check_marks(self._marks, self._named_tensors())
         self._buffers.check()
 
     @cached_property
-    def _loss_uses_upper(self) -> bool:
+    def _reached_upper(self) -> set[str]:
+        """Upper variables that the first batch's loss to reach any reaches."""
+        return next((found for loss in self._losses if (found := loss.reached_upper())), set())
+
+    @cached_property
+    def _loss_reaches_upper(self) -> bool:
         """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
-        return self.operator.agree(any(loss.uses_upper() for loss in self._losses))
+        return self.operator.agree(bool(self._reached_upper))
+
+    def _reached_by_penalty(self, upper: Params) -> set[str]:
+        x = tree.as_variables(upper)
+        value = self._objectives.regularizer(x, self.variables(self.lower))
+        return set() if value is None else reached([value], x)
 
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
@@ -237,7 +259,7 @@ class System:
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
         """The mean of the batches' gradients, and its standard error."""
-        if not self.problem.curvature_depends_on_upper and self._loss_uses_upper:
+        if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
@@ -255,6 +277,7 @@ class System:
         return named
 
 
+@differentiates
 def linearize(
     problem: Problem,
     upper: Params,
@@ -298,7 +321,7 @@ def linearize(
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
+    check_variables("lower", lower)
     check_batches(lower_batches)
     check_number("damping", damping)
     check_number("regularization_weight", problem.regularization_weight)
@@ -328,6 +351,7 @@ def check_batches(lower_batches: Sequence[Any]) -> None:
         )
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+    check_batch("lower_batches", lower_batches)
 
 
 def check_selection(owner: str, implicit: Selection | None) -> Selection | None:

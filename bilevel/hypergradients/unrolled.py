@@ -17,7 +17,7 @@ from bilevel.hypergradients.result import Hypergradient
 from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
-from bilevel.lower import lower_derivatives, lower_value, upper_derivatives
+from bilevel.lower import examine_cross, lower_derivatives, lower_value, upper_derivatives
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -146,6 +146,9 @@ class Unrolled(Method):
         if not made:
             return _nothing_to_replay(step, names)
         pairs, last = self._pairs(step.upper, step.lower, names, complete=complete), made[-1].point
+        if pairs or not isinstance(self.update, (Update, NoneType)):
+            # The upper variables stand in the steps, in no objective perhaps.
+            examine_cross(step.problem, set(step.upper), step.upper)
 
         loss, direct, v = upper_derivatives(step.problem, step.upper, end, names, step.upper_batch)
         response, start = trajectory.sweep(made, v)

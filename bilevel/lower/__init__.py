@@ -2,13 +2,22 @@
 
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
+from bilevel.lower.once import OncePerProblem
+from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
+from bilevel.lower.surroundings import check_batch, check_recordable, differentiates
 
 __all__ = [
     "BufferWatch",
     "LowerObjectives",
+    "OncePerProblem",
     "StaleSystemError",
+    "check_batch",
     "check_marks",
+    "check_recordable",
+    "cross_examined",
+    "differentiates",
+    "examine_cross",
     "lower_derivatives",
     "lower_value",
     "take_marks",

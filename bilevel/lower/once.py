@@ -1,28 +1,42 @@
 """What is examined, or said, once for a problem."""
 
 import weakref
-from collections.abc import Hashable
-from typing import final
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar, final
 
 from bilevel.problem import Problem
+
+T = TypeVar("T")
+
+
+@final
+class PerProblem(Generic[T]):
+    """A value for each Problem, kept for as long as the Problem lives."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        # By identity: a Problem need not be hashable.
+        self._make, self._values = make, dict[int, T]()
+
+    def of(self, problem: Problem) -> T:
+        """The problem's own value, made when it is first asked for."""
+        identity = id(problem)
+        if identity not in self._values:
+            self._values[identity] = self._make()
+            weakref.finalize(problem, self._values.pop, identity, None)
+        return self._values[identity]
 
 
 @final
 class OncePerProblem:
-    """Remembers, for as long as a Problem lives, what has been done for it: an examination of the structure of its
-    variables, a warning."""
+    """Remembers what has been done for a Problem: an examination of the structure of its variables, a warning."""
 
     def __init__(self) -> None:
-        # By identity: a Problem need not be hashable.
-        self._done: dict[int, set[Hashable]] = {}
+        self._done = PerProblem[set[Hashable]](set)
 
     def first(self, problem: Problem, key: Hashable) -> bool:
         """Whether this is the first time for this problem and key."""
-        identity = id(problem)
-        if identity not in self._done:
-            self._done[identity] = set()
-            weakref.finalize(problem, self._done.pop, identity, None)
-        if key in self._done[identity]:
+        done = self._done.of(problem)
+        if key in done:
             return False
-        self._done[identity].add(key)
+        done.add(key)
         return True
