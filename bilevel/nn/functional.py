@@ -140,9 +140,9 @@ def functional_call(
     attention takes torch's plain kernel, since the fused ones do not differentiate twice: slower, and with memory that
     grows with the square of the sequence length. The logger "bilevel" says so once a process, at level INFO, where the
     module holds an `nn.MultiheadAttention`; direct calls of ``scaled_dot_product_attention`` are switched unannounced.
-    Weight normalisation, `nn.EmbeddingBag` and, on a GPU, recurrent layers are computed by operations that
-    differentiate twice, sparse embeddings with dense gradients, and spectral normalisation in train mode by the exact
-    singular value in place of a power iteration, whose vectors torch holds fixed.
+    Weight normalisation, `nn.EmbeddingBag` and recurrent layers are computed by operations that differentiate twice,
+    sparse embeddings with dense gradients, and spectral normalisation in train mode by the exact singular value in
+    place of a power iteration, whose vectors torch holds fixed.
 
     Args:
         params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.

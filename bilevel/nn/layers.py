@@ -148,8 +148,8 @@ def _replacements(layer: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         yield layer, "sparse", False
     elif isinstance(layer, _SpectralNorm) and layer.training:
         yield layer, "forward", partial(_parametrized_spectral_norm, layer)
-    elif isinstance(layer, nn.RNNBase) and any(weight.is_cuda for weight in layer.parameters(recurse=False)):
-        yield layer, "forward", partial(_without_cudnn, layer.forward)
+    elif isinstance(layer, nn.RNNBase):
+        yield layer, "forward", partial(_by_own_kernels, layer.forward)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm) and layer.training:
             yield hook, "compute_weight", partial(_hooked_spectral_norm, hook)
@@ -184,10 +184,17 @@ def _largest_singular_value(matrix: Tensor) -> Tensor:
     return 2.0 * torch.dot(u, matrix @ v) / (torch.dot(u, u) + torch.dot(v, v))
 
 
-def _without_cudnn(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """cuDNN's recurrent layers have no second derivative, torch's own have."""
-    with torch.backends.cudnn.flags(enabled=False):
+def _by_own_kernels(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """cuDNN's recurrent layers have no second derivative and oneDNN's no forward mode; torch's own have both."""
+    backends = torch.backends.cudnn, torch.backends.mkldnn
+    before = [backend.enabled for backend in backends]
+    for backend in backends:
+        backend.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
         return forward(*args, **kwargs)
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -10,7 +10,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from bilevel import CG, Implicit, OneStep, Params, Problem, Unrolled, functional_call, hypergradient, linearize, tree
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    Implicit,
+    Level,
+    OneStep,
+    Params,
+    Problem,
+    Trainer,
+    Unrolled,
+    functional_call,
+    hypergradient,
+    linearize,
+    tree,
+)
 from bilevel.hypergradients import SAMA, Method, SGDUpdate
 from bilevel.nn import curvature_pass, layers
 from bilevel.products import FiniteDifference, GaussNewton, HVPProvider, MicroBatched, ReverseOverReverse
@@ -237,6 +251,22 @@ def test_sparse_gradients_of_the_function_are_made_dense() -> None:
     torch.testing.assert_close(dense.grad, expected.grad)
 
 
+def test_a_trainer_trains_a_sparse_embedding_as_a_dense_one() -> None:
+    ends = []
+    for sparse in (True, False):
+        module = double(nn.Embedding(5, 3, sparse=sparse))
+        lower = {name: leaf.requires_grad_() for name, leaf in parameters(module).items()}
+        upper = {name: (leaf.detach() + 0.1).requires_grad_() for name, leaf in lower.items()}
+        Trainer(
+            Fit(module),
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [WORDS]),
+            Level(lower, torch.optim.Adam(lower.values(), lr=0.1), [WORDS], max_grad_norm=0.1),
+            AlternatingSchedule(alternations=2, lower_steps=3, upper_steps=1),
+        ).run()
+        ends.append({"lower": joined(lower).detach(), "upper": joined(upper).detach()})
+    torch.testing.assert_close(ends[0], ends[1])
+
+
 RAGGED = torch.tensor([1, 2, 3, 2, 4, 2])
 STARTS = torch.tensor([0, 2, 2, 5])
 
@@ -268,26 +298,51 @@ def test_products_through_bags(hvp: HVPProvider, mode: str) -> None:
     check_products(Fit(module), lambda p: reduce(p["weight"][WORDS]).tanh().square().mean() * 3.0, WORDS, hvp)
 
 
-def test_recurrent_layers_on_a_gpu_are_called_without_cudnn() -> None:
-    seen: list[bool] = []
-    assert torch.backends.cudnn.enabled
-    assert layers._without_cudnn(lambda x, *, y: [seen.append(torch.backends.cudnn.enabled), x + y][1], 1, y=2) == 3
-    assert seen == [False]
-    assert torch.backends.cudnn.enabled
+def switches() -> tuple[bool, bool]:
+    return bool(torch.backends.cudnn.enabled), bool(torch.backends.mkldnn.enabled)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(1, 2, batch_first=True)
+        self.seen: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(switches())
+        return self.layer(x.unsqueeze(2))[0]
+
+
+RECURRENT = pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+
+
+@RECURRENT
+@pytest.mark.parametrize("hvp", EXACT, ids=str)
+def test_products_through_recurrent_layers_in_single_precision(hvp: HVPProvider, kind: str) -> None:
+    module = double(Recurrent(kind))
+    lower = parameters(module)
+    expected = linearize(Fit(module), lower, lower, [BATCH]).operator(lower)
+    single = {name: leaf.float() for name, leaf in lower.items()}
+    found = linearize(Fit(module.float()), single, single, [BATCH.float()], hvp=hvp).operator(single)
+    torch.testing.assert_close({name: leaf.double() for name, leaf in found.items()}, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recurrent_layers_are_called_by_torchs_own_kernels_alone() -> None:
+    inside: list[tuple[bool, bool]] = []
+    before, module = switches(), Recurrent("LSTM")
+    module.layer.forward = lambda x: (inside.append(switches()), (x,))[1]
+    with curvature_pass():
+        functional_call(module, {}, BATCH)
+    assert (module.seen, inside, switches()) == ([before], [(False, False)], before)
+    with curvature_pass(), pytest.raises(ValueError, match="dtype"):
+        functional_call(Recurrent("LSTM"), {}, BATCH.long())
+    assert switches() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@RECURRENT
 def test_products_through_recurrent_layers_on_a_gpu_are_those_on_the_cpu(kind: str) -> None:
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = getattr(nn, kind)(1, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x.unsqueeze(2))[0]
-
-    module = double(First())
+    module = double(Recurrent(kind))
     lower = parameters(module)
     expected = linearize(Fit(module), lower, lower, [BATCH]).operator(lower)
     module, lower = module.cuda(), {name: leaf.cuda() for name, leaf in lower.items()}
