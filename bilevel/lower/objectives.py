@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.lower.reach import check_lower_reached
+from bilevel.lower.reach import examine_lower
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import chunk_seeds, curvature_pass
 from bilevel.problem import Problem
@@ -36,7 +36,7 @@ class LowerObjectives:
             with curvature_pass(seed, self.watch):
                 loss = self.problem.lower_objective(upper, {**self.everything, **variables}, batch)
             check_scalar("lower_objective", loss)
-            check_lower_reached("lower_objective", loss, variables)
+            examine_lower(self.problem, "lower_objective", loss, variables)
             return loss
 
         return objective
@@ -47,7 +47,7 @@ class LowerObjectives:
         def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed, self.watch):
                 z = self.problem.lower_outputs(upper, {**self.everything, **variables}, batch)
-            check_lower_reached("lower_outputs", z, variables)
+            examine_lower(self.problem, "lower_outputs", z, variables)
             return z
 
         def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Tensor:

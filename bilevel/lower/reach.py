@@ -29,37 +29,42 @@ class _ReachedUpper:
     judged: set[tuple[str, ...]] = field(default_factory=set)
 
 
-_lower, _upper = PerProblem[set[tuple[str, ...]]](set), PerProblem(_ReachedUpper)
+@dataclass
+class _ReachedLower:
+    """Structures of lower variables that have been examined, and the names that were listed as not reached."""
+
+    examined: set[tuple[str, ...]] = field(default_factory=set)
+    listed: set[str] = field(default_factory=set)
 
 
-def check_lower_reached(name: str, outputs: object, lower: Params) -> None:
-    """Raise unless the graph of an objective, or of its outputs, begins at some variable. For passes in which the lower
-    variables alone require gradients, if any do: it is known for nothing.
+_lower, _upper = PerProblem(_ReachedLower), PerProblem(_ReachedUpper)
+
+
+def examine_lower(problem: Problem, name: str, values: object, lower: Params) -> None:
+    """Say once which lower variables the graphs of L without the regularizer, or of its outputs, do not reach.
+
+    Nothing is examined in passes without a graph, or within a transform of torch.func.
+
+    Args:
+        name: of the method of the Problem that gave `values`.
+        lower: the variables of this pass; those that require no gradient are constants in it.
 
     Raises:
-        ValueError: it reaches none of the lower variables.
+        ValueError: they reach none of them.
     """
-    plain = torch.is_grad_enabled() and all(torch.func.debug_unwrap(leaf) is leaf for leaf in lower.values())
-    if not plain or not any(leaf.requires_grad for leaf in lower.values()):
+    lower = {name: leaf for name, leaf in lower.items() if leaf.requires_grad}
+    known = _lower.of(problem)
+    if not lower or not torch.is_grad_enabled() or tuple(lower) in known.examined:
         return
-    if not any(tensor.requires_grad for tensor in tree.tensors_in(outputs)):
-        raise ValueError(_reaches_none(name, "lower", lower))
-
-
-def examine_lower(problem: Problem, loss: Tensor, lower: Params) -> None:
-    """Say once which lower variables the graph of L, without the regularizer, does not reach.
-
-    Raises:
-        ValueError: it reaches none of them.
-    """
-    examined = _lower.of(problem)
-    if tuple(lower) in examined:
+    if any(torch.func.debug_unwrap(leaf) is not leaf for leaf in lower.values()):
         return
-    found = reached([loss], lower)
+    found = reached(tree.tensors_in(values), lower)
     if not found:
-        raise ValueError(_reaches_none("lower_objective", "lower", lower))
-    examined.add(tuple(lower))
-    _list("lower_objective does not reach", "lower", set(lower) - found, lower)
+        raise ValueError(_reaches_none(name, "lower", lower))
+    known.examined.add(tuple(lower))
+    missing = set(lower) - found - known.listed
+    known.listed |= missing
+    _list(f"{name} does not reach", "lower", missing, lower)
 
 
 def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) -> None:

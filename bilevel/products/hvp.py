@@ -55,7 +55,7 @@ class Linearization(ABC):
     def reached_upper(self) -> set[str]:
         """Names of the upper variables that L reaches, decided on the graph of one forward pass."""
         x = tree.as_variables(self.upper)
-        return reached([self.objective(x, tree.detach(self.lower))], x)
+        return reached([self.objective(x, tree.as_variables(self.lower))], x)
 
     def kept_bytes(self) -> int | None:
         """Bytes of the graph that is kept between products, measured now; None where none is kept."""

@@ -140,7 +140,7 @@ class _MicroBatched(Linearization):
 
     @torch.enable_grad()
     def reached_upper(self) -> set[str]:
-        x, y = tree.as_variables(self.upper), tree.detach(self.lower)
+        x, y = tree.as_variables(self.upper), tree.as_variables(self.lower)
         return set().union(*(reached([outputs(x, y)], x) for outputs in self.chunks))
 
     @torch.enable_grad()

@@ -235,5 +235,5 @@ def test_a_problem_without_state_refuses_a_state() -> None:
     problem = Proximal()
     assert problem.state_dict() == {}
     problem.load_state_dict({})
-    with pytest.raises(ValueError, match="Proximal has no load_state_dict"):
+    with pytest.raises(ValueError, match="Proximal: the state's 'target' is not that of a module here"):
         problem.load_state_dict({"target": 1})
