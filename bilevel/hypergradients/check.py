@@ -16,7 +16,7 @@ from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.linear import CG, Solver
-from bilevel.lower import differentiates
+from bilevel.lower import check_batch, check_batches, differentiates
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
 from bilevel.tree import Params
@@ -119,6 +119,8 @@ def check_hypergradient(
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
     check_variables("lower", lower)
+    check_batches(lower_batches)
+    check_batch("upper_batch", [upper_batch])
     check_function("lower_solver", lower_solver, "a function of the problem, upper, lower and the lower batches")
     check_count("directions", directions, least=1)
     check_number("tolerance", tolerance, positive=True)

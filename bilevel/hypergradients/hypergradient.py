@@ -8,9 +8,8 @@ from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method, UpperStep, check_proposal
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
-from bilevel.hypergradients.system import check_batches
 from bilevel.linear import Solver
-from bilevel.lower import check_batch, differentiates
+from bilevel.lower import check_batch, check_batches, differentiates
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -38,7 +37,8 @@ def hypergradient(
         method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of your own; a solver stands for
             ``Implicit(solver)``. What a method carries from step to step in a `Trainer` starts afresh here.
         upper_batch: the batch of F.
-        lower_batches: sequence of batches; for all methods but `Unrolled` the lower objective is their mean.
+        lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
+            `Unrolled` the lower objective is their mean.
         on_failure: what to do about a `Hypergradient.failure` (a solve whose status is not a success, a part that is
             not finite): "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore".
 

@@ -37,6 +37,7 @@ from bilevel.lower import (
     LowerObjectives,
     StaleSystemError,
     check_batch,
+    check_batches,
     check_marks,
     cross_examined,
     differentiates,
@@ -315,7 +316,7 @@ def linearize(
 
     Raises:
         TypeError: no instance of a Problem; variables that are not Params; an `implicit` that is a bare string; batches
-            that are not a sequence.
+            that are not a sequence, such as a DataLoader.
         ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
             without a regularizer; an unknown name in `tikhonov`.
     """
@@ -340,18 +341,6 @@ def linearize(
         tikhonov=tikhonov,
         implicit=names,
     )
-
-
-def check_batches(lower_batches: Sequence[Any]) -> None:
-    """Raise unless these are one or more batches in a sequence."""
-    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
-    if not lower_batches:
-        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
-    check_batch("lower_batches", lower_batches)
 
 
 def check_selection(owner: str, implicit: Selection | None) -> Selection | None:

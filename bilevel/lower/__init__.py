@@ -5,7 +5,7 @@ from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem
 from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
-from bilevel.lower.surroundings import check_batch, check_recordable, differentiates
+from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
 
 __all__ = [
     "BufferWatch",
@@ -13,6 +13,7 @@ __all__ = [
     "OncePerProblem",
     "StaleSystemError",
     "check_batch",
+    "check_batches",
     "check_marks",
     "check_recordable",
     "cross_examined",

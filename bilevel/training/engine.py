@@ -101,6 +101,8 @@ class Training(ABC):
                     callback.on_interrupt(self)
                 raise
             finally:
+                for level in self.levels.values():
+                    level.data.close()
                 for callback in self.callbacks:
                     callback.on_run_end(self)
 

@@ -6,10 +6,12 @@ from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
+from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
-from bilevel.training.batches import BatchSource, as_source
+from bilevel.training.batches import BatchSource
+from bilevel.training.sources import as_source
 from bilevel.tree import Params
 
 
@@ -30,7 +32,8 @@ class Level:
     Args:
         params: leaf tensors by name.
         optimizer: any of torch.optim, holding exactly these tensors.
-        data: a `BatchSource`, or a list or tuple of batches that is cycled through.
+        data: a ``torch.utils.data.DataLoader``, iterated pass after pass and resumed where it was (`LoaderSource`); a
+            list or tuple of batches, which is cycled through; or a `BatchSource`.
         scheduler: stepped once after each of the level's steps.
         max_grad_norm: the level's whole gradient is scaled down to this Euclidean norm where it is longer.
         micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
@@ -47,7 +50,7 @@ class Level:
         self,
         params: Params,
         optimizer: torch.optim.Optimizer,
-        data: BatchSource | Sequence[Any],
+        data: DataLoader[Any] | BatchSource | Sequence[Any],
         *,
         scheduler: LRSchedule | None = None,
         max_grad_norm: float | None = None,
