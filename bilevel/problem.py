@@ -151,11 +151,26 @@ def split(batch: Any, size: int) -> list[Any]:
     everything else goes into each chunk.
 
     Raises:
-        ValueError: tensors of different lengths, or no tensor that has a length.
+        ValueError: tensors of different lengths, or no tensor that has a length; a tensor that torch does not cut along
+            dimension 0 (nested, sparse, quantised by channel).
     """
 
+    def cut(tensor: Tensor, start: int) -> Tensor:
+        try:
+            return tensor[start : start + size]
+        except RuntimeError as error:
+            kind = (
+                "nested"
+                if tensor.is_nested
+                else str(tensor.layout if tensor.layout is not torch.strided else tensor.dtype)
+            )
+            raise ValueError(
+                f"split: torch does not cut a {kind.removeprefix('torch.')} tensor along dimension 0; define "
+                "split_batch in the Problem, or keep the batch's tensors dense"
+            ) from error
+
     def chunk(start: int) -> Any:
-        return tree.map_tensors(lambda tensor: tensor[start : start + size], batch)
+        return tree.map_tensors(lambda tensor: cut(tensor, start), batch)
 
     return [chunk(start) for start in range(0, _length(batch), size)]
 
@@ -200,7 +215,8 @@ def _module_state(module: nn.Module, *, parameters: bool) -> dict[str, Tensor]:
 
 def _length(batch: Any) -> int:
     """The number of samples, on which all tensors of the batch agree."""
-    lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in tree.tensors_in(batch)]
+    # Nested tensors have no shape.
+    lengths = [tensor.size(0) if tensor.dim() else 0 for tensor in tree.tensors_in(batch)]
     for index, length in enumerate(lengths):
         if length == 0 or length != lengths[0]:
             raise ValueError(

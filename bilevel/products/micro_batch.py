@@ -18,9 +18,10 @@ from torch.autograd import forward_ad
 from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
+from bilevel.products.forward_mode import forward_mode
 from bilevel.products.gauss_newton import ComposedObjective
 from bilevel.products.graph import reached
-from bilevel.products.hvp import HVPProvider, Linearization, Objective
+from bilevel.products.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
 from bilevel.products.outputs import check_rows, differentiable, joined, replaced, split_rows
 from bilevel.tree import Params
 
@@ -94,10 +95,10 @@ class MicroBatched(HVPProvider):
 
     where :math:`u, \dot u` and :math:`\dot z` are constants in the brackets, and the last term is the derivative of
     :math:`u(x, z)` in the x that the loss itself takes, at constant z and :math:`\dot z`. The tangent takes forward
-    mode, so that every operation of the outputs needs a forward-mode rule; the brackets take reverse mode twice. For
-    convolutional networks on a CPU a product costs 4.5 to 7 gradients, where one by `ReverseOverReverse` costs 3.5 to
-    4.5. The Problem must define `lower_outputs` and `lower_output_loss`. Random masks are drawn per chunk and the same
-    in every product.
+    mode, so that every operation of the outputs needs a forward-mode rule (a RuntimeError names the one that has
+    none); the brackets take reverse mode twice. For convolutional networks on a CPU a product costs 4.5 to 7 gradients,
+    where one by `ReverseOverReverse` costs 3.5 to 4.5. The Problem must define `lower_outputs` and `lower_output_loss`.
+    Random masks are drawn per chunk and the same in every product.
 
     Equal to the whole batch's products wherever samples meet in the loss alone. BatchNorm in train mode normalises each
     chunk by the chunk's own statistics: a different model, of which these are the exact products. Freeze the statistics
@@ -186,11 +187,18 @@ class _MicroBatched(Linearization):
         slopes = zip(split_rows(tree.detach(slope), rows), split_rows(curved, rows), strict=True)
         return list(slopes), through_loss
 
+    def _some_loss(self, x: Params, y: Params) -> Tensor:
+        """A loss of the first chunk's outputs, to see whether these differentiate in reverse mode."""
+        parts = differentiable(self.chunks[0](x, y)).values()
+        return torch.stack([(leaf * leaf.conj()).real.sum() for leaf in parts]).sum()
+
     def _tangents(self, vector: Params, x: Params) -> tuple[list[Any], list[Params]]:
         """Every chunk's outputs, and their tensors' derivatives along `vector`."""
         parts, tangents = [], []
+        reverse = ReverseOverReverse().linearize(self._some_loss, x, self.lower)
+        explained = forward_mode("MicroBatched", lambda: reverse.hessian(self.lower))
         # Not torch.func.jvp: it hides the tensors' memory layout, in whose order a plain pass fills random masks.
-        with torch.no_grad(), forward_ad.dual_level():
+        with explained, torch.no_grad(), forward_ad.dual_level():
             y = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in self.lower.items()}
             for outputs in self.chunks:
                 duals = outputs(x, y)

@@ -74,13 +74,14 @@ def check_rows(outputs: Any, chunk: Any) -> Any:
     """Raise unless every tensor of a chunk's outputs has a row for each sample; samples are counted where all tensors
     of the chunk agree."""
     check_outputs(outputs)
-    lengths = {tensor.shape[:1] for tensor in tree.tensors_in(chunk)}
+    # Nested tensors have no shape.
+    lengths = {tensor.size(0) if tensor.dim() else None for tensor in tree.tensors_in(chunk)}
     for place, leaf in _leaves(outputs):
-        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or (len(lengths) == 1 and leaf.shape[:1] not in lengths)):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or (len(lengths) == 1 and len(leaf) not in lengths)):
             raise ValueError(
                 f"micro-batching needs outputs with one row per sample, got shape {tuple(leaf.shape)} in "
                 f"lower_outputs{place} for a chunk whose tensors have the lengths "
-                f"{sorted(list(length) for length in lengths)}; stack views along dimension 1, as [n, views, d], leave "
+                f"{sorted([] if length is None else [length] for length in lengths)}; stack views along dimension 1, as [n, views, d], leave "
                 "means over samples to lower_output_loss, and let it take variables from `upper`"
             )
     return outputs

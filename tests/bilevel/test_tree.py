@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bilevel import Params, tree
 from tests.support.cases import joined
@@ -247,6 +248,17 @@ def test_map_tensors_keeps_kinds_of_dicts_and_makes_dicts_of_other_mappings() ->
         ({3: torch.ones(1)}, r"upper\[3\] must be a tensor"),
         ({"w": torch.ones(1, dtype=torch.int64)}, r"upper\['w'\] must be real floating point"),
         ({"w": torch.ones(1, dtype=torch.complex64)}, r"upper\['w'\] must be real floating point"),
+        ({"w": torch.ones(1).to(torch.float8_e5m2)}, r"upper\['w'\] must have at least 16 bits.*keep.*in float32"),
+        (
+            {"w": torch.eye(2).to_sparse_coo()},
+            r"upper\['w'\] must be a dense tensor, got layout torch.sparse_coo.*to_dense",
+        ),
+        ({"w": torch.eye(2).to_mkldnn()}, r"upper\['w'\] must be a dense tensor, got layout torch._mkldnn.*to_dense"),
+        (
+            {"w": torch.nested.nested_tensor([torch.ones(1)])},
+            r"upper\['w'\] must be a dense tensor, got a nested tensor",
+        ),
+        ({"w": nn.LazyLinear(1).weight}, r"upper\['w'\] has no shape yet.*call the module once"),
     ],
 )
 def test_params_are_checked_by_name(value: Any, match: str) -> None:
