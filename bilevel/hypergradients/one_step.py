@@ -7,7 +7,7 @@ from bilevel import tree
 from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, check_selection, selected
+from bilevel.lower import Selection, check_selection, selected
 from bilevel.products import HVP, FiniteDifference, as_provider
 
 
@@ -55,6 +55,12 @@ class OneStep(Method):
 
     def check(self, setup: Setup) -> None:
         selected(setup.problem, setup.lower, self.implicit)
+        rates = sorted({float(group["lr"]) for group in setup.lower_optimizer.param_groups})
+        if self.step_size is None and len(rates) > 1:
+            raise ValueError(
+                f"OneStep: step_size=None takes the lower optimizer's learning rate, and its parameter groups have "
+                f"several, {rates}; pass step_size, or give all groups one rate"
+            )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         size = step.lower_rate if self.step_size is None else self.step_size
