@@ -15,10 +15,11 @@ from bilevel.hypergradients.result import (
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
-from bilevel.hypergradients.system import System, Tikhonov, linearize
+from bilevel.hypergradients.system import System, linearize
 from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
+from bilevel.lower import Tikhonov
 
 __all__ = [
     "SAMA",

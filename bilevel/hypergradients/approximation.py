@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from bilevel import tree
 from bilevel.hypergradients.method import MethodState, Proposal, UpperStep
-from bilevel.hypergradients.system import Selection, System, linearize, through_system
+from bilevel.hypergradients.system import System, linearize, through_system
 from bilevel.linear import ApproximateInverse, Identity
+from bilevel.lower import Selection
 from bilevel.products import HVP
 from bilevel.tree import Params
 

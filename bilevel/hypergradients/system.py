@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import distributed, tree
 from bilevel.checks import check_kind, check_number, check_variables, same_structure
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
     check_on_failure,
     finite_failure,
+    noise_warning,
     report_failure,
     solve_failure,
 )
@@ -24,9 +25,11 @@ from bilevel.linear import (
     FunctionOperator,
     LinearOperator,
     MeanOperator,
+    SampledOnce,
     ScaledOperator,
     Solution,
     Solver,
+    Status,
     SumOperator,
     TikhonovOperator,
     WatchedOperator,
@@ -35,24 +38,25 @@ from bilevel.linear import (
 from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
+    Selection,
     StaleSystemError,
+    Tikhonov,
     check_batch,
     check_batches,
     check_marks,
+    check_tikhonov,
+    check_tikhonov_names,
     cross_examined,
     differentiates,
     examine_cross,
+    halves,
+    selected,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider, reached
+from bilevel.products import HVP, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, as_provider, reached
 from bilevel.tree import Params
-
-Tikhonov = float | Mapping[str, float]
-"""One number, or one per lower name."""
-Selection = Callable[[str], bool] | Iterable[str]
-"""Names, or a predicate on names."""
 
 
 class System:
@@ -63,6 +67,8 @@ class System:
         implicit: names of the implicit lower variables.
         solver, hvp, damping, tikhonov, lower_batches: what shaped the system.
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
+        has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
+        batch_sums: checksums of the tensors of the lower batches.
     """
 
     def __init__(
@@ -85,27 +91,26 @@ class System:
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.regularized = self._objectives.regularizer(tree.detach(upper), point) is not None
-        if not self.regularized and damping != 0.0:
+        self.has_regularizer = self._objectives.regularizer(tree.detach(upper), point) is not None
+        if not self.has_regularizer and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
                 "tikhonov for Tikhonov damping of A alone"
             )
         self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
-        self.regularized = self.regularized and total > 0.0
+        self.regularized = self.has_regularizer and total > 0.0
         self.weight = total if self.regularized else 1.0
-        make = self._objectives.composed if hvp.needs_outputs else self._objectives.whole
-        objectives = [make(batch, seed + k) for k, batch in enumerate(self.lower_batches)]
         # Not of a whole batch that is too large for the memory.
         if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
-        self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
+        self._losses = self._linearizations(self.lower_batches, living)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
         self._marks = take_marks(self._named_tensors())
+        self.batch_sums = tuple(mark.checksum for mark in self._marks if mark.name.startswith("lower_batches"))
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -162,6 +167,16 @@ class System:
             )
         b = {name: b[name] for name in self.implicit}
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
+        # Over several processes it would take an exchange a batch.
+        if len(self.lower_batches) == 1 or distributed.world_size() > 1:
+            return self._solve(operator, b, x0, only_if_closer)
+        sampled = SampledOnce(operator)
+        found = self._solve(sampled, b, x0, only_if_closer)
+        if sampled.noise is None or found.noise is not None or found.status is Status.NON_FINITE:
+            return found
+        return replace(found, noise=float(sampled.noise * tree.norm(found.value) / tree.norm(b)))
+
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, only_if_closer: bool) -> Solution:
         if x0 is None or not (only_if_closer and self.solver.uses_start):
             return self.solver.solve(operator, b, x0=x0, state=self.state)
         product = operator(x0)
@@ -169,6 +184,25 @@ class System:
             return self.solver.solve(operator, b, x0=x0, x0_product=product, state=self.state)
         found = self.solver.solve(operator, b, state=self.state)
         return replace(found, num_hvps=found.num_hvps + 1)
+
+    def standard_errors(self, x: Params) -> tuple[float, float] | None:
+        """Standard errors of A x and of `gradient` that come from the choice of the batches, or for a single batch of
+        its halves; one product. None where that is not to be split, or the objective does not take a half."""
+        first, *others = self.lower_batches
+        if others:
+            error, noise = self.operator.sampled(x)[1], self.gradient_noise()
+            return None if error is None or noise is None else (float(error), noise)
+        parts = halves(self.problem, first)
+        if parts is None:
+            return None
+        try:
+            losses = self._linearizations(parts)
+            products, gradients = [loss.hessian(x) for loss in losses], [loss.gradient() for loss in losses]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            # Nobody has promised that the objective takes a batch of another size.
+            return None
+        error, noise = mean_and_error(products)[1], mean_and_error(gradients)[1]
+        return None if error is None or noise is None else (float(error) / self.weight, float(noise))
 
     @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
@@ -214,7 +248,7 @@ class System:
             with torch.enable_grad():
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return gradient, noise
+        return gradient, None if noise is None else float(noise)
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
@@ -248,6 +282,12 @@ class System:
         value = self._objectives.regularizer(x, self.variables(self.lower))
         return set() if value is None else reached([value], x)
 
+    def _linearizations(self, batches: Sequence[Any], resident: Iterable[Tensor] = ()) -> list[Linearization]:
+        """Of the batches' losses at the system's point."""
+        make = self._objectives.composed if self.hvp.needs_outputs else self._objectives.whole
+        objectives = [make(batch, self._objectives.seed + k) for k, batch in enumerate(batches)]
+        return self.hvp.linearize_all(objectives, self.upper, self.variables(self.lower), resident=resident)
+
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
@@ -258,14 +298,14 @@ class System:
             operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
-    def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
+    def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
         """The mean of the batches' gradients, and its standard error."""
         if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
     @cached_property
-    def _loss_gradient_here(self) -> tuple[Params, float | None]:
+    def _loss_gradient_here(self) -> tuple[Params, Tensor | None]:
         return mean_and_error([loss.gradient() for loss in self._losses])
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -343,61 +383,6 @@ def linearize(
     )
 
 
-def check_selection(owner: str, implicit: Selection | None) -> Selection | None:
-    """`implicit` as a predicate or a tuple of names, which can be gone through more than once.
-
-    Raises:
-        TypeError: a bare string, or neither names nor a predicate.
-        ValueError: no name.
-    """
-    if implicit is None or (callable(implicit) and not isinstance(implicit, type)):
-        return implicit
-    names = tuple(implicit) if isinstance(implicit, Iterable) and not isinstance(implicit, str) else None
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{owner}: implicit must be names of lower variables or a predicate on names, got {implicit!r}")
-    if not names:
-        raise ValueError(f"{owner}: implicit names no lower variable; leave it out for the Problem's choice")
-    return names
-
-
-def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
-    """Raise ValueError where a term is for something that is not an implicit lower variable."""
-    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
-    if unknown:
-        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
-
-
-def matching(implicit: Selection, lower: Params) -> tuple[str, ...]:
-    """Names of `lower` that `implicit` selects, in the order of `lower`."""
-    if isinstance(implicit, str):
-        raise TypeError(
-            f"implicit must be a sequence of names or a predicate, got the string {implicit!r}; pass [{implicit!r}]"
-        )
-    if callable(implicit):
-        return tuple(name for name in lower if implicit(name))
-    wanted = list(implicit)
-    unknown = [name for name in wanted if name not in lower]
-    if unknown:
-        raise ValueError(f"implicit names {unknown}, which are not lower variables; there are {list(lower)}")
-    return tuple(name for name in lower if name in wanted)
-
-
-def selected(problem: Problem, lower: Params, implicit: Selection | None) -> tuple[str, ...]:
-    """Names of the implicit variables, the Problem's where `implicit` is None; raises if there are none."""
-    names = matching(problem.implicit if implicit is None else implicit, lower)
-    if not names:
-        raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")
-    return names
-
-
-def check_tikhonov(tikhonov: Tikhonov) -> None:
-    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
-    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
-        check_number(f"tikhonov[{name!r}]", value)
-    if not isinstance(tikhonov, Mapping):
-        check_number("tikhonov", tikhonov)
-
-
 def through_system(
     system: System, upper: Params, lower: Params, upper_batch: Any, *, solve: Callable[[Params], Solution]
 ) -> Hypergradient:
@@ -406,7 +391,10 @@ def through_system(
     solution = solve(v)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     grad = tree.add(direct, implicit_part)
-    failure = solve_failure(solution) or finite_failure(direct, implicit_part, grad)
+    failure = solve_failure(system, solution, v) or finite_failure(direct, implicit_part, grad)
     gradient, noise = system.gradient_and_noise(upper)
     stationarity = float(tree.norm(gradient))
-    return Hypergradient(grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure)
+    warning = noise_warning(system, solution, v, stationarity)
+    return Hypergradient(
+        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
+    )

@@ -14,10 +14,17 @@ from bilevel import distributed, tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
-from bilevel.lower import examine_cross, lower_derivatives, lower_value, upper_derivatives
+from bilevel.lower import (
+    Selection,
+    check_selection,
+    examine_cross,
+    lower_derivatives,
+    lower_value,
+    selected,
+    upper_derivatives,
+)
 from bilevel.problem import Problem
 from bilevel.tree import Params
 

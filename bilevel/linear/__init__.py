@@ -1,9 +1,11 @@
 """Linear operators, solvers of A x = b that say what happened, preconditioners."""
 
+from bilevel.linear.lanczos import spectrum_bounds
 from bilevel.linear.operators import (
     FunctionOperator,
     LinearOperator,
     MeanOperator,
+    SampledOnce,
     ScaledOperator,
     SumOperator,
     TikhonovOperator,
@@ -37,6 +39,7 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Preconditioner",
+    "SampledOnce",
     "ScaledOperator",
     "Solution",
     "Solver",
@@ -45,4 +48,5 @@ __all__ = [
     "TikhonovOperator",
     "WatchedOperator",
     "mean_and_error",
+    "spectrum_bounds",
 ]

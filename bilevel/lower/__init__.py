@@ -2,8 +2,17 @@
 
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.once import OncePerProblem
+from bilevel.lower.once import OncePerProblem, PerProblem
 from bilevel.lower.reach import cross_examined, examine_cross
+from bilevel.lower.sampling import are_samples, halves
+from bilevel.lower.selection import (
+    Selection,
+    Tikhonov,
+    check_selection,
+    check_tikhonov,
+    check_tikhonov_names,
+    selected,
+)
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
 from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
 
@@ -11,16 +20,25 @@ __all__ = [
     "BufferWatch",
     "LowerObjectives",
     "OncePerProblem",
+    "PerProblem",
+    "Selection",
     "StaleSystemError",
+    "Tikhonov",
+    "are_samples",
     "check_batch",
     "check_batches",
     "check_marks",
     "check_recordable",
+    "check_selection",
+    "check_tikhonov",
+    "check_tikhonov_names",
     "cross_examined",
     "differentiates",
     "examine_cross",
+    "halves",
     "lower_derivatives",
     "lower_value",
+    "selected",
     "take_marks",
     "training_derivatives",
     "upper_derivatives",

@@ -4,7 +4,14 @@ from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.products.graph import graph_nodes, reached
 from bilevel.products.graph_memory import graph_bytes
-from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
+from bilevel.products.hvp import (
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPProvider,
+    Linearization,
+    Objective,
+    ReverseOverReverse,
+)
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from bilevel.products.outputs import check_outputs, check_rows
 
@@ -16,6 +23,7 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Linearization",
     "Measurement",
     "MicroBatched",
     "Objective",
