@@ -238,10 +238,11 @@ def _check_scheduler(scheduler: LRSchedule, optimizer: torch.optim.Optimizer) ->
         file.seek(0)
         torch.load(file, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"Level: scheduler: the state_dict of {kind} holds something else than tensors and plain values "
-            f"({str(error).splitlines()[0]}), which no checkpoint could give back; leave functions and objects out of "
-            "it, and make them anew with the schedule"
+            f"({reason}), which no checkpoint could give back; leave functions and objects out of it, and make them "
+            "anew with the schedule"
         ) from error
 
 
