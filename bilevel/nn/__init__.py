@@ -2,8 +2,10 @@
 
 from bilevel.nn.double_backward import CheapDoubleBackward
 from bilevel.nn.functional import (
+    as_double,
     chunk_seeds,
     curvature_pass,
+    double_precision,
     functional_call,
     in_curvature_pass,
     own_draws,
@@ -14,8 +16,10 @@ from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 __all__ = [
     "CheapDoubleBackward",
     "SyncBatchNorm",
+    "as_double",
     "chunk_seeds",
     "curvature_pass",
+    "double_precision",
     "functional_call",
     "in_curvature_pass",
     "own_draws",

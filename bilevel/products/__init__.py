@@ -4,12 +4,21 @@ from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
+from bilevel.products.lost_curvature import (
+    LOST,
+    CurvatureErrors,
+    curvature_errors,
+    low_precision,
+    suspicious_operations,
+)
 from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
 
 __all__ = [
     "HVP",
+    "LOST",
     "Automatic",
     "ComposedObjective",
+    "CurvatureErrors",
     "FiniteDifference",
     "ForwardOverReverse",
     "GaussNewton",
@@ -20,6 +29,9 @@ __all__ = [
     "ReverseOverReverse",
     "as_provider",
     "check_rows",
+    "curvature_errors",
     "graph_bytes",
+    "low_precision",
     "micro_batched_gradient",
+    "suspicious_operations",
 ]

@@ -75,6 +75,17 @@ class _GaussNewton(Linearization):
         curved = tree.pullback(slope, {"z": pushed}, [{"z": point}])[0]["z"]
         return _gradient([z], y, [curved], create_graph=False)
 
+    @torch.enable_grad()
+    def gradient_near(self, lower: Params) -> Params:
+        """J' dl/dz with the slope of the loss at other lower values, and J at the point."""
+        upper, y = tree.detach(self.upper), tree.as_variables(self.lower)
+        z = self.composed.outputs(upper, y)
+        if not z.requires_grad:
+            return tree.zeros_like(y)
+        point = self.composed.outputs(upper, tree.detach(lower)).detach().requires_grad_()
+        slope = tree.gradients(self.composed.loss(point), {"z": point})["z"]
+        return _gradient([z], y, [slope], create_graph=False)
+
     def cross(self, vector: Params, upper: Params) -> Params:
         return self._exact.cross(vector, upper)
 

@@ -29,7 +29,7 @@ def graph_bytes(outputs: Iterable[Tensor], resident: Iterable[Tensor] = ()) -> i
     """
     outputs = list(outputs)
     storages: dict[int, int] = {}
-    for node in _nodes(outputs):
+    for node in nodes(outputs):
         storages |= _storages(_saved(node))
     for address in _storages((*outputs, *resident)):
         storages.pop(address, None)
@@ -68,7 +68,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in dense}
 
 
-def _nodes(outputs: Iterable[Tensor]) -> set[Node]:
+def nodes(outputs: Iterable[Tensor]) -> set[Node]:
+    """Every node of the autograd graphs that the outputs lead to."""
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(stack)
     while stack:
