@@ -1,9 +1,12 @@
 """Checks of arguments: each raises one sentence that names the argument, what came and what to do."""
 
+import inspect
 import math
 import os
+import warnings
 from typing import Any
 
+from bilevel import tree
 from bilevel.tree import Params
 
 
@@ -52,6 +55,39 @@ def check_function(argument: str, value: object, remedy: str) -> None:
 def check_path(argument: str, value: object) -> None:
     """Raise TypeError unless `value` is a path."""
     check_kind(argument, value, (str, os.PathLike), "a path")
+
+
+def check_variables(argument: str, value: object) -> None:
+    """Raise unless these are the variables of a level: Params that are all trained and lie apart in memory.
+
+    Raises:
+        TypeError: no Params.
+        ValueError: some leaves require gradients and others do not, or two share memory.
+    """
+    tree.check_params(argument, value)
+    assert isinstance(value, dict)
+    frozen = [name for name, leaf in value.items() if not leaf.requires_grad]
+    if 0 < len(frozen) < len(value):
+        raise ValueError(
+            f"{argument}: {frozen[:3]} ({len(frozen)} of {len(value)}) have requires_grad=False while the others "
+            "require gradients; variables of a level are trained and respond, so leave frozen ones out, as in "
+            "{name: p for name, p in module.named_parameters() if p.requires_grad}: functional_call takes what is left "
+            "out from the module itself. Or call requires_grad_() on them"
+        )
+    both = tree.overlapping(value.items())
+    if both is not None:
+        raise ValueError(
+            f"{argument}: {both[0]!r} and {both[1]!r} share memory, so that they are no variables of their own; give a "
+            "tied tensor once, under one of its names, or give each a memory of its own by clone()"
+        )
+
+
+def warn_outside(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points to the first line outside this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def same_structure(x: Params, y: Params) -> bool:

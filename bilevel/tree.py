@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
@@ -206,7 +207,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def check_params(argument: str, value: object) -> None:
-    """Raise TypeError unless `value` is a dictionary of named floating-point tensors."""
+    """Raise TypeError unless `value` is a dictionary of named floating-point tensors that can be differentiated here.
+
+    Refused with them: tensors made under torch.inference_mode, and those of a torch.func transform (vmap, grad, jvp)
+    or of forward-mode differentiation around the call, whose outer derivative would be lost.
+    """
     if not isinstance(value, dict):
         raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
     for name, leaf in value.items():
@@ -214,6 +219,73 @@ def check_params(argument: str, value: object) -> None:
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
         if not leaf.is_floating_point():
             raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
+        check_plain(f"{argument}[{name!r}]", leaf)
+
+
+def check_plain(argument: str, tensor: Tensor) -> None:
+    """Raise TypeError for a tensor of inference mode, of a torch.func transform or of forward-mode differentiation."""
+    if tensor.is_inference():
+        raise TypeError(
+            f"{argument} was made under torch.inference_mode, where nothing can be differentiated; pass its clone() "
+            "made outside of it, or make it under torch.no_grad"
+        )
+    if torch.func.debug_unwrap(tensor) is not tensor or forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(
+            f"{argument} belongs to a torch.func transform (vmap, grad, jacrev, jvp) or to forward-mode "
+            "differentiation around this call, which gives plain numbers that nothing differentiates or batches "
+            "further; call it in a loop, once a sample or direction, or state the outer problem as a Problem"
+        )
+
+
+def overlapping(variables: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two strided tensors that have an element in common, None where all are apart.
+
+    Views of one buffer are told apart by the bytes that they really cover.
+    """
+    met: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in variables:
+        # Tensors without memory (of the meta device) are the same where they are the same object.
+        storage = tensor.untyped_storage().data_ptr() or -id(tensor)
+        for other, former in met.setdefault(storage, []):
+            if tensor is former or _share_bytes(tensor, former):
+                return other, name
+        met[storage].append((name, tensor))
+    return None
+
+
+def _share_bytes(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one storage cover a byte in common."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (first, last), (start, end) = _span(x), _span(y)
+    low, high = max(first, start), min(last, end)
+    if low >= high:
+        return False
+    if _is_dense(x) and _is_dense(y):
+        return True
+    base = min(first, start)
+    covered = torch.zeros(max(last, end) - base, dtype=torch.bool)
+    _bytes_of(x, covered, base).fill_(True)
+    return bool(_bytes_of(y, covered, base).any())
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First byte of the storage that a tensor covers, and the one after its last."""
+    last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.storage_offset() * x.element_size(), (last + 1) * x.element_size()
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor covers its span without a gap."""
+    first, last = _span(x)
+    return last - first == x.numel() * x.element_size()
+
+
+def _bytes_of(x: Tensor, covered: Tensor, base: int) -> Tensor:
+    """The entries of `covered`, one a byte from `base` on, that belong to a tensor."""
+    size = x.element_size()
+    strides = [step * size for step in x.stride()]
+    return covered.as_strided([*x.shape, size], [*strides, 1], x.storage_offset() * size - base)
 
 
 def _values(x: Params, order: Iterable[str]) -> list[Tensor]:

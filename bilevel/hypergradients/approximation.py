@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from bilevel import tree
 from bilevel.hypergradients.method import MethodState, Proposal, UpperStep
-from bilevel.hypergradients.system import Selection, System, linearize, through_system
+from bilevel.hypergradients.system import System, make_system, through_system
 from bilevel.linear import ApproximateInverse, Identity
+from bilevel.lower import Selection
 from bilevel.products import HVP
 from bilevel.tree import Params
 
@@ -13,7 +14,7 @@ from bilevel.tree import Params
 def unsolved_system(step: UpperStep, hvp: HVP, implicit: Selection | None) -> System:
     """The system of a step, of which the gradient, the scale and the cross term are used, and no solve."""
     step.watch()
-    return linearize(
+    return make_system(
         step.problem, step.upper, step.lower, step.lower_batches, solver=Identity(), hvp=hvp, implicit=implicit
     )
 

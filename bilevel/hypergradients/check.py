@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from bilevel import tree
-from bilevel.checks import check_count, check_function, check_kind, check_number
+from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
 from bilevel.hypergradients.differences import derivative, step_ranges
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.linear import CG, Solver
+from bilevel.lower import differentiates
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
 from bilevel.tree import Params
@@ -69,6 +70,7 @@ class HypergradientCheck:
         return "\n".join(lines)
 
 
+@differentiates
 def check_hypergradient(
     problem: Problem,
     upper: Params,
@@ -115,6 +117,8 @@ def check_hypergradient(
         ValueError: directions < 1, a tolerance that is not positive, or as for `hypergradient`.
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
+    tree.check_params("upper", upper)
+    check_variables("lower", lower)
     check_function("lower_solver", lower_solver, "a function of the problem, upper, lower and the lower batches")
     check_count("directions", directions, least=1)
     check_number("tolerance", tolerance, positive=True)

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from bilevel import tree
-from bilevel.checks import check_kind
+from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method, UpperStep, check_proposal
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
-from bilevel.hypergradients.system import check_batches
 from bilevel.linear import Solver
+from bilevel.lower import check_batch, check_batches, differentiates
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
 
+@differentiates
 def hypergradient(
     problem: Problem,
     upper: Params,
@@ -41,17 +42,22 @@ def hypergradient(
             not finite): "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore".
 
     For several right-hand sides with one linear system, or a solve from a given start, see `linearize` and
-    `System.hypergradient`.
+    `System.hypergradient`. The result is plain numbers: it has no graph, and torch.func transforms around the call are
+    refused. Under torch.no_grad it is the same; autocast around the call does not reach it.
 
     Raises:
-        TypeError, ValueError: bad arguments, as for the method.
+        TypeError, ValueError: bad arguments, as for the method; lower variables that are frozen
+            (requires_grad=False beside others that require gradients) or share memory; variables that no objective
+            reaches.
+        RuntimeError: under torch.inference_mode.
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
     method = as_method(method)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
+    check_variables("lower", lower)
     check_batches(lower_batches)
+    check_batch("upper_batch", [upper_batch])
     result = propose_once(problem, upper, lower, method, upper_batch, lower_batches)
     report_failure(result, on_failure)
     return result

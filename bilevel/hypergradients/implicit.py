@@ -7,18 +7,15 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.system import (
-    Selection,
     System,
     Tikhonov,
-    check_selection,
     check_tikhonov,
     check_tikhonov_names,
-    linearize,
-    selected,
+    make_system,
     through_system,
 )
 from bilevel.linear import CG, Solution, Solver, Status
-from bilevel.lower import upper_derivatives
+from bilevel.lower import Selection, check_selection, selected, upper_derivatives
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
@@ -114,7 +111,7 @@ class Implicit(Method):
         provider = as_provider(self.hvp)
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
-        return linearize(
+        return make_system(
             step.problem,
             step.upper,
             step.lower,

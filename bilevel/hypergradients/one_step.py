@@ -7,7 +7,7 @@ from bilevel import tree
 from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, check_selection, selected
+from bilevel.lower import Selection, check_selection, selected
 from bilevel.products import HVP, FiniteDifference, as_provider
 
 

@@ -11,9 +11,8 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, same_structure
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.updates import Update
-from bilevel.lower import lower_derivatives, upper_derivatives
+from bilevel.lower import Selection, check_selection, lower_derivatives, selected, upper_derivatives
 from bilevel.tree import Params
 
 

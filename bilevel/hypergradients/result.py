@@ -1,14 +1,13 @@
 """A hypergradient, what is known about it, and what is done where it cannot be trusted."""
 
-import inspect
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import warn_outside
 from bilevel.linear import Solution
 from bilevel.tree import Params
 
@@ -43,8 +42,8 @@ class Hypergradient:
         noise: standard error of the lower gradient over the lower batches, in the units of `stationarity`; None for a
             single batch.
         lower: the lower variables after the steps of a method that makes some, None where none is made.
-        failure: in words what went wrong, None where nothing did: a solve whose status is not a success, a part that is
-            not finite.
+        failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
+            loses, a solve whose status is not a success, a part that is not finite.
     """
 
     grad: Params
@@ -79,6 +78,11 @@ def solve_failure(solution: Solution) -> str | None:
     return f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
 
 
+def joined(*failures: str | None) -> str | None:
+    """Several failures in one, None where there is none."""
+    return "; ".join(failure for failure in failures if failure is not None) or None
+
+
 def finite_failure(direct: Params, implicit: Params, grad: Params) -> str | None:
     """Which part of a hypergradient is not finite though its solve succeeded, and what to check."""
     if tree.all_finite(grad):
@@ -107,7 +111,4 @@ def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
         return
     if on_failure == "raise":
         raise SolverError(result.failure, result.solution)
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(result.failure, SolverWarning, stacklevel=level)
+    warn_outside(result.failure, SolverWarning)

@@ -11,9 +11,9 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import Selection, check_selection, selected
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
+from bilevel.lower import Selection, check_selection, selected
 from bilevel.products import HVP, FiniteDifference, as_provider
 from bilevel.tree import Params
 

@@ -1,6 +1,6 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import NoneType
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_kind, check_number, same_structure
+from bilevel.checks import check_kind, check_number, check_variables, same_structure, warn_outside
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
+    SolverWarning,
     check_on_failure,
     finite_failure,
+    joined,
     report_failure,
     solve_failure,
 )
@@ -35,8 +37,14 @@ from bilevel.linear import (
 from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
+    Selection,
     StaleSystemError,
+    check_batch,
+    check_batches,
     check_marks,
+    differentiates,
+    examine_curvature,
+    selected,
     take_marks,
     upper_derivatives,
 )
@@ -46,8 +54,6 @@ from bilevel.tree import Params
 
 Tikhonov = float | Mapping[str, float]
 """One number, or one per lower name."""
-Selection = Callable[[str], bool] | Iterable[str]
-"""Names, or a predicate on names."""
 
 
 class System:
@@ -58,6 +64,7 @@ class System:
         implicit: names of the implicit lower variables.
         solver, hvp, damping, tikhonov, lower_batches: what shaped the system.
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
+        curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class System:
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
+        self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
@@ -106,6 +114,7 @@ class System:
         """The implicit part of `lower`, detached."""
         return {name: lower[name].detach() for name in self.implicit}
 
+    @differentiates
     def hypergradient(
         self, upper_batch: Any, *, x0: Params | None = None, on_failure: OnFailure = "warn"
     ) -> Hypergradient:
@@ -119,14 +128,17 @@ class System:
 
         Raises:
             StaleSystemError: something else that the system was built from has changed.
+            RuntimeError: under torch.inference_mode.
             SolverError: with ``on_failure="raise"``.
         """
         check_on_failure(on_failure)
+        check_batch("upper_batch", [upper_batch])
         self.check_fresh()
         result = through_system(self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0))
         report_failure(result, on_failure)
         return result
 
+    @differentiates
     def solve(
         self,
         b: Params,
@@ -161,6 +173,7 @@ class System:
         found = self.solver.solve(operator, b, state=self.state)
         return replace(found, num_hvps=found.num_hvps + 1)
 
+    @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
@@ -191,6 +204,7 @@ class System:
         batches can tell."""
         return self.gradient_and_noise(upper)[1]
 
+    @differentiates
     def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
         """`gradient` and `gradient_noise`, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
@@ -255,6 +269,7 @@ class System:
         return named
 
 
+@differentiates
 def linearize(
     problem: Problem,
     upper: Params,
@@ -277,7 +292,7 @@ def linearize(
 
     so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + tikhonov and
     cross = d2L/dxdy. L is the mean over `lower_batches` (and over ranks). Random masks are drawn once per batch and
-    stay the same for every product.
+    stay the same for every product. Curvature that an operation of L or r loses is warned of (`SolverWarning`).
 
     Args:
         upper, lower: variables; the system keeps them and is stale once they change.
@@ -296,9 +311,39 @@ def linearize(
         ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
             without a regularizer; an unknown name in `tikhonov`.
     """
+    system = make_system(
+        problem,
+        upper,
+        lower,
+        lower_batches,
+        solver=solver,
+        hvp=hvp,
+        damping=damping,
+        tikhonov=tikhonov,
+        implicit=implicit,
+    )
+    lost = system.curvature.lost()
+    if lost is not None:
+        warn_outside(lost, SolverWarning)
+    return system
+
+
+def make_system(
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    lower_batches: Sequence[Any],
+    *,
+    solver: Solver | None = None,
+    hvp: HVP | None = None,
+    damping: float = 0.0,
+    tikhonov: Tikhonov = 0.0,
+    implicit: Selection | None = None,
+) -> System:
+    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it."""
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
-    tree.check_params("lower", lower)
+    check_variables("lower", lower)
     check_batches(lower_batches)
     check_number("damping", damping)
     check_number("regularization_weight", problem.regularization_weight)
@@ -319,62 +364,11 @@ def linearize(
     )
 
 
-def check_batches(lower_batches: Sequence[Any]) -> None:
-    """Raise unless these are one or more batches in a sequence."""
-    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
-    if not lower_batches:
-        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
-
-
-def check_selection(owner: str, implicit: Selection | None) -> Selection | None:
-    """`implicit` as a predicate or a tuple of names, which can be gone through more than once.
-
-    Raises:
-        TypeError: a bare string, or neither names nor a predicate.
-        ValueError: no name.
-    """
-    if implicit is None or (callable(implicit) and not isinstance(implicit, type)):
-        return implicit
-    names = tuple(implicit) if isinstance(implicit, Iterable) and not isinstance(implicit, str) else None
-    if names is None or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{owner}: implicit must be names of lower variables or a predicate on names, got {implicit!r}")
-    if not names:
-        raise ValueError(f"{owner}: implicit names no lower variable; leave it out for the Problem's choice")
-    return names
-
-
 def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
     """Raise ValueError where a term is for something that is not an implicit lower variable."""
     unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
     if unknown:
         raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
-
-
-def matching(implicit: Selection, lower: Params) -> tuple[str, ...]:
-    """Names of `lower` that `implicit` selects, in the order of `lower`."""
-    if isinstance(implicit, str):
-        raise TypeError(
-            f"implicit must be a sequence of names or a predicate, got the string {implicit!r}; pass [{implicit!r}]"
-        )
-    if callable(implicit):
-        return tuple(name for name in lower if implicit(name))
-    wanted = list(implicit)
-    unknown = [name for name in wanted if name not in lower]
-    if unknown:
-        raise ValueError(f"implicit names {unknown}, which are not lower variables; there are {list(lower)}")
-    return tuple(name for name in lower if name in wanted)
-
-
-def selected(problem: Problem, lower: Params, implicit: Selection | None) -> tuple[str, ...]:
-    """Names of the implicit variables, the Problem's where `implicit` is None; raises if there are none."""
-    names = matching(problem.implicit if implicit is None else implicit, lower)
-    if not names:
-        raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")
-    return names
 
 
 def check_tikhonov(tikhonov: Tikhonov) -> None:
@@ -393,7 +387,8 @@ def through_system(
     solution = solve(v)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     grad = tree.add(direct, implicit_part)
-    failure = solve_failure(solution) or finite_failure(direct, implicit_part, grad)
+    lost = system.curvature.lost(hessian=solution.num_hvps > 0)
+    failure = joined(lost, solve_failure(solution) or finite_failure(direct, implicit_part, grad))
     gradient, noise = system.gradient_and_noise(upper)
     stationarity = float(tree.norm(gradient))
     return Hypergradient(grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure)

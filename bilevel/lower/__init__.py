@@ -3,17 +3,28 @@
 from bilevel.lower.curvature import Examination, examine_curvature
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
+from bilevel.lower.once import OncePerProblem
+from bilevel.lower.selection import Selection, check_selection, selected
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
+from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
 
 __all__ = [
     "BufferWatch",
     "Examination",
     "LowerObjectives",
+    "OncePerProblem",
+    "Selection",
     "StaleSystemError",
+    "check_batch",
+    "check_batches",
     "check_marks",
+    "check_recordable",
+    "check_selection",
+    "differentiates",
     "examine_curvature",
     "lower_derivatives",
     "lower_value",
+    "selected",
     "take_marks",
     "training_derivatives",
     "upper_derivatives",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.checks import warn_outside
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem
 from bilevel.lower.staleness import BufferWatch
@@ -15,6 +16,7 @@ from bilevel.nn import as_double, double_precision
 from bilevel.problem import Problem
 from bilevel.products import (
     LOST,
+    Automatic,
     CurvatureErrors,
     HVPProvider,
     Objective,
@@ -61,8 +63,8 @@ class Examination:
         parts = {"d2G/dydy": of_y, "d2G/dxdy": of_x}
         wrong = " and ".join(f"{name} by {error:.1e}" for name, error in parts.items() if error > LOST)
         return (
-            f"lost curvature: products with {wrong} (relative) are not what differences of gradients say, in float64 on "
-            f"a few rows. {self._cause()} {_REMEDY}"
+            f"lost curvature: on a few samples in float64, products with {wrong} (relative) differ from what gradients "
+            f"say. {self._cause()} {_REMEDY}"
         )
 
     def undecided(self) -> str | None:
@@ -110,12 +112,17 @@ def examine_curvature(
     """
     if not problem.check_curvature:
         return Examination()
+    if isinstance(provider, Automatic):
+        provider = provider.chosen or provider
     shapes = tuple((name, leaf.shape, leaf.dtype) for level in (upper, lower) for name, leaf in level.items())
     key = (shapes, tuple(names), type(provider))
     known: Examination | None = _examined.recall(problem, key)
     if known is None or (thoroughly and not known.errors and not known.doubt):
         known = _Subject(problem, upper, lower, batch, names, provider).examine(thoroughly=thoroughly)
         _examined.keep(problem, key, known)
+        undecided = known.undecided()
+        if undecided is not None:
+            warn_outside(undecided)
     return known
 
 

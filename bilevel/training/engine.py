@@ -14,6 +14,7 @@ from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, s
 from bilevel.checks import check_count, check_kind
 from bilevel.distributed import check_replicated
 from bilevel.interruption import Interrupted
+from bilevel.lower import check_recordable
 from bilevel.training.callbacks import Callback, Record
 from bilevel.training.level import Level
 from bilevel.tree import Params
@@ -56,9 +57,19 @@ class Training(ABC):
     def total(self) -> int:
         """Units of the whole training."""
 
-    @abstractmethod
     def advance(self) -> None:
-        """Make one unit, or the rest of one that was interrupted."""
+        """Make one unit, or the rest of one that was interrupted; gradients are recorded under torch.no_grad too.
+
+        Raises:
+            RuntimeError: under torch.inference_mode.
+        """
+        check_recordable(f"{type(self).__name__}.advance")
+        with torch.enable_grad():
+            self._advance()
+
+    @abstractmethod
+    def _advance(self) -> None:
+        """The unit itself."""
 
     @abstractmethod
     def kept(self) -> dict[str, Any]:
@@ -70,8 +81,10 @@ class Training(ABC):
         Raises:
             NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
             Interrupted: a signal asked for it; the callbacks have been told.
+            RuntimeError: under torch.inference_mode.
             ValueError: ranks have other variables.
         """
+        check_recordable(f"{type(self).__name__}.run")
         for name, level in self.levels.items():
             check_replicated(name, level.params)
         with interruption.deferred():

@@ -8,7 +8,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 
 from bilevel import tree
-from bilevel.checks import check_count, check_kind, check_number, same_structure
+from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
 from bilevel.training.batches import BatchSource, as_source
 from bilevel.tree import Params
 
@@ -39,7 +39,8 @@ class Level:
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no variables or batches, an optimizer with other tensors, or a number out of its range.
+        ValueError: no variables or batches, frozen variables (requires_grad=False beside others that require
+            gradients), variables that share memory, an optimizer with other tensors, or a number out of its range.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Level:
         max_grad_norm: float | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        tree.check_params("Level: params", params)
+        check_variables("Level: params", params)
         if not params:
             raise ValueError("Level: params must hold at least one tensor, got {}; pass the level's variables by name")
         check_kind("Level: optimizer", optimizer, torch.optim.Optimizer, "an optimizer of torch.optim")

@@ -69,8 +69,7 @@ class SingleLevelTrainer(Training):
         """Steps of the whole training."""
         return self._total
 
-    def advance(self) -> None:
-        """One step."""
+    def _advance(self) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
         loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].data.next()))
 

@@ -27,7 +27,7 @@ from bilevel.hypergradients import (
     report_failure,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import training_derivatives
+from bilevel.lower import differentiates, training_derivatives
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
 from bilevel.training.callbacks import Callback, upper_record
@@ -94,6 +94,14 @@ class Trainer(Training):
         schedule.check_pairs(upper.params, lower.params)
         if upper is lower:
             raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
+        levels = {"upper": upper.params, "lower": lower.params}
+        named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
+        both = tree.overlapping(named)
+        if both is not None:
+            raise ValueError(
+                f"{both[0]} and {both[1]} share memory, so that a step of one level would move the other's variable; "
+                "give one of them a memory of its own, by clone() or copy.deepcopy(module)"
+            )
         if upper.micro_batch is not None:
             raise ValueError("upper: micro_batch is for the steps of the lower level; leave it out here")
         if lower.micro_batch is not None and type(problem).lower_outputs is Problem.lower_outputs:
@@ -131,8 +139,7 @@ class Trainer(Training):
         """Of `solves`, those that did not do what was asked, by the name of their `Status`."""
         return Counter({name: count for name, count in self.solves.items() if not Status[name].ok})
 
-    def advance(self) -> None:
-        """One alternation, or the rest of one that was interrupted."""
+    def _advance(self) -> None:
         began = time.perf_counter()
         now = self._now = self._now or self._begin()
         self._lower_stage(now)
@@ -224,6 +231,7 @@ class Trainer(Training):
             if now.upper < steps:
                 interruption.check()
 
+    @differentiates
     def _upper_step(self, now: Alternation) -> None:
         upper, lower = self.upper, self.lower
         if now.upper == 0:

@@ -1,0 +1,58 @@
+"""What may surround a call that differentiates (gradient modes, autocast), and the batches that it is given."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def check_recordable(name: str) -> None:
+    """Raise RuntimeError under torch.inference_mode, where no gradient can be recorded."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was called under torch.inference_mode, where nothing can be differentiated; call it outside of "
+            "it (torch.no_grad around it is fine)"
+        )
+
+
+def differentiates(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that computes second derivatives: it records gradients under torch.no_grad too, is refused under
+    torch.inference_mode, and works in the variables' own precision whatever autocast surrounds it."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        check_recordable(function.__qualname__)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for device in ("cpu", "cuda", "mps", "xpu"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return guarded
+
+
+def check_batch(argument: str, batches: Iterable[Any]) -> None:
+    """Raise TypeError for a batch with a tensor of inference mode or of a torch.func transform around the call."""
+    for index, tensor in enumerate(tree.tensors_in(list(batches))):
+        tree.check_plain(f"{argument}, tensor {index}", tensor)
+
+
+def check_batches(lower_batches: Sequence[Any]) -> None:
+    """Raise unless these are one or more batches in a sequence."""
+    if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
+        raise TypeError(
+            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
+            "for a single one"
+        )
+    if not lower_batches:
+        raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+    check_batch("lower_batches", lower_batches)
