@@ -1,9 +1,10 @@
 """The lower level's objective and its derivatives, and whether they are still those of the present variables."""
 
-from bilevel.lower.curvature import Examination, examine_curvature
+from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem
+from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.selection import Selection, check_selection, selected
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
 from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
@@ -12,8 +13,12 @@ __all__ = [
     "BufferWatch",
     "Examination",
     "LowerObjectives",
+    "LowerSolver",
     "OncePerProblem",
+    "OutOfTime",
+    "Resolved",
     "Selection",
+    "Solves",
     "StaleSystemError",
     "check_batch",
     "check_batches",
@@ -24,8 +29,10 @@ __all__ = [
     "examine_curvature",
     "lower_derivatives",
     "lower_value",
+    "reweighted",
     "selected",
     "take_marks",
+    "thorough_examinations",
     "training_derivatives",
     "upper_derivatives",
 ]

@@ -1,6 +1,8 @@
 """Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -12,7 +14,7 @@ from bilevel.checks import warn_outside
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem
 from bilevel.lower.staleness import BufferWatch
-from bilevel.nn import as_double, double_precision
+from bilevel.nn import DoublePrecision, as_double
 from bilevel.problem import Problem
 from bilevel.products import (
     LOST,
@@ -28,10 +30,12 @@ from bilevel.products import (
 from bilevel.tree import Params
 
 _ROWS = 8
-_SMALL_LEVEL, _SMALL_BATCH = 100_000, 100_000
-"""Numbers in lower variables that are always compared with differences, and in a batch that cannot be cut."""
+_LARGE_LEVEL, _LARGE_BATCH = 1_000_000, 100_000
+"""With more numbers in the lower variables, products are compared only where something is suspicious; with more in a
+batch that cannot be cut, never."""
 
 _examined = OncePerProblem()
+_asked: ContextVar[list["Examination"] | None] = ContextVar("bilevel_examinations", default=None)
 
 _REMEDY = (
     "If it is meant so (a stop-gradient), set check_curvature = False in the Problem; `check_hypergradient` says what "
@@ -47,12 +51,17 @@ class Examination:
     Attributes:
         suspects: operations that may lose curvature, by name.
         errors: of L, and of r where there is one; empty where products were not compared with differences.
-        doubt: why nothing is known, empty where the products were compared or nothing is suspicious.
+        doubt: why the comparison decides nothing, empty where it does or was not made.
     """
 
     suspects: tuple[str, ...] = ()
     errors: tuple[CurvatureErrors, ...] = ()
     doubt: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the comparison was made, or tried."""
+        return bool(self.errors or self.doubt)
 
     def lost(self, *, hessian: bool = True) -> str | None:
         """In words what is lost of d2G/dydy (where `hessian` is of interest) and d2G/dxdy, None where nothing is."""
@@ -64,7 +73,7 @@ class Examination:
         wrong = " and ".join(f"{name} by {error:.1e}" for name, error in parts.items() if error > LOST)
         return (
             f"lost curvature: on a few samples in float64, products with {wrong} (relative) differ from what gradients "
-            f"say. {self._cause()} {_REMEDY}"
+            f"say: {self._cause()}. {_REMEDY}"
         )
 
     def undecided(self) -> str | None:
@@ -79,51 +88,54 @@ class Examination:
         )
 
     def _cause(self) -> str:
-        if self.suspects:
-            return (
-                f"The backward pass of {', '.join(self.suspects)} is no differentiable function of what it saved "
-                "(save_for_backward keeps tensors differentiable, attributes of ctx, once_differentiable and numpy do "
-                "not): mend it, or take FiniteDifference() for the products."
-            )
+        detached = "a detach, no_grad, .data or .item() cuts variables out of the objective: leave them in it"
+        if not self.suspects:
+            return f"probably {detached}"
         return (
-            "Some operation cuts off a part of the variables' effect (detach, no_grad, .data, .item(), a backward pass "
-            "of one's own): take it out."
+            f"the backward pass of {', '.join(self.suspects)} is no differentiable function of what it saved "
+            "(attributes of ctx, once_differentiable and numpy cut it off, save_for_backward and torch's operations do "
+            f"not): mend it, or take Implicit(hvp=FiniteDifference()). Or {detached}"
         )
 
 
 def examine_curvature(
-    problem: Problem,
-    upper: Params,
-    lower: Params,
-    batch: Any,
-    names: Sequence[str],
-    provider: HVPProvider,
-    *,
-    thoroughly: bool = False,
+    problem: Problem, upper: Params, lower: Params, batch: Any, names: Sequence[str], provider: HVPProvider
 ) -> Examination:
     """What is known about the provider's second derivatives over the lower variables `names`.
 
     For each Problem and structure of its variables once, a gradient's graph is gone through; where something in it is
-    suspicious and where the lower level is small, products are compared with differences of gradients in float64
-    (`curvature_errors`), on at most 8 rows of `batch`. Nothing is drawn from the default generators.
-
-    Args:
-        thoroughly: compare in any case.
+    suspicious and where the lower level is not large, products are compared with differences of gradients in float64
+    (`curvature_errors`), on at most 8 samples of `batch`. Nothing is drawn from the default generators. What is
+    suspicious and cannot be compared is warned of.
     """
     if not problem.check_curvature:
         return Examination()
     if isinstance(provider, Automatic):
         provider = provider.chosen or provider
     shapes = tuple((name, leaf.shape, leaf.dtype) for level in (upper, lower) for name, leaf in level.items())
-    key = (shapes, tuple(names), type(provider))
+    key, asked = (shapes, tuple(names), type(provider)), _asked.get()
     known: Examination | None = _examined.recall(problem, key)
-    if known is None or (thoroughly and not known.errors and not known.doubt):
-        known = _Subject(problem, upper, lower, batch, names, provider).examine(thoroughly=thoroughly)
+    if known is None or (asked is not None and not known.compared):
+        subject = _Subject(problem, upper, lower, batch, names, provider)
+        known = subject.examine(thoroughly=asked is not None)
         _examined.keep(problem, key, known)
         undecided = known.undecided()
-        if undecided is not None:
+        if undecided is not None and asked is None:
             warn_outside(undecided)
+    if asked is not None:
+        asked.append(known)
     return known
+
+
+@contextmanager
+def thorough_examinations() -> Iterator[list[Examination]]:
+    """Inside, products are compared with differences of gradients in any case; gives what comes of it."""
+    found: list[Examination] = []
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,7 @@ class _Subject:
         # Differences of gradients need no second derivative.
         if self.provider.exact:
             rows, found = self._gone_through(rows)
-        if not (thoroughly or found.suspects or tree.size(self.lower) <= _SMALL_LEVEL):
+        if not (thoroughly or found.suspects or tree.size(self.lower) <= _LARGE_LEVEL):
             return found
         if rows is None:
             return replace(found, doubt=f"the batch is large and cannot be cut to {_ROWS} samples that it runs on")
@@ -153,7 +165,7 @@ class _Subject:
         try:
             return (self.problem.split_batch(self.batch, _ROWS)[0],)
         except Exception:  # Whatever a batch is that cannot be cut.
-            small = sum(tensor.numel() for tensor in tree.tensors_in(self.batch)) <= _SMALL_BATCH
+            small = sum(tensor.numel() for tensor in tree.tensors_in(self.batch)) <= _LARGE_BATCH
             return (self.batch,) if small else None
 
     def _gone_through(self, rows: tuple[Any] | None) -> tuple[tuple[Any] | None, Examination]:
@@ -168,8 +180,8 @@ class _Subject:
 
     def _compared(self, batch: Any, found: Examination) -> Examination:
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
-        batch, doubt, errors = tree.map_tensors(as_double, batch), "", list[CurvatureErrors]()
-        with double_precision():
+        doubt, errors = "", list[CurvatureErrors]()
+        with DoublePrecision():
             try:
                 if low_precision(subject._graph(batch)):
                     doubt = "a part of it is computed in a lower precision"

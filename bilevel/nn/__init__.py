@@ -1,11 +1,10 @@
 """Modules inside a differentiated objective: functional calls, layers that differentiate twice."""
 
 from bilevel.nn.double_backward import CheapDoubleBackward
+from bilevel.nn.double_precision import DoublePrecision, as_double
 from bilevel.nn.functional import (
-    as_double,
     chunk_seeds,
     curvature_pass,
-    double_precision,
     functional_call,
     in_curvature_pass,
     own_draws,
@@ -15,11 +14,11 @@ from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
     "CheapDoubleBackward",
+    "DoublePrecision",
     "SyncBatchNorm",
     "as_double",
     "chunk_seeds",
     "curvature_pass",
-    "double_precision",
     "functional_call",
     "in_curvature_pass",
     "own_draws",

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bilevel import tree
 from bilevel.distributed import rank, world_size
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
-_double: ContextVar[bool] = ContextVar("bilevel_double", default=False)
 
 _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
@@ -85,26 +83,6 @@ def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
             yield
     finally:
         _buffers_kept.reset(token)
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """Inside, new tensors are float64, and `functional_call` takes a module's own tensors and its arguments in float64:
-    for objectives of float32 modules, given float64 variables and batches."""
-    before, token = torch.get_default_dtype(), _double.set(True)
-    try:
-        torch.set_default_dtype(torch.float64)
-        yield
-    finally:
-        torch.set_default_dtype(before)
-        _double.reset(token)
-
-
-def as_double(tensor: Tensor) -> Tensor:
-    """The tensor in float64 or complex128; as it is where it holds no such numbers."""
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
 
 
 @contextmanager
@@ -196,16 +174,7 @@ def functional_call(
             notes.note(read)
         copies = {name: buffer.detach().clone() for name, buffer in read}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
-        if _double.get():
-            copies = {name: as_double(tensor) for name, tensor in {**_left_out(module, params), **copies}.items()}
-            args, keywords = tree.map_tensors(as_double, (args, keywords))
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)
-
-
-def _left_out(module: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The module's own parameters but for those that are given, under whichever of their names."""
-    given = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in params}
-    return {name: p.detach() for name, p in module.named_parameters() if id(p) not in given}
 
 
 @cache
