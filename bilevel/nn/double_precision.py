@@ -9,15 +9,16 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
 
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+
 
 @final
 class DoublePrecision(TorchFunctionMode):
     """Inside, what an objective computes from float64 variables, it computes in float64, whatever the modules, buffers
     and data are that it holds.
 
-    Torch's functions take their real tensors in float64 and their complex ones in complex128, and make new ones so;
-    attributes of tensors are as they are. Where an objective asks for another precision itself (``.float()``), it gets
-    that.
+    Torch's functions take their real tensors in float64 and their complex ones in complex128, and make no others, also
+    where another precision is asked for (``.float()``). Attributes of tensors are as they are.
 
     Raises:
         TypeError: something is written into a tensor of a lower precision, which would be lost.
@@ -41,7 +42,9 @@ class DoublePrecision(TorchFunctionMode):
         if _writes(func) and args and isinstance(args[0], Tensor) and as_double(args[0]) is not args[0]:
             raise TypeError(f"{func.__name__} writes into a {args[0].dtype} tensor")
         args, keywords = tree.map_tensors(as_double, (tuple(args), kwargs or {}))
-        return func(*args, **keywords)
+        if func in _CASTS:
+            return args[0]
+        return func(*map(_wide, args), **{name: _wide(value) for name, value in keywords.items()})
 
 
 def as_double(tensor: Tensor) -> Tensor:
@@ -49,6 +52,11 @@ def as_double(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128)
     return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def _wide(value: Any) -> Any:
+    """Where the argument names a real dtype, float64."""
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def _writes(func: Callable[..., Any]) -> bool:

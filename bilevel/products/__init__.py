@@ -8,7 +8,6 @@ from bilevel.products.lost_curvature import (
     LOST,
     CurvatureErrors,
     curvature_errors,
-    low_precision,
     suspicious_operations,
 )
 from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
@@ -31,7 +30,6 @@ __all__ = [
     "check_rows",
     "curvature_errors",
     "graph_bytes",
-    "low_precision",
     "micro_batched_gradient",
     "suspicious_operations",
 ]

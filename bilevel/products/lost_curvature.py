@@ -27,7 +27,7 @@ _STEP, _SHORTER = 1e-8, 1e-9
 _JITTER = 1e-3
 _CLEAR = 0.1
 """Differences with the two steps must be this much closer to each other than to the product."""
-_RESOLVED = 1e-5
+_RESOLVED = 1e-4
 """Products below this share of the gradient are not told from rounding."""
 _PARTS = 10**12
 
@@ -47,12 +47,6 @@ def suspicious_operations(outputs: Iterable[Tensor]) -> tuple[str, ...]:
         outputs: the objective, and its gradient with the graph.
     """
     return tuple(sorted({name for node in nodes(outputs) if (name := _suspicion(node))}))
-
-
-def low_precision(outputs: Iterable[Tensor]) -> bool:
-    """Whether some operation of the graph gives a real result in fewer digits than float64."""
-    results = (result for node in nodes(outputs) for result in node._input_metadata if result is not None)
-    return any(result.dtype.is_floating_point and result.dtype != torch.float64 for result in results)
 
 
 def _suspicion(node: Node) -> str | None:

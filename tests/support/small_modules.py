@@ -32,6 +32,12 @@ class Fit(Problem):
         return proximal(upper, lower)
 
 
+class StopsGradients(Fit):
+    """Of a module that detaches a part of what it computes, and means it."""
+
+    check_curvature = False
+
+
 def double(module: nn.Module, seed: int = 0) -> nn.Module:
     """In float64, with random parameters of size one."""
     generator = torch.Generator().manual_seed(seed)
