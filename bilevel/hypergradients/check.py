@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -207,13 +208,17 @@ def _measure(
     """The derivatives along the axes, unless the solver is too far from a solution for them."""
     solution, step = result.solution, step_ranges(point)[0][0] / _TYPICAL
     trusted = solution is not None and solution.num_hvps > 0 and solution.status.ok
+    # Along all axes at once, which sees of each its share by the root of their number.
+    every = tree.scale(len(axes) ** -0.5, reduce(tree.add, axes))
+    beside = tree.axpy(step, every, point)
     try:
-        beside = tree.axpy(step, axes[0], point)
         value, left = resolved.left_by_the_solver(beside, solution.value if trusted and solution else None)
     except OutOfTime:
         return _Found()
-    slope = abs(value - resolved.value(point, resolved.start)) / step
-    open_share = left / step / max(slope, math.hypot(*predicted), 1e-300)
+    slope, left = (
+        len(axes) ** 0.5 * size / step for size in (abs(value - resolved.value(point, resolved.start)), left)
+    )
+    open_share = left / max(slope, math.hypot(*predicted), 1e-300)
     if open_share > _TOO_FAR * tolerance:
         return _Found(uncertainty=open_share, open_share=open_share, steps=(step, step))
     estimates = _differences(resolved, point, axes, tolerance)
@@ -229,7 +234,7 @@ def _measure(
     return _Found(
         measured=measured,
         error=_relative(predicted[: len(measured)], measured),
-        uncertainty=math.hypot(*(e.doubt for e in estimates), left / step) / size,
+        uncertainty=math.hypot(*(e.doubt for e in estimates), left) / size,
         open_share=open_share,
         steps=(max(e.steps[0] for e in estimates), min(e.steps[1] for e in estimates)),
         undamped_error=undamped_error,

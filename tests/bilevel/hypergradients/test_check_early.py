@@ -76,7 +76,7 @@ def test_one_that_hardly_moves_is_seen_by_the_gradient_that_it_leaves() -> None:
     # A second solve changes next to nothing: only the linear system knows how far the solution is.
     report = check(descent(1, rate=1e-7), Implicit(CG(50, 1e-10)), at_the_solution())
     assert report.verdict.startswith("not solved")
-    assert report.uncertainty > 0.1
+    assert report.uncertainty > 1e-2
 
 
 def test_the_damped_problem_is_what_has_to_be_solved() -> None:
@@ -104,11 +104,12 @@ def test_what_a_solver_leaves_counts_as_uncertainty() -> None:
     rate = 0.3
     eigenvalues = torch.linalg.eigvalsh(QuadraticBilevel.A)
     slowest = float((1.0 - rate * eigenvalues).abs().max())
-    steps = next(k for k in range(1, 1000) if slowest**k < 3e-4)
-    report = check(descent(steps), start=at_the_solution(), tolerance=1e-4)
-    assert not report.agrees
-    assert report.verdict.startswith(("undecided", "not solved", "right"))
-    assert not report.verdict.startswith("wrong")
+    verdicts = []
+    for left in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-7):
+        steps = next(k for k in range(1, 10000) if slowest**k < left)
+        verdicts.append(check(descent(steps), start=at_the_solution()).verdict.split(":")[0])
+    assert sorted(verdicts, key=["not solved", "undecided", "right"].index) == verdicts
+    assert set(verdicts) == {"not solved", "undecided", "right"}
 
 
 class Clock:
@@ -144,7 +145,7 @@ def test_no_solve_begins_after_the_budget(seconds: float, solves: int, clock: Cl
 
 
 def test_what_is_known_of_some_directions_is_said(clock: Clock) -> None:
-    report = check(exact, seconds=60.5)
+    report = check(exact, seconds=40.5)
     assert 0 < len(report.measured) < 4
     assert report.relative_error < 1e-5
     assert f"so far, along {len(report.measured)} directions, it differs by" in report.verdict
