@@ -1,11 +1,11 @@
 """The abstract bilevel problem and ready-made regularizers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel import tree
 from bilevel.tree import Params
@@ -75,7 +75,8 @@ class Problem(ABC):
         return True
 
     def after_lower_step(self, upper: Params, lower: Params, step: int) -> None:
-        """Called by the trainer after lower step number `step` (from 1), for example to move a momentum target."""
+        """Called by the trainer after lower step number `step` (from 1), for example to move a momentum target. What it
+        changes belongs into `state_dict`."""
         return None
 
     def after_upper_step(self, upper: Params, lower: Params, batch: Any, step: int) -> None:
@@ -91,15 +92,56 @@ class Problem(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beyond the variables: buffers, momentum targets."""
-        return {}
+        """What a checkpoint must hold beyond the variables.
 
+        By default the buffers of all modules that are attributes of the Problem, or lie in lists, tuples and
+        dictionaries among these; and their parameters too where `after_lower_step` or `after_upper_step` is defined,
+        which may move them (momentum targets). Define both methods for anything else that changes: tensors of one's
+        own, modules that the Problem reaches otherwise.
+        """
+        moved = type(self).after_lower_step is not Problem.after_lower_step
+        moved |= type(self).after_upper_step is not Problem.after_upper_step
+        states = {path: _module_state(module, parameters=moved) for path, module in modules_of(self).items()}
+        return {path: state for path, state in states.items() if state}
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        if state:
-            raise ValueError(
-                f"{type(self).__name__} has no load_state_dict for the keys {sorted(state)}; define both methods"
-            )
+        """Inverse of `state_dict`; tensors change in place.
+
+        Raises:
+            ValueError: the state is of other modules than the default `state_dict` finds here.
+        """
+        own = Problem.state_dict(self)
+        for path in {**own, **state}:
+            saved, here = state.get(path, {}), own.get(path, {})
+            if not isinstance(saved, Mapping) or {n: t.shape for n, t in here.items()} != {
+                n: getattr(t, "shape", None) for n, t in saved.items()
+            }:
+                raise ValueError(
+                    f"{type(self).__name__}: the state's {path!r} is not that of a module here, whose modules have "
+                    f"buffers under {sorted(own)}; build the Problem as it was built then, or define both state_dict "
+                    "and load_state_dict"
+                )
+        for path, module in modules_of(self).items():
+            targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for name, value in state.get(path, {}).items():
+                targets[name].copy_(value)
+
+
+def modules_of(problem: Problem) -> dict[str, nn.Module]:
+    """The modules that are attributes of a Problem, or lie in lists, tuples and dictionaries among these, by path."""
+
+    def within(path: str, value: object) -> Iterator[tuple[str, nn.Module]]:
+        if isinstance(value, nn.Module):
+            yield path, value
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                yield from within(f"{path}[{index}]", item)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from within(f"{path}[{key!r}]", item)
+
+    return dict(pair for name, value in vars(problem).items() for pair in within(name, value))
 
 
 def split(batch: Any, size: int) -> list[Any]:
@@ -149,6 +191,11 @@ def proximal(upper: Params, lower: Params, pairs: Mapping[str, str] | None = Non
 def ridge(lower: Params) -> Tensor:
     r"""Plain ridge regularizer :math:`r = \tfrac12 \|y\|^2` over all lower variables."""
     return 0.5 * torch.stack([leaf.square().sum() for leaf in lower.values()]).sum()
+
+
+def _module_state(module: nn.Module, *, parameters: bool) -> dict[str, Tensor]:
+    named = {**(dict(module.named_parameters()) if parameters else {}), **dict(module.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 def _length(batch: Any) -> int:

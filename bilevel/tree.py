@@ -271,8 +271,8 @@ def _share_bytes(x: Tensor, y: Tensor) -> bool:
 
 def _span(x: Tensor) -> tuple[int, int]:
     """First byte of the storage that a tensor covers, and the one after its last."""
-    last = x.storage_offset() + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.storage_offset() * x.element_size(), (last + 1) * x.element_size()
+    last = int(x.storage_offset()) + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return int(x.storage_offset()) * x.element_size(), (int(last) + 1) * x.element_size()
 
 
 def _is_dense(x: Tensor) -> bool:

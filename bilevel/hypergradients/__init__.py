@@ -15,7 +15,7 @@ from bilevel.hypergradients.result import (
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
-from bilevel.hypergradients.system import System, Tikhonov, linearize
+from bilevel.hypergradients.system import System, linearize
 from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
@@ -38,7 +38,6 @@ __all__ = [
     "SolverError",
     "SolverWarning",
     "System",
-    "Tikhonov",
     "TorchUpdate",
     "Unrolled",
     "Update",

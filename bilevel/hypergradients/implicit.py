@@ -6,15 +6,8 @@ from typing import Any, final
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import (
-    System,
-    Tikhonov,
-    check_tikhonov,
-    check_tikhonov_names,
-    make_system,
-    through_system,
-)
-from bilevel.linear import CG, Solution, Solver, Status
+from bilevel.hypergradients.system import System, make_system, through_system
+from bilevel.linear import CG, Solution, Solver, Status, Tikhonov, check_tikhonov, check_tikhonov_names
 from bilevel.lower import Selection, check_selection, selected, upper_derivatives
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
 from bilevel.tree import Params

@@ -30,8 +30,11 @@ from bilevel.linear import (
     Solution,
     Solver,
     SumOperator,
+    Tikhonov,
     TikhonovOperator,
     WatchedOperator,
+    check_tikhonov,
+    check_tikhonov_names,
     mean_and_error,
 )
 from bilevel.lower import (
@@ -42,18 +45,17 @@ from bilevel.lower import (
     check_batch,
     check_batches,
     check_marks,
+    cross_examined,
     differentiates,
+    examine_cross,
     examine_curvature,
     selected,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider
+from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider, reached
 from bilevel.tree import Params
-
-Tikhonov = float | Mapping[str, float]
-"""One number, or one per lower name."""
 
 
 class System:
@@ -177,7 +179,7 @@ class System:
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
-        if self._loss_uses_upper:
+        if self._loss_reaches_upper:
             loss_part = MeanOperator(
                 [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
             )
@@ -188,6 +190,8 @@ class System:
             # Written out by hand, most often quadratic: exact in reverse mode whatever the provider does to L.
             exact = ReverseOverReverse().linearize(self._objectives.penalty, point, self.variables(self.lower))
             total = tree.add(exact.cross(x, point), total)
+        if not cross_examined(self.problem, point):
+            examine_cross(self.problem, self._reached_upper | self._reached_by_penalty(point), point)
         return total
 
     def stationarity(self, upper: Params | None = None) -> float:
@@ -231,13 +235,23 @@ class System:
                 f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
                 "linearize again"
             )
-        check_marks(self._marks, take_marks(self._named_tensors()))
+        check_marks(self._marks, self._named_tensors())
         self._buffers.check()
 
     @cached_property
-    def _loss_uses_upper(self) -> bool:
+    def _reached_upper(self) -> set[str]:
+        """Upper variables that the first batch's loss to reach any reaches."""
+        return next((found for loss in self._losses if (found := loss.reached_upper())), set())
+
+    @cached_property
+    def _loss_reaches_upper(self) -> bool:
         """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
-        return self.operator.agree(any(loss.uses_upper() for loss in self._losses))
+        return self.operator.agree(bool(self._reached_upper))
+
+    def _reached_by_penalty(self, upper: Params) -> set[str]:
+        x = tree.as_variables(upper)
+        value = self._objectives.regularizer(x, self.variables(self.lower))
+        return set() if value is None else reached([value], x)
 
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
@@ -251,7 +265,7 @@ class System:
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
         """The mean of the batches' gradients, and its standard error."""
-        if not self.problem.curvature_depends_on_upper and self._loss_uses_upper:
+        if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
@@ -362,21 +376,6 @@ def make_system(
         tikhonov=tikhonov,
         implicit=names,
     )
-
-
-def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
-    """Raise ValueError where a term is for something that is not an implicit lower variable."""
-    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
-    if unknown:
-        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
-
-
-def check_tikhonov(tikhonov: Tikhonov) -> None:
-    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
-    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
-        check_number(f"tikhonov[{name!r}]", value)
-    if not isinstance(tikhonov, Mapping):
-        check_number("tikhonov", tikhonov)
 
 
 def through_system(

@@ -19,6 +19,7 @@ from bilevel.hypergradients.updates import State, Update, carry, differentiable,
 from bilevel.lower import (
     Selection,
     check_selection,
+    examine_cross,
     examine_curvature,
     lower_derivatives,
     lower_value,
@@ -154,6 +155,9 @@ class Unrolled(Method):
         if not made:
             return _nothing_to_replay(step, names)
         pairs, last = self._pairs(step.upper, step.lower, names, complete=complete), made[-1].point
+        if pairs or not isinstance(self.update, (Update, NoneType)):
+            # The upper variables stand in the steps, in no objective perhaps.
+            examine_cross(step.problem, set(step.upper), step.upper)
 
         loss, direct, v = upper_derivatives(step.problem, step.upper, end, names, step.upper_batch)
         response, start = trajectory.sweep(made, v)

@@ -6,8 +6,11 @@ from bilevel.linear.operators import (
     MeanOperator,
     ScaledOperator,
     SumOperator,
+    Tikhonov,
     TikhonovOperator,
     WatchedOperator,
+    check_tikhonov,
+    check_tikhonov_names,
     mean_and_error,
 )
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner
@@ -42,7 +45,10 @@ __all__ = [
     "Solver",
     "Status",
     "SumOperator",
+    "Tikhonov",
     "TikhonovOperator",
     "WatchedOperator",
+    "check_tikhonov",
+    "check_tikhonov_names",
     "mean_and_error",
 ]

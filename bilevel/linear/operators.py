@@ -9,7 +9,11 @@ from typing import final
 import torch
 
 from bilevel import distributed, tree
+from bilevel.checks import check_number
 from bilevel.tree import Params
+
+Tikhonov = float | Mapping[str, float]
+"""One number, or one per lower name."""
 
 
 class LinearOperator(ABC):
@@ -144,7 +148,7 @@ class WatchedOperator(_Combined):
 class TikhonovOperator(_Combined):
     """``A + tikhonov I`` (Tikhonov); `tikhonov` is one number or one per leaf, leaves left out getting 0."""
 
-    def __init__(self, operator: LinearOperator, tikhonov: float | Mapping[str, float]) -> None:
+    def __init__(self, operator: LinearOperator, tikhonov: Tikhonov) -> None:
         super().__init__(operator)
         self.tikhonov = tikhonov
 
@@ -181,3 +185,18 @@ def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> Linear
     if callable(operator):
         return FunctionOperator(operator)
     raise TypeError(f"operator must be a LinearOperator or a function of Params, got {type(operator).__name__}")
+
+
+def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
+    """Raise ValueError where a term is for something that is not an implicit lower variable."""
+    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
+    if unknown:
+        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
+
+
+def check_tikhonov(tikhonov: Tikhonov) -> None:
+    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
+    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
+        check_number(f"tikhonov[{name!r}]", value)
+    if not isinstance(tikhonov, Mapping):
+        check_number("tikhonov", tikhonov)

@@ -4,6 +4,7 @@ from bilevel.lower.curvature import Examination, examine_curvature, thorough_exa
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem
+from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.selection import Selection, check_selection, selected
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
@@ -25,7 +26,9 @@ __all__ = [
     "check_marks",
     "check_recordable",
     "check_selection",
+    "cross_examined",
     "differentiates",
+    "examine_cross",
     "examine_curvature",
     "lower_derivatives",
     "lower_value",

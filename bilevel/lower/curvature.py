@@ -1,6 +1,6 @@
 """Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.checks import warn_outside
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.once import OncePerProblem
+from bilevel.lower.once import PerProblem
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import DoublePrecision, as_double
 from bilevel.problem import Problem
@@ -33,7 +33,6 @@ _LARGE_LEVEL, _LARGE_BATCH = 1_000_000, 100_000
 """With more numbers in the lower variables, products are compared only where something is suspicious; with more in a
 batch that cannot be cut, never."""
 
-_examined = OncePerProblem()
 _asked: ContextVar[list["Examination"] | None] = ContextVar("bilevel_examinations", default=None)
 
 _REMEDY = (
@@ -97,6 +96,9 @@ class Examination:
         )
 
 
+_examined = PerProblem[dict[Hashable, Examination]](dict)
+
+
 def examine_curvature(
     problem: Problem, upper: Params, lower: Params, batch: Any, names: Sequence[str], provider: HVPProvider
 ) -> Examination:
@@ -113,11 +115,12 @@ def examine_curvature(
         provider = provider.chosen or provider
     shapes = tuple((name, leaf.shape, leaf.dtype) for level in (upper, lower) for name, leaf in level.items())
     key, asked = (shapes, tuple(names), type(provider)), _asked.get()
-    known: Examination | None = _examined.recall(problem, key)
+    examined = _examined.of(problem)
+    known = examined.get(key)
     if known is None or (asked is not None and not known.compared):
         subject = _Subject(problem, upper, lower, batch, names, provider)
         known = subject.examine(thoroughly=asked is not None)
-        _examined.keep(problem, key, known)
+        examined[key] = known
         undecided = known.undecided()
         if undecided is not None and asked is None:
             warn_outside(undecided)

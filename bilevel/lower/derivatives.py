@@ -8,9 +8,15 @@ from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.lower.objectives import check_scalar
+from bilevel.lower.reach import (
+    cross_examined,
+    examine_cross,
+    examine_lower,
+    examine_upper,
+)
 from bilevel.nn import curvature_pass, own_draws, training_pass
 from bilevel.problem import Problem
-from bilevel.products import micro_batched_gradient
+from bilevel.products import micro_batched_gradient, reached
 from bilevel.tree import Params
 
 
@@ -21,6 +27,7 @@ def upper_derivatives(
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
     with torch.enable_grad(), own_draws(), curvature_pass():
         loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
+        examine_upper(problem, loss, x, y)
     return _averaged(loss, x, y)
 
 
@@ -48,10 +55,17 @@ def training_derivatives(
     if micro_batch is None:
         with own_draws() if seed is None else training_pass(seed, write_buffers=True):
             loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
+        examine_lower(problem, "lower_objective", loss, y)
         gradient = tree.gradients(loss, y)
     else:
+
+        def outputs(variables: Params, chunk: Any) -> Any:
+            z = problem.lower_outputs(x, variables, chunk)
+            examine_lower(problem, "lower_outputs", z, variables)
+            return z
+
         loss, gradient = micro_batched_gradient(
-            lambda variables, chunk: problem.lower_outputs(x, variables, chunk),
+            outputs,
             lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(z, batch)),
             y,
             problem.split_batch(batch, micro_batch),
@@ -67,9 +81,18 @@ def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed
     with curvature_pass(seed):
         loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
         penalty = problem.regularizer(upper, lower)
+        if torch.is_grad_enabled():
+            _examine(problem, [loss] if penalty is None else [loss, penalty], upper, lower)
     if penalty is None:
         return loss
     return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
+
+
+def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: Params) -> None:
+    """What L, the first of the values, reaches of the lower variables, and all of them of the upper ones."""
+    examine_lower(problem, "lower_objective", values[0], lower)
+    if any(leaf.requires_grad for leaf in upper.values()) and not cross_examined(problem, upper):
+        examine_cross(problem, reached(values, upper), upper)
 
 
 def _averaged(value: Tensor, x: Params, y: Params) -> tuple[Tensor, Params, Params]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.lower.reach import examine_lower
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import chunk_seeds, curvature_pass
 from bilevel.problem import Problem
@@ -34,7 +35,9 @@ class LowerObjectives:
         def objective(upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed, self.watch):
                 loss = self.problem.lower_objective(upper, {**self.everything, **variables}, batch)
-            return check_scalar("lower_objective", loss)
+            check_scalar("lower_objective", loss)
+            examine_lower(self.problem, "lower_objective", loss, variables)
+            return loss
 
         return objective
 
@@ -43,7 +46,9 @@ class LowerObjectives:
 
         def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Tensor:
             with curvature_pass(seed, self.watch):
-                return self.problem.lower_outputs(upper, {**self.everything, **variables}, batch)
+                z = self.problem.lower_outputs(upper, {**self.everything, **variables}, batch)
+            examine_lower(self.problem, "lower_outputs", z, variables)
+            return z
 
         def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Tensor:
             return check_rows(outputs(chunk, seed, upper, variables), chunk)

@@ -1,35 +1,42 @@
 """What is examined, or said, once for a problem."""
 
 import weakref
-from collections.abc import Hashable
-from typing import Any, final
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar, final
 
 from bilevel.problem import Problem
+
+T = TypeVar("T")
+
+
+@final
+class PerProblem(Generic[T]):
+    """A value for each Problem, kept for as long as the Problem lives."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        # By identity: a Problem need not be hashable.
+        self._make, self._values = make, dict[int, T]()
+
+    def of(self, problem: Problem) -> T:
+        """The problem's own value, made when it is first asked for."""
+        identity = id(problem)
+        if identity not in self._values:
+            self._values[identity] = self._make()
+            weakref.finalize(problem, self._values.pop, identity, None)
+        return self._values[identity]
 
 
 @final
 class OncePerProblem:
-    """Remembers, for as long as a Problem lives, what has been done for it: what an examination found, a warning."""
+    """Remembers what has been done for a Problem: an examination of the structure of its variables, a warning."""
 
     def __init__(self) -> None:
-        # By identity: a Problem need not be hashable.
-        self._known: dict[int, dict[Hashable, Any]] = {}
+        self._done = PerProblem[set[Hashable]](set)
 
     def first(self, problem: Problem, key: Hashable) -> bool:
         """Whether this is the first time for this problem and key."""
-        if self.recall(problem, key):
+        done = self._done.of(problem)
+        if key in done:
             return False
-        self.keep(problem, key, True)
+        done.add(key)
         return True
-
-    def recall(self, problem: Problem, key: Hashable) -> Any:
-        """What was kept for this problem and key, None where nothing was."""
-        return self._known.get(id(problem), {}).get(key)
-
-    def keep(self, problem: Problem, key: Hashable, value: Any) -> None:
-        """What `recall` shall give."""
-        identity = id(problem)
-        if identity not in self._known:
-            self._known[identity] = {}
-            weakref.finalize(problem, self._known.pop, identity, None)
-        self._known[identity][key] = value

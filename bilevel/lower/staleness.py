@@ -15,34 +15,46 @@ class StaleSystemError(RuntimeError):
 
 @dataclass(frozen=True)
 class Mark:
-    """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most."""
+    """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most.
+
+    A view of a part of its storage shares its counter with the other parts, whose writes change nothing here: where
+    its counter moves, the sum over all its entries decides (`whole`, None for other tensors).
+    """
 
     name: str
     identity: int
     version: int
     checksum: str
+    whole: str | None
 
 
 def take_marks(named: Iterable[tuple[str, Tensor]]) -> tuple[Mark, ...]:
     """A mark of each tensor; the checksums are read back once a device."""
     named = list(named)
     sums = _checksums([tensor for _, tensor in named])
-    versions = [-1 if tensor.is_inference() else tensor._version for _, tensor in named]
-    rows = zip(named, versions, sums, strict=True)
-    return tuple(Mark(name, id(tensor), version, checksum) for (name, tensor), version, checksum in rows)
+    rows = zip(named, sums, strict=True)
+    return tuple(
+        Mark(name, id(tensor), _version(tensor), checksum, _whole_sum(tensor) if _is_part(tensor) else None)
+        for (name, tensor), checksum in rows
+    )
 
 
-def check_marks(before: Sequence[Mark], now: Sequence[Mark]) -> None:
-    """Raise StaleSystemError, naming the tensor, where two rows of marks differ."""
-    if [mark.name for mark in before] != [mark.name for mark in now]:
+def check_marks(before: Sequence[Mark], named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise StaleSystemError, naming the tensor, where one does not look as it did."""
+    named = list(named)
+    if [mark.name for mark in before] != [name for name, _ in named]:
         raise StaleSystemError("lower_batches: tensors were added or taken away after linearize; call linearize again")
-    for old, new in zip(before, now, strict=True):
-        if old.identity != new.identity:
-            raise StaleSystemError(f"{new.name} is another tensor than at linearize; call linearize again")
-        if old != new:
+    for old, (name, tensor) in zip(before, named, strict=True):
+        if old.identity != id(tensor):
+            raise StaleSystemError(f"{name} is another tensor than at linearize; call linearize again")
+    sums = _checksums([tensor for _, tensor in named])
+    for old, (name, tensor), checksum in zip(before, named, sums, strict=True):
+        version = _version(tensor)
+        written = version != old.version and (old.whole is None or old.whole != _whole_sum(tensor))
+        if written or checksum != old.checksum:
             raise StaleSystemError(
-                f"{new.name} changed after linearize (version {old.version} -> {new.version}, checksum "
-                f"{old.checksum} -> {new.checksum}); call linearize again"
+                f"{name} changed after linearize (version {old.version} -> {version}, checksum {old.checksum} -> "
+                f"{checksum}); call linearize again"
             )
 
 
@@ -61,7 +73,7 @@ class BufferWatch:
     def check(self) -> None:
         """Raise StaleSystemError if one of them has changed."""
         marks = [mark for _, mark in self._seen.values()]
-        check_marks(marks, take_marks([(mark.name, tensor) for tensor, mark in self._seen.values()]))
+        check_marks(marks, [(mark.name, tensor) for tensor, mark in self._seen.values()])
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[str]:
@@ -72,6 +84,24 @@ def _checksums(tensors: Sequence[Tensor]) -> list[str]:
         values = torch.stack([_sample_sum(tensors[index]) for index in here]).tolist()
         sums.update(zip(here, map(float.hex, values), strict=True))
     return [sums[index] for index in range(len(tensors))]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor covers a part of its storage alone."""
+    strided = tensor.layout is torch.strided and not tensor.is_nested
+    return strided and tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()
+
+
+def _whole_sum(tensor: Tensor) -> str:
+    """Over all entries, each by its place, so that an exchange of two of them is seen."""
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
+    return float.hex(float(torch.dot(flat.to(torch.float64), places)))
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from bilevel.nn.functional import (
     curvature_pass,
     functional_call,
     in_curvature_pass,
+    noting_writers,
     own_draws,
+    training_autocast,
     training_pass,
 )
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
@@ -21,7 +23,9 @@ __all__ = [
     "curvature_pass",
     "functional_call",
     "in_curvature_pass",
+    "noting_writers",
     "own_draws",
     "synchronised",
+    "training_autocast",
     "training_pass",
 ]

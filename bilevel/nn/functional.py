@@ -3,11 +3,13 @@
 import inspect
 import logging
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", defa
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
 
 _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
+
+_writers: ContextVar["WeakSet[nn.Module] | None"] = ContextVar("bilevel_writers", default=None)
 
 _NORM_LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -86,6 +90,29 @@ def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
 
 
 @contextmanager
+def noting_writers(modules: "WeakSet[nn.Module]") -> Iterator[None]:
+    """Inside, modules that write to their buffers under `functional_call` are added to `modules`."""
+    token = _writers.set(modules)
+    try:
+        yield
+    finally:
+        _writers.reset(token)
+
+
+@contextmanager
+def _noted_if_written(module: nn.Module) -> Iterator[None]:
+    """Adds the module to those of `noting_writers` where one of its buffers is written or replaced inside."""
+    writers = _writers.get()
+    if writers is None or module in writers:
+        yield
+        return
+    before = [(id(buffer), buffer._version) for buffer in module.buffers()]
+    yield
+    if before != [(id(buffer), buffer._version) for buffer in module.buffers()]:
+        writers.add(module)
+
+
+@contextmanager
 def own_draws() -> Iterator[None]:
     """An ordinary pass on this rank's samples: it leaves the default generators as equal on all ranks as they were."""
     if world_size() == 1:
@@ -128,7 +155,12 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def functional_call(
-    module: nn.Module, params: Mapping[str, Tensor], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    params: Mapping[str, Tensor],
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    training: bool | None = None,
 ) -> Any:
     """Call `module` with `params` in place of its own parameters; as `torch.func.functional_call`.
 
@@ -142,6 +174,8 @@ def functional_call(
     Args:
         params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
         args: positional arguments; a single non-tuple is taken as the only one.
+        training: True calls the module in train mode, False in eval mode (dropout off, running statistics); every
+            layer gets its own mode back afterwards. None leaves the modes as they are: the same in both levels.
 
     Raises:
         ValueError: `params` names something the module does not have.
@@ -160,10 +194,14 @@ def functional_call(
             f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
         )
     keywords = dict(kwargs) if kwargs else None
-    if not curvature and not _buffers_kept.get():
-        return torch.func.functional_call(module, dict(params), args, keywords)
     with ExitStack() as stack:
+        if training is not None:
+            stack.enter_context(_in_mode(module, training))
+        if not curvature and not _buffers_kept.get():
+            stack.enter_context(_noted_if_written(module))
+            return torch.func.functional_call(module, dict(params), args, keywords)
         if curvature:
+            _warn_of_autocast(params)
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
             stack.enter_context(_without_running_statistics(module))
@@ -175,6 +213,42 @@ def functional_call(
         copies = {name: buffer.detach().clone() for name, buffer in read}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)
+
+
+@contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """The module in train or eval mode; afterwards every layer has its own mode back."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def training_autocast(device_type: str, dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
+    """`torch.autocast` in the passes of training steps, and none in the passes of a hypergradient.
+
+    For objectives of mixed precision: their first derivatives in steps are cheap, while second derivatives, on which a
+    linear solve builds, stay in the variables' own precision.
+
+    Args:
+        device_type: as for torch.autocast, for example "cuda".
+        dtype: of the casts. float16 needs a scaled loss, which no step here has: bfloat16.
+    """
+    return torch.autocast(device_type, dtype=dtype, enabled=not in_curvature_pass())
+
+
+def _warn_of_autocast(params: Mapping[str, Tensor]) -> None:
+    for device in {tensor.device.type for tensor in params.values()}:
+        if device != "meta" and torch.is_autocast_enabled(device):
+            warnings.warn(
+                f"autocast ({torch.get_autocast_dtype(device)}) is on in a pass of a hypergradient, whose second "
+                "derivatives then have its precision; write `with bilevel.nn.training_autocast(device_type)` in the "
+                "objective, which leaves these passes in the variables' own",
+                stacklevel=3,
+            )
 
 
 @cache

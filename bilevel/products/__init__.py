@@ -2,6 +2,7 @@
 
 from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
+from bilevel.products.graph import graph_nodes, reached
 from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
 from bilevel.products.lost_curvature import (
@@ -30,6 +31,8 @@ __all__ = [
     "check_rows",
     "curvature_errors",
     "graph_bytes",
+    "graph_nodes",
     "micro_batched_gradient",
+    "reached",
     "suspicious_operations",
 ]

@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 
 from bilevel import distributed, tree
+from bilevel.products.graph import graph_nodes
 
 
 def graph_bytes(outputs: Iterable[Tensor], resident: Iterable[Tensor] = ()) -> int:
@@ -29,7 +30,7 @@ def graph_bytes(outputs: Iterable[Tensor], resident: Iterable[Tensor] = ()) -> i
     """
     outputs = list(outputs)
     storages: dict[int, int] = {}
-    for node in nodes(outputs):
+    for node in graph_nodes(outputs):
         storages |= _storages(_saved(node))
     for address in _storages((*outputs, *resident)):
         storages.pop(address, None)
@@ -66,18 +67,6 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address and bytes of the storages of dense tensors."""
     dense = [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
     return {storage.data_ptr(): storage.nbytes() for storage in dense}
-
-
-def nodes(outputs: Iterable[Tensor]) -> set[Node]:
-    """Every node of the autograd graphs that the outputs lead to."""
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        for parent, _ in stack.pop().next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return seen
 
 
 def _saved(node: Node) -> Iterator[Tensor]:

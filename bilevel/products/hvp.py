@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.checks import check_number
 from bilevel.nn import CheapDoubleBackward
+from bilevel.products.graph import reached
 from bilevel.products.graph_memory import GraphAccount, graph_bytes
 from bilevel.tree import Params
 
@@ -55,14 +56,11 @@ class Linearization(ABC):
         near.lower = lower
         return near.gradient_at(self.upper)
 
-    def uses_upper(self) -> bool:
-        """Whether L reaches any upper variable at all (decided on the graph of one forward pass)."""
-        with torch.enable_grad():
-            x = tree.as_variables(self.upper)
-            loss = self.objective(x, tree.detach(self.lower))
-            if not x or not loss.requires_grad:
-                return False
-            return any(g is not None for g in torch.autograd.grad(loss, list(x.values()), allow_unused=True))
+    @torch.enable_grad()
+    def reached_upper(self) -> set[str]:
+        """Names of the upper variables that L reaches, decided on the graph of one forward pass."""
+        x = tree.as_variables(self.upper)
+        return reached([self.objective(x, tree.as_variables(self.lower))], x)
 
     def kept_bytes(self) -> int | None:
         """Bytes of the graph that is kept between products, measured now; None where none is kept."""

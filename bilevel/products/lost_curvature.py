@@ -16,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 
 from bilevel import distributed, tree
-from bilevel.products.graph_memory import nodes
+from bilevel.products.graph import graph_nodes
 from bilevel.products.hvp import FiniteDifference, HVPProvider, Objective
 from bilevel.tree import Params
 
@@ -46,7 +46,7 @@ def suspicious_operations(outputs: Iterable[Tensor]) -> tuple[str, ...]:
     Args:
         outputs: the objective, and its gradient with the graph.
     """
-    return tuple(sorted({name for node in nodes(outputs) if (name := _suspicion(node))}))
+    return tuple(sorted({name for node in graph_nodes(outputs) if (name := _suspicion(node))}))
 
 
 def _suspicion(node: Node) -> str | None:

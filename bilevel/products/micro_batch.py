@@ -19,6 +19,7 @@ from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
 from bilevel.products.gauss_newton import ComposedObjective
+from bilevel.products.graph import reached
 from bilevel.products.hvp import HVPProvider, Linearization, Objective
 from bilevel.tree import Params
 
@@ -136,9 +137,9 @@ class _MicroBatched(Linearization):
         return _gradient(passes, passes, self.loss, self.lower)[1]
 
     @torch.enable_grad()
-    def uses_upper(self) -> bool:
-        x, y = tree.as_variables(self.upper), tree.detach(self.lower)
-        return bool(x) and any(_reaches(x, outputs(x, y)) for outputs in self.chunks)
+    def reached_upper(self) -> set[str]:
+        x, y = tree.as_variables(self.upper), tree.as_variables(self.lower)
+        return set().union(*(reached([outputs(x, y)], x) for outputs in self.chunks))
 
     @torch.enable_grad()
     def _product(self, vector: Params, x: Params, y: Params, wrt: Params) -> tuple[Params, Params]:
@@ -201,10 +202,3 @@ def check_rows(outputs: object, chunk: Any) -> Tensor:
             "[n, views, d], and leave means over samples to the loss"
         )
     return outputs
-
-
-def _reaches(variables: Params, outputs: Tensor) -> bool:
-    if not outputs.requires_grad:
-        return False
-    found = torch.autograd.grad(outputs.sum(), list(variables.values()), allow_unused=True)
-    return any(gradient is not None for gradient in found)

@@ -6,8 +6,10 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, final
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from bilevel import interruption, tree
 from bilevel.checkpoint import set_random_state
@@ -28,7 +30,8 @@ from bilevel.hypergradients import (
 )
 from bilevel.linear import Solver, Status
 from bilevel.lower import differentiates, training_derivatives
-from bilevel.problem import Problem
+from bilevel.nn import noting_writers
+from bilevel.problem import Problem, modules_of
 from bilevel.training.alternation import Alternation, restored
 from bilevel.training.callbacks import Callback, upper_record
 from bilevel.training.engine import Training
@@ -91,6 +94,7 @@ class Trainer(Training):
         self._on_failure: OnFailure = on_failure
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
+        self._writers = WeakSet[nn.Module]()
         schedule.check_pairs(upper.params, lower.params)
         if upper is lower:
             raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
@@ -189,14 +193,15 @@ class Trainer(Training):
         kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
         upper, lower = self.upper.params, self.lower
         made = self._before_lower_step(batch) if self._is_replayed(now) else None
-        loss, gradient = training_derivatives(
-            self.problem,
-            upper,
-            lower.params,
-            batch,
-            micro_batch=lower.micro_batch,
-            seed=None if made is None else made.seed,
-        )
+        with noting_writers(self._writers):
+            loss, gradient = training_derivatives(
+                self.problem,
+                upper,
+                lower.params,
+                batch,
+                micro_batch=lower.micro_batch,
+                seed=None if made is None else made.seed,
+            )
         record = self.apply("lower", "lower", loss, gradient, undo=lambda: self._put_back(kept))
         if "skipped" not in record:
             self.problem.after_lower_step(upper, lower.params, self.steps["lower"])
@@ -302,7 +307,23 @@ class Trainer(Training):
         super().emit({"alternation": number, **record})
 
     def kept(self) -> dict[str, Any]:
+        self._warn_of_lost_buffers()
         return self.problem.state_dict()
+
+    def _warn_of_lost_buffers(self) -> None:
+        """Say once which modules' buffers lower steps have written and no checkpoint holds."""
+        if type(self.problem).state_dict is not Problem.state_dict:
+            return
+        saved = {id(layer) for module in modules_of(self.problem).values() for layer in module.modules()}
+        lost = sorted({type(module).__name__ for module in self._writers if id(module) not in saved})
+        if lost:
+            warnings.warn(
+                f"lower steps have written buffers of {lost}, which no checkpoint holds: a resumed training would go "
+                "on with others. Make the modules attributes of the Problem, or define its state_dict and "
+                "load_state_dict",
+                stacklevel=2,
+            )
+            self._writers.clear()
 
     def load_kept(self, kept: Mapping[str, Any]) -> None:
         self.problem.load_state_dict(kept)

@@ -144,7 +144,8 @@ class Weighted(Problem):
         return (self.weights(upper["x"][batch["rows"]], losses) * losses).mean() + 0.1 * decay
 
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(self.lower_outputs(upper, lower, batch), batch["labels"])
+        loss = nn.functional.cross_entropy(self.lower_outputs(upper, lower, batch), batch["labels"])
+        return loss + 0.1 * upper["x"].square().sum()
 
 
 def setting(module: nn.Module, inputs: Tensor) -> tuple[Params, Params, dict[str, Any]]:

@@ -88,7 +88,7 @@ def test_healthy_networks_are_silent(
     problem = Weighted(module.train(train))
     text = failure(problem, setting(module, inputs), METHODS[method])
     assert text is None
-    (known,) = curvature_module._examined._known[id(problem)].values()
+    (known,) = curvature_module._examined.of(problem).values()
     assert len(known.errors) == 1
     assert known.doubt == ""
     assert max(known.errors[0].hessian, known.errors[0].cross) < 1e-5
@@ -164,10 +164,10 @@ def test_it_is_said_with_every_hypergradient_for_as_long_as_the_problem_lives() 
     with pytest.warns(SolverWarning, match="OnceDifferentiable"):
         linearize(problem, upper, lower, [batch])
     identity = id(problem)
-    assert identity in curvature_module._examined._known
+    assert identity in curvature_module._examined._values
     del problem
     gc.collect()
-    assert identity not in curvature_module._examined._known
+    assert identity not in curvature_module._examined._values
 
 
 def test_the_switch() -> None:
@@ -179,7 +179,7 @@ def test_the_switch() -> None:
     result = found(problem, setting(module, inputs), METHODS["implicit"])
     assert result.failure is None
     # The lower objective is not even evaluated for it.
-    assert id(problem) not in curvature_module._examined._known
+    assert id(problem) not in curvature_module._examined._values
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -208,7 +208,7 @@ def test_it_is_examined_once() -> None:
     # In another structure of variables, again.
     upper, lower, batch = variables
     found(problem, (upper, lower, batch), Implicit(CG(50), implicit=["0.weight"], tikhonov=100.0))
-    assert len(curvature_module._examined._known[id(problem)]) == 2
+    assert len(curvature_module._examined.of(problem)) == 2
 
 
 def test_a_large_level_is_compared_where_something_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_a_large_level_is_compared_where_something_is_suspicious(monkeypatch: py
     module, inputs = network("dense", nn.ReLU())
     problem, variables = Weighted(module, OF_Y["detach"]), setting(module, inputs)
     assert failure(problem, variables, METHODS["implicit"]) is None
-    (known,) = curvature_module._examined._known[id(problem)].values()
+    (known,) = curvature_module._examined.of(problem).values()
     assert not known.compared
     problem, variables = activated(KeepsAnIntermediate, "dense")
     with pytest.raises(SolverError, match="KeepsAnIntermediate"):
@@ -304,7 +304,7 @@ def test_without_a_suspicion_nothing_is_said_of_what_cannot_be_decided() -> None
     module, inputs = network("dense", nn.ReLU(), torch.float32)
     problem = OnlyFloat32(module)
     assert failure(problem, setting(module, inputs), METHODS["implicit"]) is None
-    (known,) = curvature_module._examined._known[id(problem)].values()
+    (known,) = curvature_module._examined.of(problem).values()
     assert known.doubt
     assert not known.errors
 
@@ -359,7 +359,7 @@ def test_no_buffer_changes_and_eval_mode_takes_running_statistics() -> None:
     problem = Weighted(module)
     assert failure(problem, setting(module, inputs), METHODS["implicit"]) is None
     assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
-    (known,) = curvature_module._examined._known[id(problem)].values()
+    (known,) = curvature_module._examined.of(problem).values()
     assert known.errors
     assert not known.doubt
 

@@ -75,7 +75,7 @@ def test_products_do_not_depend_on_the_grad_mode_around_them(provider: HVPProvid
         linearization = provider.linearize(loss, UPPER, LOWER)
         close(linearization.hessian(split(w, LOWER)), HESSIAN @ w, provider)
         close(linearization.cross(split(w, LOWER), UPPER), CROSS @ w, provider)
-        assert linearization.uses_upper()
+        assert linearization.reached_upper() == {"rate", "shift"}
         assert linearization.gradient()["weight"].any()
 
 
@@ -111,14 +111,14 @@ def test_derivatives_that_vanish_are_zero_and_no_error(
     close(linearization.cross(split(w, LOWER), UPPER), cross @ w, provider)
 
 
-def test_whether_the_loss_reaches_the_upper_variables() -> None:
-    def uses(function: Callable[[Params, Params], Tensor], upper: Params) -> bool:
-        return ReverseOverReverse().linearize(function, upper, LOWER).uses_upper()
+def test_which_upper_variables_the_loss_reaches() -> None:
+    def found(function: Callable[[Params, Params], Tensor], upper: Params) -> set[str]:
+        return ReverseOverReverse().linearize(function, upper, LOWER).reached_upper()
 
-    assert uses(loss, UPPER)
-    assert not uses(lambda x, y: y["scalar"], {})
-    assert not uses(lambda x, y: y["scalar"] ** 2, UPPER)
-    assert not uses(lambda x, y: y["scalar"] * x["shift"].detach().sum(), UPPER)
+    assert found(loss, UPPER) == {"rate", "shift"}
+    assert not found(lambda x, y: y["scalar"], {})
+    assert not found(lambda x, y: y["scalar"] ** 2, UPPER)
+    assert not found(lambda x, y: y["scalar"] * x["shift"].detach().sum(), UPPER)
 
 
 @pytest.mark.parametrize("provider", EXACT, ids=str)

@@ -1,0 +1,135 @@
+"""Which variables the objectives reach: a variable that none reaches gets a zero that looks like a result."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.distributed import rank
+from bilevel.lower.once import PerProblem
+from bilevel.problem import Problem
+from bilevel.products import reached
+from bilevel.tree import Params
+
+_REMEDY = (
+    "compute from the tensors that it is given: functional_call(module, lower, args), where a direct call module(args) "
+    "uses the module's own parameters, and no detach(), .data, .item() or torch.no_grad() between them and the loss"
+)
+
+
+@dataclass
+class _ReachedUpper:
+    """Upper variables that have been found in the graphs of F, and of L and r; None before they were examined."""
+
+    of_upper: set[str] | None = None
+    of_lower: set[str] | None = None
+    judged: set[tuple[str, ...]] = field(default_factory=set)
+
+
+@dataclass
+class _ReachedLower:
+    """Structures of lower variables that have been examined, and the names that were listed as not reached."""
+
+    examined: set[tuple[str, ...]] = field(default_factory=set)
+    listed: set[str] = field(default_factory=set)
+
+
+_lower, _upper = PerProblem(_ReachedLower), PerProblem(_ReachedUpper)
+
+
+def examine_lower(problem: Problem, name: str, values: object, lower: Params) -> None:
+    """Say once which lower variables the graphs of L without the regularizer, or of its outputs, do not reach.
+
+    Nothing is examined in passes without a graph, or within a transform of torch.func.
+
+    Args:
+        name: of the method of the Problem that gave `values`.
+        lower: the variables of this pass; those that require no gradient are constants in it.
+
+    Raises:
+        ValueError: they reach none of them.
+    """
+    lower = {name: leaf for name, leaf in lower.items() if leaf.requires_grad}
+    known = _lower.of(problem)
+    if not lower or not torch.is_grad_enabled() or tuple(lower) in known.examined:
+        return
+    if any(torch.func.debug_unwrap(leaf) is not leaf for leaf in lower.values()):
+        return
+    found = reached(tree.tensors_in(values), lower)
+    if not found:
+        raise ValueError(_reaches_none(name, "lower", lower))
+    known.examined.add(tuple(lower))
+    missing = set(lower) - found - known.listed
+    known.listed |= missing
+    _list(f"{name} does not reach", "lower", missing, lower)
+
+
+def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) -> None:
+    """Take note of what F reaches.
+
+    Raises:
+        ValueError: it reaches none of the lower variables, so that the upper level does not see the lower one.
+    """
+    found = _upper.of(problem)
+    if found.of_upper is not None and tuple(upper) in found.judged:
+        return
+    if not reached([loss], lower):
+        raise ValueError(_reaches_none("upper_objective", "lower", lower))
+    found.of_upper = reached([loss], upper)
+    _judge_upper(problem, upper)
+
+
+def examine_cross(problem: Problem, found: set[str], upper: Params) -> None:
+    """Take note of the names of the upper variables that L or r reaches.
+
+    Raises:
+        ValueError: F reaches none either.
+    """
+    _upper.of(problem).of_lower = found
+    _judge_upper(problem, upper)
+
+
+def cross_examined(problem: Problem, upper: Params) -> bool:
+    """Whether `examine_cross` has nothing more to find."""
+    found = _upper.of(problem)
+    return found.of_lower is not None and (found.of_upper is None or tuple(upper) in found.judged)
+
+
+def _judge_upper(problem: Problem, upper: Params) -> None:
+    """Raise where no objective reaches any upper variable; say once which ones none reaches."""
+    found = _upper.of(problem)
+    if not upper or found.of_upper is None or found.of_lower is None:
+        return
+    missing = set(upper) - found.of_upper - found.of_lower
+    if len(missing) == len(upper):
+        found.of_upper = found.of_lower = None
+        raise ValueError(_reaches_none("no objective, neither upper nor lower,", "upper", upper))
+    if tuple(upper) not in found.judged:
+        found.judged.add(tuple(upper))
+        _list("no objective reaches", "upper", missing, upper)
+
+
+def _reaches_none(name: str, level: str, variables: Params) -> str:
+    verb = "reaches any" if name.startswith("no ") else "reaches none"
+    return (
+        f"{name} {verb} of the {level} variables {_shown(variables)}, so that its derivatives in them are all zero (a "
+        f"regularizer would only hide that); {_REMEDY}"
+    )
+
+
+def _list(what: str, level: str, missing: set[str], variables: Params) -> None:
+    if missing and rank() == 0:
+        names = [name for name in variables if name in missing]
+        logging.getLogger("bilevel").warning(
+            "%s %s of the %d %s variables on this batch: %s. Their derivatives are zero; leave them out of the level "
+            "if that is always so",
+            *(what, len(names), len(variables), level, _shown(names)),
+        )
+
+
+def _shown(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{names[:8]}" if len(names) <= 8 else f"{names[:8]} and {len(names) - 8} more"

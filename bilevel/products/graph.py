@@ -1,0 +1,28 @@
+"""What an autograd graph is made of, and where it begins."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from bilevel.tree import Params
+
+
+def graph_nodes(outputs: Iterable[Tensor]) -> set[Node]:
+    """Every node that the graphs of `outputs` lead to."""
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        for parent, _ in stack.pop().next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return seen
+
+
+def reached(outputs: Iterable[Tensor], variables: Params) -> set[str]:
+    """Names of the variables, leaves that require gradients, at which the graphs of `outputs` begin."""
+    outputs, leaves = list(outputs), {id(leaf): name for name, leaf in variables.items()}
+    # Nodes that end a graph at a leaf have it as their variable.
+    ends = [*outputs, *(getattr(node, "variable", None) for node in graph_nodes(outputs))]
+    return {leaves[id(end)] for end in ends if id(end) in leaves}
