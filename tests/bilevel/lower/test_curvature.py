@@ -34,7 +34,7 @@ from bilevel.products import (
     MicroBatched,
     ReverseOverReverse,
 )
-from tests.support.lossy import (
+from tests.support.small_modules import (
     FAULTY,
     Activation,
     KeepsAnIntermediate,
