@@ -38,7 +38,7 @@ from recipes.vision.networks.backbones import build_backbone
 
 SAMPLES, REPEATS = 64, 15
 SHORT = (
-    *("--preset=images", "--threads=1", "--seeds=1", "--arms=bissl", "--data.test-fraction=0.01"),
+    *("--preset=images", "--threads=1", "--seeds=1", "--arms=bissl,baseline", "--data.test-fraction=0.01"),
     *("--pretext.epochs=1", "--pretext.warmup-epochs=0", "--pretext.monitor-every=1", "--pretext.checkpoint-every=1"),
     *("--head.epochs=1", "--bissl.alternations=1", "--bissl.lower-warmup-epochs=0", "--finetune.epochs=1"),
     "--finetune.validate-every=1",
