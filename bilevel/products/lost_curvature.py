@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 
-from bilevel import distributed, tree
+from bilevel import tree
+from bilevel.distributed import mean_over_ranks
 from bilevel.products.graph import graph_nodes
 from bilevel.products.hvp import FiniteDifference, HVPProvider, Objective
 from bilevel.tree import Params
@@ -29,7 +30,6 @@ _CLEAR = 0.1
 """Differences with the two steps must be this much closer to each other than to the product."""
 _RESOLVED = 1e-4
 """Products below this share of the gradient are not told from rounding."""
-_PARTS = 10**12
 
 _SUSPICIOUS = {
     "Error": "a Function marked once_differentiable",
@@ -78,8 +78,8 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
 
     The point is moved by a thousandth, off the kinks at which variables may start, and each entry of a direction is as
     long as the variable's. Where a step of 1e-8 shows an error above `LOST`, one of 1e-9 is taken too, since a step may
-    cross a kink: the smaller error counts, and only where both differences agree. With several ranks the errors are the
-    largest over them; all ranks make the same passes.
+    cross a kink: the smaller error counts, and only where both differences agree. With several ranks everything is the
+    mean over them, as in a system.
 
     Args:
         upper, lower: in float64; in float32 such differences say nothing at kinks.
@@ -93,28 +93,33 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
         # Its steps would be too long at kinks.
         provider = FiniteDifference(step=_STEP * float(tree.norm(u)), central=False)
     here = provider.linearize(objective, x, y)
-    product, cross = _flat(here.hessian(u), y_scale), tree.dot(here.cross(u, x), p).reshape(1)
-    gradient, base = here.gradient(), here.gradient_near(y)
-    floor = _RESOLVED * float(_flat(gradient, y_scale).norm())
+
+    def flat(vector: Params) -> Tensor:
+        return torch.cat([(vector[name].detach() * scale).reshape(-1) for name, scale in y_scale.items()])
+
+    product, crossed = flat(mean_over_ranks(here.hessian(u))), mean_over_ranks(here.cross(u, x))
+    gradient, base = mean_over_ranks(here.gradient()), mean_over_ranks(here.gradient_near(y))
+    floor = _RESOLVED * float(flat(gradient).norm())
 
     def along_lower(step: float) -> tuple[Tensor, float]:
-        difference = tree.sub(here.gradient_near(tree.axpy(step, u, y)), base)
-        return _flat(difference, y_scale) / step, floor
+        near = mean_over_ranks(here.gradient_near(tree.axpy(step, u, y)))
+        return flat(tree.sub(near, base)) / step, floor
 
     def along_upper(step: float) -> tuple[Tensor, float]:
-        difference = tree.scale(1.0 / step, tree.sub(here.gradient_at(tree.axpy(step, p, x)), gradient))
+        near = mean_over_ranks(here.gradient_at(tree.axpy(step, p, x)))
+        difference = tree.scale(1.0 / step, tree.sub(near, gradient))
         # The share along a random direction may vanish by accident; it varies around the length.
-        return tree.dot(difference, u).reshape(1), max(floor, float(_flat(difference, y_scale).norm()))
+        return tree.dot(difference, u).reshape(1), max(floor, float(flat(difference).norm()))
 
     hessian, hessian_doubt = _error(product, along_lower)
-    crossed, cross_doubt = _error(cross, along_upper)
-    doubt = distributed.agree(hessian_doubt or cross_doubt) and max(hessian, crossed) <= LOST
-    return CurvatureErrors(hessian, crossed, "differences of its gradients do not converge" if doubt else "")
+    cross, cross_doubt = _error(tree.dot(crossed, p).reshape(1), along_upper)
+    doubt = (hessian_doubt or cross_doubt) and max(hessian, cross) <= LOST
+    return CurvatureErrors(hessian, cross, "differences of its gradients do not converge" if doubt else "")
 
 
 def _error(product: Tensor, difference: Callable[[float], tuple[Tensor, float]]) -> tuple[float, bool]:
     """The distance of a product from differences, relative to the longest and at least to what comes with these; and
-    whether they leave it open. The distance is 0 where they do, and the largest over the ranks otherwise."""
+    whether they leave it open, where the distance is 0."""
 
     def distance(found: Tensor, least: float) -> float:
         size = max(float(found.norm()), float(product.norm()), least)
@@ -122,15 +127,12 @@ def _error(product: Tensor, difference: Callable[[float], tuple[Tensor, float]])
 
     first, least = difference(_STEP)
     error, doubt = distance(first, least), False
-    if distributed.agree(not error <= LOST):
+    if not error <= LOST:
         second, least = difference(_SHORTER)
         error = min(error, distance(second, least))
         apart = float((first - second).norm()) / max(float((first - product).norm()), 1e-300)
         doubt = error > LOST and not apart <= _CLEAR
-    if doubt or not math.isfinite(error):
-        error, doubt = 0.0, True
-    # Whole numbers are what ranks compare.
-    return distributed.largest_over_ranks(round(error * _PARTS)) / _PARTS, doubt
+    return (0.0, True) if doubt or not math.isfinite(error) else (error, False)
 
 
 def _scales(point: Params) -> Params:
@@ -145,7 +147,3 @@ def _scales(point: Params) -> Params:
 
 def _random(scales: Params, generator: torch.Generator) -> Params:
     return {name: scale * torch.randn(scale.shape, generator=generator).to(scale) for name, scale in scales.items()}
-
-
-def _flat(values: Params, scales: Params) -> Tensor:
-    return torch.cat([(values[name].detach() * scale).reshape(-1) for name, scale in scales.items()])
