@@ -41,19 +41,23 @@ class Problem(ABC):
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         """F(x, y) on one batch; 0-d."""
 
-    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        """z(x, y) with ``lower_objective = lower_output_loss(z)``; only `GaussNewton` and micro-batching ask for it.
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Any:
+        """z(x, y) with ``lower_objective = lower_output_loss(x, z)``; only `GaussNewton` and micro-batching ask for it.
 
-        For micro-batching one row of z belongs to each sample, in the batch's order: two views of n samples make
-        ``[n, 2, d]``.
+        A tensor, or tensors in nested mappings, lists, tuples and dataclasses, beside None, numbers and strings.
+        Integer and boolean tensors, such as indices and masks, are passed on to the loss.
+
+        For micro-batching one row of each tensor belongs to each sample, in the batch's order: two views of n samples
+        make ``[n, 2, d]``. What is no tensor must be the same in every chunk of a batch.
         """
         raise TypeError(
             f"{type(self).__name__} does not define lower_outputs, which GaussNewton and micro-batching need; define "
             "lower_outputs and lower_output_loss, or take another provider and no micro_batch"
         )
 
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """The lower objective as a function of `lower_outputs`; 0-d."""
+    def lower_output_loss(self, upper: Params, outputs: Any, batch: Any) -> Tensor:
+        """l(x, z), the lower objective as a function of `lower_outputs` and, for weights of samples, label smoothing
+        and the like, of the upper variables; 0-d. It sees the whole batch and its outputs, also in micro-batching."""
         raise TypeError(f"{type(self).__name__} defines lower_outputs but not lower_output_loss; define both")
 
     def split_batch(self, batch: Any, size: int) -> list[Any]:
@@ -151,11 +155,26 @@ def split(batch: Any, size: int) -> list[Any]:
     everything else goes into each chunk.
 
     Raises:
-        ValueError: tensors of different lengths, or no tensor that has a length.
+        ValueError: tensors of different lengths, or no tensor that has a length; a tensor that torch does not cut along
+            dimension 0 (nested, sparse, quantised by channel).
     """
 
+    def cut(tensor: Tensor, start: int) -> Tensor:
+        try:
+            return tensor[start : start + size]
+        except RuntimeError as error:
+            kind = (
+                "nested"
+                if tensor.is_nested
+                else str(tensor.layout if tensor.layout is not torch.strided else tensor.dtype)
+            )
+            raise ValueError(
+                f"split: torch does not cut a {kind.removeprefix('torch.')} tensor along dimension 0; define "
+                "split_batch in the Problem, or keep the batch's tensors dense"
+            ) from error
+
     def chunk(start: int) -> Any:
-        return tree.map_tensors(lambda tensor: tensor[start : start + size], batch)
+        return tree.map_tensors(lambda tensor: cut(tensor, start), batch)
 
     return [chunk(start) for start in range(0, _length(batch), size)]
 
@@ -200,7 +219,8 @@ def _module_state(module: nn.Module, *, parameters: bool) -> dict[str, Tensor]:
 
 def _length(batch: Any) -> int:
     """The number of samples, on which all tensors of the batch agree."""
-    lengths = [tensor.shape[0] if tensor.dim() else 0 for tensor in tree.tensors_in(batch)]
+    # Nested tensors have no shape.
+    lengths = [tensor.size(0) if tensor.dim() else 0 for tensor in tree.tensors_in(batch)]
     for index, length in enumerate(lengths):
         if length == 0 or length != lengths[0]:
             raise ValueError(

@@ -8,6 +8,7 @@ products, and products with a 0-d tensor, run leaf by leaf.
 # torch has no public name for its foreach operations.
 # pyright: reportPrivateImportUsage=false
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
@@ -145,11 +147,16 @@ def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_g
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(wrt, values, strict=True))
+    return dict(zip(wrt, map(_dense, values), strict=True))
 
 
 def pullback(
-    outputs: Params, vector: Params, wrt: Sequence[Params], *, retain_graph: bool = False
+    outputs: Params,
+    vector: Params,
+    wrt: Sequence[Params],
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
 ) -> tuple[Params, ...]:
     """``d <outputs, vector> / d wrt``, one tree for each of `wrt`; variables that the outputs do not use get zeros.
 
@@ -164,12 +171,13 @@ def pullback(
             [outputs[name] for name in live],
             inputs,
             grad_outputs=[vector[name] for name in live],
-            retain_graph=retain_graph,
+            retain_graph=retain_graph or create_graph,
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
     )
-    return tuple({name: next(values) for name in variables} for variables in wrt)
+    return tuple({name: _dense(next(values)) for name in variables} for variables in wrt)
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:
@@ -188,14 +196,21 @@ def tensors_in(batch: object) -> Iterator[Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """The same structure with `function` of each of `tensors_in`; mappings become dicts.
+    """The same structure with `function` of each of `tensors_in`; mappings that are no dicts become dicts.
 
     Dataclasses are made anew from the fields that their constructor takes, and compute the others again.
     """
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):
-        return {key: map_tensors(function, item) for key, item in batch.items()}
+        items = {key: map_tensors(function, item) for key, item in batch.items()}
+        if type(batch) is dict or not isinstance(batch, dict):
+            return items
+        # A kind of dict may have more than its items: attributes, a default.
+        same = copy.copy(batch)
+        for key, item in items.items():
+            same[key] = item
+        return same
     if isinstance(batch, (list, tuple)):
         # A named tuple's own constructor takes its fields one by one.
         make = getattr(batch, "_make", type(batch))
@@ -207,7 +222,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 
 
 def check_params(argument: str, value: object) -> None:
-    """Raise TypeError unless `value` is a dictionary of named floating-point tensors that can be differentiated here.
+    """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors that can be differentiated.
 
     Refused with them: tensors made under torch.inference_mode, and those of a torch.func transform (vmap, grad, jvp)
     or of forward-mode differentiation around the call, whose outer derivative would be lost.
@@ -217,9 +232,27 @@ def check_params(argument: str, value: object) -> None:
     for name, leaf in value.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
-        if not leaf.is_floating_point():
-            raise TypeError(f"{argument}[{name!r}] must be real floating point, got {leaf.dtype}; convert it first")
+        _check_storage(f"{argument}[{name!r}]", leaf)
         check_plain(f"{argument}[{name!r}]", leaf)
+
+
+def _check_storage(argument: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor is dense, of floating-point numbers that torch calculates with."""
+    if is_lazy(tensor):
+        raise TypeError(f"{argument} has no shape yet: it is of a lazy module; call the module once on a batch first")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(
+            f"{argument} must be a dense tensor, got {layout}; take its to_dense(), or the tensor of its values, and "
+            "build the other from it in the objectives"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{argument} must be real floating point, got {tensor.dtype}; convert it first")
+    if tensor.dtype.itemsize < 2:
+        raise TypeError(
+            f"{argument} must have at least 16 bits a number, got {tensor.dtype}, in which torch does not calculate; "
+            "keep the variable in float32 and convert it in the objectives"
+        )
 
 
 def check_plain(argument: str, tensor: Tensor) -> None:
@@ -286,6 +319,11 @@ def _bytes_of(x: Tensor, covered: Tensor, base: int) -> Tensor:
     size = x.element_size()
     strides = [step * size for step in x.stride()]
     return covered.as_strided([*x.shape, size], [*strides, 1], x.storage_offset() * size - base)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Gradients of a sparse embedding's weight come as sparse tensors, which the arithmetic here does not take."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _values(x: Params, order: Iterable[str]) -> list[Tensor]:

@@ -59,7 +59,7 @@ class Case:
         def chunks(count: int) -> list[Callable[[Params, Params], Tensor]]:
             return [partial(outputs_of, part) for part in images.split(count)]
 
-        def loss(z: Tensor) -> Tensor:
+        def loss(upper: Params, z: Tensor) -> Tensor:
             if not self.contrastive:
                 return nn.functional.cross_entropy(z, labels)
             first, second = z.chunk(2)

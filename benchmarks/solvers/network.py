@@ -81,12 +81,12 @@ class Contrastive(Problem):
         z = nn.functional.normalize(torch.cat([functional_call(self.module, lower, (view,)) for view in batch]))
         return (z @ z.T / 0.5).fill_diagonal_(-1e9)
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         other_view = torch.arange(len(outputs)).roll(len(outputs) // 2)
         return nn.functional.cross_entropy(outputs, other_view)
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

@@ -77,13 +77,13 @@ class Curved(Problem):
         used = list(lower.values())[: len(lower) - self.case.unused]
         return torch.cat([leaf.reshape(-1) for leaf in used])
 
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
         n = outputs.numel()
         quadratic = 0.5 * outputs @ self.case.matrix[:n, :n] @ outputs
         return quadratic + (outputs**3).sum() / 6 + (outputs**4).sum() / 24
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         return self.case.right @ torch.cat([leaf.reshape(-1) for leaf in lower.values()])

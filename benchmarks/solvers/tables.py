@@ -8,9 +8,10 @@ from benchmarks.measuring import Timing
 from benchmarks.pages import number, table
 from benchmarks.solvers.curves import TOLERANCES, to_tolerance
 from benchmarks.solvers.systems import verdict
+from bilevel import Status
 
 Figures = dict[str, Any]
-SUCCESSES = ("CONVERGED", "BUDGET")
+SUCCESSES = {status.name for status in Status if status.ok}
 
 
 def words(status: str) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from bilevel import tree
+from bilevel.hypergradients.linearize import make_system
 from bilevel.hypergradients.method import MethodState, Proposal, UpperStep
-from bilevel.hypergradients.system import System, make_system, through_system
+from bilevel.hypergradients.system import System, through_system
 from bilevel.linear import ApproximateInverse, Identity
 from bilevel.lower import Selection
 from bilevel.products import HVP

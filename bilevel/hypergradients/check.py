@@ -22,6 +22,8 @@ from bilevel.lower import (
     OutOfTime,
     Resolved,
     Solves,
+    check_batch,
+    check_batches,
     differentiates,
     reweighted,
     thorough_examinations,
@@ -142,6 +144,8 @@ def check_hypergradient(
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
     check_variables("lower", lower)
+    check_batches(lower_batches)
+    check_batch("upper_batch", [upper_batch])
     check_function("lower_solver", lower_solver, "a function of the problem, upper, lower and the lower batches")
     check_count("directions", directions, least=1)
     check_number("tolerance", tolerance, positive=True)

@@ -37,9 +37,14 @@ def hypergradient(
         method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of your own; a solver stands for
             ``Implicit(solver)``. What a method carries from step to step in a `Trainer` starts afresh here.
         upper_batch: the batch of F.
-        lower_batches: sequence of batches; for all methods but `Unrolled` the lower objective is their mean.
+        lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
+            `Unrolled` the lower objective is their mean.
         on_failure: what to do about a `Hypergradient.failure` (a solve whose status is not a success, a part that is
-            not finite): "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore".
+            not finite): "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore". A `Hypergradient.warning` is
+            shown unless it is "ignore".
+
+    A failure whose system broke down suggests a Tikhonov term that would have done, from 15 Lanczos steps (a product
+    each, not counted in the solution) at the first such failure of a problem and of what is added to its A.
 
     For several right-hand sides with one linear system, or a solve from a given start, see `linearize` and
     `System.hypergradient`. The result is plain numbers: it has no graph, and torch.func transforms around the call are

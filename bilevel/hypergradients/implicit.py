@@ -5,14 +5,23 @@ from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
+from bilevel.hypergradients.linearize import make_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import System, make_system, through_system
-from bilevel.linear import CG, Solution, Solver, Status, Tikhonov, check_tikhonov, check_tikhonov_names
-from bilevel.lower import Selection, check_selection, selected, upper_derivatives
+from bilevel.hypergradients.system import System, through_system
+from bilevel.linear import CG, Solution, Solver, Status
+from bilevel.lower import (
+    Selection,
+    Tikhonov,
+    check_selection,
+    check_tikhonov,
+    check_tikhonov_names,
+    selected,
+    upper_derivatives,
+)
 from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
-_SOUND = (Status.CONVERGED, Status.BUDGET, Status.NOT_CONVERGED)
+_SOUND = (Status.CONVERGED, Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.BUDGET, Status.NOT_CONVERGED)
 """After these the iterate is one that a next solve may start from."""
 
 

@@ -55,6 +55,12 @@ class OneStep(Method):
 
     def check(self, setup: Setup) -> None:
         selected(setup.problem, setup.lower, self.implicit)
+        rates = sorted({float(group["lr"]) for group in setup.lower_optimizer.param_groups})
+        if self.step_size is None and len(rates) > 1:
+            raise ValueError(
+                f"OneStep: step_size=None takes the lower optimizer's learning rate, and its parameter groups have "
+                f"several, {rates}; pass step_size, or give all groups one rate"
+            )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         size = step.lower_rate if self.step_size is None else self.step_size

@@ -1,18 +1,32 @@
 """A hypergradient, what is known about it, and what is done where it cannot be trusted."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
+import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import distributed, tree
 from bilevel.checks import warn_outside
-from bilevel.linear import Solution
+from bilevel.linear import Escalating, LinearOperator, Neumann, Solution, Solver, Status, spectrum_bounds
+from bilevel.lower import PerProblem, Tikhonov, are_samples
+from bilevel.problem import Problem
 from bilevel.tree import Params
 
 OnFailure = Literal["warn", "raise", "ignore"]
 """What to do about a hypergradient that has a `Hypergradient.failure`."""
+
+_BREAKDOWNS = (Status.NEGATIVE_CURVATURE, Status.DIVERGED, Status.INCONSISTENT)
+# Of the largest eigenvalue, and of the smallest where that is negative: what is added to A.
+_SMALLEST_PART, _MARGIN = 1e-3, 1.5
+_bounds = PerProblem[dict[tuple[str, float], tuple[float, float] | None]](dict)
+
+# A bias of about a quarter; a digit below it; a gradient that the choice of batches explains.
+_LARGE_NOISE, _FAR_BELOW, _UNSOLVED = 0.5, 0.1, 1 / 3
+_NOT_JUDGED = (Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.NON_FINITE)
+_examined = PerProblem[set[str]](set)
 
 
 class SolverWarning(UserWarning):
@@ -44,6 +58,8 @@ class Hypergradient:
         lower: the lower variables after the steps of a method that makes some, None where none is made.
         failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
             loses, a solve whose status is not a success, a part that is not finite.
+        warning: in words that the solve is more accurate than the lower batches can tell, once for a problem; None
+            otherwise. `Solution.noise` is the measure, None for a single batch: it was not measured there.
     """
 
     grad: Params
@@ -55,6 +71,7 @@ class Hypergradient:
     lower: Params | None = None
     noise: float | None = None
     failure: str | None = None
+    warning: str | None = None
 
     @property
     def stationarity_over_noise(self) -> float | None:
@@ -69,13 +86,95 @@ class Hypergradient:
         return self.stationarity / self.noise
 
 
-def solve_failure(solution: Solution) -> str | None:
-    """What a solve's status says where it is not a success."""
+class SolvedSystem(Protocol):
+    """Of a `System`, what tells why a solve went wrong and what would help."""
+
+    problem: Problem
+    solver: Solver
+    operator: LinearOperator
+    tikhonov: Tikhonov
+    damping: float
+    has_regularizer: bool
+    lower_batches: tuple[object, ...]
+    batch_sums: tuple[str, ...]
+
+    def standard_errors(self, x: Params) -> tuple[float, float] | None: ...
+
+
+def solve_failure(system: SolvedSystem, solution: Solution, b: Params) -> str | None:
+    """What the status of the solve for b says where it is not a success, and what would help this system."""
     if solution.status.ok:
         return None
     residual = solution.residual_norms[1]
     measured = "residual not measured" if math.isnan(residual) else f"relative residual {residual:.2e}"
-    return f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
+    remedy = _remedy(system, b) if solution.status in _BREAKDOWNS else None
+    text = f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
+    return text if remedy is None else f"{text}; here {remedy}"
+
+
+def _remedy(system: SolvedSystem, b: Params) -> str | None:
+    """What would make A positive definite, and a given scale of Neumann's small enough, as far as a few Lanczos steps
+    show: they are made once for a problem and what its systems add to A."""
+    known, settings = _bounds.of(system.problem), (repr(system.tikhonov), system.damping)
+    if settings not in known:
+        with torch.no_grad():
+            known[settings] = spectrum_bounds(system.operator, b)
+    bounds = known[settings]
+    if bounds is None:
+        return None
+    low, high = bounds
+    least = _SMALLEST_PART * max(-low, high) or 1.0
+    more = 0.0 if low > least else max(-_MARGIN * low, least)
+    advice, term = [], system.tikhonov
+    if more > 0.0:
+        add = f"add about {_rounded(more):g} to tikhonov of every implicit variable"
+        damp = f" or damping from {system.damping:g}" if system.has_regularizer else ""
+        up = add if isinstance(term, Mapping) else f"raise tikhonov from {term:g} to about {_rounded(term + more):g}"
+        advice.append(up + damp)
+    solver = system.solver.solver if isinstance(system.solver, Escalating) else system.solver
+    if isinstance(solver, Neumann) and not isinstance(solver.scale, str) and solver.scale * (high + more) >= 2.0:
+        advice.append(f"give Neumann a scale of at most {1.0 / (high + more):.2g}")
+    return " and ".join(advice) or None
+
+
+def _rounded(value: float) -> float:
+    """Up to two digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
+
+
+def noise_warning(system: SolvedSystem, solution: Solution, b: Params, stationarity: float) -> str | None:
+    """That the solve goes far below a large noise of A x, and what to do about it; once for a problem, else None.
+
+    It takes a product, and only where the lower batches are known to be samples: others have come with this problem,
+    and y is no solution of these alone (its gradient is not small beside its own noise). A single batch is halved once.
+    """
+    samples, done = are_samples(system.problem, system.batch_sums), _examined.of(system.problem)
+    reached = solution.residual_norms[1]
+    goal = reached if system.solver.tolerance is None else min(system.solver.tolerance, reached)
+    judged = math.isfinite(goal) and solution.status not in _NOT_JUDGED and distributed.world_size() == 1
+    if not samples or not judged or "said" in done:
+        return None
+    single = len(system.lower_batches) == 1
+    if "halved" in done if single else not _is_large(solution.noise, goal):
+        return None
+    done.add("halved" if single else "screened")
+    with torch.no_grad():
+        errors, size = system.standard_errors(solution.value), float(tree.norm(b))
+    if errors is None or size == 0.0 or stationarity < _UNSOLVED * errors[1] or not _is_large(errors[0] / size, goal):
+        return None
+    done.add("said")
+    return (
+        f"the solve goes to a relative residual of {goal:.1e}, but another choice of lower batches would change A x by "
+        f"{errors[0] / size:.2g} of the right-hand side: a solve so accurate is biased in the mean, by about the "
+        "square of that, since a mean of inverses is not the inverse of the mean; take more Hessian batches, a looser "
+        'rtol (CG has rtol="noise"), or raise tikhonov'
+    )
+
+
+def _is_large(noise: float | None, goal: float) -> bool:
+    """Whether the noise is large, and the goal far below it."""
+    return noise is not None and noise >= _LARGE_NOISE and goal <= _FAR_BELOW * noise
 
 
 def joined(*failures: str | None) -> str | None:
@@ -107,8 +206,11 @@ def check_on_failure(on_failure: object) -> None:
 
 def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
     """The one place where a failure is acted upon; a warning points to the first line outside this package."""
-    if result.failure is None or on_failure == "ignore":
+    if on_failure == "ignore":
         return
-    if on_failure == "raise":
+    if result.warning is not None:
+        warn_outside(result.warning, SolverWarning)
+    if result.failure is not None and on_failure == "raise":
         raise SolverError(result.failure, result.solution)
-    warn_outside(result.failure, SolverWarning)
+    if result.failure is not None:
+        warn_outside(result.failure, SolverWarning)

@@ -1,60 +1,56 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.checks import check_kind, check_number, check_variables, same_structure, warn_outside
+from bilevel import distributed, tree
+from bilevel.checks import same_structure
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
-    SolverWarning,
     check_on_failure,
     finite_failure,
     joined,
+    noise_warning,
     report_failure,
     solve_failure,
 )
 from bilevel.linear import (
-    CG,
     FunctionOperator,
     LinearOperator,
     MeanOperator,
+    SampledOnce,
     ScaledOperator,
     Solution,
     Solver,
+    Status,
     SumOperator,
-    Tikhonov,
     TikhonovOperator,
     WatchedOperator,
-    check_tikhonov,
-    check_tikhonov_names,
     mean_and_error,
 )
 from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
-    Selection,
     StaleSystemError,
+    Tikhonov,
     check_batch,
-    check_batches,
     check_marks,
     cross_examined,
     differentiates,
     examine_cross,
     examine_curvature,
-    selected,
+    halves,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, MicroBatched, ReverseOverReverse, as_provider, reached
+from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
 
@@ -67,6 +63,8 @@ class System:
         solver, hvp, damping, tikhonov, lower_batches: what shaped the system.
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
         curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
+        has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
+        batch_sums: checksums of the tensors of the lower batches.
     """
 
     def __init__(
@@ -89,28 +87,27 @@ class System:
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.regularized = self._objectives.regularizer(tree.detach(upper), point) is not None
-        if not self.regularized and damping != 0.0:
+        self.has_regularizer = self._objectives.regularizer(tree.detach(upper), point) is not None
+        if not self.has_regularizer and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
                 "tikhonov for Tikhonov damping of A alone"
             )
         self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
-        self.regularized = self.regularized and total > 0.0
+        self.regularized = self.has_regularizer and total > 0.0
         self.weight = total if self.regularized else 1.0
-        make = self._objectives.composed if hvp.needs_outputs else self._objectives.whole
-        objectives = [make(batch, seed + k) for k, batch in enumerate(self.lower_batches)]
         # Not of a whole batch that is too large for the memory.
         if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
-        self._losses = hvp.linearize_all(objectives, self.upper, point, resident=living)
+        self._losses = self._linearizations(self.lower_batches, living)
         self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
         self._marks = take_marks(self._named_tensors())
+        self.batch_sums = tuple(mark.checksum for mark in self._marks if mark.name.startswith("lower_batches"))
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -167,6 +164,16 @@ class System:
             )
         b = {name: b[name] for name in self.implicit}
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
+        # Over several processes it would take an exchange a batch.
+        if len(self.lower_batches) == 1 or distributed.world_size() > 1:
+            return self._solve(operator, b, x0, only_if_closer)
+        sampled = SampledOnce(operator)
+        found = self._solve(sampled, b, x0, only_if_closer)
+        if sampled.noise is None or found.noise is not None or found.status is Status.NON_FINITE:
+            return found
+        return replace(found, noise=float(sampled.noise * tree.norm(found.value) / tree.norm(b)))
+
+    def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, only_if_closer: bool) -> Solution:
         if x0 is None or not (only_if_closer and self.solver.uses_start):
             return self.solver.solve(operator, b, x0=x0, state=self.state)
         product = operator(x0)
@@ -174,6 +181,25 @@ class System:
             return self.solver.solve(operator, b, x0=x0, x0_product=product, state=self.state)
         found = self.solver.solve(operator, b, state=self.state)
         return replace(found, num_hvps=found.num_hvps + 1)
+
+    def standard_errors(self, x: Params) -> tuple[float, float] | None:
+        """Standard errors of A x and of `gradient` that come from the choice of the batches, or for a single batch of
+        its halves; one product. None where that is not to be split, or the objective does not take a half."""
+        first, *others = self.lower_batches
+        if others:
+            error, noise = self.operator.sampled(x)[1], self.gradient_noise()
+            return None if error is None or noise is None else (float(error), noise)
+        parts = halves(self.problem, first)
+        if parts is None:
+            return None
+        try:
+            losses = self._linearizations(parts)
+            products, gradients = [loss.hessian(x) for loss in losses], [loss.gradient() for loss in losses]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            # Nobody has promised that the objective takes a batch of another size.
+            return None
+        error, noise = mean_and_error(products)[1], mean_and_error(gradients)[1]
+        return None if error is None or noise is None else (float(error) / self.weight, float(noise))
 
     @differentiates
     def cross(self, x: Params, upper: Params | None = None) -> Params:
@@ -219,7 +245,7 @@ class System:
             with torch.enable_grad():
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return gradient, noise
+        return gradient, None if noise is None else float(noise)
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
@@ -253,6 +279,12 @@ class System:
         value = self._objectives.regularizer(x, self.variables(self.lower))
         return set() if value is None else reached([value], x)
 
+    def _linearizations(self, batches: Sequence[Any], resident: Iterable[Tensor] = ()) -> list[Linearization]:
+        """Of the batches' losses at the system's point."""
+        make = self._objectives.composed if self.hvp.needs_outputs else self._objectives.whole
+        objectives = [make(batch, self._objectives.seed + k) for k, batch in enumerate(batches)]
+        return self.hvp.linearize_all(objectives, self.upper, self.variables(self.lower), resident=resident)
+
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
@@ -263,14 +295,14 @@ class System:
             operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
-    def _loss_gradient(self, upper: Params) -> tuple[Params, float | None]:
+    def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
         """The mean of the batches' gradients, and its standard error."""
         if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
     @cached_property
-    def _loss_gradient_here(self) -> tuple[Params, float | None]:
+    def _loss_gradient_here(self) -> tuple[Params, Tensor | None]:
         return mean_and_error([loss.gradient() for loss in self._losses])
 
     def _named_tensors(self) -> list[tuple[str, Tensor]]:
@@ -283,101 +315,6 @@ class System:
         return named
 
 
-@differentiates
-def linearize(
-    problem: Problem,
-    upper: Params,
-    lower: Params,
-    lower_batches: Sequence[Any],
-    *,
-    solver: Solver | None = None,
-    hvp: HVP | None = None,
-    damping: float = 0.0,
-    tikhonov: Tikhonov = 0.0,
-    implicit: Selection | None = None,
-) -> System:
-    r"""Build the linear system of the implicit function theorem at (upper, lower).
-
-    With a regularizer r and :math:`c = \lambda + \text{damping} > 0`:
-
-    .. math:: A = \frac{1}{c} \frac{\partial^2 L}{\partial y^2} + \frac{\partial^2 r}{\partial y^2} + \text{tikhonov},
-       \qquad \text{cross} = \frac{1}{c} \frac{\partial^2 L}{\partial x \partial y}
-       + \frac{\partial^2 r}{\partial x \partial y},
-
-    so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + tikhonov and
-    cross = d2L/dxdy. L is the mean over `lower_batches` (and over ranks). Random masks are drawn once per batch and
-    stay the same for every product. Curvature that an operation of L or r loses is warned of (`SolverWarning`).
-
-    Args:
-        upper, lower: variables; the system keeps them and is stale once they change.
-        lower_batches: a sequence of batches, whatever the Problem's lower_objective takes.
-        solver: default ``CG()``.
-        hvp: default ``ReverseOverReverse()``; "auto" measures the exact providers and takes the fastest that works
-            (``system.hvp.report``).
-        damping: added to the regularization weight in the whole system; needs a regularizer.
-        tikhonov: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
-        implicit: names, or a predicate on names, of the lower variables that respond to the upper ones; default the
-            Problem's `implicit`.
-
-    Raises:
-        TypeError: no instance of a Problem; variables that are not Params; an `implicit` that is a bare string; batches
-            that are not a sequence.
-        ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
-            without a regularizer; an unknown name in `tikhonov`.
-    """
-    system = make_system(
-        problem,
-        upper,
-        lower,
-        lower_batches,
-        solver=solver,
-        hvp=hvp,
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=implicit,
-    )
-    lost = system.curvature.lost()
-    if lost is not None:
-        warn_outside(lost, SolverWarning)
-    return system
-
-
-def make_system(
-    problem: Problem,
-    upper: Params,
-    lower: Params,
-    lower_batches: Sequence[Any],
-    *,
-    solver: Solver | None = None,
-    hvp: HVP | None = None,
-    damping: float = 0.0,
-    tikhonov: Tikhonov = 0.0,
-    implicit: Selection | None = None,
-) -> System:
-    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it."""
-    check_kind("problem", problem, Problem, "an instance of a Problem")
-    tree.check_params("upper", upper)
-    check_variables("lower", lower)
-    check_batches(lower_batches)
-    check_number("damping", damping)
-    check_number("regularization_weight", problem.regularization_weight)
-    check_tikhonov(tikhonov)
-    names = selected(problem, lower, implicit)
-    check_tikhonov_names(tikhonov, names)
-    check_kind("solver", solver, (Solver, NoneType), "a solver such as CG() or Neumann(10)")
-    return System(
-        problem,
-        upper,
-        lower,
-        lower_batches,
-        solver=CG() if solver is None else solver,
-        hvp=as_provider(hvp),
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=names,
-    )
-
-
 def through_system(
     system: System, upper: Params, lower: Params, upper_batch: Any, *, solve: Callable[[Params], Solution]
 ) -> Hypergradient:
@@ -387,7 +324,10 @@ def through_system(
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     grad = tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(lost, solve_failure(solution) or finite_failure(direct, implicit_part, grad))
+    failure = joined(lost, solve_failure(system, solution, v) or finite_failure(direct, implicit_part, grad))
     gradient, noise = system.gradient_and_noise(upper)
     stationarity = float(tree.norm(gradient))
-    return Hypergradient(grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure)
+    warning = noise_warning(system, solution, v, stationarity)
+    return Hypergradient(
+        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
+    )

@@ -87,7 +87,8 @@ class TorchUpdate(Update):
 def from_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> tuple[Update, State]:
     """The update that a live optimizer is about to make, and its state, copied, for `params` by name.
 
-    torch.optim.SGD and Adam (AdamW) become `SGDUpdate` and `AdamUpdate`, any other one a `TorchUpdate`.
+    torch.optim.SGD and Adam (AdamW) become `SGDUpdate` and `AdamUpdate`, any other one a `TorchUpdate`. Flags of
+    execution (foreach, fused, capturable) change nothing.
 
     Args:
         optimizer: with one parameter group.
@@ -95,7 +96,7 @@ def from_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> tuple[Up
 
     Raises:
         ValueError: more than one group; a variable that the optimizer does not hold; `maximize`; SGD with dampening;
-            Adam with amsgrad or with variables of different ages.
+            Adam with amsgrad or with variables of different ages; a subclass of SGD or Adam with a step of its own.
         TypeError: as for `TorchUpdate`.
     """
     if len(optimizer.param_groups) != 1:
@@ -111,6 +112,12 @@ def from_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> tuple[Up
     for key in ("maximize", "dampening", "amsgrad"):
         if group.get(key):
             raise ValueError(f"optimizer: {key}={group[key]!r} has no counterpart in an Update; build one without it")
+    for known in (torch.optim.SGD, torch.optim.Adam):
+        if isinstance(optimizer, known) and inspect.unwrap(type(optimizer).step) is not inspect.unwrap(known.step):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} has a step of its own, which no Update is known for; take "
+                f"torch.optim.{known.__name__}, or write the step as an Update"
+            )
     saved: State = {}
     for name, leaf in params.items():
         for slot, value in optimizer.state.get(leaf, {}).items():

@@ -1,16 +1,15 @@
 """Linear operators, solvers of A x = b that say what happened, preconditioners."""
 
+from bilevel.linear.lanczos import spectrum_bounds
 from bilevel.linear.operators import (
     FunctionOperator,
     LinearOperator,
     MeanOperator,
+    SampledOnce,
     ScaledOperator,
     SumOperator,
-    Tikhonov,
     TikhonovOperator,
     WatchedOperator,
-    check_tikhonov,
-    check_tikhonov_names,
     mean_and_error,
 )
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner, Preconditioner
@@ -40,15 +39,14 @@ __all__ = [
     "Nystrom",
     "NystromPreconditioner",
     "Preconditioner",
+    "SampledOnce",
     "ScaledOperator",
     "Solution",
     "Solver",
     "Status",
     "SumOperator",
-    "Tikhonov",
     "TikhonovOperator",
     "WatchedOperator",
-    "check_tikhonov",
-    "check_tikhonov_names",
     "mean_and_error",
+    "spectrum_bounds",
 ]

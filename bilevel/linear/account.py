@@ -3,6 +3,8 @@
 import math
 from typing import final
 
+from torch import Tensor
+
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
@@ -21,7 +23,7 @@ class CountedOperator(LinearOperator):
         self.products += 1
         return self.operator(vector)
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.products += 1
         return self.operator.sampled(vector)
 
@@ -37,7 +39,9 @@ class Account:
         operator: A, counting its products.
         norm_a: the largest ``||A d|| / ||d||`` met, an estimate of ``||A||`` from below.
         curve: relative residual of the recursion after each iteration.
-        noise: relative standard error of a product from the choice of batches, where it was measured.
+        noise: relative standard error of a product from the choice of batches where that stands for rtol, once it is
+            measured; None otherwise.
+        passed_negative_curvature: whether iterations went through a direction with ``d'Ad <= 0``, as asked.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Account:
         self.min_curvature: float | None = None
         self.curve: list[float] = []
         self.noise: float | None = None
+        self.passed_negative_curvature = False
 
     @property
     def iterations(self) -> int:
@@ -95,10 +100,17 @@ class Account:
         if self.rtol is None:
             # A layer-wise recursion may run out of residual early, at a point that solves another system.
             early = self.iterations < self.max_iterations
-            return Status.CONVERGED if early and (at_rounding or self.good_enough(relative)) else Status.BUDGET
+            if early and (at_rounding or self.good_enough(relative)):
+                return Status.CONVERGED
+            return Status.NEGATIVE_CURVATURE_PASSED if self.passed_negative_curvature else Status.BUDGET
+        if self.noise is None:
+            return Status.CONVERGED if relative <= self.rtol else Status.NOT_CONVERGED
         # Batches that agree to rounding ask for no more than rounding lets be reached.
-        as_good_as_noise = self.noise is not None and at_rounding
-        return Status.CONVERGED if relative <= self.rtol or as_good_as_noise else Status.NOT_CONVERGED
+        if relative > self.rtol and not at_rounding:
+            return Status.NOT_CONVERGED
+        if self.noise >= 1.0:
+            return Status.LOST_IN_THE_NOISE
+        return Status.CONVERGED if at_rounding else Status.AT_THE_NOISE
 
     def close(
         self,

@@ -30,6 +30,7 @@ class ConjugateGradients:
     Args:
         account: of this solve.
         layerwise: coefficients per leaf.
+        through: go on through directions of negative curvature and whatever growth of the residual.
         inverse: the preconditioner.
         directions: of earlier solves, to which r is orthogonal; those of this run are kept there too.
         stop_at_noise: measure the noise of the first product and take it for the tolerance.
@@ -41,12 +42,13 @@ class ConjugateGradients:
         account: Account,
         *,
         layerwise: bool = False,
+        through: bool = False,
         inverse: Inverse | None = None,
         directions: Directions | None = None,
         stop_at_noise: bool = False,
         watched: bool = True,
     ) -> None:
-        self.account, self.layerwise, self.inverse = account, layerwise, inverse
+        self.account, self.layerwise, self.through, self.inverse = account, layerwise, through, inverse
         self.directions = Directions(0) if directions is None else directions
         self.stop_at_noise, self.watched = stop_at_noise, watched
         self.earlier_iterations = account.iterations
@@ -73,7 +75,7 @@ class ConjugateGradients:
             stop = at_rounding or not account.unfinished(relative)
             if stop or self.layerwise or not math.isfinite(relative):
                 verdict = account.verdict(relative, at_rounding)
-                if verdict is Status.BUDGET and relative > _GROWTH * max(start, 1.0):
+                if account.rtol is None and verdict.ok and relative > _GROWTH * max(start, 1.0):
                     verdict = Status.DIVERGED
                 return account.close(verdict, x, (start, relative), self._ritz_range())
 
@@ -129,8 +131,8 @@ class ConjugateGradients:
             readings = step.readings(ahead[1])
             curvature, gain, _, now = readings.unbind()
             scale = torch.fmax(scale, torch.where(torch.isfinite(gain), gain, 0.0))
-            sound = torch.isfinite(readings).all() & (curvature > 4.0 * account.product_error * scale)
-            sound = alive & sound & (now <= start * self._limit)
+            sound = alive & torch.isfinite(readings).all() & self._goes_on(curvature, gain, scale)
+            sound = sound & (now <= start * self._limit)
             x, r = tree.where(sound, ahead[0], x), tree.where(sound, ahead[1], r)
             better = sound & (now <= smallest)
             best_x, smallest = tree.where(better, x, best_x), torch.where(better, now, smallest)
@@ -159,17 +161,25 @@ class ConjugateGradients:
                 "definite"
             )
         verdict = account.meet(curvature, gain)
-        if verdict is not None:
+        if verdict is Status.NEGATIVE_CURVATURE and self.through:
+            account.passed_negative_curvature = True
+        elif verdict is not None:
             return verdict
         if not math.isfinite(relative):
             return Status.NON_FINITE
         account.curve.append(relative)
         return Status.DIVERGED if relative > start * self._limit else None
 
+    def _goes_on(self, curvature: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+        """Whether a direction lets the iterations go on: what `_judge` makes of `classify_curvature`, on the device."""
+        error = self.account.product_error
+        positive = curvature > 4.0 * error * scale
+        return positive | (gain > 4.0 * math.sqrt(error) * scale) if self.through else positive
+
     @property
     def _limit(self) -> float:
         """Growth of the residual beyond which rounding has taken over."""
-        return 1.0 / math.sqrt(self.account.rounding)
+        return math.inf if self.through else 1.0 / math.sqrt(self.account.rounding)
 
     def _ritz_range(self) -> tuple[float, float] | None:
         """None where the coefficients are not those of A in the Euclidean inner product."""
@@ -200,7 +210,7 @@ class _Step:
                     'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
                     "lower_batches, or a number for rtol"
                 )
-            self.gain_noise = error / float(tree.norm(direction))
+            self.gain_noise = float(error / tree.norm(direction))
             self.run.stop_at_noise = False
         else:
             self.product = account.operator(direction)

@@ -23,24 +23,48 @@ def ritz_values(operator: LinearOperator, b: Params, steps: int) -> tuple[float,
 
     Fewer come back where the Krylov space is exhausted; a product that is not finite gives a NaN.
     """
+    diagonal, off_diagonal = _lanczos(operator, b, steps)
+    if not all(map(math.isfinite, [*diagonal, *off_diagonal])):
+        return (math.nan,) * len(diagonal)
+    return tuple(_eigenvalues(diagonal, off_diagonal[: len(diagonal) - 1]).tolist())
+
+
+def spectrum_bounds(operator: LinearOperator, b: Params, steps: int = 15) -> tuple[float, float] | None:
+    """A smallest and a largest eigenvalue that A has hardly anything beyond: the extreme Ritz values of at most `steps`
+    Lanczos steps, a product each, taken outwards by their residuals.
+
+    The steps start from b and a random vector of its length. None where a product is not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = {n: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for n, leaf in b.items()}
+    start = tree.axpy(float(tree.norm(b) / tree.norm(noise)), noise, b)
+    diagonal, off_diagonal = _lanczos(operator, start, steps)
+    if not all(map(math.isfinite, [*diagonal, *off_diagonal])):
+        return None
+    values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal[: len(diagonal) - 1]))
+    errors = off_diagonal[-1] * vectors[-1].abs()
+    return float(values[0] - errors[0]), float(values[-1] + errors[-1])
+
+
+def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal of the Lanczos matrix from b, the norm of what follows being the last entry; cut where
+    the Krylov space is exhausted or a number is not finite."""
     q = tree.scale(1.0 / float(tree.norm(b)), b)
     basis = [q]
     diagonal: list[float] = []
     off_diagonal: list[float] = []
-    for _ in range(steps):
+    while True:
         w = operator(q)
         diagonal.append(float(tree.dot(q, w)))
         for vector in basis:
             w = tree.axpy(-tree.dot(vector, w), vector, w)
-        beta = float(tree.norm(w))
-        if not (math.isfinite(beta) and math.isfinite(diagonal[-1])):
-            return (math.nan,) * len(diagonal)
-        if beta <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal) or len(diagonal) == steps:
-            break
-        off_diagonal.append(beta)
-        q = tree.scale(1.0 / beta, w)
+        off_diagonal.append(float(tree.norm(w)))
+        exhausted = off_diagonal[-1] <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal)
+        finite = math.isfinite(off_diagonal[-1]) and math.isfinite(diagonal[-1])
+        if exhausted or not finite or len(diagonal) == steps:
+            return diagonal, off_diagonal
+        q = tree.scale(1.0 / off_diagonal[-1], w)
         basis.append(q)
-    return tuple(_eigenvalues(diagonal, off_diagonal).tolist())
 
 
 def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:
@@ -85,8 +109,12 @@ def _finite_length(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> 
 
 
 def _eigenvalues(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Tensor:
+    return torch.linalg.eigvalsh(_tridiagonal(diagonal, off_diagonal))
+
+
+def _tridiagonal(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Tensor:
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if off_diagonal:
-        band = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
-        matrix = matrix + band + band.T
-    return torch.linalg.eigvalsh(matrix)
+    if not off_diagonal:
+        return matrix
+    band = torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
+    return matrix + band + band.T

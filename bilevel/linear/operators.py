@@ -1,19 +1,15 @@
 """Linear operators on `Params`."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import final
 
 import torch
+from torch import Tensor
 
 from bilevel import distributed, tree
-from bilevel.checks import check_number
 from bilevel.tree import Params
-
-Tikhonov = float | Mapping[str, float]
-"""One number, or one per lower name."""
 
 
 class LinearOperator(ABC):
@@ -30,9 +26,9 @@ class LinearOperator(ABC):
     def __call__(self, vector: Params) -> Params:
         """The product ``A v``; the argument is not written to."""
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         """The product, and its standard error as a mean over batches: the Euclidean norm, in the product's units, of
-        what another choice of as many batches would typically change. None where there are not two batches."""
+        what another choice of as many batches would typically change, 0-d. None where there are not two batches."""
         return self(vector), None
 
     def agree(self, flag: bool) -> bool:
@@ -65,7 +61,7 @@ class MeanOperator(LinearOperator):
         total = reduce(tree.add, (op(vector) for op in self.operators))
         return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return mean_and_error([op(vector) for op in self.operators])
 
     def agree(self, flag: bool) -> bool:
@@ -90,10 +86,11 @@ class SumOperator(_Combined):
     def __call__(self, vector: Params) -> Params:
         return reduce(tree.add, (op(vector) for op in self.operators))
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         parts = [op.sampled(vector) for op in self.operators]
         errors = [error for _, error in parts if error is not None]
-        return reduce(tree.add, (product for product, _ in parts)), math.hypot(*errors) if errors else None
+        error = torch.stack(errors).square().sum().sqrt() if errors else None
+        return reduce(tree.add, (product for product, _ in parts)), error
 
 
 @final
@@ -107,7 +104,7 @@ class ScaledOperator(_Combined):
     def __call__(self, vector: Params) -> Params:
         return tree.scale(self.factor, self.operators[0](vector))
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         product, error = self.operators[0].sampled(vector)
         return tree.scale(self.factor, product), None if error is None else abs(self.factor) * error
 
@@ -123,8 +120,32 @@ class KnownProduct(_Combined):
     def __call__(self, vector: Params) -> Params:
         return self.product if vector is self.vector else self.operators[0](vector)
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return self.operators[0].sampled(vector)
+
+
+@final
+class SampledOnce(_Combined):
+    """An operator that takes note of the noise of its first product, for nothing; products are the same.
+
+    Attributes:
+        noise: standard error of that product over the norm of its vector, 0-d; None before it and for a single batch.
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator)
+        self.noise: Tensor | None = None
+        self._made = False
+
+    def __call__(self, vector: Params) -> Params:
+        return self.operators[0](vector) if self._made else self.sampled(vector)[0]
+
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
+        product, error = self.operators[0].sampled(vector)
+        if not self._made and error is not None:
+            self.noise = error / tree.norm(vector)
+        self._made = True
+        return product, error
 
 
 @final
@@ -139,7 +160,7 @@ class WatchedOperator(_Combined):
         self.watch()
         return self.operators[0](vector)
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.watch()
         return self.operators[0].sampled(vector)
 
@@ -148,14 +169,14 @@ class WatchedOperator(_Combined):
 class TikhonovOperator(_Combined):
     """``A + tikhonov I`` (Tikhonov); `tikhonov` is one number or one per leaf, leaves left out getting 0."""
 
-    def __init__(self, operator: LinearOperator, tikhonov: Tikhonov) -> None:
+    def __init__(self, operator: LinearOperator, tikhonov: float | Mapping[str, float]) -> None:
         super().__init__(operator)
         self.tikhonov = tikhonov
 
     def __call__(self, vector: Params) -> Params:
         return self._with_term(self.operators[0](vector), vector)
 
-    def sampled(self, vector: Params) -> tuple[Params, float | None]:
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         product, error = self.operators[0].sampled(vector)
         return self._with_term(product, vector), error
 
@@ -166,7 +187,7 @@ class TikhonovOperator(_Combined):
         return {name: leaf + tikhonov.get(name, 0.0) * vector[name] for name, leaf in product.items()}
 
 
-def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:
+def mean_and_error(parts: Sequence[Params]) -> tuple[Params, Tensor | None]:
     r"""Mean over n batches, and its standard error :math:`(\sum_k \|p_k - \bar p\|^2 / (n (n - 1)))^{1/2}`; None for a
     single batch. Each part is first averaged over the ranks, which have a share of each batch: all parts are exchanged.
     """
@@ -175,7 +196,7 @@ def mean_and_error(parts: Sequence[Params]) -> tuple[Params, float | None]:
     if count < 2:
         return mean, None
     deviations = torch.stack([tree.norm(tree.sub(part, mean)).square() for part in parts])
-    return mean, float((deviations.mean() / (count - 1)).sqrt())
+    return mean, (deviations.mean() / (count - 1)).sqrt()
 
 
 def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> LinearOperator:
@@ -185,18 +206,3 @@ def as_operator(operator: LinearOperator | Callable[[Params], Params]) -> Linear
     if callable(operator):
         return FunctionOperator(operator)
     raise TypeError(f"operator must be a LinearOperator or a function of Params, got {type(operator).__name__}")
-
-
-def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
-    """Raise ValueError where a term is for something that is not an implicit lower variable."""
-    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
-    if unknown:
-        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")
-
-
-def check_tikhonov(tikhonov: Tikhonov) -> None:
-    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
-    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
-        check_number(f"tikhonov[{name!r}]", value)
-    if not isinstance(tikhonov, Mapping):
-        check_number("tikhonov", tikhonov)

@@ -7,35 +7,57 @@ from bilevel.tree import Params
 
 
 class Status(Enum):
-    """How a solve ended; the value says what happened and what to do."""
+    """How a solve ended; the value says what happened and what to do.
+
+    tikhonov stands for a multiple of the identity that is added to A (`TikhonovOperator`, `linearize`).
+    """
 
     CONVERGED = "converged: the relative residual is at or below rtol"
+    AT_THE_NOISE = (
+        'at the noise: the residual is at or below what another choice of batches would change (rtol="noise"); more '
+        "Hessian batches lower it"
+    )
+    LOST_IN_THE_NOISE = (
+        "lost in the noise: another choice of batches would change A x by more than the right-hand side "
+        '(rtol="noise"), so that these cannot tell the solution from zero; take more Hessian batches, or raise tikhonov'
+    )
     BUDGET = "budget: the fixed number of iterations that was asked for was made (rtol=None)"
+    NEGATIVE_CURVATURE_PASSED = (
+        "negative curvature passed: the fixed number of iterations that was asked for was made through a direction "
+        "with d'Ad <= 0 (through_negative_curvature=True), so A is not positive definite and what was found need not "
+        "be near a solution; raise tikhonov where it should be"
+    )
     NOT_CONVERGED = (
-        "not converged: the residual is above rtol after max_iterations or at the rounding level; raise max_iterations "
-        "or rtol, or damp the system"
+        "not converged: the residual is above rtol after max_iterations or at the rounding level; raise "
+        "max_iterations, rtol or tikhonov"
     )
     NEGATIVE_CURVATURE = (
         "negative curvature: a direction with d'Ad <= 0 was met, so A is not positive definite and the best iterate "
-        "before it was kept; raise damping or tikhonov, train the lower level further, or use MINRES"
+        "before it was kept; raise tikhonov, train the lower level further, or use MINRES"
     )
     DIVERGED = (
-        "diverged: the residual grew and the best iterate was kept; raise damping or tikhonov, or give Neumann a "
-        "smaller scale"
+        "diverged: the residual grew, and the best iterate was kept (layer-wise the last one); raise tikhonov, or give "
+        "Neumann a smaller scale"
     )
     NON_FINITE = (
         "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step "
         "sizes"
     )
     INCONSISTENT = (
-        "inconsistent: A is singular and the right-hand side is not in its range, so there is no solution; add damping "
-        "or tikhonov, or leave the variables without curvature out of `implicit`"
+        "inconsistent: A is singular and the right-hand side is not in its range, so there is no solution; raise "
+        "tikhonov, or leave the variables without curvature out of `implicit`"
     )
 
     @property
     def ok(self) -> bool:
         """Whether the solve did what was asked."""
-        return self in (Status.CONVERGED, Status.BUDGET)
+        return self in (
+            Status.CONVERGED,
+            Status.AT_THE_NOISE,
+            Status.LOST_IN_THE_NOISE,
+            Status.BUDGET,
+            Status.NEGATIVE_CURVATURE_PASSED,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +82,9 @@ class Solution:
         tikhonov: Tikhonov's addition to A after a breakdown (`Escalating`). Where it is not 0, value, status,
             iterations, residual_norms and residual_curve are those of ``(A + tikhonov I) x = b``; the other numbers
             stay those of A.
-        noise: standard error of A x, relative to b, from the choice of A's batches, where the solver measured it
-            (``CG(rtol="noise")``); None otherwise.
+        noise: standard error of A x, relative to b, from the choice of A's batches, measured on one product for
+            nothing: by ``CG(rtol="noise")``, and by a `System` of several batches in one process. None otherwise: it
+            was not measured.
         residual_without_tikhonov: ``||b - A x|| / ||b||`` where tikhonov is not 0; None otherwise, residual_norms
             saying it.
     """

@@ -33,6 +33,11 @@ class Solver(ABC):
         """Whether a first iterate makes any difference."""
         return True
 
+    @property
+    def tolerance(self) -> float | None:
+        """The relative residual that a solve goes to; None where no number was asked for."""
+        return None
+
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
         return None

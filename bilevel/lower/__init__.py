@@ -3,10 +3,18 @@
 from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.once import OncePerProblem
+from bilevel.lower.once import OncePerProblem, PerProblem
 from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
-from bilevel.lower.selection import Selection, check_selection, selected
+from bilevel.lower.sampling import are_samples, halves
+from bilevel.lower.selection import (
+    Selection,
+    Tikhonov,
+    check_selection,
+    check_tikhonov,
+    check_tikhonov_names,
+    selected,
+)
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
 from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
 
@@ -17,19 +25,25 @@ __all__ = [
     "LowerSolver",
     "OncePerProblem",
     "OutOfTime",
+    "PerProblem",
     "Resolved",
     "Selection",
     "Solves",
     "StaleSystemError",
+    "Tikhonov",
+    "are_samples",
     "check_batch",
     "check_batches",
     "check_marks",
     "check_recordable",
     "check_selection",
+    "check_tikhonov",
+    "check_tikhonov_names",
     "cross_examined",
     "differentiates",
     "examine_cross",
     "examine_curvature",
+    "halves",
     "lower_derivatives",
     "lower_value",
     "reweighted",

@@ -66,7 +66,7 @@ def training_derivatives(
 
         loss, gradient = micro_batched_gradient(
             outputs,
-            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(z, batch)),
+            lambda z: check_scalar("lower_output_loss", problem.lower_output_loss(x, z, batch)),
             y,
             problem.split_batch(batch, micro_batch),
         )

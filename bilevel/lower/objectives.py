@@ -1,5 +1,6 @@
 """The lower level's objective as HVP providers take it: one function a batch, randomness and buffers fixed."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from bilevel.lower.reach import examine_lower
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import chunk_seeds, curvature_pass
 from bilevel.problem import Problem
-from bilevel.products import ComposedObjective, Objective, check_rows
+from bilevel.products import ComposedObjective, Objective, check_outputs, check_rows
 from bilevel.tree import Params
 
 
@@ -44,22 +45,22 @@ class LowerObjectives:
     def composed(self, batch: Any, seed: int) -> ComposedObjective:
         """L on a batch with the outputs and the loss of the outputs apart."""
 
-        def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Tensor:
+        def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Any:
             with curvature_pass(seed, self.watch):
-                z = self.problem.lower_outputs(upper, {**self.everything, **variables}, batch)
+                z = check_outputs(self.problem.lower_outputs(upper, {**self.everything, **variables}, batch))
             examine_lower(self.problem, "lower_outputs", z, variables)
             return z
 
-        def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Tensor:
+        def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Any:
             return check_rows(outputs(chunk, seed, upper, variables), chunk)
 
-        def split(size: int) -> list[Objective]:
+        def split(size: int) -> list[Callable[[Params, Params], Any]]:
             chunks = self.problem.split_batch(batch, size)
             return [partial(rows, *one) for one in zip(chunks, chunk_seeds(seed, len(chunks)), strict=True)]
 
-        def loss(z: Tensor) -> Tensor:
+        def loss(upper: Params, z: Any) -> Tensor:
             with curvature_pass(seed, self.watch):
-                return check_scalar("lower_output_loss", self.problem.lower_output_loss(z, batch))
+                return check_scalar("lower_output_loss", self.problem.lower_output_loss(upper, z, batch))
 
         return ComposedObjective(partial(outputs, batch, seed), loss, split)
 
@@ -71,8 +72,8 @@ class LowerObjectives:
         whole = self.whole(batch, self.seed)(upper, variables)
         if not torch.isclose(parts, whole, rtol=torch.finfo(whole.dtype).eps ** 0.5, equal_nan=True):
             raise ValueError(
-                f"lower_output_loss(lower_outputs(...)) = {float(parts):.6g}, but lower_objective = {float(whole):.6g} "
-                "on lower_batches[0]; the two must be the same function, random masks included"
+                f"lower_output_loss(upper, lower_outputs(...)) = {float(parts):.6g}, but lower_objective = "
+                f"{float(whole):.6g} on lower_batches[0]; the two must be the same function, random masks included"
             )
 
     def regularizer(self, upper: Params, variables: Params) -> Tensor | None:

@@ -1,10 +1,13 @@
-"""Which lower variables respond to the upper ones: the arguments named `implicit`."""
+"""Which lower variables respond to the upper ones, and what is added to the system for them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from bilevel.checks import check_number
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
+Tikhonov = float | Mapping[str, float]
+"""One number, or one per lower name."""
 Selection = Callable[[str], bool] | Iterable[str]
 """Names, or a predicate on names."""
 
@@ -47,3 +50,18 @@ def selected(problem: Problem, lower: Params, implicit: Selection | None) -> tup
     if not names:
         raise ValueError(f"implicit selects no lower variable; it must match at least one of {list(lower)}")
     return names
+
+
+def check_tikhonov(tikhonov: Tikhonov) -> None:
+    """Raise ValueError unless this is a finite number >= 0, or such numbers under names."""
+    for name, value in tikhonov.items() if isinstance(tikhonov, Mapping) else ():
+        check_number(f"tikhonov[{name!r}]", value)
+    if not isinstance(tikhonov, Mapping):
+        check_number("tikhonov", tikhonov)
+
+
+def check_tikhonov_names(tikhonov: Tikhonov, names: Sequence[str]) -> None:
+    """Raise ValueError where a term is for something that is not an implicit lower variable."""
+    unknown = sorted(set(tikhonov) - set(names)) if isinstance(tikhonov, Mapping) else []
+    if unknown:
+        raise ValueError(f"tikhonov names {unknown}, which are not implicit lower variables; there are {list(names)}")

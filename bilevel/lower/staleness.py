@@ -54,7 +54,7 @@ def check_marks(before: Sequence[Mark], named: Iterable[tuple[str, Tensor]]) -> 
         if written or checksum != old.checksum:
             raise StaleSystemError(
                 f"{name} changed after linearize (version {old.version} -> {version}, checksum {old.checksum} -> "
-                f"{checksum}); call linearize again"
+                f"{checksum}); call linearize again, or keep the objectives from writing to it if nothing else does"
             )
 
 
@@ -98,19 +98,30 @@ def _is_part(tensor: Tensor) -> bool:
 
 def _whole_sum(tensor: Tensor) -> str:
     """Over all entries, each by its place, so that an exchange of two of them is seen."""
-    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    flat = _numbers(tensor.detach()).resolve_conj().resolve_neg().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
     return float.hex(float(torch.dot(flat.to(torch.float64), places)))
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.layout is not torch.strided:
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = _numbers(tensor.detach())
     # In the order of memory, so that flattening a channels-last batch copies nothing.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.float64).sum()
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].resolve_conj().resolve_neg()
+    return (torch.view_as_real(sample) if sample.is_complex() else sample).to(torch.float64).sum()
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """What a tensor of any layout holds, as a strided one."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.is_nested or tensor.layout in _COMPRESSED:
+        tensor = tensor.values()
+    elif tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.int_repr() if tensor.is_quantized else tensor
+
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)

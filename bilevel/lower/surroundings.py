@@ -1,12 +1,13 @@
-"""What may surround a call that differentiates (gradient modes, autocast), and the batches that it is given."""
+"""What may surround a call that differentiates: gradient modes and autocast."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from bilevel import tree
 
@@ -41,18 +42,30 @@ def differentiates(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def check_batch(argument: str, batches: Iterable[Any]) -> None:
-    """Raise TypeError for a batch with a tensor of inference mode or of a torch.func transform around the call."""
-    for index, tensor in enumerate(tree.tensors_in(list(batches))):
+    """Raise TypeError for a batch that is a DataLoader, or that has a tensor of inference mode or of a torch.func
+    transform around the call."""
+    batches = list(batches)
+    if any(isinstance(batch, DataLoader) for batch in batches):
+        raise TypeError(f"{argument}: a DataLoader is no batch; pass next(iter(loader)) in its place")
+    for index, tensor in enumerate(tree.tensors_in(batches)):
         tree.check_plain(f"{argument}, tensor {index}", tensor)
 
 
 def check_batches(lower_batches: Sequence[Any]) -> None:
     """Raise unless these are one or more batches in a sequence."""
     if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
-        raise TypeError(
-            f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; pass [batch] "
-            "for a single one"
-        )
+        remedy = "pass [batch] for a single one"
+        if isinstance(lower_batches, (DataLoader, Iterator)):
+            remedy = (
+                "the linear system is that of a few fixed batches: pass list(itertools.islice(lower_batches, K)) for K "
+                "of them"
+            )
+        elif isinstance(lower_batches, Dataset):
+            remedy = (
+                "draw batches of it: list(itertools.islice(DataLoader(dataset, batch_size=..., shuffle=True), K)) for "
+                "K of them"
+            )
+        raise TypeError(f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; {remedy}")
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
     check_batch("lower_batches", lower_batches)

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from bilevel.distributed import rank, world_size
+from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layer
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
@@ -170,6 +172,9 @@ def functional_call(
     attention takes torch's plain kernel, since the fused ones do not differentiate twice: slower, and with memory that
     grows with the square of the sequence length. The logger "bilevel" says so once a process, at level INFO, where the
     module holds an `nn.MultiheadAttention`; direct calls of ``scaled_dot_product_attention`` are switched unannounced.
+    Weight normalisation, `nn.EmbeddingBag` and recurrent layers are computed by operations that differentiate twice,
+    sparse embeddings with dense gradients, and spectral normalisation in train mode by the exact singular value in
+    place of a power iteration, whose vectors torch holds fixed.
 
     Args:
         params: parameter or buffer name -> tensor; names that are left out keep the module's own tensors.
@@ -178,14 +183,15 @@ def functional_call(
             layer gets its own mode back afterwards. None leaves the modes as they are: the same in both levels.
 
     Raises:
-        ValueError: `params` names something the module does not have.
+        ValueError: `params` names something the module does not have; a lazy module that has not been called yet.
         TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
-            torch's SyncBatchNorm over several ranks); the message gives the remedy.
+            torch's SyncBatchNorm over several ranks, embeddings with `max_norm` or `scale_grad_by_freq`); the message
+            gives the remedy.
         RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
     curvature = _in_curvature_pass.get()
     _refuse_wrappers(module, curvature)
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     unknown = [name for name in params if name not in parameters and name not in buffers]
     if unknown:
@@ -193,8 +199,15 @@ def functional_call(
             f"functional_call: {type(module).__name__} has no parameter or buffer named {unknown[0]!r} "
             f"({len(unknown)} such names); it has {sorted(parameters)[:5]}..."
         )
+    lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"functional_call: parameter {lazy[0]!r} of {type(module).__name__} has no shape yet; call the module once "
+            "on a batch first"
+        )
     keywords = dict(kwargs) if kwargs else None
     with ExitStack() as stack:
+        stack.enter_context(own_parametrization_cache())
         if training is not None:
             stack.enter_context(_in_mode(module, training))
         if not curvature and not _buffers_kept.get():
@@ -205,6 +218,7 @@ def functional_call(
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
             stack.enter_context(_without_running_statistics(module))
+            stack.enter_context(differentiable_layers(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
         read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
         notes = _buffer_notes.get() if curvature else None
@@ -304,6 +318,7 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
             )
         if not curvature:
             continue
+        refuse_layer(layer, module)
         # torch.compile's wrapper has no public type: it keeps the bare module as the child `_orig_mod`, and
         # Module.compile() its call in `_compiled_call_impl`.
         if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:

@@ -4,14 +4,17 @@ from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
 from bilevel.products.graph import graph_nodes, reached
 from bilevel.products.graph_memory import graph_bytes
-from bilevel.products.hvp import FiniteDifference, ForwardOverReverse, HVPProvider, Objective, ReverseOverReverse
-from bilevel.products.lost_curvature import (
-    LOST,
-    CurvatureErrors,
-    curvature_errors,
-    suspicious_operations,
+from bilevel.products.hvp import (
+    FiniteDifference,
+    ForwardOverReverse,
+    HVPProvider,
+    Linearization,
+    Objective,
+    ReverseOverReverse,
 )
-from bilevel.products.micro_batch import MicroBatched, check_rows, micro_batched_gradient
+from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
+from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
+from bilevel.products.outputs import check_outputs, check_rows
 
 __all__ = [
     "HVP",
@@ -23,11 +26,13 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Linearization",
     "Measurement",
     "MicroBatched",
     "Objective",
     "ReverseOverReverse",
     "as_provider",
+    "check_outputs",
     "check_rows",
     "curvature_errors",
     "graph_bytes",

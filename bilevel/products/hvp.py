@@ -7,6 +7,7 @@ Costs are in units of one plain gradient of L.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
 from typing import final
@@ -17,6 +18,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.checks import check_number
 from bilevel.nn import CheapDoubleBackward
+from bilevel.products.forward_mode import forward_mode
 from bilevel.products.graph import reached
 from bilevel.products.graph_memory import GraphAccount, graph_bytes
 from bilevel.tree import Params
@@ -145,7 +147,8 @@ class ForwardOverReverse(HVPProvider):
     """``H w = jvp of grad`` by torch.func: about one third less memory traffic than a double backward, no kept graph.
 
     The order matters: jvp of jacrev gives wrong products through BatchNorm in train mode, jvp of grad is exact.
-    Every operation of the objective needs a forward-mode rule.
+    Every operation of the objective needs a forward-mode rule; where one has none, a RuntimeError names it, and the
+    layer where that is known.
 
     Gradients and products of one system see the same random masks, but not always those of the other providers with
     the same seed: torch fills a dropout mask in the order in which the activations lie in memory, and its transforms
@@ -243,13 +246,19 @@ class _Forward(Linearization):
     def gradient_at(self, upper: Params) -> Params:
         # By the same transform as the products: random masks are drawn in another order without it.
         point = tree.detach(upper)
-        return tree.detach(torch.func.grad(lambda y: self.objective(point, y))(tree.detach(self.lower)))
+        with self._explained():
+            return tree.detach(torch.func.grad(lambda y: self.objective(point, y))(tree.detach(self.lower)))
 
     def _derivative(self, gradient: Callable[[Params], Params], vector: Params) -> tuple[Params, Params]:
         """A gradient as a function of y, and its directional derivative, at the point."""
         y = tree.detach(self.lower)
-        value, product, *_ = torch.func.jvp(gradient, (y,), ({name: vector[name] for name in y},))
+        with self._explained():
+            value, product, *_ = torch.func.jvp(gradient, (y,), ({name: vector[name] for name in y},))
         return value, product
+
+    def _explained(self) -> AbstractContextManager[None]:
+        reverse = ReverseOverReverse().linearize(self.objective, self.upper, self.lower)
+        return forward_mode("ForwardOverReverse", lambda: reverse.hessian(self.lower))
 
 
 class _Difference(Linearization):

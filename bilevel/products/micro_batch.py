@@ -18,17 +18,19 @@ from torch.autograd import forward_ad
 from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.nn import chunk_seeds, training_pass
+from bilevel.products.forward_mode import forward_mode
 from bilevel.products.gauss_newton import ComposedObjective
 from bilevel.products.graph import reached
-from bilevel.products.hvp import HVPProvider, Linearization, Objective
+from bilevel.products.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
+from bilevel.products.outputs import check_rows, differentiable, joined, replaced, split_rows
 from bilevel.tree import Params
 
-Pass = Callable[[Params], Tensor]
+Pass = Callable[[Params], Any]
 """The outputs of one chunk as a function of the variables."""
 
 
 def micro_batched_gradient(
-    outputs: Callable[[Params, Any], Tensor], loss: Callable[[Tensor], Tensor], variables: Params, chunks: Sequence[Any]
+    outputs: Callable[[Params, Any], Any], loss: Callable[[Any], Tensor], variables: Params, chunks: Sequence[Any]
 ) -> tuple[Tensor, Params]:
     r"""The value and the gradient of :math:`\ell(z(y))`, z the outputs of all chunks below each other; for training
     steps.
@@ -46,7 +48,8 @@ def micro_batched_gradient(
     (LayerNorm, GroupNorm) to have the whole batch's model.
 
     Args:
-        outputs: ``(variables, chunk) -> z_c``, one row per sample of the chunk; two views make ``[n, 2, d]``.
+        outputs: ``(variables, chunk) -> z_c``, a tensor or a structure of tensors (as `Problem.lower_outputs` may
+            give) with one row per sample of the chunk; two views make ``[n, 2, d]``.
         loss: z of the whole batch -> 0-d.
         chunks: the batch's parts in order (`Problem.split_batch`).
 
@@ -54,8 +57,9 @@ def micro_batched_gradient(
         The loss, detached, and its gradient; variables that the outputs do not use get zeros.
 
     Raises:
-        TypeError: outputs that are not a tensor.
-        ValueError: no chunks, or outputs with another number of rows than their chunk.
+        TypeError: outputs that are neither a tensor nor a structure of tensors.
+        ValueError: no chunks, outputs with another number of rows than their chunk, or chunks whose outputs differ in
+            structure or in what is no tensor.
     """
     if not chunks:
         raise ValueError("chunks is empty; pass at least one part of the batch")
@@ -63,7 +67,7 @@ def micro_batched_gradient(
 
     def passes(*, write_buffers: bool) -> list[Pass]:
         def one(chunk: Any, seed: int) -> Pass:
-            def call(y: Params) -> Tensor:
+            def call(y: Params) -> Any:
                 with training_pass(seed, write_buffers=write_buffers):
                     return check_rows(outputs(y, chunk), chunk)
 
@@ -77,18 +81,24 @@ def micro_batched_gradient(
 @final
 @dataclass(frozen=True)
 class MicroBatched(HVPProvider):
-    r"""Exact products for :math:`L(x, y) = \ell(z(x, y))` in chunks of samples, z having one row per sample.
+    r"""Exact products for :math:`L(x, y) = \ell(x, z(x, y))` in chunks of samples, every tensor of the outputs z having
+    one row per sample.
 
     With u = dl/dz, :math:`\dot z = (\partial z/\partial y) w` and :math:`\dot u = (\partial^2 \ell/\partial z^2) \dot
     z`, which are taken on the whole batch:
 
-    .. math:: \frac{\partial^2 L}{\partial y^2} w = \sum_c \frac{\partial}{\partial y} \left[ \left\langle
+    .. math:: \frac{\partial^2 L}{\partial y^2} w &= \sum_c \frac{\partial}{\partial y} \left[ \left\langle
        \frac{\partial \langle u_c, z_c \rangle}{\partial y}, w \right\rangle + \langle \dot u_c, z_c \rangle \right],
+       \\ \frac{\partial^2 L}{\partial x \partial y} w &= \sum_c \frac{\partial}{\partial x} \left[ \left\langle
+       \frac{\partial \langle u_c, z_c \rangle}{\partial y}, w \right\rangle + \langle \dot u_c, z_c \rangle \right]
+       + \frac{\partial \langle u, \dot z \rangle}{\partial x},
 
-    and d/dx of the same bracket for the cross term. The tangent takes forward mode, so that every operation of the
-    outputs needs a forward-mode rule; the bracket takes reverse mode twice. For convolutional networks on a CPU a
-    product costs 4.5 to 7 gradients, where one by `ReverseOverReverse` costs 3.5 to 4.5. The Problem must define
-    `lower_outputs` and `lower_output_loss`. Random masks are drawn per chunk and the same in every product.
+    where :math:`u, \dot u` and :math:`\dot z` are constants in the brackets, and the last term is the derivative of
+    :math:`u(x, z)` in the x that the loss itself takes, at constant z and :math:`\dot z`. The tangent takes forward
+    mode, so that every operation of the outputs needs a forward-mode rule (a RuntimeError names the one that has
+    none); the brackets take reverse mode twice. For convolutional networks on a CPU a product costs 4.5 to 7 gradients,
+    where one by `ReverseOverReverse` costs 3.5 to 4.5. The Problem must define `lower_outputs` and `lower_output_loss`.
+    Random masks are drawn per chunk and the same in every product.
 
     Equal to the whole batch's products wherever samples meet in the loss alone. BatchNorm in train mode normalises each
     chunk by the chunk's own statistics: a different model, of which these are the exact products. Freeze the statistics
@@ -124,81 +134,100 @@ class _MicroBatched(Linearization):
 
     def hessian(self, vector: Params) -> Params:
         x, y = tree.detach(self.upper), tree.as_variables(self.lower)
-        self._gradient, product = self._product(vector, x, y, y)
+        slopes, _ = self._slopes(vector, x, {})
+        self._gradient, product = self._product(slopes, vector, x, y, y)
         return product
 
     def cross(self, vector: Params, upper: Params) -> Params:
         x, y = tree.as_variables(upper), tree.as_variables(self.lower)
-        return self._product(vector, x, y, x)[1]
+        slopes, through_loss = self._slopes(vector, x, x)
+        return tree.add(through_loss, self._product(slopes, vector, x, y, x)[1])
 
     def gradient_at(self, upper: Params) -> Params:
         x = tree.detach(upper)
         passes: list[Pass] = [lambda y, outputs=outputs: outputs(x, y) for outputs in self.chunks]
-        return _gradient(passes, passes, self.loss, self.lower)[1]
+        return _gradient(passes, passes, lambda z: self.loss(x, z), self.lower)[1]
 
     @torch.enable_grad()
     def reached_upper(self) -> set[str]:
         x, y = tree.as_variables(self.upper), tree.as_variables(self.lower)
-        return set().union(*(reached([outputs(x, y)], x) for outputs in self.chunks))
+
+        def reached_by(z: Any) -> tuple[set[str], Any]:
+            """Names, and the outputs without their graph, of which one shall live at a time."""
+            tensors = differentiable(z)
+            return reached(tensors.values(), x), replaced(z, tree.detach(tensors))
+
+        found, parts = zip(*[reached_by(outputs(x, y)) for outputs in self.chunks], strict=True)
+        return set().union(*found, reached([self.loss(x, joined(parts))], x))
 
     @torch.enable_grad()
-    def _product(self, vector: Params, x: Params, y: Params, wrt: Params) -> tuple[Params, Params]:
-        """dL/dy, and the derivative of <dL/dy, vector> in `wrt`, which is x or y."""
+    def _product(
+        self, slopes: list[tuple[Params, Params]], vector: Params, x: Params, y: Params, wrt: Params
+    ) -> tuple[Params, Params]:
+        """dL/dy, and the derivative of <dL/dy, vector> in `wrt`, which is x or y, through the outputs."""
         gradient, product = tree.zeros_like(y), tree.zeros_like(wrt)
-        for outputs, (u, u_dot) in zip(self.chunks, self._slopes(vector, x), strict=True):
-            z = outputs(x, y)
-            g = tree.gradients((u * z).sum(), y, create_graph=True)
+        for outputs, (u, u_dot) in zip(self.chunks, slopes, strict=True):
+            z = differentiable(outputs(x, y))
+            g = tree.pullback(z, u, [y], create_graph=True)[0]
             gradient = tree.add(gradient, tree.detach(g))
-            tagged = {f"slope of {name}": leaf for name, leaf in g.items()}
-            directions = {f"slope of {name}": vector[name] for name in g}
-            part = tree.pullback({"z": z, **tagged}, {"z": u_dot, **directions}, [wrt])[0]
+            part = tree.pullback(_tagged(output=z, slope=g), _tagged(output=u_dot, slope=vector), [wrt])[0]
             product = tree.add(product, part)
         return gradient, product
 
-    def _slopes(self, vector: Params, upper: Params) -> list[tuple[Tensor, Tensor]]:
-        """u and its tangent for every chunk."""
-        x = tree.detach(upper)
-        z, z_dot = [], []
+    @torch.enable_grad()
+    def _slopes(self, vector: Params, x: Params, wrt: Params) -> tuple[list[tuple[Params, Params]], Params]:
+        """u and its tangent for every chunk, and the derivative of <u, dz/dy vector> in `wrt` (x or nothing) through
+        the loss alone."""
+        parts, tangents = self._tangents(vector, tree.detach(x))
+        rows, whole = [differentiable(part) for part in parts], joined(parts)
+        point = tree.as_variables(differentiable(whole))
+        slope = tree.gradients(self.loss(x, replaced(whole, point)), point, create_graph=True)
+        z_dot = {place: torch.cat([tangent[place] for tangent in tangents]) for place in point}
+        curved, through_loss = tree.pullback(slope, z_dot, [point, wrt])
+        slopes = zip(split_rows(tree.detach(slope), rows), split_rows(curved, rows), strict=True)
+        return list(slopes), through_loss
+
+    def _some_loss(self, x: Params, y: Params) -> Tensor:
+        """A loss of the first chunk's outputs, to see whether these differentiate in reverse mode."""
+        parts = differentiable(self.chunks[0](x, y)).values()
+        return torch.stack([(leaf * leaf.conj()).real.sum() for leaf in parts]).sum()
+
+    def _tangents(self, vector: Params, x: Params) -> tuple[list[Any], list[Params]]:
+        """Every chunk's outputs, and their tensors' derivatives along `vector`."""
+        parts, tangents = [], []
+        reverse = ReverseOverReverse().linearize(self._some_loss, x, self.lower)
+        explained = forward_mode("MicroBatched", lambda: reverse.hessian(self.lower))
         # Not torch.func.jvp: it hides the tensors' memory layout, in whose order a plain pass fills random masks.
-        with torch.no_grad(), forward_ad.dual_level():
+        with explained, torch.no_grad(), forward_ad.dual_level():
             y = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in self.lower.items()}
             for outputs in self.chunks:
-                value, tangent = forward_ad.unpack_dual(outputs(x, y))
-                z.append(value)
-                z_dot.append(torch.zeros_like(value) if tangent is None else tangent)
-        point = {"z": torch.cat(z).requires_grad_()}
-        slope = tree.gradients(self.loss(point["z"]), point, create_graph=True)
-        curved = tree.pullback(slope, {"z": torch.cat(z_dot)}, [point])[0]
-        rows = [len(part) for part in z]
-        return list(zip(slope["z"].detach().split(rows), curved["z"].split(rows), strict=True))
+                duals = outputs(x, y)
+                pairs = {place: forward_ad.unpack_dual(leaf) for place, leaf in differentiable(duals).items()}
+                parts.append(replaced(duals, {place: primal for place, (primal, _) in pairs.items()}))
+                tangents.append(
+                    {p: torch.zeros_like(primal) if dot is None else dot for p, (primal, dot) in pairs.items()}
+                )
+        return parts, tangents
 
 
 @torch.enable_grad()
 def _gradient(
-    first: Sequence[Pass], second: Sequence[Pass], loss: Callable[[Tensor], Tensor], variables: Params
+    first: Sequence[Pass], second: Sequence[Pass], loss: Callable[[Any], Tensor], variables: Params
 ) -> tuple[Tensor, Params]:
     """The loss and its gradient; `first` are the passes without a graph, `second` those with one."""
     with torch.no_grad():
-        z = [outputs(tree.detach(variables)) for outputs in first]
-    point = {"z": torch.cat(z).requires_grad_()}
-    value = loss(point["z"])
-    slopes = tree.gradients(value, point)["z"].split([len(part) for part in z])
+        parts = [outputs(tree.detach(variables)) for outputs in first]
+    whole = joined(parts)
+    point = tree.as_variables(differentiable(whole))
+    value = loss(replaced(whole, point))
+    slopes = split_rows(tree.gradients(value, point), [differentiable(part) for part in parts])
     y = tree.as_variables(variables)
     total = tree.zeros_like(y)
     for outputs, slope in zip(second, slopes, strict=True):
-        total = tree.add(total, tree.pullback({"z": outputs(y)}, {"z": slope}, [y])[0])
+        total = tree.add(total, tree.pullback(differentiable(outputs(y)), slope, [y])[0])
     return value.detach(), total
 
 
-def check_rows(outputs: object, chunk: Any) -> Tensor:
-    """Raise unless the outputs of a chunk have a row for each sample; samples are counted where all tensors agree."""
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"lower outputs must be a tensor, got {type(outputs).__name__}")
-    lengths = {tensor.shape[:1] for tensor in tree.tensors_in(chunk)}
-    if outputs.dim() == 0 or (len(lengths) == 1 and outputs.shape[:1] not in lengths):
-        raise ValueError(
-            f"micro-batching needs outputs with one row per sample, got shape {tuple(outputs.shape)} for a chunk whose "
-            f"tensors have the lengths {sorted(list(length) for length in lengths)}; stack views along dimension 1, as "
-            "[n, views, d], and leave means over samples to the loss"
-        )
-    return outputs
+def _tagged(**trees: Params) -> Params:
+    """Several trees as one."""
+    return {f"{kind} {name}": leaf for kind, named in trees.items() for name, leaf in named.items()}

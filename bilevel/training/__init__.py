@@ -5,6 +5,7 @@ from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSO
 from bilevel.training.engine import NonFiniteError, Training
 from bilevel.training.inspection import Inspect
 from bilevel.training.level import Level, LRSchedule
+from bilevel.training.loader import LoaderSource
 from bilevel.training.schedule import AlternatingSchedule
 from bilevel.training.single_level import Derivatives, SingleLevelTrainer, gradient_of
 from bilevel.training.trackers import TensorBoardLogger, Tracker, TrackerError, WandbLogger
@@ -23,6 +24,7 @@ __all__ = [
     "JSONLWriter",
     "LRSchedule",
     "Level",
+    "LoaderSource",
     "NonFiniteError",
     "ProgressBar",
     "Record",

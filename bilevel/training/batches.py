@@ -40,6 +40,11 @@ class BatchSource(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` says."""
 
+    def close(self) -> None:
+        """Let go of what the stream holds open, such as processes; it can be drawn from again. A training's `run` ends
+        with it."""
+        return None
+
 
 @final
 class BatchStack(BatchSource):
@@ -141,7 +146,7 @@ class Cycle(BatchSource):
     """
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        _check_batches("Cycle: batches", batches)
+        check_batches("Cycle: batches", batches)
         self.batches, self._position = tuple(batches), 0
 
     def begin_stage(self, steps: int) -> None:
@@ -159,25 +164,8 @@ class Cycle(BatchSource):
         self._position = state["position"]
 
 
-def as_source(argument: str, data: object) -> BatchSource:
-    """The source that an argument stands for: itself, a `Cycle` of a list or tuple of batches.
-
-    Raises:
-        TypeError: anything else.
-        ValueError: no batches.
-    """
-    if isinstance(data, BatchSource):
-        return data
-    if isinstance(data, (list, tuple)):
-        _check_batches(argument, data)
-        return Cycle(data)
-    raise TypeError(
-        f"{argument} must be a BatchSource or a list of batches, got {type(data).__name__}; a list is cycled through "
-        "as it is, and BatchStack(size, batch_size, load, seed=...) draws and shuffles batches anew"
-    )
-
-
-def _check_batches(argument: str, batches: Sequence[Any]) -> None:
+def check_batches(argument: str, batches: Sequence[Any]) -> None:
+    """Raise unless these are one or more batches in a list or tuple."""
     check_kind(argument, batches, (list, tuple), "a list or tuple of batches")
     if isinstance(batches, tuple) and len(batches) > 1 and all(isinstance(item, Tensor) for item in batches):
         raise TypeError(

@@ -71,6 +71,11 @@ class Training(ABC):
     def _advance(self) -> None:
         """The unit itself."""
 
+    @property
+    @abstractmethod
+    def planned(self) -> dict[str, int]:
+        """Steps of the whole training, by level."""
+
     @abstractmethod
     def kept(self) -> dict[str, Any]:
         """What a checkpoint must hold beyond the levels' variables: buffers, momentum targets."""
@@ -82,11 +87,15 @@ class Training(ABC):
             NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
             Interrupted: a signal asked for it; the callbacks have been told.
             RuntimeError: under torch.inference_mode.
-            ValueError: ranks have other variables.
+            ValueError: ranks have other variables, or a level's schedule ends before its steps do.
         """
         check_recordable(f"{type(self).__name__}.run")
         for name, level in self.levels.items():
             check_replicated(name, level.params)
+            try:
+                level.check_planned(self.planned[name] - self.steps[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         with interruption.deferred():
             for callback in self.callbacks:
                 callback.on_run_start(self)
@@ -101,6 +110,8 @@ class Training(ABC):
                     callback.on_interrupt(self)
                 raise
             finally:
+                for level in self.levels.values():
+                    level.data.close()
                 for callback in self.callbacks:
                     callback.on_run_end(self)
 

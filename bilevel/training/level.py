@@ -1,21 +1,28 @@
 """One level of a training: its variables, what changes them, and where its batches come from."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+import io
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
-from bilevel.training.batches import BatchSource, as_source
+from bilevel.training.batches import BatchSource
+from bilevel.training.sources import as_source
 from bilevel.tree import Params
 
 
 @runtime_checkable
 class LRSchedule(Protocol):
-    """A learning-rate schedule, stepped once after every optimizer step (any of torch.optim.lr_scheduler)."""
+    """A learning-rate schedule, stepped without arguments once after every optimizer step (any of
+    torch.optim.lr_scheduler but ReduceLROnPlateau, which needs a metric)."""
 
     def step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -29,9 +36,13 @@ class Level:
 
     Args:
         params: leaf tensors by name.
-        optimizer: any of torch.optim, holding exactly these tensors.
-        data: a `BatchSource`, or a list or tuple of batches that is cycled through.
-        scheduler: stepped once after each of the level's steps.
+        optimizer: any of torch.optim that steps from dense gradients (not LBFGS, SparseAdam), holding exactly these
+            tensors; it minimises.
+        data: a ``torch.utils.data.DataLoader``, iterated pass after pass and resumed where it was (`LoaderSource`); a
+            list or tuple of batches, which is cycled through; or a `BatchSource`.
+        scheduler: of this optimizer, stepped once after each of the level's steps. Chained and sequential ones, and
+            those that cycle the momentum, included; one of your own without an attribute `optimizer` is taken at its
+            word. A checkpoint holds its numbers; its functions are those it was made with anew.
         max_grad_norm: the level's whole gradient is scaled down to this Euclidean norm where it is longer.
         micro_batch: samples a chunk of a lower step, whose memory is then a chunk's (`micro_batched_gradient`; the
             Problem must define `lower_outputs` and `lower_output_loss`). None passes the batch at once. Solves are
@@ -40,14 +51,16 @@ class Level:
     Raises:
         TypeError: an argument of another kind.
         ValueError: no variables or batches, frozen variables (requires_grad=False beside others that require
-            gradients), variables that share memory, an optimizer with other tensors, or a number out of its range.
+            gradients), variables that share memory, an optimizer with other tensors or one that steps otherwise, a
+            schedule that needs arguments, belongs to another optimizer or cannot be kept in a checkpoint, or a number
+            out of its range.
     """
 
     def __init__(
         self,
         params: Params,
         optimizer: torch.optim.Optimizer,
-        data: BatchSource | Sequence[Any],
+        data: DataLoader[Any] | BatchSource | Sequence[Any],
         *,
         scheduler: LRSchedule | None = None,
         max_grad_norm: float | None = None,
@@ -63,13 +76,9 @@ class Level:
             check_number("Level: max_grad_norm", max_grad_norm, positive=True)
         if micro_batch is not None:
             check_count("Level: micro_batch", micro_batch, least=1)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, leaf in params.items() if id(leaf) not in held]
-        if missing or len(held) != len(params):
-            raise ValueError(
-                f"Level: the optimizer must hold exactly the {len(params)} tensors of params; it holds {len(held)} and "
-                f"misses {missing[:3]}. Build it from list(params.values())"
-            )
+        _check_optimizer(optimizer, params)
+        if scheduler is not None:
+            _check_scheduler(scheduler, optimizer)
         self.params, self.optimizer, self.data = params, optimizer, as_source("Level: data", data)
         self.scheduler, self.max_grad_norm, self.micro_batch = scheduler, max_grad_norm, micro_batch
 
@@ -89,6 +98,16 @@ class Level:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scheduler is not None:
             self.scheduler.step()
+
+    def check_planned(self, steps: int) -> None:
+        """Raise ValueError where the schedule ends before `steps` further steps."""
+        if isinstance(self.scheduler, OneCycleLR):
+            left = self.scheduler.total_steps - self.scheduler.last_epoch
+            if steps > left:
+                raise ValueError(
+                    f"scheduler: OneCycleLR ends after {left} more steps (total_steps={self.scheduler.total_steps}), "
+                    f"and {steps} are to be made; pass it as many total_steps as the training has steps of this level"
+                )
 
     @torch.no_grad()
     def restart(self, values: Params) -> None:
@@ -113,6 +132,7 @@ class Level:
             "variables": {name: leaf.detach().clone() for name, leaf in self.params.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "kind": type(self.optimizer).__name__,
+            "schedule": _schedule(self.scheduler),
             "scheduler": None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict()),
         }
 
@@ -130,13 +150,17 @@ class Level:
                 f"optimizer: the state is of {saved[0]} with {saved[1]} parameter group(s), this level has {own[0]} "
                 f"with {own[1]}; make the level as it was made then"
             )
-        if (state["scheduler"] is None) != (self.scheduler is None):
-            there, here = ("one", "none") if self.scheduler is None else ("none", "one")
-            raise ValueError(f"scheduler: the state has {there}, this level {here}; make the level as it was made then")
+        there, here = state["schedule"], _schedule(self.scheduler)
+        if there != here:
+            raise ValueError(
+                f"scheduler: the state has {there or 'none'}, this level {here or 'none'}; make the level as it was "
+                "made then"
+            )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`, in place. Learning rates and other options of the optimizer are those of the state.
+        """Inverse of `state_dict`, in place. Options of the optimizer and numbers of the schedule, learning rates among
+        them, are those of the state; the schedule's functions are its own.
 
         Raises:
             ValueError: the state is of another level.
@@ -147,3 +171,91 @@ class Level:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> None:
+    """Raise ValueError unless a step from dense gradients descends along them, for exactly these tensors."""
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    # The instance's own step may be wrapped by a schedule; the class's has `self` first.
+    needed = _required(type(optimizer).step)[1:]
+    if needed:
+        raise ValueError(
+            f"Level: optimizer: {kind}.step needs {needed[0]!r}, and a level steps from one gradient, checked before "
+            "anything changes; take an optimizer that does, such as torch.optim.SGD or Adam, or solve the lower level "
+            "in a loop of your own and call hypergradient"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ValueError(f"Level: optimizer: {kind} takes sparse gradients alone; take torch.optim.Adam")
+    if any(group.get("maximize") for group in groups):
+        raise ValueError(
+            "Level: optimizer: maximize=True climbs, and both levels are minimised; leave it out, and return the "
+            "negative of what shall grow from the objective"
+        )
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(
+            "Level: optimizer: differentiable=True records steps, and variables change in place here; leave it out "
+            "(Unrolled differentiates lower steps by itself)"
+        )
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    if any(group.get("capturable") for group in groups) and any(tensor.device.type == "cpu" for tensor in tensors):
+        raise ValueError(
+            "Level: optimizer: capturable=True is for variables on a GPU, some are on the CPU; leave it out"
+        )
+    held = {id(tensor) for tensor in tensors}
+    missing = [name for name, leaf in params.items() if id(leaf) not in held]
+    if missing or len(held) != len(params):
+        raise ValueError(
+            f"Level: the optimizer must hold exactly the {len(params)} tensors of params; it holds {len(held)} and "
+            f"misses {missing[:3]}. Build it from list(params.values())"
+        )
+    if len(tensors) != len(held):
+        raise ValueError(
+            f"Level: optimizer: it holds {len(tensors)} entries for {len(held)} tensors, and would step some of them "
+            "more than once; build it from list(params.values())"
+        )
+
+
+def _check_scheduler(scheduler: LRSchedule, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless the schedule steps without arguments, is the optimizer's and fits into a checkpoint."""
+    kind = type(scheduler).__name__
+    needed = _required(scheduler.step)
+    if needed:
+        raise ValueError(
+            f"Level: scheduler: {kind}.step needs {needed[0]!r}, and a level's schedule is stepped without arguments "
+            "after every step; leave it out here, and step it in a callback's on_progress, with the metric or count "
+            "that shall decide"
+        )
+    own = getattr(scheduler, "optimizer", None)
+    # A wrapper around an optimizer shares the groups, which are what a schedule changes.
+    if isinstance(own, torch.optim.Optimizer) and own.param_groups is not optimizer.param_groups:
+        raise ValueError(
+            f"Level: scheduler: this {kind} is of another optimizer, a {type(own).__name__}, and would change nothing "
+            f"here; build it from the level's own {type(optimizer).__name__}"
+        )
+    file = io.BytesIO()
+    try:
+        torch.save(scheduler.state_dict(), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"Level: scheduler: the state_dict of {kind} holds something else than tensors and plain values "
+            f"({str(error).splitlines()[0]}), which no checkpoint could give back; leave functions and objects out of "
+            "it, and make them anew with the schedule"
+        ) from error
+
+
+def _schedule(scheduler: object) -> str | None:
+    """In words, of what kind a schedule is, and of what kinds the ones it is made of."""
+    if scheduler is None:
+        return None
+    # torch has no public name for the parts.
+    parts = [str(_schedule(part)) for part in getattr(scheduler, "_schedulers", [])]
+    return type(scheduler).__name__ + (f"({', '.join(parts)})" if parts else "")
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a call cannot leave out."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    given = inspect.signature(function).parameters.values()
+    return [one.name for one in given if one.default is one.empty and one.kind not in variable]

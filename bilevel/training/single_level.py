@@ -69,6 +69,10 @@ class SingleLevelTrainer(Training):
         """Steps of the whole training."""
         return self._total
 
+    @property
+    def planned(self) -> dict[str, int]:
+        return {"train": self._total}
+
     def _advance(self) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
         loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].data.next()))

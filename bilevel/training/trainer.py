@@ -5,6 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 from weakref import WeakSet
 
@@ -92,6 +93,7 @@ class Trainer(Training):
         self.problem, self.schedule, self.method = problem, schedule, as_method(method)
         self.upper, self.lower = upper, lower
         self._on_failure: OnFailure = on_failure
+        self._warned = False
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
         self._writers = WeakSet[nn.Module]()
@@ -137,6 +139,11 @@ class Trainer(Training):
     def total(self) -> int:
         """Alternations of the whole run."""
         return self.schedule.alternations
+
+    @property
+    def planned(self) -> dict[str, int]:
+        made = {"upper": self.schedule.upper_steps, "lower": self.schedule.lower_steps}
+        return {name: self.total * steps for name, steps in made.items()}
 
     @property
     def failures(self) -> Counter[str]:
@@ -286,9 +293,9 @@ class Trainer(Training):
         """Count a solve by its status; warn of a failure once a run."""
         if result is not None and result.solution is not None:
             self.solves[result.solution.status.name] += 1
-        if result is not None and result.failure is not None:
-            report_failure(result, self._on_failure)
-            self._on_failure = "ignore" if self._on_failure == "warn" else self._on_failure
+        if result is not None:
+            report_failure(replace(result, failure=None) if self._warned else result, self._on_failure)
+            self._warned = self._warned or (self._on_failure == "warn" and result.failure is not None)
 
     @torch.no_grad()
     def _adapt(self) -> None:

@@ -2,13 +2,15 @@
 
 import itertools
 import math
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bilevel import Params, tree
 from tests.support.cases import joined
@@ -216,6 +218,28 @@ def test_map_tensors_keeps_the_kind_of_every_container() -> None:
     assert one.tolist() == [1.0, 1.0, 1.0]
 
 
+class Attributed(OrderedDict[str, Any]):
+    """Items are attributes too, beside others."""
+
+    unit = "m"
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+def test_map_tensors_keeps_kinds_of_dicts_and_makes_dicts_of_other_mappings() -> None:
+    given = Attributed(one=torch.ones(3), size=2)
+    given.unit = "s"
+    found = tree.map_tensors(lambda tensor: 2.0 * tensor, given)
+    assert (type(found), found.unit, found.size, found.one.tolist()) == (Attributed, "s", 2, [2.0] * 3)
+    assert given.one.tolist() == [1.0] * 3
+    counts = tree.map_tensors(lambda tensor: tensor, defaultdict(list, a=torch.ones(1)))
+    assert (type(counts), counts["none"]) == (defaultdict, [])
+    assert type(tree.map_tensors(lambda tensor: tensor, MappingProxyType({"a": torch.ones(1)}))) is dict
+
+
 @pytest.mark.parametrize(
     ("value", "match"),
     [
@@ -224,6 +248,17 @@ def test_map_tensors_keeps_the_kind_of_every_container() -> None:
         ({3: torch.ones(1)}, r"upper\[3\] must be a tensor"),
         ({"w": torch.ones(1, dtype=torch.int64)}, r"upper\['w'\] must be real floating point"),
         ({"w": torch.ones(1, dtype=torch.complex64)}, r"upper\['w'\] must be real floating point"),
+        ({"w": torch.ones(1).to(torch.float8_e5m2)}, r"upper\['w'\] must have at least 16 bits.*keep.*in float32"),
+        (
+            {"w": torch.eye(2).to_sparse_coo()},
+            r"upper\['w'\] must be a dense tensor, got layout torch.sparse_coo.*to_dense",
+        ),
+        ({"w": torch.eye(2).to_mkldnn()}, r"upper\['w'\] must be a dense tensor, got layout torch._mkldnn.*to_dense"),
+        (
+            {"w": torch.nested.nested_tensor([torch.ones(1)])},
+            r"upper\['w'\] must be a dense tensor, got a nested tensor",
+        ),
+        ({"w": nn.LazyLinear(1).weight}, r"upper\['w'\] has no shape yet.*call the module once"),
     ],
 )
 def test_params_are_checked_by_name(value: Any, match: str) -> None:

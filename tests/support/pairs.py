@@ -32,7 +32,7 @@ class Pairs(Problem):
     def lower_outputs(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         return torch.stack([self.embed(upper, lower, view) for view in batch], dim=1)
 
-    def lower_output_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Batch) -> Tensor:
         return nt_xent(outputs[:, 0], outputs[:, 1])
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:

@@ -248,7 +248,7 @@ class Weighted(Problem):
     def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         return functional_call(self.module, lower, (batch["inputs"],))
 
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch["labels"])
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:

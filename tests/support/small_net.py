@@ -93,9 +93,12 @@ def net_trainer(
     method: Method | None = None,
     upper_steps: int = 3,
     adapts: bool = True,
+    upper_data: Any = None,
+    lower_data: Any = None,
     **options: Any,
 ) -> Trainer:
-    """By three iterations of CG on two batches where no method is given; `options` are the trainer's."""
+    """By three iterations of CG on two batches where no method is given, on stacks where no data are; `options` are the
+    trainer's."""
     problem = Net()
     upper, lower = ({name: p.detach().clone() for name, p in problem.net.named_parameters()} for _ in range(2))
     lower_optimizer = torch.optim.SGD(lower.values(), lr=0.2, momentum=0.9)
@@ -110,14 +113,14 @@ def net_trainer(
         Level(
             upper,
             upper_optimizer,
-            BatchStack(10, 4, load, seed=2),
+            BatchStack(10, 4, load, seed=2) if upper_data is None else upper_data,
             scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
             max_grad_norm=1.0,
         ),
         Level(
             lower,
             lower_optimizer,
-            BatchStack(20, 6, load, seed=1),
+            BatchStack(20, 6, load, seed=1) if lower_data is None else lower_data,
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
             max_grad_norm=1.0,
         ),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 from bilevel import tree
-from bilevel.checks import check_count
+from bilevel.checks import check_count, check_kind
 from bilevel.linear.account import Account, CountedOperator
 from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.lanczos import union_of_ranges
@@ -41,11 +41,17 @@ class CG(Solver):
             "noise" takes for rtol the standard error of ``A x / ||b||`` that comes from the choice of the batches whose
             mean A is, ``se(A d) ||x|| / (||d|| ||b||)`` with d the first direction and x the first iterate of a state:
             it is measured on the first product, for nothing, kept for later right-hand sides and reported as
-            `Solution.noise`. No product is then spent on digits that other batches would change.
+            `Solution.noise`. No product is then spent on digits that other batches would change. The status is
+            AT_THE_NOISE, or LOST_IN_THE_NOISE where the noise exceeds the right-hand side.
         layerwise: take step lengths and conjugation coefficients per leaf while the product stays the full one. This
             is the variant that BiSSL's authors use (appendix B.3). It is *not* an exact solver: where it converges, it
             converges to ``A x = b + sum_i [A, D_i] d_i`` with D_i the block-diagonal matrix of step lengths, which is
             biased unless A is block-diagonal.
+        through_negative_curvature: for the layer-wise method, which in the published algorithm makes all its
+            iterations through directions with ``d'Ad <= 0``: go on there too, whatever the residual does. Only a null
+            vector of A and numbers that are not finite still end the solve. What came of it is said: `min_curvature`,
+            and in place of BUDGET the status NEGATIVE_CURVATURE_PASSED, which counts as what was asked for, or DIVERGED
+            where the residual has grown tenfold. The global method always stops; `MINRES` solves indefinite systems.
         preconditioner: a symmetric positive definite approximation of A, made once for a state and kept for every
             right-hand side, its products counted in the first solve. The stopping rule stays on the residual itself.
         recycle: keep at most this many search directions in the state, for two vectors of memory each. Later
@@ -57,13 +63,17 @@ class CG(Solver):
     it. In the layer-wise method the recursion's vector is not the residual, so the true one is always measured at the
     end, by one more product, and decides the status.
 
+    A is most often a mean over batches, and solving it far more accurately than these agree on it makes the result
+    biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
+    more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
+
     On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
     breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or
-            with recycle; at solve, a preconditioner that is not positive definite, or rtol="noise" where the operator
-            is no mean over two batches or more.
+            with recycle, through_negative_curvature without layerwise; at solve, a preconditioner that is not positive
+            definite, or rtol="noise" where the operator is no mean over two batches or more.
         TypeError: a preconditioner that is not a `Preconditioner`.
     """
 
@@ -72,6 +82,7 @@ class CG(Solver):
     layerwise: bool = False
     preconditioner: Preconditioner | None = None
     recycle: int = 0
+    through_negative_curvature: bool = False
 
     def __post_init__(self) -> None:
         check_count("CG: max_iterations", self.max_iterations, least=1)
@@ -81,6 +92,12 @@ class CG(Solver):
         if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
             raise TypeError(
                 f"CG: preconditioner must be a Preconditioner or None, got {type(self.preconditioner).__name__}"
+            )
+        check_kind("CG: through_negative_curvature", self.through_negative_curvature, bool, "True or False")
+        if self.through_negative_curvature and not self.layerwise:
+            raise ValueError(
+                "CG: through_negative_curvature=True is for layerwise=True, the published algorithm; the global method "
+                "has no minimum to step towards there. Leave it out, or take MINRES for an indefinite system"
             )
         if self.layerwise and self.preconditioner is not None:
             raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
@@ -93,6 +110,10 @@ class CG(Solver):
     @property
     def learns(self) -> bool:
         return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise"
+
+    @property
+    def tolerance(self) -> float | None:
+        return None if isinstance(self.rtol, str) else self.rtol
 
     def prepare(self, operator: Any) -> _Prepared:
         return _Prepared(Directions(self.recycle))
@@ -122,6 +143,7 @@ class CG(Solver):
         run = ConjugateGradients(
             account,
             layerwise=self.layerwise,
+            through=self.through_negative_curvature,
             inverse=state.inverse,
             directions=state.directions,
             stop_at_noise=self.rtol == "noise" and state.noise is None,

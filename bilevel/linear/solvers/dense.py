@@ -44,6 +44,10 @@ class Dense(Solver):
         return _Spectrum()
 
     @property
+    def tolerance(self) -> float:
+        return 0.0
+
+    @property
     def uses_start(self) -> bool:
         return False
 

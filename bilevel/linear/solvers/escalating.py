@@ -71,6 +71,10 @@ class Escalating(Solver):
     def uses_start(self) -> bool:
         return self.solver.uses_start
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.solver.tolerance
+
     def prepare(self, operator: Any) -> _Level:
         return _Level(self.solver.prepare(operator))
 

@@ -46,6 +46,10 @@ class MINRES(Solver):
     def __post_init__(self) -> None:
         check_iterations("MINRES", self.max_iterations, self.rtol)
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.rtol
+
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
         return _MinimalResiduals(Account(operator, b, self.max_iterations, self.rtol)).solve(x0)
 

@@ -64,6 +64,10 @@ class Neumann(Solver):
         if self.scale != "auto":
             check_number("Neumann: scale", self.scale, positive=True, otherwise="'auto'")
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.rtol
+
     def prepare(self, operator: Any) -> _Scale:
         return _Scale(None if isinstance(self.scale, str) else self.scale)
 

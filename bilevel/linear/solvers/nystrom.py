@@ -72,6 +72,10 @@ class Nystrom(Solver):
         check_count("Nystrom: max_refinements", self.max_refinements, least=0)
         check_rtol("Nystrom", self.rtol)
 
+    @property
+    def tolerance(self) -> float | None:
+        return self.rtol
+
     def prepare(self, operator: Any) -> _Drawn:
         return _Drawn()
 

@@ -47,7 +47,7 @@ ARMS: dict[str, Arm] = {
         "warm-up",
         "bissl",
         METHOD,
-        {"solver": "identity", "layerwise": False, "escalate": False},
+        {"solver": "identity", "layerwise": False, "through_negative_curvature": False, "escalate": False},
     ),
     "restart": Arm(
         "as many pretext steps with the bilevel stage's restarted schedule, no upper level: what the restart brings",

@@ -184,6 +184,11 @@ class BilevelConfig(Section):
     layerwise: bool = Field(
         default=False, description="CG with step lengths per tensor, the paper's variant (not exact)"
     )
+    through_negative_curvature: bool = Field(
+        default=False,
+        description="with layerwise: make all iterations through directions of negative curvature, as the paper's "
+        "algorithm does, instead of stopping there",
+    )
     escalate: bool = Field(
         default=False,
         description="answer a breakdown of the solver (negative curvature, ...) by a growing Tikhonov term",
@@ -224,6 +229,16 @@ class BilevelConfig(Section):
                 "layerwise keeps no conjugate directions and no true residual: it takes neither recycle "
                 "nor solver_rtol=noise"
             )
+        if self.through_negative_curvature and not self.layerwise:
+            raise ValueError(
+                "through_negative_curvature belongs to layerwise, the paper's variant of cg, which is off; set "
+                "through_negative_curvature to false too"
+            )
+        if self.through_negative_curvature and self.escalate:
+            raise ValueError(
+                "escalate answers negative curvature by a Tikhonov term and through_negative_curvature passes it by; "
+                "set one of the two to false"
+            )
         if self.solver_rtol == "noise" and self.hessian_batches < 2:
             raise ValueError("solver_rtol=noise compares Hessian batches: hessian_batches must be at least 2, got 1")
         if self.escalate and self.solver == "identity":
@@ -257,7 +272,13 @@ class BilevelConfig(Section):
             # The regularizer's identity is known to be in A, but has no part in phi_P's block.
             identity = None if self.implicit_head else 1.0
             return Nystrom(self.nystrom_rank, identity, self.solver_iterations, self._number())
-        return CG(self.solver_iterations, self.solver_rtol, self.layerwise, recycle=self.recycle)
+        return CG(
+            self.solver_iterations,
+            self.solver_rtol,
+            self.layerwise,
+            recycle=self.recycle,
+            through_negative_curvature=self.through_negative_curvature,
+        )
 
     def _number(self) -> float | None:
         assert self.solver_rtol != "noise", "checked with the fields"

@@ -88,7 +88,7 @@ class BiSSLProblem(Problem):
         outputs = self._pretext_outputs if in_curvature_pass() else self._first_order_outputs
         return outputs(lower, batch)
 
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
         return pretext_output_loss(self.pretext, outputs)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:

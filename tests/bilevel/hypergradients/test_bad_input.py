@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import AdamUpdate, Params, Problem, SGDUpdate, check_hypergradient, hypergradient, linearize
+from bilevel import AdamUpdate, OneStep, Params, Problem, SGDUpdate, check_hypergradient, hypergradient, linearize
 
 
 class Plain(Problem):
@@ -32,6 +33,26 @@ def checked(problem: Any, lower_solver: Any) -> object:
     return check_hypergradient(problem, X, Y, upper_batch=None, lower_batches=[None], lower_solver=lower_solver)
 
 
+LOADER = DataLoader(TensorDataset(torch.ones(4)))
+
+
+def on(lower_batches: Any, upper_batch: Any = None) -> list[Callable[[], object]]:
+    """What takes lower batches, and unless it is None an upper one, with these."""
+    both: dict[str, Any] = {"upper_batch": upper_batch, "lower_batches": lower_batches}
+    calls: list[Callable[[], object]] = [
+        lambda: hypergradient(Plain(), X, Y, **both),
+        lambda: hypergradient(Plain(), X, Y, OneStep(), **both),
+        lambda: check_hypergradient(Plain(), X, Y, lower_solver=lambda *given: Y, **both),
+    ]
+    if upper_batch is None:
+        return [*calls, lambda: linearize(Plain(), X, Y, lower_batches)]
+    return [*calls, lambda: linearize(Plain(), X, Y, lower_batches).hypergradient(upper_batch)]
+
+
+FIXED = (
+    r"^lower_batches must be a sequence of batches, got {}; the linear system is that of a few fixed batches: pass list"
+)
+NOT_ONE = r": a DataLoader is no batch; pass next\(iter\(loader\)\) in its place$"
 NO_PROBLEM = "^problem must be an instance of a Problem, got "
 ROWS = [
     (lambda: linearize(None, X, Y, [None]), TypeError, f"{NO_PROBLEM}None$"),
@@ -48,6 +69,14 @@ ROWS = [
         ValueError,
         r"betas must be two numbers, .*, got \(0.9, 0.9, 0.9\)$",
     ),
+    *(
+        (call, TypeError, FIXED.format("DataLoader") + r"\(itertools.islice\(lower_batches, K\)\)")
+        for call in on(LOADER)
+    ),
+    *((call, TypeError, FIXED.format("_SingleProcessDataLoaderIter")) for call in on(iter(LOADER))),
+    *((call, TypeError, "got TensorDataset; draw batches of it: list") for call in on(LOADER.dataset)),
+    *((call, TypeError, f"^lower_batches{NOT_ONE}") for call in on([LOADER])),
+    *((call, TypeError, f"^upper_batch{NOT_ONE}") for call in on([None], LOADER)),
 ]
 
 

@@ -134,9 +134,9 @@ def test_every_planted_defect_is_caught(name: str, defect: str) -> None:
         gradient = right.implicit
     else:
         y = newton(s.problem, s.upper, s.lower, s.lower_batches)
-        gradient = hypergradient(
-            s.problem, s.upper, y, CG(100, 1e-12), upper_batch=s.upper_batch, lower_batches=s.lower_batches[:1]
-        ).grad
+        # That one batch is far from both may be said too.
+        half = {"upper_batch": s.upper_batch, "lower_batches": s.lower_batches[:1]}
+        gradient = hypergradient(s.problem, s.upper, y, CG(100, 1e-12), **half, on_failure="ignore").grad
     report = check_hypergradient(s.problem, s.upper, s.lower, solver, gradient=gradient, **s.options())
     assert not report.agrees
     assert report.relative_error > 1e-3

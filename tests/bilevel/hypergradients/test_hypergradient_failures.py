@@ -73,7 +73,8 @@ class Concave(Proximal):
 def test_what_a_failure_does_is_decided_by_on_failure() -> None:
     _, upper, lower = proximal_point()
     with pytest.warns(
-        SolverWarning, match="negative curvature.*raise damping or tikhonov.*relative residual"
+        SolverWarning,
+        match="negative curvature.*relative residual.*here raise tikhonov from 0 to about .* or damping from 0",
     ) as caught:
         warned = run(Concave(), upper, lower)
     assert caught[0].filename == inspect.getfile(run)

@@ -231,6 +231,36 @@ def test_a_live_optimizer_that_has_no_twin_is_refused() -> None:
         from_optimizer(torch.optim.LBFGS(leaves), variables)
 
 
+class Named(torch.optim.SGD):
+    """Another name for the same step."""
+
+
+class Signs(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for leaf in self.param_groups[0]["params"]:
+            leaf.grad.sign_()
+        return super().step(closure)
+
+
+class Slow(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_subclass_is_read_as_its_parent_only_where_it_steps_alike(scheduled: bool) -> None:
+    variables = start()
+    for kind, step in ((Named, None), (Signs, "SGD"), (Slow, "Adam")):
+        optimizer = kind(variables.values(), lr=0.3)
+        if scheduled:
+            torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        if step is None:
+            assert from_optimizer(optimizer, variables) == (SGDUpdate(0.3), {})
+            continue
+        with pytest.raises(ValueError, match=rf"{kind.__name__} has a step of its own.*take torch\.optim\.{step}, or"):
+            from_optimizer(optimizer, variables)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adafactor])
 def test_optimizers_without_the_flag_are_refused(optimizer: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(TypeError, match=f"{optimizer.__name__} cannot be differentiated through"):

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from bilevel import CG, Status
 from bilevel.linear import Solution
-from tests.support.cases import BY_NAME, DEFINITE, Case, dense, joined, vector, with_spectrum
+from bilevel.linear.account import Account
+from bilevel.linear.conjugate_gradients import ConjugateGradients
+from tests.support.cases import BY_NAME, DEFINITE, INDEFINITE, Case, dense, joined, vector, with_spectrum
 
 
 @pytest.mark.parametrize("rtol", [None, 0.0, 1e-3])
@@ -118,6 +120,88 @@ def test_layerwise_cg_with_one_leaf_is_cg() -> None:
             for flag in (False, True)
         )
         torch.testing.assert_close(one, other, rtol=1e-13, atol=0.0)
+
+
+PARTS = [slice(0, 3), slice(3, 5), slice(5, 8)]
+SPLIT = ((3,), (2,), (3, 1))
+EVEN = with_spectrum([-2.0, -1.0, -0.5, 0.5, 1.0, 1.5, 2.0, 3.0])
+NEAR_ONE = with_spectrum([-0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
+THROUGH = [
+    *(Case(f"indefinite {seed}", EVEN, vector(8, seed), SPLIT, INDEFINITE) for seed in (5, 7, 9)),
+    *(Case(f"indefinite near I {seed}", NEAR_ONE, vector(8, seed), SPLIT, INDEFINITE) for seed in (7, 8)),
+    Case("negative definite", BY_NAME["negative definite"].matrix, vector(8), SPLIT, INDEFINITE),
+    Case("of growing residual", EVEN, vector(8, 3), SPLIT, INDEFINITE),
+]
+
+
+def through(case: Case, steps: int, *, watched: bool) -> Solution:
+    """As ``CG(steps, None, layerwise=True, through_negative_curvature=True)`` runs on a CPU, and on a GPU."""
+    if watched:
+        solver = CG(steps, None, layerwise=True, through_negative_curvature=True)
+        return solver.solve(dense(case.matrix, case.split), case.b)
+    account = Account(dense(case.matrix, case.split), case.b, steps, None)
+    with torch.no_grad():
+        run = ConjugateGradients(account, layerwise=True, through=True, watched=False)
+        return run.solve(None, case.b, 1.0)
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "read at the end"])
+@pytest.mark.parametrize("steps", [2, 4, 7])
+@pytest.mark.parametrize("case", THROUGH, ids=str)
+def test_layerwise_cg_makes_all_its_iterations_through_negative_curvature(
+    case: Case, steps: int, watched: bool
+) -> None:
+    solution = through(case, steps, watched=watched)
+    reference = layerwise_recursion(case.matrix, case.right, PARTS, steps)
+    torch.testing.assert_close(joined(solution.value), reference, rtol=1e-8, atol=1e-10)
+    assert solution.iterations == steps
+    assert solution.residual_norms[1] == pytest.approx(case.relative_residual(solution.value), rel=1e-8)
+    assert solution.min_curvature is not None
+    assert solution.min_curvature < -0.1
+    grown = solution.residual_norms[1] > 10.0
+    assert grown == (case is THROUGH[-1])
+    assert solution.status is (Status.DIVERGED if grown else Status.NEGATIVE_CURVATURE_PASSED)
+    assert solution.status.ok == (not grown)
+    without = CG(steps, None, layerwise=True).solve(dense(case.matrix, case.split), case.b)
+    assert without.iterations < steps
+    assert without.status is Status.NEGATIVE_CURVATURE
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "read at the end"])
+def test_without_negative_curvature_the_leave_changes_nothing(watched: bool) -> None:
+    case = Case("definite", BY_NAME["well-conditioned"].matrix, vector(8), SPLIT, DEFINITE)
+    found = through(case, 4, watched=watched)
+    plain = CG(4, None, layerwise=True).solve(dense(case.matrix, case.split), case.b)
+    assert (found.status, found.iterations) == (Status.BUDGET, 4)
+    torch.testing.assert_close(joined(found.value), joined(plain.value), rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["watched", "read at the end"])
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("NaN in the operator", Status.NON_FINITE), ("zero operator", Status.INCONSISTENT)],
+)
+def test_numbers_that_are_not_finite_and_null_vectors_still_end_it(name: str, status: Status, watched: bool) -> None:
+    solution = through(BY_NAME[name], 5, watched=watched)
+    assert solution.status is status
+    assert solution.iterations == 0
+    assert bool(joined(solution.value).isfinite().all())
+
+
+def test_a_tolerance_is_judged_as_ever_past_negative_curvature() -> None:
+    case = THROUGH[1]
+    solution = CG(7, 1e-6, layerwise=True, through_negative_curvature=True).solve(
+        dense(case.matrix, case.split), case.b
+    )
+    assert solution.iterations == 7
+    assert solution.status is Status.NOT_CONVERGED
+
+
+def test_the_global_method_goes_through_no_negative_curvature() -> None:
+    with pytest.raises(ValueError, match=r"through_negative_curvature=True is for layerwise=True.*MINRES"):
+        CG(through_negative_curvature=True)
+    with pytest.raises(TypeError, match="CG: through_negative_curvature must be True or False, got 'yes'"):
+        CG(layerwise=True, through_negative_curvature="yes")  # pyright: ignore[reportArgumentType]
 
 
 def test_curvature_is_judged_over_the_whole_tree() -> None:

@@ -9,6 +9,7 @@ from bilevel.linear import LinearOperator
 from bilevel.linear.operators import (
     FunctionOperator,
     MeanOperator,
+    SampledOnce,
     ScaledOperator,
     SumOperator,
     TikhonovOperator,
@@ -93,3 +94,21 @@ def test_what_is_no_operator_is_refused() -> None:
         as_operator(A)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="MeanOperator"):
         MeanOperator([])
+
+
+def test_the_first_product_is_sampled_and_none_is_changed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(6, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+    mean = MeanOperator([FunctionOperator(lambda v, m=m: {"a": (m + m.T) @ v["a"]}) for m in matrices])
+    whole = TikhonovOperator(SumOperator(ScaledOperator(0.3, mean), FunctionOperator(lambda v: v)), 0.7)
+    vectors = [{"a": torch.randn(6, generator=generator, dtype=torch.float64)} for _ in range(3)]
+    watched = SampledOnce(whole)
+    assert watched.noise is None
+    assert all(torch.equal(watched(v)["a"], whole(v)["a"]) for v in vectors)
+    products = torch.stack([0.3 * (m + m.T) @ vectors[0]["a"] for m in matrices])
+    expected = float((products.var(dim=0).sum() / 3).sqrt() / vectors[0]["a"].norm())
+    assert watched.noise is not None
+    assert float(watched.noise) == pytest.approx(expected, rel=1e-12)
+    single = SampledOnce(MeanOperator(mean.operators[:1]))
+    single(vectors[0])
+    assert single.noise is None

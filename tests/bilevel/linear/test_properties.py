@@ -104,11 +104,11 @@ class InPairs(Problem):
         z = batch @ torch.stack([lower["w"], lower["w"].flip(0) + lower["v"].sum()], dim=1)
         return (z if self.linear else torch.tanh(z)) * torch.exp(0.3 * upper["t"]) + upper["shift"]
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.logsumexp(outputs @ outputs.T, dim=1).mean() + outputs.pow(4).mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return lower["w"].sum()

@@ -14,7 +14,7 @@ from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.operators import FunctionOperator, MeanOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal
 from bilevel.linear.recycling import Directions
-from tests.support.cases import CASES, Case, Counting, dense, joined
+from tests.support.cases import CASES, Case, Counting, dense, joined, with_spectrum
 from tests.support.solver_checks import check_ritz_range
 
 SIZE = 40
@@ -168,7 +168,7 @@ def test_no_product_is_spent_below_the_noise() -> None:
         solution = CG(40, "noise").solve(operator, split(b))
         noise = solution.noise
         assert noise is not None
-        assert solution.status is Status.CONVERGED
+        assert solution.status is Status.AT_THE_NOISE
         assert solution.residual_norms[1] <= noise
         # The last iterate but one was not yet there.
         assert len(solution.residual_curve) == 1 or solution.residual_curve[-2] > noise
@@ -185,6 +185,31 @@ def test_the_noise_is_measured_once_a_state() -> None:
     found = [solver.solve(operator, split(b), state=state) for b in random_right(3)]
     assert len({solution.noise for solution in found}) == 1
     assert all(solution.residual_norms[1] <= (found[0].noise or 0.0) for solution in found)
+
+
+def test_a_solve_that_stopped_at_the_noise_says_so_and_one_lost_in_it_too() -> None:
+    b, direction = split(random_right(1)[0]), with_spectrum([float(k) for k in range(SIZE)], seed=2)
+    for spread, expected in ((0.01, Status.AT_THE_NOISE), (50.0, Status.LOST_IN_THE_NOISE)):
+        # Two batches whose mean is the same definite matrix, however far they are apart.
+        pair = [spd() + spread * direction, spd() - spread * direction]
+        operator = MeanOperator([FunctionOperator(dense(matrix, split)) for matrix in pair])
+        solution = CG(40, "noise").solve(operator, b)
+        assert solution.status is expected
+        assert solution.status.ok
+        assert solution.noise is not None
+        # Zero is within the noise exactly where the noise exceeds the right-hand side.
+        assert (solution.noise >= 1.0) == (expected is Status.LOST_IN_THE_NOISE)
+        assert "noise" in solution.status.value
+        # The same system solved to a number has nothing to do with the noise.
+        assert CG(200, 0.99).solve(operator, b).status not in (Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE)
+
+
+def test_a_budget_that_ends_above_the_noise_is_not_at_it() -> None:
+    operator, _ = noisy_mean(5, 1e-6)
+    solution = CG(2, "noise").solve(operator, split(random_right(1)[0]))
+    assert solution.status is Status.NOT_CONVERGED
+    assert solution.noise is not None
+    assert solution.residual_norms[1] > solution.noise
 
 
 def test_noise_needs_a_mean() -> None:

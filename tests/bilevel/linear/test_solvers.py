@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, MINRES, Identity, Neumann, Params, Status, linearize
-from bilevel.linear import Dense, LinearOperator, Solution, Solver
+from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Status, linearize
+from bilevel.linear import Dense, Escalating, LinearOperator, Solution, Solver
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import (
     BY_NAME,
@@ -356,7 +356,9 @@ def test_a_status_says_what_happened_and_what_to_do() -> None:
     for status in Status:
         headline = status.value.split(":")[0].replace("-", " ").replace(" ", "_").upper()
         assert headline == status.name
-        assert status.ok == (status in (Status.CONVERGED, Status.BUDGET))
+    assert [status.name for status in Status if not status.ok] == [
+        *("NOT_CONVERGED", "NEGATIVE_CURVATURE", "DIVERGED", "NON_FINITE", "INCONSISTENT")
+    ]
 
 
 class _LateNaN(LinearOperator):
@@ -408,3 +410,16 @@ def test_a_scale_from_an_easier_right_hand_side_is_taken_anew() -> None:
     assert solution.status is Status.CONVERGED
     torch.testing.assert_close(solution.value["y"], hard / diagonal, rtol=1e-4, atol=0.0)
     assert solution.num_hvps == made
+
+
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [
+        *((CG(rtol=0.1), 0.1), (CG(rtol=None), None), (CG(rtol="noise"), None), (MINRES(rtol=0.2), 0.2)),
+        *((Neumann(rtol=None), None), (Nystrom(rtol=0.3), 0.3), (Dense(), 0.0), (Identity(), None)),
+        (Escalating(CG(rtol=0.4)), 0.4),
+    ],
+    ids=repr,
+)
+def test_the_residual_that_a_solver_goes_to(solver: Solver, expected: float | None) -> None:
+    assert solver.tolerance == expected

@@ -237,11 +237,11 @@ class Composed(Weighted):
     """Its loss is one of the outputs alone."""
 
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
 
 class Detached(Composed):
-    def lower_output_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
         losses = nn.functional.cross_entropy(outputs, batch["labels"], reduction="none")
         return (losses.detach() * losses).mean()
 

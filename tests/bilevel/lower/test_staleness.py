@@ -6,9 +6,98 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from bilevel import Params, Problem, hypergradient, linearize
 from bilevel.lower import BufferWatch, StaleSystemError, check_marks, take_marks
 from bilevel.tree import tensors_in
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Sparse", "ignore:The PyTorch API of nested tensors", "ignore:.*quantize"
+)
+
+
+NUMBERS = torch.arange(12.0).reshape(3, 4)
+WAVE = torch.complex(NUMBERS, NUMBERS + 1.0)
+RAGGED = [torch.ones(2), torch.ones(3)]
+ODD: dict[str, Callable[[], Tensor]] = {
+    "conjugate": lambda: WAVE.clone().conj(),
+    "adjoint": lambda: WAVE.mH,
+    "empty conjugate": lambda: WAVE[:0].conj(),
+    "imaginary part": lambda: torch.complex(NUMBERS, NUMBERS + 1.0).conj().imag,
+    "nested": lambda: torch.nested.nested_tensor(RAGGED),
+    "jagged": lambda: torch.nested.nested_tensor(RAGGED, layout=torch.jagged),
+    "nested, empty": lambda: torch.nested.nested_tensor([]),
+    "quantised": lambda: torch.quantize_per_tensor(NUMBERS, 0.1, 0, torch.quint8),
+    "quantised by channel": lambda: torch.quantize_per_channel(NUMBERS, torch.ones(3), torch.zeros(3), 0, torch.qint8),
+    "a part, quantised": lambda: torch.quantize_per_tensor(NUMBERS, 0.1, 0, torch.quint8)[1:],
+    "a part, conjugate": lambda: WAVE[1:].conj(),
+    "coo": lambda: NUMBERS.to_sparse_coo(),
+    "coo, complex": lambda: WAVE.to_sparse_coo().conj(),
+    "coo, uncoalesced": lambda: torch.sparse_coo_tensor(torch.zeros(1, 2, dtype=torch.int64), torch.ones(2), (3,)),
+    "csr": lambda: NUMBERS.to_sparse_csr(),
+    "csc": lambda: NUMBERS.to_sparse_csc(),
+    "bsr": lambda: NUMBERS.to_sparse_bsr((1, 2)),
+    "bsc": lambda: NUMBERS.to_sparse_bsc((1, 2)),
+    "mkldnn": lambda: NUMBERS.to_mkldnn(),
+    "unsigned": lambda: torch.ones(2, dtype=torch.uint8),
+    "eight bits": lambda: NUMBERS.to(torch.float8_e4m3fn),
+    "booleans": lambda: NUMBERS > 3.0,
+    "nothing": lambda: NUMBERS[:0],
+}
+"""Tensors of layouts, views and dtypes that arithmetic does not take as they are."""
+
+
+class First(Problem):
+    """Takes no notice of its batch."""
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return (lower["y"] - upper["x"]).square().sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].sum()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_batch_may_hold_odd_tensors_anywhere(name: str) -> None:
+    tensor = ODD[name]()
+    variables = {"x": torch.ones(2)}, {"y": torch.ones(2)}
+    for batch in (tensor, {"data": [(tensor, 1), None]}):
+        result = hypergradient(First(), *variables, upper_batch=batch, lower_batches=[batch])
+        torch.testing.assert_close(result.grad["x"], torch.ones(2))
+
+
+class Writing(First):
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        rows = functional.embedding(torch.tensor([0, 1]), lower["y"], max_norm=1.0)
+        return (rows - upper["x"]).square().sum()
+
+
+def test_an_objective_that_writes_to_its_variables_is_told_so() -> None:
+    system = linearize(Writing(), {"x": torch.ones(2)}, {"y": torch.full((2, 2), 3.0)}, [None])
+    system.gradient()
+    with pytest.raises(StaleSystemError, match=r"lower\['y'\] changed.*keep the objectives from writing to it"):
+        system.hypergradient(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("coo", Tensor._values),
+        ("csr", Tensor.values),
+        ("csc", Tensor.values),
+        ("bsr", Tensor.values),
+        ("jagged", Tensor.values),
+        ("conjugate", Tensor.detach),
+        ("imaginary part", Tensor.detach),
+    ],
+)
+def test_a_write_to_the_numbers_of_an_odd_tensor_is_seen(name: str, values: Callable[[Tensor], Tensor]) -> None:
+    tensor = ODD[name]()
+    before = marks([tensor])
+    values(tensor).data.fill_(7.0)
+    with pytest.raises(StaleSystemError, match="tensor 0 changed after linearize"):
+        check_marks(before, named([tensor]))
 
 
 def strange() -> list[Tensor]:

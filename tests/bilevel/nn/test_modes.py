@@ -20,10 +20,12 @@ LAYERS: dict[str, Any] = {
 }
 
 
-def network(layer: str, *, training: bool = True) -> nn.Module:
+def network(layer: str, *, training: bool = True) -> nn.Sequential:
     torch.manual_seed(4)
     last = [nn.Flatten(), nn.Linear(6, 1)]
-    return nn.Sequential(nn.Linear(3, 6), LAYERS[layer](), *last).double().train(training)
+    net = nn.Sequential(nn.Linear(3, 6), LAYERS[layer](), *last).double()
+    net.train(training)
+    return net
 
 
 INPUTS = vector(30, 2).reshape(10, 3)

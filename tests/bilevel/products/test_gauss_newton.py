@@ -14,11 +14,11 @@ class Network(Problem):
     def lower_outputs(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
         return torch.tanh(batch[0] @ lower["a"]) @ lower["b"] * upper["scale"].exp()
 
-    def lower_output_loss(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs, batch[1])
 
     def lower_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.lower_objective({"scale": torch.zeros_like(upper["scale"])}, lower, batch)
@@ -44,7 +44,7 @@ def dense(upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
     flat = torch.cat([lower["a"].flatten(), lower["b"].flatten()])
     jacobian = torch.autograd.functional.jacobian(outputs, flat)
     z = outputs(flat)
-    hessian = torch.autograd.functional.hessian(lambda v: problem.lower_output_loss(v.reshape(7, 3), batch), z)
+    hessian = torch.autograd.functional.hessian(lambda v: problem.lower_output_loss(upper, v.reshape(7, 3), batch), z)
     assert isinstance(jacobian, Tensor)
     assert isinstance(hessian, Tensor)
     return jacobian.T @ hessian @ jacobian
@@ -111,13 +111,13 @@ def test_outputs_that_do_not_compose_to_the_objective_are_refused(changed: str) 
         def lower_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
             if changed == "mask":
                 z = self.lower_outputs(upper, lower, batch)
-                return self.lower_output_loss(z * torch.rand_like(z).round(), batch)
+                return self.lower_output_loss(upper, z * torch.rand_like(z).round(), batch)
             loss = super().lower_objective(upper, lower, batch)
             return 1.001 * loss if changed == "factor" else loss + 1e-3 * lower["a"].square().sum()
 
     upper, lower, batch = point()
     with pytest.raises(
-        ValueError, match=r"lower_output_loss\(lower_outputs.*lower_objective.*must be the same function"
+        ValueError, match=r"lower_output_loss\(upper, lower_outputs.*lower_objective.*must be the same function"
     ):
         linearize(Other(), upper, lower, [batch], hvp=GaussNewton())
     linearize(Other(), upper, lower, [batch])

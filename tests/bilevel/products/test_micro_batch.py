@@ -65,7 +65,7 @@ def test_equal_to_the_whole_batch(size: int) -> None:
     check_system(system, lambda x, y: problem.lower_objective(x, y, batch), w)
     value, gradient = micro_batched_gradient(
         lambda y, chunk: problem.lower_outputs(upper, y, chunk),
-        lambda z: problem.lower_output_loss(z, batch),
+        lambda z: problem.lower_output_loss(upper, z, batch),
         lower,
         problem.split_batch(batch, size),
     )

@@ -53,11 +53,11 @@ class Coupled(Problem):
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.net, lower, batch * upper["scale"])
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.logsumexp(outputs @ outputs.t(), dim=1).mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return self.lower_objective(upper, lower, batch)

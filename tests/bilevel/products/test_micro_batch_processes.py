@@ -32,7 +32,7 @@ class Wide(Problem):
         self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     def lower_outputs(self, upper, lower, batch):
         return functional_call(self.net, lower, batch * upper["scale"])
-    def lower_output_loss(self, outputs, batch):
+    def lower_output_loss(self, upper, outputs, batch):
         return (outputs @ outputs.T).logsumexp(dim=1).mean()
     def lower_objective(self, upper, lower, batch):
         raise AssertionError
@@ -74,24 +74,29 @@ POINTS = vector(8 * 3, 70).reshape(8, 3)
 
 
 class Contrastive(Problem):
-    """Every embedding against all of the global batch, which the loss gathers over the ranks."""
+    """Every embedding against all of the global batch, which the loss gathers over the ranks; the upper variables tilt
+    the embeddings and weight their features in the loss, or do the latter alone."""
+
+    def __init__(self, *, tilted: bool) -> None:
+        self.tilted = tilted
 
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return torch.tanh(batch @ lower["w"]) * lower["scale"] * torch.exp(upper["tilt"])
+        embedded = torch.tanh(batch @ lower["w"]) * lower["scale"]
+        return embedded * torch.exp(upper["tilt"]) if self.tilted else embedded
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         everywhere = gather(outputs)
-        similar = everywhere @ everywhere.T
+        similar = (everywhere * torch.exp(upper["weights"])) @ everywhere.T
         return (similar.logsumexp(dim=1) - similar.roll(1, dims=0).diagonal()).mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return self.lower_objective(upper, lower, batch)
 
 
-UPPER = {"tilt": vector(2, 72)}
+UPPER = {"tilt": vector(2, 72), "weights": vector(2, 76)}
 LOWER = {"w": vector(6, 73).reshape(3, 2), "scale": torch.tensor(0.8, dtype=torch.float64)}
 DIRECTION = {"w": vector(6, 74).reshape(3, 2), "scale": vector(1, 75)[0]}
 
@@ -99,25 +104,46 @@ DIRECTION = {"w": vector(6, 74).reshape(3, 2), "scale": vector(1, 75)[0]}
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     Ranks(Launch(rank, WORLD, rank, "127.0.0.1", port)).join(torch.device("cpu"), 100.0)
-    problem, batch = Contrastive(), POINTS.chunk(WORLD)[rank]
+    batch = POINTS.chunk(WORLD)[rank]
     # Four chunks on the first rank, two on the second.
-    size = rank + 1
+    found = [derivatives(Contrastive(tilted=tilted), batch, rank + 1) for tilted in (True, False)]
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def derivatives(problem: Problem, batch: Tensor, size: int) -> dict[str, Tensor]:
     system = linearize(problem, UPPER, LOWER, [batch], hvp=MicroBatched(size))
     loss, gradient = micro_batched_gradient(
         lambda y, chunk: problem.lower_outputs(UPPER, y, chunk),
-        lambda z: problem.lower_output_loss(z, batch),
+        lambda z: problem.lower_output_loss(UPPER, z, batch),
         LOWER,
         problem.split_batch(batch, size),
     )
-    found = {
+    return {
         "loss": loss,
         "gradient": joined(mean_over_ranks(gradient)),
         "same gradient": joined(system.gradient()),
         "product": joined(system.operator(DIRECTION)),
         "cross": joined(system.cross(DIRECTION)),
     }
-    torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+
+
+def derivatives_by_hand(problem: Problem) -> dict[str, Tensor]:
+    """In one process, by plain autograd."""
+    x = [leaf.clone().requires_grad_() for leaf in UPPER.values()]
+    y = [leaf.clone().requires_grad_() for leaf in LOWER.values()]
+    loss = problem.lower_objective(dict(zip(UPPER, x, strict=True)), dict(zip(LOWER, y, strict=True)), POINTS)
+    slope = torch.autograd.grad(loss, y, create_graph=True)
+    along = torch.stack([(g * d).sum() for g, d in zip(slope, DIRECTION.values(), strict=True)]).sum()
+    found = torch.autograd.grad(along, [*y, *x], allow_unused=True, materialize_grads=True)
+    gradient = torch.cat([g.detach().flatten() for g in slope])
+    return {
+        "loss": loss.detach(),
+        "gradient": gradient,
+        "same gradient": gradient,
+        "product": torch.cat([p.flatten() for p in found[: len(y)]]),
+        "cross": torch.cat(found[len(y) :]),
+    }
 
 
 def test_two_ranks_with_different_numbers_of_chunks_equal_one_process(
@@ -136,20 +162,7 @@ def test_two_ranks_with_different_numbers_of_chunks_equal_one_process(
         for process in context.processes:
             assert process is not None
             process.kill()
-    x = UPPER["tilt"].clone().requires_grad_()
-    y = [leaf.clone().requires_grad_() for leaf in LOWER.values()]
-    loss = Contrastive().lower_objective({"tilt": x}, dict(zip(LOWER, y, strict=True)), POINTS)
-    slope = torch.autograd.grad(loss, y, create_graph=True)
-    along = torch.stack([(g * d).sum() for g, d in zip(slope, DIRECTION.values(), strict=True)]).sum()
-    *product, cross = torch.autograd.grad(along, [*y, x])
-    gradient = torch.cat([g.detach().flatten() for g in slope])
-    expected = {
-        "loss": loss.detach(),
-        "gradient": gradient,
-        "same gradient": gradient,
-        "product": torch.cat([p.flatten() for p in product]),
-        "cross": cross,
-    }
+    expected = [derivatives_by_hand(Contrastive(tilted=tilted)) for tilted in (True, False)]
     for rank in range(WORLD):
         found = torch.load(tmp_path / f"rank{rank}.pt")
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)

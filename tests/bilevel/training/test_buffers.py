@@ -76,10 +76,10 @@ def training(layer: str, place: str, alternations: int, folder: Path | None = No
     net = network(layer)
     lower = {name: p.detach().clone() for name, p in net.named_parameters()}
     upper = {name: leaf.clone() for name, leaf in lower.items()}
-    levels = [Level(v, torch.optim.SGD(v.values(), lr=0.1), BATCHES) for v in (upper, lower)]
+    above, below = (Level(v, torch.optim.SGD(v.values(), lr=0.1), BATCHES) for v in (upper, lower))
     callbacks = [] if folder is None else [Checkpointing(folder)]
     schedule = AlternatingSchedule(alternations, 3, 2)
-    return Trainer(Adapt(net, place), *levels, schedule, callbacks=callbacks, on_failure="ignore"), net
+    return Trainer(Adapt(net, place), above, below, schedule, callbacks=callbacks, on_failure="ignore"), net
 
 
 @pytest.mark.parametrize("place", ["attribute", "list", "dictionary", "within a module"])

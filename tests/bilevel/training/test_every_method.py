@@ -277,7 +277,7 @@ def test_an_optimizer_that_cannot_be_read_is_refused_at_construction(name: str) 
     upper = {"s": vector(2, 2)}
     groups = [{"params": [params["w"]], "lr": 0.1}]
     for optimizer, error, match in (
-        (torch.optim.LBFGS(params.values()), TypeError, "LBFGS cannot be differentiated through"),
+        (torch.optim.Adafactor(params.values()), TypeError, "Adafactor cannot be differentiated through"),
         (torch.optim.SGD(groups, lr=0.1, dampening=0.5, momentum=0.9), ValueError, "dampening=0.5"),
     ):
         with pytest.raises(error, match=match):
@@ -425,7 +425,7 @@ def test_the_state_of_another_training_is_refused_and_nothing_changes(tmp_path: 
     with pytest.raises(ValueError, match="method: the state is of Penalty, this training goes by Implicit"):
         other.load_state_dict(trainer.state_dict())
     other.upper.scheduler = None
-    with pytest.raises(ValueError, match="upper: scheduler: the state has one, this level none"):
+    with pytest.raises(ValueError, match="upper: scheduler: the state has LambdaLR, this level none"):
         other.load_state_dict(before)
     single = SingleLevelTrainer(lambda batch: (torch.zeros(()), {}), other.lower, 1)
     with pytest.raises(

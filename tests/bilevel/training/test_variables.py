@@ -52,7 +52,7 @@ def test_frozen_variables_are_refused_with_the_remedy_that_works(frozen: str, dt
         with pytest.raises(ValueError, match=rf"{frozen}.*1 of 4.*requires_grad=False while the others.*leave frozen"):
             call()
     # The remedy of the message: what is left out comes from the module, and nothing responds there.
-    kept = {name: p for name, p in problem.net.named_parameters() if p.requires_grad}
+    kept: Params = {name: p for name, p in problem.net.named_parameters() if p.requires_grad}
     arguments: dict[str, Any] = {"upper_batch": batch, "lower_batches": [batch], "on_failure": "ignore"}
     result = hypergradient(problem, upper, kept, **arguments)
     plain = {name: p.detach().clone() for name, p in kept.items()}
@@ -147,9 +147,9 @@ def test_views_that_lie_apart_train(name: str) -> None:
     if y.numel() != x.numel():
         return
     batch = torch.zeros(x.numel(), dtype=torch.float64)
-    levels = [Level({n: leaf}, torch.optim.SGD([leaf], lr=0.1), [batch]) for n, leaf in (("x", x), ("y", y))]
+    above, below = (Level({n: leaf}, torch.optim.SGD([leaf], lr=0.1), [batch]) for n, leaf in (("x", x), ("y", y)))
     before = x.clone(), y.clone()
-    trainer = Trainer(Quadratic(), *levels, AlternatingSchedule(2, 2, 2))
+    trainer = Trainer(Quadratic(), above, below, AlternatingSchedule(2, 2, 2))
     # One system serves both upper steps: they move x, whose buffer is y's too.
     trainer.problem.curvature_depends_on_upper = False
     trainer.run()

@@ -36,7 +36,13 @@ def paper_preset(name: str) -> Preset:
             pretext=_pretext(paper_version),
             downstream=_downstream(name),
             head=HeadConfig(epochs=20, lr=lr, weight_decay=weight_decay),
-            bissl=BilevelConfig(alternations=500, layerwise=True, upper_lr=lr, upper_weight_decay=weight_decay),
+            bissl=BilevelConfig(
+                alternations=500,
+                layerwise=True,
+                through_negative_curvature=True,
+                upper_lr=lr,
+                upper_weight_decay=weight_decay,
+            ),
             finetune=FinetuneConfig(
                 epochs=400,
                 lr=entry.bissl[0],

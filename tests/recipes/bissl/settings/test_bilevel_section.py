@@ -60,6 +60,11 @@ def test_options_of_the_system() -> None:
         ({"solver": "neumann", "recycle": 2}, "solver_rtol=noise and recycle belong to cg"),
         ({"layerwise": True, "recycle": 2}, "layerwise keeps no conjugate directions"),
         ({"layerwise": True, "solver_rtol": "noise"}, "takes neither recycle nor solver_rtol=noise"),
+        ({"through_negative_curvature": True}, "through_negative_curvature belongs to layerwise.*set .* to false too"),
+        (
+            {"layerwise": True, "solver_rtol": None, "through_negative_curvature": True, "escalate": True},
+            "escalate answers negative curvature .* set one of the two to false",
+        ),
         ({"solver_rtol": "noise", "hessian_batches": 1}, "hessian_batches must be at least 2, got 1"),
         ({"solver_rtol": "loud"}, "bissl.solver_rtol"),
         ({"solver_rtol": 1.0}, "bissl.solver_rtol"),

@@ -96,6 +96,7 @@ PAPER: dict[str, Any] = {
     "bissl.solver_iterations": 5,
     "bissl.solver_rtol": None,
     "bissl.layerwise": True,
+    "bissl.through_negative_curvature": True,
     "bissl.max_grad_norm": 10.0,
     "bissl.lower_lr": 1.0,
     "bissl.lower_warmup_epochs": 10,
@@ -184,8 +185,10 @@ def test_overrides_merge_and_later_ones_win() -> None:
 
 def test_solvers_and_providers() -> None:
     bissl = PRESETS["paper-stl10"]("v2").bissl
-    assert bissl.make_solver() == CG(5, None, True)
-    assert bissl.model_copy(update={"layerwise": False, "solver_rtol": 0.1}).make_solver() == CG(5, 0.1, False)
+    assert bissl.make_solver() == CG(5, None, layerwise=True, through_negative_curvature=True)
+    assert bissl.model_copy(update={"through_negative_curvature": False}).make_solver() == CG(5, None, layerwise=True)
+    off = {"layerwise": False, "through_negative_curvature": False}
+    assert bissl.model_copy(update={**off, "solver_rtol": 0.1}).make_solver() == CG(5, 0.1)
     assert bissl.model_copy(update={"solver": "identity"}).make_solver() == Identity()
     assert bissl.model_copy(update={"solver": "neumann", "solver_iterations": 7}).make_solver() == Neumann(7, None)
     providers = ("reverse", ReverseOverReverse()), ("reverse-kept", ReverseOverReverse(keep_graph=True))

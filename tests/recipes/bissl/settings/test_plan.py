@@ -125,7 +125,8 @@ def test_estimate_bounds_the_products_of_each_solver(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("recipes.bissl.outcome.estimate._seconds_per_image", lambda config, device: 0.01)
 
     def products(**fields: Any) -> str:
-        text = describe(preset("paper-stl10", bissl={"alternations": 10, "layerwise": False, **fields}))
+        plain = {"alternations": 10, "layerwise": False, "through_negative_curvature": False}
+        text = describe(preset("paper-stl10", bissl={**plain, **fields}))
         line = next(line for line in text.splitlines() if line.startswith("bissl: "))
         return line.partition("labelled steps")[2]
 
@@ -133,6 +134,7 @@ def test_estimate_bounds_the_products_of_each_solver(monkeypatch: pytest.MonkeyP
     # 10 alternations of 8 solves, each of 5 iterations on 5 batches; layer-wise CG measures its residual by one more.
     assert products() == f"; 2000{said}"
     assert products(layerwise=True) == f"; 2400{said}"
+    assert products(layerwise=True, through_negative_curvature=True) == f"; 2400{said}"
     assert products(solver_rtol="noise") == f"; at most 2000{said}"
     assert products(solver_rtol=0.01, aggregate=True, hessian_batches=2) == f"; at most 100{said}"
     assert products(solver="nystrom", nystrom_rank=7) == f"; {2000 + 10 * 7 * 5}{said}"

@@ -203,6 +203,7 @@ def test_small_presets_are_fair_and_cheaper(name: str) -> None:
     assert bissl.pretext_steps == baseline.pretext_steps == 391 * 20 + 100 * 20
     assert bissl.pretext_lr == baseline.pretext_lr
     assert (config.bissl.solver_rtol, config.bissl.aggregate, config.bissl.layerwise) == ("noise", True, False)
+    assert (config.bissl.through_negative_curvature, paper.bissl.through_negative_curvature) == (False, True)
     assert config.bissl.hvp == "reverse-kept"
     assert (config.compute.precision, config.compute.views, config.compute.data_device) == ("bf16", "batched", "device")
     assert 10 <= config.finetune.epochs <= 100

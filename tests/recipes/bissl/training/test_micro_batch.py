@@ -80,7 +80,7 @@ def test_micro_batches_of_a_frozen_network_give_the_whole_batchs_system_and_grad
     reference = torch.autograd.grad(problem.lower_objective(upper, y, batch), list(y.values()))
     _, gradient = micro_batched_gradient(
         lambda y, chunk: problem.lower_outputs(upper, y, chunk),
-        lambda z: problem.lower_output_loss(z, batch),
+        lambda z: problem.lower_output_loss(upper, z, batch),
         lower,
         problem.split_batch(batch, 3),
     )
@@ -106,7 +106,7 @@ def test_only_first_order_passes_take_the_first_order_outputs() -> None:
     assert calls == 0
     micro_batched_gradient(
         lambda y, chunk: problem.lower_outputs(upper, y, chunk),
-        lambda z: problem.lower_output_loss(z, batch),
+        lambda z: problem.lower_output_loss(upper, z, batch),
         lower,
         problem.split_batch(batch, 4),
     )
