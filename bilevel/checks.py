@@ -1,7 +1,9 @@
 """Checks of arguments: each raises one sentence that names the argument, what came and what to do."""
 
+import inspect
 import math
 import os
+import warnings
 from typing import Any
 
 from bilevel import tree
@@ -78,6 +80,14 @@ def check_variables(argument: str, value: object) -> None:
             f"{argument}: {both[0]!r} and {both[1]!r} share memory, so that they are no variables of their own; give a "
             "tied tensor once, under one of its names, or give each a memory of its own by clone()"
         )
+
+
+def warn_outside(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning that points to the first line outside this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def same_structure(x: Params, y: Params) -> bool:

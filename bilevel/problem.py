@@ -29,6 +29,10 @@ class Problem(ABC):
     curvature_depends_on_upper: bool = True
     """Whether d2L/dydy or d2r/dydy changes with x. False lets one `System` serve many upper steps."""
 
+    check_curvature: bool = True
+    """Whether second derivatives of the lower level are examined, once for each Problem, for what a custom autograd
+    Function or a ``detach`` cuts off. False where a stop-gradient is meant, or to save the price."""
+
     @abstractmethod
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         """L(x, y) on one batch, without the regularizer; 0-d."""

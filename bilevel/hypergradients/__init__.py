@@ -3,6 +3,7 @@
 from bilevel.hypergradients.check import HypergradientCheck, check_hypergradient
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.linearize import linearize
 from bilevel.hypergradients.method import LowerStep, Method, MethodState, Proposal, Setup, UpperStep, check_proposal
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.penalty import Penalty
@@ -15,7 +16,7 @@ from bilevel.hypergradients.result import (
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
-from bilevel.hypergradients.system import System, linearize
+from bilevel.hypergradients.system import System
 from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from bilevel import tree
+from bilevel.hypergradients.linearize import make_system
 from bilevel.hypergradients.method import MethodState, Proposal, UpperStep
-from bilevel.hypergradients.system import System, linearize, through_system
+from bilevel.hypergradients.system import System, through_system
 from bilevel.linear import ApproximateInverse, Identity
 from bilevel.lower import Selection
 from bilevel.products import HVP
@@ -14,7 +15,7 @@ from bilevel.tree import Params
 def unsolved_system(step: UpperStep, hvp: HVP, implicit: Selection | None) -> System:
     """The system of a step, of which the gradient, the scale and the cross term are used, and no solve."""
     step.watch()
-    return linearize(
+    return make_system(
         step.problem, step.upper, step.lower, step.lower_batches, solver=Identity(), hvp=hvp, implicit=implicit
     )
 

@@ -1,28 +1,40 @@
 """Does a hypergradient agree with what it claims to be the derivative of?"""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import reduce
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from bilevel import tree
 from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
-from bilevel.hypergradients.differences import derivative, step_ranges
+from bilevel.hypergradients.differences import Estimate, derivative, step_ranges
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.linear import CG, Solver
-from bilevel.lower import check_batch, check_batches, differentiates
-from bilevel.nn import curvature_pass
+from bilevel.lower import (
+    Examination,
+    LowerSolver,
+    OutOfTime,
+    Resolved,
+    Solves,
+    check_batch,
+    check_batches,
+    differentiates,
+    reweighted,
+    thorough_examinations,
+)
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
-LowerSolver = Callable[[Problem, Params, Params, Sequence[Any]], Params]
-"""``lower_solver(problem, upper, lower, lower_batches) -> lower``: solves the lower problem from `lower` on."""
+_TYPICAL = math.e**2
+"""The largest step over one of those that differences end with."""
+_TOO_FAR = 10.0
+"""A solver that leaves this many times the tolerance is not worth the differences."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +43,18 @@ class HypergradientCheck:
 
     Attributes:
         relative_error: ``||a - n|| / ||n||`` over the directions, a the derivatives that the hypergradient predicts and
-            n the central differences.
-        uncertainty: what is left open by the differences themselves, in the same units.
+            n the central differences; NaN where none were made.
+        uncertainty: what is left open by the differences themselves, and by what the lower solver leaves, in the same
+            units.
         agrees: the error is within `tolerance`, and the differences are sharp enough to say so.
         verdict: in words.
-        predicted, measured: derivatives along each direction.
+        predicted, measured: derivatives along each direction; fewer, or none, are measured where the check ended early.
         steps: the largest and smallest step that the differences were taken with.
         stationarity: norm of the lower gradient at the re-solved lower variables, with the undamped weight.
         moved: distance from the lower variables given to the re-solved ones, relative to the latter.
         damping: as given; with damping the differences are of the problem whose weight is lambda + damping.
         undamped_error: with damping, `relative_error` against the undamped problem; None otherwise.
+        solves: how often the lower problem was solved.
         hypergradient: what was checked.
     """
 
@@ -55,15 +69,17 @@ class HypergradientCheck:
     moved: float
     damping: float
     undamped_error: float | None
+    solves: int
     hypergradient: Hypergradient
 
     def __str__(self) -> str:
         lines = [self.verdict, "direction  predicted        measured"]
-        pairs = zip(self.predicted, self.measured, strict=True)
-        lines += [f"{i:9d}  {a:+.8e}  {n:+.8e}" for i, (a, n) in enumerate(pairs, 1)]
+        pairs = zip_longest(self.predicted, self.measured)
+        lines += [f"{i:9d}  {a:+.8e}  {'-' if n is None else f'{n:+.8e}'}" for i, (a, n) in enumerate(pairs, 1)]
         lines.append(f"relative error {self.relative_error:.2e}, uncertainty of the differences {self.uncertainty:.2e}")
         lines.append(
-            f"lower stationarity {self.stationarity:.2e}; re-solving moved the lower variables by {self.moved:.2e}"
+            f"lower stationarity {self.stationarity:.2e}; re-solving moved the lower variables by {self.moved:.2e}; "
+            f"{self.solves} solves"
         )
         if self.undamped_error is not None:
             lines.append(f"error against the undamped problem {self.undamped_error:.2e}")
@@ -84,6 +100,8 @@ def check_hypergradient(
     directions: int = 4,
     tolerance: float = 1e-4,
     seed: int = 0,
+    seconds: float | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> HypergradientCheck:
     r"""Compare the hypergradient with central differences of :math:`x \mapsto F(x, y^*(x))`, y re-solved at each point.
 
@@ -100,6 +118,11 @@ def check_hypergradient(
     the problem that is re-solved is the one whose regularization weight is ``lambda + damping``, which is what the
     damped system differentiates; the distance to the undamped problem is reported beside it.
 
+    Before that, the lower problem is solved at x + h u and once more from there. Where F still moves, or would by the
+    lower gradient that is left and the solution of the linear system, by so much that the differences would measure the
+    solver, the verdict says so at once and no differences are made. The verdict also names curvature that an operation
+    of the lower objective loses (`Problem.check_curvature`), which is looked for here in problems of any size.
+
     Args:
         lower: where `lower_solver` starts from.
         method: default ``Implicit(CG(200, 1e-10))``; give the one that is used in training to check that. What a
@@ -111,10 +134,12 @@ def check_hypergradient(
         directions: number of directions; all coordinates where there are no more than that.
         tolerance: largest relative error that passes.
         seed: of the directions.
+        seconds: a budget. No solve begins after it, and the verdict is of what is known by then.
+        progress: is given a line after every solve; ``print`` shows them.
 
     Raises:
-        TypeError: a `lower_solver` that cannot be called, or as for `hypergradient`.
-        ValueError: directions < 1, a tolerance that is not positive, or as for `hypergradient`.
+        TypeError: a `lower_solver` or `progress` that cannot be called, or as for `hypergradient`.
+        ValueError: directions < 1, a tolerance or seconds that are not positive, or as for `hypergradient`.
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
@@ -124,100 +149,118 @@ def check_hypergradient(
     check_function("lower_solver", lower_solver, "a function of the problem, upper, lower and the lower batches")
     check_count("directions", directions, least=1)
     check_number("tolerance", tolerance, positive=True)
+    if seconds is not None:
+        check_number("seconds", seconds, positive=True)
+    if progress is not None:
+        check_function("progress", progress, "a function of a line, such as print")
     point, method = tree.detach(upper), as_method(CG(200, 1e-10) if method is None else method)
     damping = method.damping
-    solved_problem = problem if damping == 0.0 else _reweighted(problem, problem.regularization_weight + damping)
-    resolved = _Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches, tolerance)
+    solved_problem = problem if damping == 0.0 else reweighted(problem, problem.regularization_weight + damping)
+    solves = Solves(seconds, progress)
+    resolved = Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches, solves, "at x")
     start = resolved.solve(point)
-    result = hypergradient(
-        problem, point, start, method, upper_batch=upper_batch, lower_batches=lower_batches, on_failure="ignore"
-    )
-    resolved, axes = replace(resolved, start=start), _orthonormal(point, directions, seed)
+    with thorough_examinations() as examinations:
+        result = hypergradient(
+            problem, point, start, method, upper_batch=upper_batch, lower_batches=lower_batches, on_failure="ignore"
+        )
+    resolved, axes = replace(resolved, start=start, where=""), _orthonormal(point, directions, seed)
     undamped = None if damping == 0.0 else replace(resolved, problem=problem)
-    return _compare(result, gradient, point, axes, resolved, undamped, lower, tolerance=tolerance, damping=damping)
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """F(x, y*(x)) as a function of x, y solved for from `start` at every x."""
-
-    problem: Problem
-    lower_solver: LowerSolver
-    start: Params
-    upper_batch: Any
-    lower_batches: Sequence[Any]
-    tolerance: float
-
-    def solve(self, upper: Params) -> Params:
-        with torch.enable_grad(), curvature_pass():
-            solved = self.lower_solver(self.problem, upper, self.start, self.lower_batches)
-        tree.check_params("lower_solver's result", solved)
-        return tree.detach(solved)
-
-    def value(self, upper: Params) -> float:
-        lower = self.solve(upper)
-        with torch.no_grad(), curvature_pass():
-            return float(self.problem.upper_objective(upper, lower, self.upper_batch))
-
-    def differences(self, point: Params, axes: Sequence[Params]) -> tuple[list[float], float, tuple[float, float]]:
-        """Derivatives along the axes, how uncertain they are together, and the largest and smallest step."""
-        ranges = step_ranges(point)
-        functions = [cache(partial(self._along, point, u)) for u in axes]
-        alone = [derivative(function, ranges, self.tolerance, scale=0.0) for function in functions]
-        # Once more from the same values: what is small beside the other directions need not be known as sharply.
-        scale = max(abs(e.value) for e in alone)
-        found = [derivative(function, ranges, self.tolerance, scale=scale) for function in functions]
-        doubt = math.hypot(*(e.doubt for e in found))
-        return [e.value for e in found], doubt, (max(e.steps[0] for e in found), min(e.steps[1] for e in found))
-
-    def _along(self, point: Params, direction: Params, step: float) -> float:
-        return self.value(tree.axpy(step, direction, point))
-
-
-def _compare(
-    result: Hypergradient,
-    gradient: Params | None,
-    point: Params,
-    axes: Sequence[Params],
-    resolved: _Resolved,
-    undamped: _Resolved | None,
-    lower: Params,
-    *,
-    tolerance: float,
-    damping: float,
-) -> HypergradientCheck:
-    """`result`, or a `gradient` in its place, against the differences of the damped and of the undamped problem.
-
-    `lower` is where the user let the lower level start.
-    """
     grad = result.grad if gradient is None else gradient
     predicted = [float(tree.dot(grad, u)) for u in axes]
-    measured, doubt, steps = resolved.differences(point, axes)
-    error, uncertainty = _relative(predicted, measured), doubt / max(math.hypot(*measured), 1e-300)
-    size = max(float(tree.norm(resolved.start)), 1e-300)
+    found = _measure(resolved, undamped, point, axes, predicted, result, tolerance)
+    reasons = _reasons(predicted, axes, result, gradient is None)
+    size = max(float(tree.norm(start)), 1e-300)
     return HypergradientCheck(
-        relative_error=error,
-        uncertainty=uncertainty,
-        agrees=error <= tolerance and uncertainty <= tolerance,
-        verdict=_verdict(error, uncertainty, tolerance, damping, _reasons(predicted, axes, result, gradient is None)),
+        relative_error=found.error,
+        uncertainty=found.uncertainty,
+        agrees=found.complete and found.error <= tolerance and found.uncertainty <= tolerance,
+        verdict="; ".join([_verdict(found, result, tolerance, damping, reasons, solves), *_curvature(examinations)]),
         predicted=tuple(predicted),
-        measured=tuple(measured),
-        steps=steps,
+        measured=tuple(found.measured),
+        steps=found.steps,
         stationarity=result.stationarity,
-        moved=float(tree.norm(tree.sub(resolved.start, tree.detach(lower)))) / size,
+        moved=float(tree.norm(tree.sub(start, tree.detach(lower)))) / size,
         damping=damping,
-        undamped_error=None if undamped is None else _relative(predicted, undamped.differences(point, axes)[0]),
+        undamped_error=found.undamped_error,
+        solves=solves.count,
         hypergradient=result,
     )
 
 
-def _reweighted(problem: Problem, weight: float) -> Problem:
-    """A shallow copy with another regularization weight, whether that is an attribute, a field or a property."""
-    twin, kind = copy.copy(problem), type(problem)
-    body = {"regularization_weight": property(lambda self: weight), "__module__": kind.__module__}
-    # By way of object, for a frozen dataclass.
-    object.__setattr__(twin, "__class__", type(kind.__name__, (kind,), body))
-    return twin
+@dataclass(frozen=True)
+class _Found:
+    """What the differences say, of as many directions as there was time for."""
+
+    measured: Sequence[float] = ()
+    error: float = math.nan
+    uncertainty: float = math.nan
+    open_share: float = 0.0
+    steps: tuple[float, float] = (math.nan, math.nan)
+    undamped_error: float | None = None
+    complete: bool = False
+
+
+def _measure(
+    resolved: Resolved,
+    undamped: Resolved | None,
+    point: Params,
+    axes: Sequence[Params],
+    predicted: Sequence[float],
+    result: Hypergradient,
+    tolerance: float,
+) -> _Found:
+    """The derivatives along the axes, unless the solver is too far from a solution for them."""
+    solution, step = result.solution, step_ranges(point)[0][0] / _TYPICAL
+    trusted = solution is not None and solution.num_hvps > 0 and solution.status.ok
+    # Along all axes at once, which sees of each its share by the root of their number.
+    every = tree.scale(len(axes) ** -0.5, reduce(tree.add, axes))
+    beside = tree.axpy(step, every, point)
+    try:
+        value, left = resolved.left_by_the_solver(beside, solution.value if trusted and solution else None)
+    except OutOfTime:
+        return _Found()
+    slope, left = (
+        len(axes) ** 0.5 * size / step for size in (abs(value - resolved.value(point, resolved.start)), left)
+    )
+    open_share = left / max(slope, math.hypot(*predicted), 1e-300)
+    if open_share > _TOO_FAR * tolerance:
+        return _Found(uncertainty=open_share, open_share=open_share, steps=(step, step))
+    estimates = _differences(resolved, point, axes, tolerance)
+    if not estimates:
+        return _Found()
+    measured = [estimate.value for estimate in estimates]
+    size = max(math.hypot(*measured), 1e-300)
+    complete, undamped_error = len(estimates) == len(axes), None
+    if undamped is not None and complete:
+        others = _differences(replace(undamped, where="undamped "), point, axes, tolerance)
+        complete = len(others) == len(axes)
+        undamped_error = _relative(predicted, [e.value for e in others]) if complete else None
+    return _Found(
+        measured=measured,
+        error=_relative(predicted[: len(measured)], measured),
+        uncertainty=math.hypot(*(e.doubt for e in estimates), left) / size,
+        open_share=open_share,
+        steps=(max(e.steps[0] for e in estimates), min(e.steps[1] for e in estimates)),
+        undamped_error=undamped_error,
+        complete=complete,
+    )
+
+
+def _differences(resolved: Resolved, point: Params, axes: Sequence[Params], tolerance: float) -> list[Estimate]:
+    """Derivatives along the axes, along the first ones where the time does not suffice for all."""
+    ranges, count = step_ranges(point), len(axes)
+    functions = [
+        resolved.along(point, u, f"{resolved.where}direction {i} of {count}") for i, u in enumerate(axes, start=1)
+    ]
+    found: list[Estimate] = []
+    try:
+        for function in functions:
+            found.append(derivative(function, ranges, tolerance, scale=0.0))
+        # Once more from the same values: what is small beside the other directions need not be known as sharply.
+        scale = max(abs(e.value) for e in found)
+        return [derivative(function, ranges, tolerance, scale=scale) for function in functions]
+    except OutOfTime:
+        return found
 
 
 def _orthonormal(like: Params, count: int, seed: int) -> list[Params]:
@@ -240,8 +283,25 @@ def _relative(predicted: Sequence[float], measured: Sequence[float]) -> float:
     return difference / scale if scale > 0.0 else 0.0
 
 
-def _verdict(error: float, uncertainty: float, tolerance: float, damping: float, reasons: Sequence[str]) -> str:
+def _verdict(
+    found: _Found, result: Hypergradient, tolerance: float, damping: float, reasons: Sequence[str], solves: Solves
+) -> str:
     which = f"the damped problem (weight lambda + {damping:g})" if damping else "the re-solved problem"
+    if found.open_share > _TOO_FAR * tolerance:
+        return (
+            f"not solved: the lower solver does not reach stationarity (norm of dG/dy at x {result.stationarity:.1e}; "
+            f"beside x a solve leaves {found.open_share:.1e} of F's derivative open, and the tolerance is "
+            f"{tolerance:.1e}): the differences would measure the solver, not the hypergradient; solve the lower level "
+            "more accurately, or pass a larger tolerance"
+        )
+    if not found.complete:
+        known = len(found.measured)
+        so_far = f"so far, along {known} directions, it differs by {found.error:.1e}; " if known else ""
+        return (
+            f"unfinished: the budget of {solves.seconds:g} seconds was spent after {solves}; {so_far}give more "
+            "seconds, fewer directions or a faster lower solver"
+        )
+    error, uncertainty = found.error, found.uncertainty
     if not math.isfinite(error):
         return f"not finite: the hypergradient or {which} gave NaN or infinity"
     if uncertainty > max(tolerance, 0.1 * min(error, 1.0)):
@@ -253,6 +313,14 @@ def _verdict(error: float, uncertainty: float, tolerance: float, damping: float,
     if error <= tolerance:
         return f"right: agrees with central differences of {which} to {error:.1e}"
     return "; ".join([f"wrong: differs from central differences of {which} by {error:.1e}", *reasons])
+
+
+def _curvature(examinations: Sequence[Examination]) -> list[str]:
+    """What was found out about the curvature, where something is lost or nothing is known."""
+    lost = [text for examination in examinations if (text := examination.lost())]
+    doubts = [e.doubt for e in examinations if e.doubt]
+    undecided = [f"whether curvature is lost is undecided ({doubts[0]})"] if doubts and not lost else []
+    return lost[:1] or undecided
 
 
 def _reasons(predicted: Sequence[float], axes: Sequence[Params], result: Hypergradient, own: bool) -> list[str]:

@@ -5,8 +5,9 @@ from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
+from bilevel.hypergradients.linearize import make_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.system import System, linearize, through_system
+from bilevel.hypergradients.system import System, through_system
 from bilevel.linear import CG, Solution, Solver, Status
 from bilevel.lower import (
     Selection,
@@ -112,7 +113,7 @@ class Implicit(Method):
         provider = as_provider(self.hvp)
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
-        return linearize(
+        return make_system(
             step.problem,
             step.upper,
             step.lower,

@@ -1,8 +1,6 @@
 """A hypergradient, what is known about it, and what is done where it cannot be trusted."""
 
-import inspect
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.checks import warn_outside
 from bilevel.linear import Escalating, LinearOperator, Neumann, Solution, Solver, Status, spectrum_bounds
 from bilevel.lower import PerProblem, Tikhonov, are_samples
 from bilevel.problem import Problem
@@ -57,8 +56,8 @@ class Hypergradient:
         noise: standard error of the lower gradient over the lower batches, in the units of `stationarity`; None for a
             single batch.
         lower: the lower variables after the steps of a method that makes some, None where none is made.
-        failure: in words what went wrong, None where nothing did: a solve whose status is not a success, a part that is
-            not finite.
+        failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
+            loses, a solve whose status is not a success, a part that is not finite.
         warning: in words that the solve is more accurate than the lower batches can tell, once for a problem; None
             otherwise. `Solution.noise` is the measure, None for a single batch: it was not measured there.
     """
@@ -178,6 +177,11 @@ def _is_large(noise: float | None, goal: float) -> bool:
     return noise is not None and noise >= _LARGE_NOISE and goal <= _FAR_BELOW * noise
 
 
+def joined(*failures: str | None) -> str | None:
+    """Several failures in one, None where there is none."""
+    return "; ".join(failure for failure in failures if failure is not None) or None
+
+
 def finite_failure(direct: Params, implicit: Params, grad: Params) -> str | None:
     """Which part of a hypergradient is not finite though its solve succeeded, and what to check."""
     if tree.all_finite(grad):
@@ -205,15 +209,8 @@ def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
     if on_failure == "ignore":
         return
     if result.warning is not None:
-        _warn(result.warning)
+        warn_outside(result.warning, SolverWarning)
     if result.failure is not None and on_failure == "raise":
         raise SolverError(result.failure, result.solution)
     if result.failure is not None:
-        _warn(result.failure)
-
-
-def _warn(text: str) -> None:
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, SolverWarning, stacklevel=level)
+        warn_outside(result.failure, SolverWarning)

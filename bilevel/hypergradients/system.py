@@ -3,25 +3,24 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
-from bilevel.checks import check_kind, check_number, check_variables, same_structure
+from bilevel.checks import same_structure
 from bilevel.hypergradients.result import (
     Hypergradient,
     OnFailure,
     check_on_failure,
     finite_failure,
+    joined,
     noise_warning,
     report_failure,
     solve_failure,
 )
 from bilevel.linear import (
-    CG,
     FunctionOperator,
     LinearOperator,
     MeanOperator,
@@ -38,24 +37,20 @@ from bilevel.linear import (
 from bilevel.lower import (
     BufferWatch,
     LowerObjectives,
-    Selection,
     StaleSystemError,
     Tikhonov,
     check_batch,
-    check_batches,
     check_marks,
-    check_tikhonov,
-    check_tikhonov_names,
     cross_examined,
     differentiates,
     examine_cross,
+    examine_curvature,
     halves,
-    selected,
     take_marks,
     upper_derivatives,
 )
 from bilevel.problem import Problem
-from bilevel.products import HVP, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, as_provider, reached
+from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
 
@@ -67,6 +62,7 @@ class System:
         implicit: names of the implicit lower variables.
         solver, hvp, damping, tikhonov, lower_batches: what shaped the system.
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
+        curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
         has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
         batch_sums: checksums of the tensors of the lower batches.
     """
@@ -106,6 +102,7 @@ class System:
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = self._linearizations(self.lower_batches, living)
+        self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
@@ -318,71 +315,6 @@ class System:
         return named
 
 
-@differentiates
-def linearize(
-    problem: Problem,
-    upper: Params,
-    lower: Params,
-    lower_batches: Sequence[Any],
-    *,
-    solver: Solver | None = None,
-    hvp: HVP | None = None,
-    damping: float = 0.0,
-    tikhonov: Tikhonov = 0.0,
-    implicit: Selection | None = None,
-) -> System:
-    r"""Build the linear system of the implicit function theorem at (upper, lower).
-
-    With a regularizer r and :math:`c = \lambda + \text{damping} > 0`:
-
-    .. math:: A = \frac{1}{c} \frac{\partial^2 L}{\partial y^2} + \frac{\partial^2 r}{\partial y^2} + \text{tikhonov},
-       \qquad \text{cross} = \frac{1}{c} \frac{\partial^2 L}{\partial x \partial y}
-       + \frac{\partial^2 r}{\partial x \partial y},
-
-    so that BiSSL's A is I + H/c (its Algorithm 2 and appendix B.3). Without one, A = d2L/dydy + tikhonov and
-    cross = d2L/dxdy. L is the mean over `lower_batches` (and over ranks). Random masks are drawn once per batch and
-    stay the same for every product.
-
-    Args:
-        upper, lower: variables; the system keeps them and is stale once they change.
-        lower_batches: a sequence of batches, whatever the Problem's lower_objective takes.
-        solver: default ``CG()``.
-        hvp: default ``ReverseOverReverse()``; "auto" measures the exact providers and takes the fastest that works
-            (``system.hvp.report``).
-        damping: added to the regularization weight in the whole system; needs a regularizer.
-        tikhonov: Tikhonov's, added to A alone: one number, or one per lower name (0 where left out).
-        implicit: names, or a predicate on names, of the lower variables that respond to the upper ones; default the
-            Problem's `implicit`.
-
-    Raises:
-        TypeError: no instance of a Problem; variables that are not Params; an `implicit` that is a bare string; batches
-            that are not a sequence, such as a DataLoader.
-        ValueError: no batches; an unknown or empty `implicit`; a negative regularization weight or damping; damping
-            without a regularizer; an unknown name in `tikhonov`.
-    """
-    check_kind("problem", problem, Problem, "an instance of a Problem")
-    tree.check_params("upper", upper)
-    check_variables("lower", lower)
-    check_batches(lower_batches)
-    check_number("damping", damping)
-    check_number("regularization_weight", problem.regularization_weight)
-    check_tikhonov(tikhonov)
-    names = selected(problem, lower, implicit)
-    check_tikhonov_names(tikhonov, names)
-    check_kind("solver", solver, (Solver, NoneType), "a solver such as CG() or Neumann(10)")
-    return System(
-        problem,
-        upper,
-        lower,
-        lower_batches,
-        solver=CG() if solver is None else solver,
-        hvp=as_provider(hvp),
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=names,
-    )
-
-
 def through_system(
     system: System, upper: Params, lower: Params, upper_batch: Any, *, solve: Callable[[Params], Solution]
 ) -> Hypergradient:
@@ -391,7 +323,8 @@ def through_system(
     solution = solve(v)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     grad = tree.add(direct, implicit_part)
-    failure = solve_failure(system, solution, v) or finite_failure(direct, implicit_part, grad)
+    lost = system.curvature.lost(hessian=solution.num_hvps > 0)
+    failure = joined(lost, solve_failure(system, solution, v) or finite_failure(direct, implicit_part, grad))
     gradient, noise = system.gradient_and_noise(upper)
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)

@@ -13,19 +13,21 @@ import torch
 from bilevel import distributed, tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.result import Hypergradient
+from bilevel.hypergradients.result import Hypergradient, joined
 from bilevel.hypergradients.torch_updates import from_optimizer
-from bilevel.hypergradients.updates import State, Update, starting_state
+from bilevel.hypergradients.updates import State, Update, carry, differentiable, starting_state
 from bilevel.lower import (
     Selection,
     check_selection,
     examine_cross,
+    examine_curvature,
     lower_derivatives,
     lower_value,
     selected,
     upper_derivatives,
 )
 from bilevel.problem import Problem
+from bilevel.products import ReverseOverReverse
 from bilevel.tree import Params
 
 Rule = Update | Callable[[Params], Update]
@@ -162,9 +164,8 @@ class Unrolled(Method):
         for lower_name, upper_name in pairs.items():
             response[upper_name] = response[upper_name] + start[lower_name]
         grad = tree.add(direct, response)
-        failure = trajectory.diverted
-        if not tree.all_finite(grad):
-            failure = _not_finite(end, v)
+        curvature = examine_curvature(step.problem, step.upper, end, last.batch, names, ReverseOverReverse())
+        failure = joined(curvature.lost(), trajectory.diverted if tree.all_finite(grad) else _not_finite(end, v))
         step.watch()
         gradient = lower_derivatives(step.problem, step.upper, end, names, last.batch, last.seed + 1)[1]
         result = Hypergradient(
@@ -252,7 +253,7 @@ class _Replay:
 class _Step:
     """A step with the graphs of its two halves: this rank's gradient, and the update with the mean over the ranks.
 
-    `start` and `end` hold the responding variables and their state, each under its slot and name (see `_carry`).
+    `start` and `end` hold the responding variables and their state, each under its slot and name (see `carry`).
     """
 
     point: _Point
@@ -304,8 +305,8 @@ class _Trajectory:
             lower={name: y[name] for name in self.names},
             local={name: local[name] for name in self.names},
             mean={name: mean[name] for name in self.names},
-            start=_carry(y, state, self.names),
-            end=_carry(lower, after, self.names),
+            start=carry(y, state, self.names),
+            end=carry(lower, after, self.names),
         )
         return step, tree.detach(lower), {slot: tree.detach(values) for slot, values in after.items()}
 
@@ -319,7 +320,7 @@ class _Trajectory:
 
     def sweep(self, kept: list[_Step | _Replay], v: Params) -> tuple[Params, Params]:
         """``(d y_T / d x)' v`` over the upper variables, and ``(d y_T / d y_start)' v``; empties `kept` as it goes."""
-        adjoint = _carry(v, {}, self.names)
+        adjoint = carry(v, {}, self.names)
         response = tree.zeros_like(tree.detach(self.x))
         while kept:
             item = kept.pop()
@@ -339,7 +340,7 @@ class _Trajectory:
         return before, tree.add(direct, distributed.mean_over_ranks(x))
 
     def _as_variables(self, slot: str, values: Params) -> Params:
-        return {n: t.detach().requires_grad_(n in self.names and _differentiable(slot, t)) for n, t in values.items()}
+        return {n: t.detach().requires_grad_(n in self.names and differentiable(slot, t)) for n, t in values.items()}
 
     def _compare(self, end: Params, really: Params, start: Params) -> None:
         """Take note of a replay that went elsewhere by more than rounding and a hundredth of the step explain."""
@@ -381,18 +382,6 @@ def _limited(gradient: Params, limit: float | None) -> Params:
         return gradient
     norm = tree.norm(gradient)
     return tree.scale(limit / norm, gradient) if bool(norm > limit) else gradient
-
-
-def _differentiable(slot: str, tensor: torch.Tensor) -> bool:
-    return slot != "step" and tensor.is_floating_point()
-
-
-def _carry(lower: Params, state: State, names: Sequence[str]) -> Params:
-    """What one step hands to the next, as one tree: the variables under the empty slot, and their state."""
-    flat = {f"/{name}": lower[name] for name in names}
-    for slot, values in state.items():
-        flat |= {f"{slot}/{n}": t for n, t in values.items() if n in names and _differentiable(slot, t)}
-    return flat
 
 
 def _not_finite(end: Params, v: Params) -> str:

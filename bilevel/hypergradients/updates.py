@@ -1,6 +1,7 @@
 """Optimizer steps as pure functions, differentiable any number of times."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -200,3 +201,16 @@ def _root(square: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0; a NaN stays one."""
     zero = square == 0.0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def differentiable(slot: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a state under this slot takes part in derivatives: counts do not."""
+    return slot != "step" and tensor.is_floating_point()
+
+
+def carry(lower: Params, state: State, names: Sequence[str]) -> Params:
+    """What one step hands to the next, as one tree: the variables under the empty slot, and their state."""
+    flat = {f"/{name}": lower[name] for name in names}
+    for slot, values in state.items():
+        flat |= {f"{slot}/{n}": t for n, t in values.items() if n in names and differentiable(slot, t)}
+    return flat

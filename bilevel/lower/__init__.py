@@ -1,9 +1,11 @@
 """The lower level's objective and its derivatives, and whether they are still those of the present variables."""
 
+from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.once import OncePerProblem, PerProblem
 from bilevel.lower.reach import cross_examined, examine_cross
+from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.sampling import are_samples, halves
 from bilevel.lower.selection import (
     Selection,
@@ -18,10 +20,15 @@ from bilevel.lower.surroundings import check_batch, check_batches, check_recorda
 
 __all__ = [
     "BufferWatch",
+    "Examination",
     "LowerObjectives",
+    "LowerSolver",
     "OncePerProblem",
+    "OutOfTime",
     "PerProblem",
+    "Resolved",
     "Selection",
+    "Solves",
     "StaleSystemError",
     "Tikhonov",
     "are_samples",
@@ -35,11 +42,14 @@ __all__ = [
     "cross_examined",
     "differentiates",
     "examine_cross",
+    "examine_curvature",
     "halves",
     "lower_derivatives",
     "lower_value",
+    "reweighted",
     "selected",
     "take_marks",
+    "thorough_examinations",
     "training_derivatives",
     "upper_derivatives",
 ]

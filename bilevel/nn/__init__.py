@@ -1,6 +1,7 @@
 """Modules inside a differentiated objective: functional calls, layers that differentiate twice."""
 
 from bilevel.nn.double_backward import CheapDoubleBackward
+from bilevel.nn.double_precision import DoublePrecision, as_double
 from bilevel.nn.functional import (
     chunk_seeds,
     curvature_pass,
@@ -15,7 +16,9 @@ from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
     "CheapDoubleBackward",
+    "DoublePrecision",
     "SyncBatchNorm",
+    "as_double",
     "chunk_seeds",
     "curvature_pass",
     "functional_call",

@@ -12,13 +12,16 @@ from bilevel.products.hvp import (
     Objective,
     ReverseOverReverse,
 )
+from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from bilevel.products.outputs import check_outputs, check_rows
 
 __all__ = [
     "HVP",
+    "LOST",
     "Automatic",
     "ComposedObjective",
+    "CurvatureErrors",
     "FiniteDifference",
     "ForwardOverReverse",
     "GaussNewton",
@@ -31,8 +34,10 @@ __all__ = [
     "as_provider",
     "check_outputs",
     "check_rows",
+    "curvature_errors",
     "graph_bytes",
     "graph_nodes",
     "micro_batched_gradient",
     "reached",
+    "suspicious_operations",
 ]

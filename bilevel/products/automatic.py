@@ -1,9 +1,8 @@
 """The provider that measures: which exact Hessian-vector product works on an objective, and which is fastest."""
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
@@ -23,8 +22,6 @@ from bilevel.tree import Params
 
 _REPEATS = 3
 _EXPECTED_PRODUCTS = 5
-_CLEAR = 1e-2
-"""Differences of gradients that agree this well are derivatives: kinks, noise and too long steps spread them more."""
 
 HVP = HVPProvider | Literal["auto"]
 """What arguments named `hvp` take: a provider, or "auto" for a new `Automatic`."""
@@ -39,8 +36,7 @@ class Measurement:
         seconds: time of a product, the median of three after one that is not counted; None where it does not work.
             For kept graphs, the mean over the batches and over five products of each: every batch's first at the
             recomputed price, the later ones at the kept price where the budget keeps the batch's graph.
-        difference: relative distance of its product from that of the first candidate that works; for an only one, from
-            central differences of its gradients.
+        difference: relative distance of its product from that of the first candidate that works.
         failure: why it does not work, empty where it does.
     """
 
@@ -57,10 +53,8 @@ class Automatic(HVPProvider):
 
     Finite differences are taken only where neither works, because they are far off on networks with kinks. Two
     candidates that disagree by more than the dtype's rounding allows (1e-3 in float32, 1e-8 in float64) are a defect of
-    the objective or of torch: the reverse one is kept, and the report shows the difference. Where only one of the two
-    works, its product is compared with central differences of its own gradients at three steps: a UserWarning is given
-    if the three agree with each other to 1e-2 and not with the product, as where an operation detaches part of its
-    backward pass. At kinks and under rounding they do not agree, and nothing is said.
+    the objective or of torch: the reverse one is kept, and the report shows the difference. Whether the products of the
+    one that is kept have lost curvature is examined as for any provider (`Problem.check_curvature`).
 
     What is chosen on the first of several ranks holds for all of them.
 
@@ -102,7 +96,7 @@ class Automatic(HVPProvider):
         resident = list(resident)
         if self._chosen is None and objectives:
             first = _FirstBatch(objectives[0], upper, lower, resident)
-            self.report = _compare_only(first, _measure(first))
+            self.report = _measure(first)
             if self.memory_budget is not None:
                 self.report += _measure_kept(first, self.report, self.memory_budget, len(objectives))
             chosen = self._candidates().index(_choose(self.report, lower))
@@ -201,38 +195,6 @@ def _measure(batch: _FirstBatch) -> tuple[Measurement, ...]:
         reference = product if reference is None else reference
         report.append(Measurement(provider, _median_seconds(linearization, vector), _difference(product, reference)))
     return tuple(report)
-
-
-def _compare_only(batch: _FirstBatch, report: tuple[Measurement, ...]) -> tuple[Measurement, ...]:
-    """The report, where only one candidate works with its distance from differences; warns if those are trustworthy."""
-    working = [entry for entry in report if entry.seconds is not None]
-    if len(working) != 1:
-        return report
-    (only,), vector = working, batch.vector()
-    product = batch.linearize(only.provider).hessian(vector)
-    rounding = max(torch.finfo(leaf.dtype).eps for leaf in batch.lower.values())
-    step = rounding ** (1 / 3) * (1.0 + float(tree.norm(batch.lower))) / float(tree.norm(vector))
-    differences = [_central_difference(batch, only.provider, vector, step * share) for share in (1.0, 0.25, 0.0625)]
-    spread = max(_difference(one, differences[1]) for one in differences)
-    distance = _difference(product, differences[1])
-    if spread <= min(_CLEAR, 0.1 * distance) and distance > _CLEAR:
-        warnings.warn(
-            f"hvp='auto': only {only.provider} works on this objective, and its product is {distance:.1e} away from "
-            f"differences of gradients that agree with each other to {spread:.1e}: the backward pass of some operation "
-            "seems to be cut off from part of its inputs (a custom autograd Function, a detach). Mend it, or use "
-            "FiniteDifference()",
-            stacklevel=2,
-        )
-    return tuple(replace(entry, difference=distance) if entry is only else entry for entry in report)
-
-
-def _central_difference(batch: _FirstBatch, provider: HVPProvider, vector: Params, step: float) -> Params:
-    """Of the provider's own gradients, whose random masks are those of its products."""
-
-    def gradient(step: float) -> Params:
-        return replace(batch, lower=tree.axpy(step, vector, tree.detach(batch.lower))).linearize(provider).gradient()
-
-    return tree.scale(0.5 / step, tree.sub(gradient(step), gradient(-step)))
 
 
 def _measure_kept(

@@ -77,5 +77,15 @@ class _GaussNewton(Linearization):
         curved = tree.pullback(slope, pushed, [point])[0]
         return tree.pullback(z, curved, [y])[0]
 
+    @torch.enable_grad()
+    def gradient_near(self, lower: Params) -> Params:
+        """J' dl/dz with the slope of the loss at other lower values, and J at the point."""
+        x, y = tree.detach(self.upper), tree.as_variables(self.lower)
+        z = {place: leaf for place, leaf in differentiable(self.composed.outputs(x, y)).items() if leaf.requires_grad}
+        outputs = self.composed.outputs(x, tree.detach(lower))
+        point = tree.as_variables({place: leaf for place, leaf in differentiable(outputs).items() if place in z})
+        slope = tree.gradients(self.composed.loss(x, replaced(outputs, point)), point)
+        return tree.pullback(z, slope, [y])[0]
+
     def cross(self, vector: Params, upper: Params) -> Params:
         return self._exact.cross(vector, upper)

@@ -4,6 +4,7 @@ A provider linearizes L at a point; the `Linearization` then answers products ``
 Costs are in units of one plain gradient of L.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -50,6 +51,12 @@ class Linearization(ABC):
     def gradient_at(self, upper: Params) -> Params:
         """dL/dy at other upper values."""
         return _gradient(self.objective, upper, self.lower)
+
+    def gradient_near(self, lower: Params) -> Params:
+        """At other lower values, the field whose derivative at the point `hessian` is: dL/dy."""
+        near = copy.copy(self)
+        near.lower = lower
+        return near.gradient_at(self.upper)
 
     @torch.enable_grad()
     def reached_upper(self) -> set[str]:

@@ -81,8 +81,8 @@ def check_rows(outputs: Any, chunk: Any) -> Any:
             raise ValueError(
                 f"micro-batching needs outputs with one row per sample, got shape {tuple(leaf.shape)} in "
                 f"lower_outputs{place} for a chunk whose tensors have the lengths "
-                f"{sorted([] if length is None else [length] for length in lengths)}; stack views along dimension 1, as [n, views, d], leave "
-                "means over samples to lower_output_loss, and let it take variables from `upper`"
+                f"{sorted([] if length is None else [length] for length in lengths)}; stack views along dimension 1, "
+                "as [n, views, d], leave means over samples to lower_output_loss, let it take variables from `upper`"
             )
     return outputs
 

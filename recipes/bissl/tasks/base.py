@@ -46,6 +46,10 @@ class Task(BaseModel):
 class PretextTask(Task, ABC):
     """L_P(theta_P, phi_P): a self-supervised objective on unlabelled images."""
 
+    stops_gradients: ClassVar[bool] = False
+    """Whether the loss detaches a part that depends on its parameters, and means it (SimSiam): second derivatives are
+    then not examined for what that cuts off (`bilevel.Problem.check_curvature`)."""
+
     lars_excludes_1d: bool = Field(
         default=True, description="LARS neither scales nor decays biases and norms; of no effect on another optimizer"
     )

@@ -62,6 +62,7 @@ class BiSSLProblem(Problem):
     join_buffers: Callable[..., None] = _leave
 
     def __post_init__(self) -> None:
+        self.check_curvature = not self.pretext.stops_gradients
         self._first_order_loss = self.first_order(self._pretext_loss)
         self._first_order_outputs = self.first_order(self._pretext_outputs)
 

@@ -27,7 +27,7 @@ from bilevel.linear import Dense, Diagonal, Escalating, FunctionOperator, Solver
 from tests.support.cases import BY_NAME, Case, Quadratic, vector, with_spectrum
 
 SPLIT = ((2, 2), (), (3,))
-PLAIN = [
+SYSTEMS = [
     *(BY_NAME[name] for name in ("indefinite", "negative definite", "singular, inconsistent", "zero operator")),
     BY_NAME["unused variables, in demand"],
     *(
@@ -43,7 +43,14 @@ PLAIN = [
 SOLVERS: list[Solver] = [CG(200, 1e-6), CG(200, 1e-6, preconditioner=Diagonal()), Nystrom(4, max_refinements=200)]
 
 
-class Regularized(Quadratic):
+class Plain(Quadratic):
+    """No regularizer; F = b'y + ||x||^2."""
+
+    def upper_objective(self, upper: Params, lower: Params, batch: object) -> Tensor:
+        return super().upper_objective(upper, lower, batch) + upper["x"].square().sum()
+
+
+class Regularized(Plain):
     """With r = 1/2 ||y||^2, whose weight damping raises: A = H / c + I."""
 
     regularization_weight = 0.1
@@ -52,7 +59,7 @@ class Regularized(Quadratic):
         return ridge(lower)
 
 
-def run(problem: Quadratic, method: Any) -> Hypergradient:
+def run(problem: Plain, method: Any) -> Hypergradient:
     lower = problem.case.split(torch.zeros_like(problem.case.right))
     upper = {"x": torch.zeros((), dtype=torch.float64)}
     return hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=[1.0], on_failure="ignore")
@@ -65,10 +72,10 @@ def advised(text: str | None) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
-@pytest.mark.parametrize("kind", [Quadratic, Regularized])
+@pytest.mark.parametrize("kind", [Plain, Regularized])
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
-@pytest.mark.parametrize("case", PLAIN, ids=str)
-def test_with_the_advised_term_the_solve_succeeds(case: Case, solver: Solver, kind: type[Quadratic]) -> None:
+@pytest.mark.parametrize("case", SYSTEMS, ids=str)
+def test_with_the_advised_term_the_solve_succeeds(case: Case, solver: Solver, kind: type[Plain]) -> None:
     failed = run(kind(case), solver)
     if failed.failure is None:
         assert kind is Regularized or isinstance(solver, Nystrom)
@@ -88,17 +95,17 @@ def test_with_the_advised_term_the_solve_succeeds(case: Case, solver: Solver, ki
 
 def test_a_term_in_use_is_raised_and_one_by_leaves_is_added_to() -> None:
     case = BY_NAME["indefinite"]
-    found = run(Quadratic(case), Implicit(CG(200, 1e-6), tikhonov=0.125))
+    found = run(Plain(case), Implicit(CG(200, 1e-6), tikhonov=0.125))
     before, term = advised(found.failure)
     assert before == 0.125
-    mended = run(Quadratic(case), Implicit(CG(200, 1e-6), tikhonov=term))
+    mended = run(Plain(case), Implicit(CG(200, 1e-6), tikhonov=term))
     assert mended.failure is None
-    by_leaf = run(Quadratic(case), Implicit(CG(200, 1e-6), tikhonov={"leaf1": 0.25}))
+    by_leaf = run(Plain(case), Implicit(CG(200, 1e-6), tikhonov={"leaf1": 0.25}))
     added = re.search(r"here add about ([\d.]+) to tikhonov of every implicit variable$", by_leaf.failure or "")
     assert added is not None
     more = float(added[1])
     every = {"leaf0": more, "leaf1": 0.25 + more, "leaf2": more}
-    assert run(Quadratic(case), Implicit(CG(200, 1e-6), tikhonov=every)).failure is None
+    assert run(Plain(case), Implicit(CG(200, 1e-6), tikhonov=every)).failure is None
 
 
 def test_damping_is_advised_where_there_is_a_regularizer_even_of_weight_zero() -> None:
@@ -106,11 +113,11 @@ def test_damping_is_advised_where_there_is_a_regularizer_even_of_weight_zero() -
         regularization_weight = 0.0
 
     case = BY_NAME["indefinite"]
-    for kind, offered in ((Quadratic, False), (Unweighted, True), (Regularized, True)):
+    for kind, offered in ((Plain, False), (Unweighted, True), (Regularized, True)):
         found = run(kind(case), CG(200, 1e-6))
         assert ("damping" in (found.failure or "")) == offered
     with pytest.raises(ValueError, match="this problem has none"):
-        run(Quadratic(case), Implicit(CG(), damping=1.0))
+        run(Plain(case), Implicit(CG(), damping=1.0))
     assert run(Unweighted(case), Implicit(CG(200, 1e-6), damping=2.0)).failure is None
 
 
@@ -122,36 +129,36 @@ def test_statuses_alone_know_no_problem_and_advise_no_damping() -> None:
 
 def test_a_scale_too_large_for_neumann_is_told_so() -> None:
     definite = BY_NAME["well-conditioned"]
-    found = run(Quadratic(definite), Neumann(100, 1e-6, scale=1.0))
+    found = run(Plain(definite), Neumann(100, 1e-6, scale=1.0))
     advice = re.search(r"here give Neumann a scale of at most ([\d.]+)$", found.failure or "")
     assert advice is not None
-    assert run(Quadratic(definite), Neumann(400, 1e-6, scale=float(advice[1]))).failure is None
+    assert run(Plain(definite), Neumann(400, 1e-6, scale=float(advice[1]))).failure is None
     # Of an indefinite A both have to change, and the scale fits the system with the term.
-    found = run(Quadratic(BY_NAME["indefinite"]), Neumann(100, 1e-6, scale=1.0))
+    found = run(Plain(BY_NAME["indefinite"]), Neumann(100, 1e-6, scale=1.0))
     _, term = advised(found.failure)
     advice = re.search(r"and give Neumann a scale of at most ([\d.]+)$", found.failure or "")
     assert advice is not None
     both = Implicit(Neumann(400, 1e-4, scale=float(advice[1])), tikhonov=term)
-    assert run(Quadratic(BY_NAME["indefinite"]), both).failure is None
+    assert run(Plain(BY_NAME["indefinite"]), both).failure is None
 
 
 def test_where_escalating_gives_up_the_advice_is_the_same() -> None:
     case = BY_NAME["indefinite"]
-    found = run(Quadratic(case), Escalating(CG(200, 1e-6), initial=1e-6, attempts=1))
+    found = run(Plain(case), Escalating(CG(200, 1e-6), initial=1e-6, attempts=1))
     _, term = advised(found.failure)
-    assert run(Quadratic(case), Implicit(CG(200, 1e-6), tikhonov=term)).failure is None
+    assert run(Plain(case), Implicit(CG(200, 1e-6), tikhonov=term)).failure is None
 
 
 def test_what_no_term_mends_gets_none() -> None:
-    assert "here" not in (run(Quadratic(BY_NAME["NaN in the operator"]), CG()).failure or "")
-    missed = run(Quadratic(BY_NAME["ill-conditioned"]), CG(2, 1e-12))
+    assert "here" not in (run(Plain(BY_NAME["NaN in the operator"]), CG()).failure or "")
+    missed = run(Plain(BY_NAME["ill-conditioned"]), CG(2, 1e-12))
     assert missed.solution is not None
     assert missed.solution.status is Status.NOT_CONVERGED
     assert "here" not in (missed.failure or "")
 
 
 def test_the_steps_are_made_once_for_a_problem_and_its_terms() -> None:
-    class Counted(Quadratic):
+    class Counted(Plain):
         calls = 0
 
         def lower_objective(self, upper: Params, lower: Params, batch: float) -> Tensor:
@@ -171,7 +178,7 @@ def test_the_steps_are_made_once_for_a_problem_and_its_terms() -> None:
 
 def test_a_trainer_passes_the_advice_on() -> None:
     def trainer(method: Any, on_failure: Any) -> Trainer:
-        problem = Quadratic(BY_NAME["indefinite"])
+        problem = Plain(BY_NAME["indefinite"])
         lower, upper = problem.case.split(torch.zeros(8, dtype=torch.float64)), {"x": torch.zeros(2).double()}
         return Trainer(
             problem,
@@ -212,5 +219,5 @@ def test_bounds_of_what_is_not_finite_are_none() -> None:
 
 def test_dense_and_singular_systems_are_advised_too() -> None:
     case = BY_NAME["singular, inconsistent"]
-    _, term = advised(run(Quadratic(case), Dense()).failure)
-    assert run(Quadratic(case), Implicit(Dense(), tikhonov=term)).failure is None
+    _, term = advised(run(Plain(case), Dense()).failure)
+    assert run(Plain(case), Implicit(Dense(), tikhonov=term)).failure is None

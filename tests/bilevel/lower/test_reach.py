@@ -123,9 +123,8 @@ def test_every_provider_refuses_a_lower_objective_that_reaches_nothing(hvp: Any)
     problem = Regression(direct, functional_call)
     problem.lower_output_loss = lambda *args: (args[-2] - args[-1].sum(1).sin()).square().mean()  # type: ignore[method-assign]
     _, lower = problem.variables()
-    system = linearize(problem, *problem.variables(), [BATCH], hvp=hvp)
     with pytest.raises(ValueError, match=r"lower_(objective|outputs) reaches none of the lower variables"):
-        system.solve(lower)
+        linearize(problem, *problem.variables(), [BATCH], hvp=hvp).solve(lower)
 
 
 def test_forward_mode_refuses_it_too() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import Implicit, Params, Problem, linearize
+from bilevel import Implicit, Params, Problem, SolverWarning, linearize
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products import automatic as automatic_module
 from bilevel.products.automatic import Automatic, as_provider
@@ -164,20 +164,18 @@ class _Cubic(Problem):
 def test_a_second_derivative_that_is_cut_off_in_part_is_warned_of(share: float, dtype: torch.dtype) -> None:
     y, automatic = torch.full((4,), 1.0, dtype=dtype), Automatic()
     distance = 6.0 * share / 6.6
-    with pytest.warns(UserWarning, match=f"only ReverseOverReverse.*is {distance:.1e} away from differences"):
+    with pytest.warns(SolverWarning, match=f"d2G/dydy by {distance:.1e}.*_HalfDetached"):
         linearize(_Cubic(share), {"x": y.clone()}, {"y": y}, [None], hvp=automatic)
-    assert automatic.report[0].difference == pytest.approx(distance, rel=1e-3)
-    assert f"differs by {distance:.1e}" in str(automatic)
+    assert automatic.chosen == ReverseOverReverse()
     assert automatic.report[1].failure
 
 
-def test_an_only_candidate_that_is_right_is_compared_and_not_warned_of() -> None:
+def test_an_only_candidate_that_is_right_is_not_warned_of() -> None:
     y, automatic = torch.linspace(0.5, 1.0, 4, dtype=torch.float64), Automatic()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         linearize(_Cubic(0.0), {"x": y.clone()}, {"y": y}, [None], hvp=automatic)
-    assert automatic.report[0].difference is not None
-    assert 0.0 < automatic.report[0].difference < 1e-7
+    assert automatic.report[0].difference == 0.0
     assert automatic.chosen == ReverseOverReverse()
 
 
@@ -209,8 +207,6 @@ def test_kinks_make_no_alarm(width: int) -> None:
         warnings.simplefilter("error")
         linearize(Kinked(), {"x": torch.ones(1)}, lower, [None], hvp=automatic)
     assert automatic.chosen == ReverseOverReverse()
-    assert automatic.report[0].difference is not None
-    assert automatic.report[0].difference > 1e-2
 
 
 def with_choice(state: dict[str, Any], chosen: HVPProvider) -> dict[str, Any]:

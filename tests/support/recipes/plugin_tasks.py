@@ -14,6 +14,7 @@ from recipes.vision.metrics import Metric, State
 class Colour(PretextTask):
     """Predict an image's mean from a noisy copy, near the prediction of a slowly moving target."""
 
+    stops_gradients = True
     noise: float = Field(default=0.1, ge=0, description="standard deviation of the noise")
 
     def build(self, backbone: nn.Module) -> nn.ModuleDict:

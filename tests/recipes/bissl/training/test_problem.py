@@ -49,9 +49,21 @@ class Follow(PretextTask):
                 slow.lerp_(fast, 0.5)
 
 
-def make_problem(gamma: float = GAMMA) -> BiSSLProblem:
+class Siamese(Follow):
+    """Each view's projection against the other one's features, which are taken as constants (SimSiam)."""
+
+    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
+        goal = heads["project"](backbone(batch[0].flip(0))).detach()
+        return (heads["project"](backbone(batch[0])) - goal).square().sum(dim=1).mean()
+
+
+class Meant(Siamese):
+    stops_gradients = True
+
+
+def make_problem(gamma: float = GAMMA, kind: type[Follow] = Follow) -> BiSSLProblem:
     torch.manual_seed(0)
-    pretext, downstream = Follow(image_size=1), Classification(image_size=1, classes=("a", "b", "c"))  # type: ignore[call-arg]
+    pretext, downstream = kind(image_size=1), Classification(image_size=1, classes=("a", "b", "c"))  # type: ignore[call-arg]
     lower, upper = Net().double(), Net().double()
     heads, head = pretext.build(lower).double(), downstream.build(upper).double()
     for net in (lower, upper):
@@ -297,3 +309,13 @@ def test_the_head_may_respond_too() -> None:
     assert float(x["heads.project.weight"].norm()) > 1e-6, "the coupling to the head must show in the solve"
     back = system.operator(x)
     assert all(torch.allclose(back[name], v[name], atol=1e-9) for name in v)
+
+
+@pytest.mark.parametrize("kind", [Follow, Siamese, Meant])
+def test_a_stop_gradient_of_a_task_is_a_failure_unless_the_task_means_it(kind: type[Follow]) -> None:
+    problem = make_problem(kind=kind)
+    upper, lower = problem.variables()
+    result = hypergradient(
+        problem, upper, lower, upper_batch=UPPER_BATCH, lower_batches=LOWER_BATCHES, on_failure="ignore"
+    )
+    assert ("lost curvature" in (result.failure or "")) == (kind is Siamese)

@@ -1,0 +1,231 @@
+"""Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel import distributed, tree
+from bilevel.checks import warn_outside
+from bilevel.lower.objectives import LowerObjectives
+from bilevel.lower.once import PerProblem
+from bilevel.lower.staleness import BufferWatch
+from bilevel.nn import DoublePrecision, as_double
+from bilevel.problem import Problem
+from bilevel.products import (
+    LOST,
+    Automatic,
+    CurvatureErrors,
+    HVPProvider,
+    Objective,
+    ReverseOverReverse,
+    curvature_errors,
+    suspicious_operations,
+)
+from bilevel.tree import Params
+
+_ROWS = 8
+_LARGE_LEVEL, _LARGE_BATCH = 1_000_000, 100_000
+"""With more numbers in the lower variables, products are compared only where something is suspicious; with more in a
+batch that cannot be cut, never."""
+
+_asked: ContextVar[list["Examination"] | None] = ContextVar("bilevel_examinations", default=None)
+
+_REMEDY = (
+    "If it is meant so (a stop-gradient), set check_curvature = False in the Problem; `check_hypergradient` says what "
+    "the hypergradient is worth"
+)
+
+
+@final
+@dataclass(frozen=True)
+class Examination:
+    """What is known about the second derivatives of one lower objective.
+
+    Attributes:
+        suspects: operations that may lose curvature, by name.
+        errors: of L, and of r where there is one; empty where products were not compared with differences.
+        doubt: why the comparison decides nothing, empty where it does or was not made.
+    """
+
+    suspects: tuple[str, ...] = ()
+    errors: tuple[CurvatureErrors, ...] = ()
+    doubt: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the comparison was made, or tried."""
+        return bool(self.errors or self.doubt)
+
+    def lost(self, *, hessian: bool = True) -> str | None:
+        """In words what is lost of d2G/dydy (where `hessian` is of interest) and d2G/dxdy, None where nothing is."""
+        of_y = max((e.hessian for e in self.errors), default=0.0) if hessian else 0.0
+        of_x = max((e.cross for e in self.errors), default=0.0)
+        if max(of_y, of_x) <= LOST:
+            return None
+        parts = {"d2G/dydy": of_y, "d2G/dxdy": of_x}
+        wrong = " and ".join(f"{name} by {error:.1e}" for name, error in parts.items() if error > LOST)
+        return (
+            f"lost curvature: on a few samples in float64, products with {wrong} (relative) differ from what gradients "
+            f"say: {self._cause()}. {_REMEDY}"
+        )
+
+    def undecided(self) -> str | None:
+        """In words what is suspicious and could not be compared, None where that is nothing."""
+        if not self.suspects or not self.doubt:
+            return None
+        return (
+            f"curvature not checked: {', '.join(self.suspects)} in the lower objective may cut off second derivatives, "
+            f"and products could not be compared with differences of gradients in float64 ({self.doubt}). Compare the "
+            "hypergradient by `check_hypergradient`, make the objective run in float64, or set check_curvature = False "
+            "in the Problem if the operation is known to differentiate twice"
+        )
+
+    def _cause(self) -> str:
+        detached = "a detach, no_grad, .data or .item() cuts variables out of the objective: leave them in it"
+        if not self.suspects:
+            return f"probably {detached}"
+        return (
+            f"the backward pass of {', '.join(self.suspects)} is no differentiable function of what it saved "
+            "(attributes of ctx, once_differentiable and numpy cut it off, save_for_backward and torch's operations do "
+            f"not): mend it, or take Implicit(hvp=FiniteDifference()). Or {detached}"
+        )
+
+
+_examined = PerProblem[dict[Hashable, Examination]](dict)
+
+
+def examine_curvature(
+    problem: Problem, upper: Params, lower: Params, batch: Any, names: Sequence[str], provider: HVPProvider
+) -> Examination:
+    """What is known about the provider's second derivatives over the lower variables `names`.
+
+    For each Problem and structure of its variables once, a gradient's graph is gone through; where something in it is
+    suspicious and where the lower level is not large, products are compared with differences of gradients in float64
+    (`curvature_errors`), on at most 8 samples of `batch`. Nothing is drawn from the default generators. What is
+    suspicious and cannot be compared is warned of.
+    """
+    if not problem.check_curvature:
+        return Examination()
+    if isinstance(provider, Automatic):
+        provider = provider.chosen or provider
+    shapes = tuple((name, leaf.shape, leaf.dtype) for level in (upper, lower) for name, leaf in level.items())
+    key, asked = (shapes, tuple(names), type(provider)), _asked.get()
+    examined = _examined.of(problem)
+    known = examined.get(key)
+    if known is None or (asked is not None and not known.compared):
+        subject = _Subject(problem, upper, lower, batch, names, provider)
+        known = subject.examine(thoroughly=asked is not None)
+        examined[key] = known
+        undecided = known.undecided()
+        if undecided is not None and asked is None:
+            warn_outside(undecided)
+    if asked is not None:
+        asked.append(known)
+    return known
+
+
+@contextmanager
+def thorough_examinations() -> Iterator[list[Examination]]:
+    """Inside, products are compared with differences of gradients in any case; gives what comes of it."""
+    found: list[Examination] = []
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is examined."""
+
+    problem: Problem
+    upper: Params
+    lower: Params
+    batch: Any
+    names: Sequence[str]
+    provider: HVPProvider
+
+    def examine(self, *, thoroughly: bool) -> Examination:
+        rows, found = self._rows(), Examination()
+        # Differences of gradients need no second derivative.
+        if self.provider.exact:
+            rows, found = self._gone_through(rows)
+        if not (thoroughly or found.suspects or tree.size(self.lower) <= _LARGE_LEVEL):
+            return found
+        if rows is None:
+            return replace(found, doubt=f"the batch is large and cannot be cut to {_ROWS} samples that it runs on")
+        return self._compared(rows[0], found)
+
+    def _rows(self) -> tuple[Any] | None:
+        """The first samples of the batch, or all of a small one; None where there is neither."""
+        try:
+            return (self.problem.split_batch(self.batch, _ROWS)[0],)
+        except Exception:  # Whatever a batch is that cannot be cut.
+            small = sum(tensor.numel() for tensor in tree.tensors_in(self.batch)) <= _LARGE_BATCH
+            return (self.batch,) if small else None
+
+    def _gone_through(self, rows: tuple[Any] | None) -> tuple[tuple[Any] | None, Examination]:
+        """The rows, where the objective runs on them, and the suspects in its gradient's graph."""
+        try:
+            graph = [] if rows is None else self._graph(rows[0])
+        except Exception:  # Whatever an objective does not like about few rows; on all of them it may.
+            rows, graph = None, []
+        if distributed.agree(rows is None):
+            rows, graph = None, self._graph(self.batch)
+        return rows, Examination(suspicious_operations(graph))
+
+    def _compared(self, batch: Any, found: Examination) -> Examination:
+        subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
+        doubt, errors = "", list[CurvatureErrors]()
+        with DoublePrecision():
+            try:
+                subject._graph(batch)
+            except Exception as error:
+                doubt = _first_line(error)
+            if distributed.agree(bool(doubt)):
+                return replace(found, doubt=doubt or "it fails on another rank")
+            try:
+                for provider, objective in subject._objectives(batch):
+                    errors.append(curvature_errors(provider, objective, subject.upper, subject._point()))
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, distributed.CollectiveError):
+                    raise
+                return replace(found, doubt=_first_line(error))
+        doubt = next((e.doubt for e in errors if e.doubt), "")
+        return replace(found, errors=tuple(errors), doubt=doubt)
+
+    def _graph(self, batch: Any) -> list[Tensor]:
+        """G and its gradient, with the graph."""
+        x, y = tree.as_variables(self.upper), tree.as_variables(self._point())
+        graph = []
+        with torch.enable_grad():
+            for _, objective in self._objectives(batch):
+                value = objective(x, y)
+                graph += [value, *tree.gradients(value, y, create_graph=True).values()]
+        return graph
+
+    def _objectives(self, batch: Any) -> list[tuple[HVPProvider, Objective]]:
+        """L, and r where there is one, each with what makes its products."""
+        made = LowerObjectives(self.problem, self.lower, 0, BufferWatch())
+        make = made.composed if self.provider.needs_outputs else made.whole
+        loss = [(self.provider, make(batch, 0))]
+        if made.regularizer(tree.detach(self.upper), self._point()) is None:
+            return loss
+        return [*loss, (ReverseOverReverse(), made.penalty)]
+
+    def _point(self) -> Params:
+        return {name: self.lower[name].detach() for name in self.names}
+
+
+def _as_double(variables: Params) -> Params:
+    return {name: as_double(leaf.detach()) for name, leaf in variables.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,433 @@
+"""Curvature that an operation of the lower objective loses is a failure; healthy objectives are silent."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bilevel import (
+    CG,
+    Identity,
+    Implicit,
+    Method,
+    OneStep,
+    Params,
+    Problem,
+    SGDUpdate,
+    SolverError,
+    SolverWarning,
+    Unrolled,
+    check_hypergradient,
+    hypergradient,
+    linearize,
+)
+from bilevel.lower import curvature as curvature_module
+from bilevel.products import (
+    FiniteDifference,
+    ForwardOverReverse,
+    GaussNewton,
+    HVPProvider,
+    MicroBatched,
+    ReverseOverReverse,
+)
+from tests.support.small_modules import (
+    FAULTY,
+    Activation,
+    KeepsAnIntermediate,
+    OnceDifferentiable,
+    Right,
+    Weighted,
+    network,
+    setting,
+)
+
+METHODS: dict[str, Method] = {"implicit": Implicit(CG(50), tikhonov=100.0), "unrolled": Unrolled(SGDUpdate(1e-3))}
+KINDS = ("dense", "convolution", "norm", "attention")
+DTYPES = (torch.float32, torch.float64)
+
+
+def found(problem: Problem, variables: Any, method: Method, on_failure: Any = "raise") -> Any:
+    upper, lower, batch = variables
+    return hypergradient(problem, upper, lower, method, upper_batch=batch, lower_batches=[batch], on_failure=on_failure)
+
+
+def failure(problem: Problem, variables: Any, method: Method) -> str | None:
+    return found(problem, variables, method, "ignore").failure
+
+
+def activated(function: Any, kind: str, dtype: torch.dtype = torch.float64) -> tuple[Weighted, Any]:
+    module, inputs = network(kind, Activation(function), dtype)
+    return Weighted(module), setting(module, inputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("function", FAULTY)
+def test_a_function_that_loses_curvature_is_named(function: Any, kind: str, dtype: torch.dtype, method: str) -> None:
+    problem, variables = activated(function, kind, dtype)
+    with pytest.raises(SolverError, match=f"lost curvature.*d2G/dydy.*{function.__name__}.*FiniteDifference"):
+        found(problem, variables, METHODS[method])
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "activation", [Activation(Right), nn.ReLU(), nn.GELU(), nn.LeakyReLU()], ids=["right", "relu", "gelu", "leaky"]
+)
+def test_healthy_networks_are_silent(
+    activation: nn.Module, kind: str, dtype: torch.dtype, method: str, train: bool
+) -> None:
+    module, inputs = network(kind, activation, dtype)
+    problem = Weighted(module.train(train))
+    text = failure(problem, setting(module, inputs), METHODS[method])
+    assert text is None
+    (known,) = curvature_module._examined.of(problem).values()
+    assert len(known.errors) == 1
+    assert known.doubt == ""
+    assert max(known.errors[0].hessian, known.errors[0].cross) < 1e-5
+
+
+def scaled(factor: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, losses: x.sigmoid() * (1.0 + factor(losses))
+
+
+def without_gradients(losses: Tensor) -> Tensor:
+    with torch.no_grad():
+        return losses.exp()
+
+
+OF_Y: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "detach": scaled(lambda losses: losses.detach().exp()),
+    "no_grad": scaled(without_gradients),
+    "data": scaled(lambda losses: losses.data.exp()),
+    "item": scaled(lambda losses: losses.mean().item()),
+    "numpy": scaled(lambda losses: torch.from_numpy(losses.detach().numpy())),
+    "new tensor": scaled(lambda losses: losses.new_tensor(losses.tolist())),
+}
+OF_X: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "detach": lambda x, losses: x.detach().sigmoid(),
+    "half a detach": lambda x, losses: x.detach().sigmoid() + 0.1 * x,
+    "data": lambda x, losses: x.data.sigmoid(),
+    "item": lambda x, losses: torch.stack([torch.tensor(value.item(), dtype=x.dtype).sigmoid() for value in x]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spelling", OF_Y)
+def test_what_is_cut_off_from_the_lower_variables(spelling: str, dtype: torch.dtype, method: str) -> None:
+    module, inputs = network("dense", nn.ReLU(), dtype)
+    problem = Weighted(module, OF_Y[spelling])
+    with pytest.raises(SolverError, match=r"lost curvature.*d2G/dydy by.*probably a detach, no_grad, .data"):
+        found(problem, setting(module, inputs), METHODS[method])
+
+
+@pytest.mark.parametrize("method", [*METHODS.values(), Implicit(CG(3), hvp=FiniteDifference()), OneStep(0.1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spelling", OF_X)
+def test_what_is_cut_off_from_the_upper_variables(spelling: str, dtype: torch.dtype, method: Method) -> None:
+    module, inputs = network("dense", nn.ReLU(), dtype)
+    problem = Weighted(module, OF_X[spelling])
+    with pytest.raises(SolverError, match=r"lost curvature: [^:]*products with d2G/dxdy by"):
+        found(problem, setting(module, inputs), method)
+
+
+class Regularized(Weighted):
+    regularization_weight = 1e-6
+
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        squares = torch.stack([leaf.square().sum() for leaf in lower.values()])
+        return (squares.detach() * squares).sum()
+
+
+def test_a_regularizer_of_little_weight_is_examined_by_itself() -> None:
+    module, inputs = network("dense", nn.ReLU())
+    with pytest.raises(SolverError, match=r"d2G/dydy by [0-9.]+e-01"):
+        found(Regularized(module), setting(module, inputs), METHODS["implicit"])
+
+
+def test_it_is_said_with_every_hypergradient_for_as_long_as_the_problem_lives() -> None:
+    problem, variables = activated(OnceDifferentiable, "dense")
+    for _ in range(2):
+        with pytest.warns(SolverWarning, match="OnceDifferentiable"):
+            found(problem, variables, METHODS["implicit"], "warn")
+    with pytest.raises(SolverError, match="OnceDifferentiable"):
+        found(problem, variables, METHODS["unrolled"])
+    upper, lower, batch = variables
+    with pytest.warns(SolverWarning, match="OnceDifferentiable"):
+        linearize(problem, upper, lower, [batch])
+    identity = id(problem)
+    assert identity in curvature_module._examined._values
+    del problem
+    gc.collect()
+    assert identity not in curvature_module._examined._values
+
+
+def test_the_switch() -> None:
+    class Meant(Weighted):
+        check_curvature = False
+
+    module, inputs = network("dense", Activation(OnceDifferentiable))
+    problem = Meant(module)
+    result = found(problem, setting(module, inputs), METHODS["implicit"])
+    assert result.failure is None
+    # The lower objective is not even evaluated for it.
+    assert id(problem) not in curvature_module._examined._values
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_changes_no_bit_and_draws_nothing(method: str) -> None:
+    module, inputs = network("norm", nn.ReLU(), torch.float32)
+    results, states = [], []
+    for checked in (True, False):
+        problem = Weighted(module)
+        problem.check_curvature = checked
+        torch.manual_seed(3)
+        results.append(found(problem, setting(module, inputs), METHODS[method], "ignore").grad["x"])
+        states.append(torch.get_rng_state())
+    assert torch.equal(*results)
+    assert torch.equal(*states)
+
+
+def test_it_is_examined_once() -> None:
+    module, inputs = network("dense", nn.ReLU())
+    problem, variables = Weighted(module), setting(module, inputs)
+    counts = []
+    for _ in range(3):
+        before = problem.passes
+        found(problem, variables, METHODS["implicit"])
+        counts.append(problem.passes - before)
+    assert counts[0] > counts[1] == counts[2]
+    # In another structure of variables, again.
+    upper, lower, batch = variables
+    found(problem, (upper, lower, batch), Implicit(CG(50), implicit=["0.weight"], tikhonov=100.0))
+    assert len(curvature_module._examined.of(problem)) == 2
+
+
+def test_a_large_level_is_compared_where_something_is_suspicious(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature_module, "_LARGE_LEVEL", 10)
+    module, inputs = network("dense", nn.ReLU())
+    problem, variables = Weighted(module, OF_Y["detach"]), setting(module, inputs)
+    assert failure(problem, variables, METHODS["implicit"]) is None
+    (known,) = curvature_module._examined.of(problem).values()
+    assert not known.compared
+    problem, variables = activated(KeepsAnIntermediate, "dense")
+    with pytest.raises(SolverError, match="KeepsAnIntermediate"):
+        found(problem, variables, METHODS["implicit"])
+
+
+PROVIDERS: tuple[HVPProvider, ...] = (
+    ReverseOverReverse(),
+    ReverseOverReverse(keep_graph=True),
+    ForwardOverReverse(),
+    GaussNewton(),
+    FiniteDifference(),
+    MicroBatched(5),
+)
+
+
+class Composed(Weighted):
+    """Its loss is one of the outputs alone."""
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
+
+
+class Detached(Composed):
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, batch["labels"], reduction="none")
+        return (losses.detach() * losses).mean()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=str)
+@pytest.mark.parametrize("kind", [Composed, Detached])
+def test_every_provider(kind: type[Composed], provider: HVPProvider) -> None:
+    module, inputs = network("dense", nn.ReLU())
+    text = failure(kind(module), setting(module, inputs), Implicit(CG(50), hvp=provider, tikhonov=100.0)) or ""
+    assert ("lost curvature" in text) == (kind is Detached and provider.exact)
+
+
+def test_gauss_newton_is_compared_with_what_it_is() -> None:
+    # It differentiates a backward pass in its cotangent alone, which a Function with its own intermediates allows.
+    for function, lost in ((KeepsAnIntermediate, False), (OnceDifferentiable, True)):
+        module, inputs = network("dense", Activation(function))
+        method = Implicit(CG(3), hvp=GaussNewton(), tikhonov=50.0)
+        text = failure(Composed(module), setting(module, inputs), method) or ""
+        assert ("lost curvature" in text) == lost
+
+
+def test_products_that_are_not_made_are_not_missed() -> None:
+    module, inputs = network("dense", nn.ReLU())
+    problem, variables = Weighted(module, OF_Y["detach"]), setting(module, inputs)
+    assert failure(problem, variables, OneStep(0.1, hvp=ReverseOverReverse())) is None
+    assert failure(problem, variables, Implicit(Identity())) is None
+    assert "lost curvature" in (failure(problem, variables, Implicit(CG(1))) or "")
+
+
+class InFloat32(Weighted):
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        halves = {name: leaf.float() for name, leaf in lower.items()}
+        return super().lower_outputs(upper, halves, {**batch, "inputs": batch["inputs"].float()}).double()
+
+
+@pytest.mark.parametrize("function", [Right, OnceDifferentiable])
+def test_what_is_computed_in_float32_is_compared_in_float64(function: Any) -> None:
+    module, inputs = network("dense", Activation(function))
+    text = failure(InFloat32(module), setting(module, inputs), METHODS["implicit"]) or ""
+    assert ("lost curvature" in text) == (function is OnceDifferentiable)
+
+
+class OnlyFloat32(Weighted):
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        if lower["0.weight"].dtype != torch.float32:
+            raise TypeError("a kernel for float32")
+        return super().lower_outputs(upper, lower, batch)
+
+
+@pytest.mark.parametrize("function", [Right, OnceDifferentiable])
+def test_a_suspicion_that_cannot_be_decided_is_said_once(function: Any) -> None:
+    module, inputs = network("dense", Activation(function), torch.float32)
+    problem, variables = OnlyFloat32(module), setting(module, inputs)
+    with pytest.warns(UserWarning, match=rf"curvature not checked: .*{function.__name__}.*a kernel for float32"):
+        assert failure(problem, variables, METHODS["implicit"]) is None
+    assert failure(problem, variables, METHODS["implicit"]) is None
+
+
+def test_without_a_suspicion_nothing_is_said_of_what_cannot_be_decided() -> None:
+    module, inputs = network("dense", nn.ReLU(), torch.float32)
+    problem = OnlyFloat32(module)
+    assert failure(problem, setting(module, inputs), METHODS["implicit"]) is None
+    (known,) = curvature_module._examined.of(problem).values()
+    assert known.doubt
+    assert not known.errors
+
+
+class ClosesOver(Problem):
+    """Everything but the variables is float32 and belongs to the problem."""
+
+    def __init__(self, function: Any) -> None:
+        self.frozen, self.inputs = network("dense", Activation(function), torch.float32)
+        self.labels = torch.arange(12) % 3
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        outputs = self.frozen(self.inputs * lower["y"])
+        return nn.functional.cross_entropy(outputs, self.labels) + (upper["x"] * lower["y"]).sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].square().sum()
+
+
+def test_data_and_modules_that_the_problem_holds_are_taken_in_double() -> None:
+    variables = {"x": torch.ones(5)}, {"y": torch.ones(5)}, None
+    assert "curvature" not in (failure(ClosesOver(Right), variables, METHODS["implicit"]) or "")
+    assert "lost curvature" in (failure(ClosesOver(OnceDifferentiable), variables, METHODS["implicit"]) or "")
+
+
+class WholeBatch(Weighted):
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        assert len(batch["rows"]) == 12
+        return super().lower_objective(upper, lower, batch)
+
+
+def test_a_batch_that_must_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function, said in ((KeepsAnIntermediate, True), (torch.nn.functional.relu, False)):
+        activation = Activation(function) if said else nn.ReLU()
+        module, inputs = network("dense", activation)
+        problem, variables = WholeBatch(module), setting(module, inputs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert failure(problem, variables, METHODS["implicit"]) is None
+        assert [("cannot be cut" in str(w.message)) for w in caught] == [True] * said
+    # One that no rule cuts is taken whole where it is not large.
+    module, inputs = network("dense", Activation(KeepsAnIntermediate))
+    upper, lower, batch = setting(module, inputs)
+    batch["odd"] = torch.zeros(3)
+    assert "lost curvature" in (failure(Weighted(module), (upper, lower, batch), METHODS["implicit"]) or "")
+
+
+def test_no_buffer_changes_and_eval_mode_takes_running_statistics() -> None:
+    module, inputs = network("convolution", nn.ReLU(), torch.float32)
+    module.eval()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    problem = Weighted(module)
+    assert failure(problem, setting(module, inputs), METHODS["implicit"]) is None
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.named_buffers())
+    (known,) = curvature_module._examined.of(problem).values()
+    assert known.errors
+    assert not known.doubt
+
+
+def test_linear_objectives_have_nothing_to_lose() -> None:
+    class Linear(Problem):
+        regularization_weight = 1.0
+
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return 1e3 * (lower["y"] @ torch.linspace(0.0, 1.0, 4))
+
+        def regularizer(self, upper: Params, lower: Params) -> Tensor:
+            return 0.5 * (lower["y"] - upper["x"]).square().sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return lower["y"].square().sum()
+
+    for y in (torch.zeros(4), torch.ones(4), 1e-9 * torch.ones(4)):
+        problem = Linear()
+        assert found(problem, ({"x": torch.zeros(4)}, {"y": y}, None), METHODS["implicit"]).failure is None
+
+
+def newton(problem: Problem, upper: Params, lower: Params, batches: Any) -> Params:
+    y = lower["y"]
+    for _ in range(20):
+        gradient = torch.func.grad(lambda y: problem.lower_objective(upper, {"y": y}, batches[0]))
+        y = y - torch.linalg.solve(torch.func.jacrev(gradient)(y), gradient(y))
+    return {"y": y}
+
+
+class SelfWeighted(Problem):
+    def __init__(self, detached: bool) -> None:
+        self.detached = detached
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        losses = (lower["y"] - batch).square()
+        scale = losses.detach() if self.detached else losses
+        return (upper["x"].exp() * (1.0 + 0.1 * scale) * losses).sum() + lower["y"].square().sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].pow(3).sum()
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_the_check_names_what_is_lost(detached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature_module, "_LARGE_LEVEL", 0)
+    target = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    problem, x = SelfWeighted(detached), {"x": torch.zeros(2, dtype=torch.float64)}
+    report = check_hypergradient(
+        *(problem, x, {"y": target}), upper_batch=target, lower_batches=[target], lower_solver=newton
+    )
+    assert ("lost curvature" in report.verdict) == detached
+    if not detached:
+        assert report.agrees
+
+
+def test_the_check_says_what_is_undecided() -> None:
+    class Lower(SelfWeighted):
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            if lower["y"].dtype != torch.float32:
+                raise TypeError("a kernel for float32")
+            return super().lower_objective(upper, lower, batch)
+
+    target = torch.tensor([0.5, 2.0])
+    report = check_hypergradient(
+        *(Lower(False), {"x": torch.zeros(2)}, {"y": target}),
+        upper_batch=target,
+        lower_batches=[target],
+        lower_solver=newton,
+    )
+    assert "whether curvature is lost is undecided (a kernel for float32)" in report.verdict
