@@ -14,11 +14,16 @@ VECTORS = [kind for kind in KINDS if kind != "smoothing"]
 """Kinds of more than one number, which have a direction."""
 
 
-def spread(values: Iterable[float]) -> str:
+def spread(values: Iterable[float], number: Callable[[float], str] = pages.number) -> str:
     """Median, smallest and largest."""
     ordered = sorted(values)
-    middle, *ends = [pages.number(v) for v in (statistics.median(ordered), ordered[0], ordered[-1])]
+    middle, *ends = [number(v) for v in (statistics.median(ordered), ordered[0], ordered[-1])]
     return middle if ends[0] == ends[1] else f"{middle} ({ends[0]} to {ends[1]})"
+
+
+def counts(values: Iterable[float]) -> str:
+    """As `spread`, in full."""
+    return spread(values, lambda value: f"{value:g}")
 
 
 def statuses(names: Iterable[str]) -> str:
@@ -35,7 +40,7 @@ def solves(label: str, several: Sequence[Figures], *, lengths: bool) -> list[str
     def of(kind: str, what: str) -> list[float]:
         return [s["kinds"][kind][what] for s in several]
 
-    row = [label, statuses(s["status"] for s in several), spread(s["products"] for s in several)]
+    row = [label, statuses(s["status"] for s in several), counts(s["products"] for s in several)]
     row += [spread(of(kind, "cosine")) for kind in VECTORS]
     row += [spread(of(kind, "ratio")) for kind in VECTORS] if lengths else []
     signed = [c * r for c, r in zip(of("smoothing", "cosine"), of("smoothing", "ratio"), strict=True)]
@@ -101,8 +106,8 @@ def scale(figures: Figures) -> str:
             name,
             spread(seed["largest_ritz"] for seed in found["seeds"]),
             spread(seed["suggestion"] / seed["largest_ritz"] for seed in found["seeds"] if seed["suggestion"]),
-            spread(seed["warm"]["cold"] for seed in found["seeds"]),
-            spread(seed["warm"]["warm"] for seed in found["seeds"]),
+            counts(seed["warm"]["cold"] for seed in found["seeds"]),
+            counts(seed["warm"]["warm"] for seed in found["seeds"]),
         ]
         for name, found in figures["networks"].items()
     ]
