@@ -52,7 +52,6 @@ def compared(setting: Setting, result: Hypergradient, reference: Params) -> Figu
     return {
         "status": solution.status.name,
         "products": solution.num_hvps,
-        "residual": solution.residual_norms[1],
         "kinds": kinds,
         "found": setting.found(result.grad["weights"]),
         "stationarity": result.stationarity,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from bilevel import AdamUpdate, Params, Problem, Unrolled, functional_call, hypergradient
 from bilevel.hypergradients import Update
-from bilevel.hypergradients.updates import State
 
 CLASSES = 10
 KINDS = {"log_decay": "weight decay", "smoothing": "smoothing", "weights": "sample weights"}
@@ -106,7 +105,7 @@ class Point:
 
     lower: Params
     update: Update
-    state: State
+    state: dict[str, Params]
     buffers: Params
 
 
