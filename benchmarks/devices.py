@@ -5,13 +5,14 @@
 - ``products``: relative distance of Hessian products and of hypergradients (CG, 10 iterations) from those of the CPU in
   float64, for each network, provider and precision; what is said where a provider does not work.
 - ``examination``: whether lost curvature is found on the device, and nothing where nothing is lost.
-- ``training``: a run with a shuffled DataLoader (pinned, two workers) that is stopped and resumed: whether every variable
-  is the same to the bit, with torch's deterministic algorithms; and that bfloat16 autocast in training steps leaves a
-  hypergradient's passes in float32.
+- ``training``: a run with a shuffled DataLoader (pinned, two workers) that is stopped and resumed: whether every
+  variable is the same to the bit, with torch's deterministic algorithms; and that bfloat16 autocast in training steps
+  leaves a hypergradient's passes in float32.
 
 It ends with 1 where one of these is not as it should be.
 """
 
+import os
 import sys
 import tempfile
 import warnings
@@ -297,12 +298,16 @@ def main() -> int:
     options = parser(__doc__)
     chosen = options.parse_args()
     use_threads(chosen.threads)
-    # Read by cuBLAS when it starts; without it the deterministic algorithms are refused.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Read by cuBLAS when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     names = list(NETWORKS)[: 1 if chosen.quick else None]
     rows, faults = products(chosen.device, names)
     examined, more = examination(chosen.device)
-    trained, most = training(chosen.device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        trained, most = training(chosen.device)
+    finally:
+        torch.use_deterministic_algorithms(False)
     faults += more + most
     cells = [[r["network"], r["provider"], r["precision"], *_cells(r)] for r in rows]
     show("Distance from the CPU's float64", ["network", "provider", "precision", "product", "hypergradient"], cells)
