@@ -186,7 +186,7 @@ def test_a_run_stops_with_its_code_and_goes_on_where_skips_are_allowed(
     assert str(path) in said
     saved = torch.load(path, weights_only=True)
     assert len(saved["indices"]) == 24
-    assert saved["levels"]["train"].keys() == {"variables", "optimizer", "kind", "scheduler"}
+    assert saved["levels"]["train"].keys() == {"variables", "optimizer", "kind", "scheduler", "schedule"}
     assert saved["kept"].keys() == {"backbone", "heads"}
     calls[0] = 0
     assert execute(*arguments, "--resume", "--nonfinite-skips", "1") == 0
