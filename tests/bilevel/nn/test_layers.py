@@ -80,7 +80,7 @@ class Scaled(Problem):
         return (outputs - 0.5).square().mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.module, lower, (batch,)).sin().mean()
