@@ -196,7 +196,8 @@ class _Subject:
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, distributed.CollectiveError):
                     raise
-                return replace(found, doubt=_first_line(error))
+                # Products that cannot be made are no products that are wrong: who asks for them meets the error.
+                return Examination(doubt=_first_line(error))
         doubt = next((e.doubt for e in errors if e.doubt), "")
         return replace(found, errors=tuple(errors), doubt=doubt)
 

@@ -309,6 +309,15 @@ def test_without_a_suspicion_nothing_is_said_of_what_cannot_be_decided() -> None
     assert not known.errors
 
 
+def test_products_that_cannot_be_made_are_not_wrong() -> None:
+    # Forward mode goes through no Function without a rule of its own.
+    module, inputs = network("dense", Activation(Right))
+    upper, lower, batch = setting(module, inputs)
+    system = linearize(Weighted(module), upper, lower, [batch], hvp=ForwardOverReverse())
+    with pytest.raises(RuntimeError, match="forward mode"):
+        system.operator(lower)
+
+
 class ClosesOver(Problem):
     """Everything but the variables is float32 and belongs to the problem."""
 

@@ -55,7 +55,7 @@ class InParts(Fit):
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.module, lower, batch)
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.tanh(outputs).square().mean() * 3.0
 
 
@@ -144,7 +144,6 @@ def test_errors_of_the_objective_itself_come_through(hvp: HVPProvider, error: Ex
     module = double(nn.Linear(3, 2))
     lower, problem = parameters(module), Mistaken(module)
     problem.error = error
-    system = linearize(problem, lower, lower, [BATCH], hvp=hvp)
     with pytest.raises(type(error)) as caught:
-        system.operator(lower)
+        linearize(problem, lower, lower, [BATCH], hvp=hvp).operator(lower)
     assert caught.value is error
