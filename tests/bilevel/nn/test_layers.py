@@ -76,11 +76,11 @@ class Scaled(Problem):
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.module, lower, (batch,)) * upper["scale"].exp()
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         return (outputs - 0.5).square().mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.module, lower, (batch,)).sin().mean()

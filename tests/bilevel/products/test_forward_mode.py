@@ -55,7 +55,7 @@ class InParts(Fit):
     def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
         return functional_call(self.module, lower, batch)
 
-    def lower_output_loss(self, outputs: Tensor, batch: Tensor) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
         return torch.tanh(outputs).square().mean() * 3.0
 
 
