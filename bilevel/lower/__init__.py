@@ -3,7 +3,7 @@
 from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.once import OncePerProblem, PerProblem
+from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.reach import cross_examined, examine_cross
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.sampling import are_samples, halves
@@ -23,7 +23,6 @@ __all__ = [
     "Examination",
     "LowerObjectives",
     "LowerSolver",
-    "OncePerProblem",
     "OutOfTime",
     "PerProblem",
     "Resolved",

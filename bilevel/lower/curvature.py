@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.checks import warn_outside
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.once import PerProblem
+from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import DoublePrecision, as_double
 from bilevel.problem import Problem

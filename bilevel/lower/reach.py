@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.distributed import rank
-from bilevel.lower.once import PerProblem
+from bilevel.lower.per_problem import PerProblem
 from bilevel.problem import Problem
 from bilevel.products import reached
 from bilevel.tree import Params

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel import tree
-from bilevel.lower.once import PerProblem
+from bilevel.lower.per_problem import PerProblem
 from bilevel.problem import Problem
 
 

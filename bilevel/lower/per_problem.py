@@ -1,7 +1,7 @@
-"""What is examined, or said, once for a problem."""
+"""What is known of a problem once it was examined, or said."""
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Generic, TypeVar, final
 
 from bilevel.problem import Problem
@@ -24,19 +24,3 @@ class PerProblem(Generic[T]):
             self._values[identity] = self._make()
             weakref.finalize(problem, self._values.pop, identity, None)
         return self._values[identity]
-
-
-@final
-class OncePerProblem:
-    """Remembers what has been done for a Problem: an examination of the structure of its variables, a warning."""
-
-    def __init__(self) -> None:
-        self._done = PerProblem[set[Hashable]](set)
-
-    def first(self, problem: Problem, key: Hashable) -> bool:
-        """Whether this is the first time for this problem and key."""
-        done = self._done.of(problem)
-        if key in done:
-            return False
-        done.add(key)
-        return True
