@@ -52,11 +52,11 @@ class Fit(Problem):
         outputs = functional_call(self.module, lower, batch)
         return outputs.reshape(len(outputs), -1) * upper["log_scale"].exp()
 
-    def lower_output_loss(self, outputs: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         return (outputs.sin() + 0.3 * outputs).square().mean()
 
     def lower_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, ...]) -> Tensor:
-        return self.lower_output_loss(self.lower_outputs(upper, lower, batch), batch)
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
 
     def upper_objective(self, upper: Params, lower: Params, batch: tuple[Tensor, ...]) -> Tensor:
         return self.lower_objective(upper, lower, batch)

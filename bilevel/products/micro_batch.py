@@ -9,6 +9,7 @@ loss that gathers over ranks does so once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -187,21 +188,24 @@ class _MicroBatched(Linearization):
         slopes = zip(split_rows(tree.detach(slope), rows), split_rows(curved, rows), strict=True)
         return list(slopes), through_loss
 
-    def _some_loss(self, x: Params, y: Params) -> Tensor:
-        """A loss of the first chunk's outputs, to see whether these differentiate in reverse mode."""
-        parts = differentiable(self.chunks[0](x, y)).values()
-        return torch.stack([(leaf * leaf.conj()).real.sum() for leaf in parts]).sum()
+    def _in_reverse(self, outputs: Callable[[Params, Params], Any], x: Params) -> Params:
+        """A product of a loss of one chunk's outputs, to see whether these differentiate in reverse mode."""
+
+        def loss(x: Params, y: Params) -> Tensor:
+            parts = differentiable(outputs(x, y)).values()
+            return torch.stack([(leaf * leaf.conj()).real.sum() for leaf in parts]).sum()
+
+        return ReverseOverReverse().linearize(loss, x, self.lower).hessian(self.lower)
 
     def _tangents(self, vector: Params, x: Params) -> tuple[list[Any], list[Params]]:
         """Every chunk's outputs, and their tensors' derivatives along `vector`."""
         parts, tangents = [], []
-        reverse = ReverseOverReverse().linearize(self._some_loss, x, self.lower)
-        explained = forward_mode("MicroBatched", lambda: reverse.hessian(self.lower))
         # Not torch.func.jvp: it hides the tensors' memory layout, in whose order a plain pass fills random masks.
-        with explained, torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_ad.dual_level():
             y = {name: forward_ad.make_dual(leaf.detach(), vector[name]) for name, leaf in self.lower.items()}
             for outputs in self.chunks:
-                duals = outputs(x, y)
+                with forward_mode("MicroBatched", partial(self._in_reverse, outputs, x)):
+                    duals = outputs(x, y)
                 pairs = {place: forward_ad.unpack_dual(leaf) for place, leaf in differentiable(duals).items()}
                 parts.append(replaced(duals, {place: primal for place, (primal, _) in pairs.items()}))
                 tangents.append(
