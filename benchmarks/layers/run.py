@@ -128,6 +128,8 @@ def examine(case: Case, mode: str) -> dict[str, Figures]:
         point, plain = Point.of(case, mode), None
         for name, provider in PROVIDERS.items():
             with warnings.catch_warnings(record=True) as said:
+                # Also where warnings are errors.
+                warnings.simplefilter("always", UserWarning)
                 try:
                     # A kept graph's gradients are those of the graph that is not kept.
                     plain = plain if plain and "kept" in name else point.differences(provider)

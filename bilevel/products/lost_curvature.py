@@ -77,7 +77,7 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
     """One product and one cross term of a provider against one-sided differences of gradients.
 
     The point is moved by a thousandth, off the kinks at which variables may start, and each entry of a direction is as
-    long as the variable's. Where a step of 1e-8 shows an error above `LOST`, one of 1e-9 is taken too, since a step may
+    long as the variable's, or 0 where the gradient is. Where a step of 1e-8 shows an error above `LOST`, one of 1e-9 is taken too, since a step may
     cross a kink: the smaller error counts, and only where both differences agree. With several ranks everything is the
     mean over them, as in a system.
 
@@ -88,7 +88,11 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
     x_scale, y_scale = _scales(upper), _scales(lower)
     x = tree.axpy(_JITTER, _random(x_scale, generator), tree.detach(upper))
     y = tree.axpy(_JITTER, _random(y_scale, generator), tree.detach(lower))
-    p, u = _random(x_scale, generator), _random(y_scale, generator)
+    p, gradient = _random(x_scale, generator), mean_over_ranks(provider.linearize(objective, x, y).gradient())
+    # Entries without a gradient may move outputs and be no variables all the same: the padding row of an embedding.
+    u = {n: torch.where(gradient[n] != 0.0, leaf, 0.0) for n, leaf in _random(y_scale, generator).items()}
+    if not any(bool(leaf.any()) for leaf in u.values()):
+        return CurvatureErrors(0.0, 0.0, "its gradient is zero")
     if not provider.exact:
         # Its steps would be too long at kinks.
         provider = FiniteDifference(step=_STEP * float(tree.norm(u)), central=False)
@@ -98,7 +102,7 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
         return torch.cat([(vector[name].detach() * scale).reshape(-1) for name, scale in y_scale.items()])
 
     product, crossed = flat(mean_over_ranks(here.hessian(u))), mean_over_ranks(here.cross(u, x))
-    gradient, base = mean_over_ranks(here.gradient()), mean_over_ranks(here.gradient_near(y))
+    base = mean_over_ranks(here.gradient_near(y))
     floor = _RESOLVED * float(flat(gradient).norm())
 
     def along_lower(step: float) -> tuple[Tensor, float]:

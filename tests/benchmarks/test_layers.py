@@ -39,6 +39,7 @@ def test_no_entry_is_silently_wrong(group: int) -> None:
                 assert "take ReverseOverReverse()" in found["refused"], where
             else:
                 assert found["error"] <= layers.RIGHT, where
+                assert "flagged" not in found, where
 
 
 class Cut(nn.Linear):
@@ -52,6 +53,8 @@ class Cut(nn.Linear):
 def test_a_wrong_layer_is_seen() -> None:
     case = Case("Cut", ("Cut",), lambda: Cut(4, 3), cases()[0].batch)
     figures = {"quick": True, **layers.measure([case])}
+    flags = [found.pop("flagged", "") for found in figures["layers"][0]["providers"].values()]
+    assert any("lost curvature" in flag for flag in flags)
     assert len(layers.silently_wrong(figures)) == len(layers.PROVIDERS)
     figures["layers"][0]["providers"] = {"reverse": {"error": 0.1, "flagged": "said"}, "forward": {"refused": "no"}}
     assert layers.silently_wrong(figures) == []
