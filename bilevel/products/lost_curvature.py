@@ -77,9 +77,9 @@ def curvature_errors(provider: HVPProvider, objective: Objective, upper: Params,
     """One product and one cross term of a provider against one-sided differences of gradients.
 
     The point is moved by a thousandth, off the kinks at which variables may start, and each entry of a direction is as
-    long as the variable's, or 0 where the gradient is. Where a step of 1e-8 shows an error above `LOST`, one of 1e-9 is taken too, since a step may
-    cross a kink: the smaller error counts, and only where both differences agree. With several ranks everything is the
-    mean over them, as in a system.
+    long as the variable's, or 0 where the gradient is. Where a step of 1e-8 shows an error above `LOST`, one of 1e-9 is
+    taken too, since a step may cross a kink: the smaller error counts, and only where both differences agree. With
+    several ranks everything is the mean over them, as in a system.
 
     Args:
         upper, lower: in float64; in float32 such differences say nothing at kinks.
