@@ -26,6 +26,8 @@ NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The example as a module of another name than the file's, so that it meets no installed module."""
+    if name == "meta_weight_net":
+        pytest.importorskip("timm", reason="examples/meta_weight_net.py needs the extra timm")
     module_name = f"example_{name}"
     spec = importlib.util.spec_from_file_location(module_name, FOLDER / f"{name}.py")
     assert spec is not None
@@ -151,6 +153,22 @@ def test_hyper_cleaning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert result["recall"] > 0.6
     assert result["learned weights"] > result["all labels as they are"]
     assert result["failed_solves"] == 0
+
+
+def test_meta_weight_net(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("meta_weight_net", monkeypatch, capsys, tmp_path)
+    (learned,), (equal,) = result["learned"]["auc_of_weights"], result["equal"]["auc_of_losses"]
+    assert learned > 0.85
+    assert learned > equal
+    assert result["equal"]["auc_of_weights"] == [0.5]
+
+
+@pytest.mark.slow
+def test_meta_weight_net_ranks_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = load("meta_weight_net", monkeypatch).main([])
+    areas = result["learned"]["auc_of_weights"]
+    assert sum(areas) / len(areas) >= 0.9
+    assert all(ours > plain for ours, plain in zip(areas, result["equal"]["auc_of_losses"], strict=True))
 
 
 def test_imaml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
