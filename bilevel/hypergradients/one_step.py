@@ -8,7 +8,7 @@ from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.lower import Selection, check_selection, selected
-from bilevel.products import HVP, FiniteDifference, as_provider
+from bilevel.products import HVP, ReverseOverReverse, as_provider
 
 
 @final
@@ -26,9 +26,11 @@ class OneStep(Method):
 
     Args:
         step_size: xi > 0; None takes the lower optimizer's learning rate, which only a trainer has.
-        hvp: gives the cross term; default ``FiniteDifference()``, with which only gradients are computed. The paper's
-            own formula, with a step of 0.01 / ||dF/dy'||, is ``FiniteDifference(step=0.01)``. The regularizer's cross
-            term is exact in any case.
+        hvp: gives the cross term; default ``ReverseOverReverse()``. With ``FiniteDifference()`` only gradients are
+            computed, at the price of their error at kinks and of what they see through a ``detach`` in the objective
+            (a weighting network that looks at ``loss.detach()`` needs exact products). The paper's own formula, with a
+            step of 0.01 / ||dF/dy'||, is ``FiniteDifference(step=0.01)``. The regularizer's cross term is exact in any
+            case.
         implicit: as for `linearize`; only these variables make the virtual step.
         lower_batches: how many lower batches G is the mean of in a trainer.
 
@@ -38,7 +40,7 @@ class OneStep(Method):
     """
 
     step_size: float | None = None
-    hvp: HVP = field(default_factory=FiniteDifference, kw_only=True)
+    hvp: HVP = field(default_factory=ReverseOverReverse, kw_only=True)
     implicit: Selection | None = field(default=None, kw_only=True)
     lower_batches: int = field(default=1, kw_only=True)
 

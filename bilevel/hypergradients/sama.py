@@ -14,7 +14,7 @@ from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, 
 from bilevel.hypergradients.torch_updates import from_optimizer
 from bilevel.hypergradients.updates import State, Update, starting_state
 from bilevel.lower import Selection, check_selection, selected
-from bilevel.products import HVP, FiniteDifference, as_provider
+from bilevel.products import HVP, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
 
@@ -41,7 +41,8 @@ class SAMA(Method):
     Args:
         update: the lower optimizer; None takes the live one, which only a trainer has.
         state: of `update` before its next step, as `from_optimizer` gives it; None for a fresh one.
-        hvp: gives the cross term; default ``FiniteDifference()``. The regularizer's cross term is exact in any case.
+        hvp: gives the cross term; default ``ReverseOverReverse()``. ``FiniteDifference()`` computes gradients only, as
+            for `OneStep`. The regularizer's cross term is exact in any case.
         implicit: as for `linearize`.
         lower_batches: how many lower batches G is the mean of in a trainer.
 
@@ -53,7 +54,7 @@ class SAMA(Method):
 
     update: Update | None = None
     state: State | None = None
-    hvp: HVP = field(default_factory=FiniteDifference, kw_only=True)
+    hvp: HVP = field(default_factory=ReverseOverReverse, kw_only=True)
     implicit: Selection | None = field(default=None, kw_only=True)
     lower_batches: int = field(default=1, kw_only=True)
 
