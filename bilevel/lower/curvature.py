@@ -1,5 +1,6 @@
 """Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
 
+from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import DoublePrecision, as_double
-from bilevel.problem import Problem
+from bilevel.problem import Problem, modules_of
 from bilevel.products import (
     LOST,
     Automatic,
@@ -152,11 +153,12 @@ class _Subject:
     provider: HVPProvider
 
     def examine(self, *, thoroughly: bool) -> Examination:
-        rows, found = self._rows(), Examination()
-        # Differences of gradients need no second derivative.
-        if self.provider.exact:
-            rows, found = self._gone_through(rows)
-        if not (thoroughly or found.suspects or tree.size(self.lower) <= _LARGE_LEVEL):
+        always = thoroughly or tree.size(self.lower) <= _LARGE_LEVEL
+        # Differences of gradients need no second derivative: nothing is suspicious of them.
+        if not (always or self.provider.exact):
+            return Examination()
+        rows, found = self._gone_through(self._rows())
+        if not (always or found.suspects):
             return found
         if rows is None:
             return replace(found, doubt=f"the batch is large and cannot be cut to {_ROWS} samples that it runs on")
@@ -171,19 +173,23 @@ class _Subject:
             return (self.batch,) if small else None
 
     def _gone_through(self, rows: tuple[Any] | None) -> tuple[tuple[Any] | None, Examination]:
-        """The rows, where the objective runs on them, and the suspects in its gradient's graph."""
+        """The rows, where the objective runs on them, and the suspects in its gradient's graph.
+
+        It comes before all passes in float64, so that what modules make on their first one and keep is of the
+        variables' own precision.
+        """
         try:
             graph = [] if rows is None else self._graph(rows[0])
         except Exception:  # Whatever an objective does not like about few rows; on all of them it may.
             rows, graph = None, []
         if distributed.agree(rows is None):
-            rows, graph = None, self._graph(self.batch)
-        return rows, Examination(suspicious_operations(graph))
+            rows, graph = None, self._graph(self.batch) if self.provider.exact else []
+        return rows, Examination(suspicious_operations(graph) if self.provider.exact else ())
 
     def _compared(self, batch: Any, found: Examination) -> Examination:
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
         doubt, errors = "", list[CurvatureErrors]()
-        with DoublePrecision():
+        with _unchanged_attributes(self.problem), DoublePrecision():
             try:
                 subject._graph(batch)
             except Exception as error:
@@ -202,13 +208,13 @@ class _Subject:
         return replace(found, errors=tuple(errors), doubt=doubt)
 
     def _graph(self, batch: Any) -> list[Tensor]:
-        """G and its gradient, with the graph."""
+        """G and its gradient, with the graph where products come from it."""
         x, y = tree.as_variables(self.upper), tree.as_variables(self._point())
         graph = []
         with torch.enable_grad():
             for _, objective in self._objectives(batch):
                 value = objective(x, y)
-                graph += [value, *tree.gradients(value, y, create_graph=True).values()]
+                graph += [value, *tree.gradients(value, y, create_graph=self.provider.exact).values()]
         return graph
 
     def _objectives(self, batch: Any) -> list[tuple[HVPProvider, Objective]]:
@@ -222,6 +228,23 @@ class _Subject:
 
     def _point(self) -> Params:
         return {name: self.lower[name].detach() for name in self.names}
+
+
+@contextmanager
+def _unchanged_attributes(problem: Problem) -> Iterator[None]:
+    """What is written inside into attributes of the problem and its modules, and dictionaries among these, is undone:
+    tables made in float64, such as those of a micro-batch's length."""
+    modules = [layer for module in modules_of(problem).values() for layer in module.modules()]
+    holders = [vars(holder) for holder in (problem, *modules)]
+    holders += [value for holder in holders for value in holder.values() if type(value) in (dict, OrderedDict)]
+    before = [(holder, dict(holder)) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, entries in before:
+            if holder.keys() != entries.keys() or any(holder[key] is not value for key, value in entries.items()):
+                holder.clear()
+                holder.update(entries)
 
 
 def _as_double(variables: Params) -> Params:

@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
+    SAMA,
+    AdamUpdate,
     Identity,
     Implicit,
     Method,
@@ -22,6 +25,7 @@ from bilevel import (
     SolverWarning,
     Unrolled,
     check_hypergradient,
+    functional_call,
     hypergradient,
     linearize,
 )
@@ -440,3 +444,80 @@ def test_the_check_says_what_is_undecided() -> None:
         lower_solver=newton,
     )
     assert "whether curvature is lost is undecided (a kernel for float32)" in report.verdict
+
+
+class Rotary(nn.Module):
+    """Keeps tables that it makes when they are first asked for, by the length of the sequence or of the batch."""
+
+    def __init__(self, dim: int, place: str) -> None:
+        super().__init__()
+        self.dim, self.place, self.tables, self.latest = dim, place, dict[int, Tensor](), (0, torch.empty(0))
+        self.inner = nn.Linear(8, 8)
+        elsewhere: dict[int, Tensor] = {}
+        self.elsewhere = lambda: elsewhere
+
+    def table(self, length: int) -> Tensor:
+        if self.place == "latest":
+            if self.latest[0] != length:
+                self.latest = (length, torch.sin(torch.arange(length * 8.0).view(length, 8)))
+            return self.latest[1]
+        tables = self.tables if self.place == "dictionary" else self.elsewhere()
+        if length not in tables:
+            tables[length] = torch.sin(torch.arange(length * 8.0).view(length, 8))
+        return tables[length]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table(x.shape[self.dim])
+        assert table.dtype == x.dtype or x.dtype == torch.float64
+        return self.inner((x + (table if self.dim else table[:, None])).tanh())
+
+
+class OfSequences(Problem):
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return functional_call(self.module, lower, (batch,))
+
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
+        return (upper["x"].exp() * outputs.square()).mean()
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return functional_call(self.module, lower, (batch,)).sum()
+
+
+CACHING: dict[str, Method] = {
+    **{
+        str(provider): Implicit(CG(3), hvp=provider, tikhonov=1.0)
+        for provider in PROVIDERS
+        if provider != GaussNewton()
+    },
+    "unrolled": Unrolled(SGDUpdate(1e-3)),
+    "one step": OneStep(0.1),
+    "sama": SAMA(AdamUpdate(1e-3)),
+}
+
+
+# Chunks of a micro-batch are met in float64 first, where a closure is out of reach.
+@pytest.mark.parametrize(
+    ("method", "dim", "place"),
+    [
+        (method, dim, place)
+        for method, dim, place in product(CACHING, [0, 1], ["dictionary", "latest", "closure"])
+        if (method, dim, place) != (str(MicroBatched(5)), 0, "closure")
+    ],
+)
+def test_tables_that_modules_make_once_stay_in_their_precision(method: str, dim: int, place: str) -> None:
+    module = Rotary(dim, place)
+    lower = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+    problem = OfSequences(module)
+    for rows in (13, 8, 5, 3):
+        batch = torch.linspace(-1.0, 1.0, rows * 6 * 8).view(rows, 6, 8)
+        assert failure(problem, ({"x": torch.zeros(8)}, lower, batch), CACHING[method]) is None
+    (known,) = curvature_module._examined.of(problem).values()
+    assert known.errors
+    assert not known.doubt
+    assert all(table.dtype == torch.float32 for table in (*module.tables.values(), *module.elsewhere().values()))
