@@ -1,10 +1,10 @@
 """Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -48,12 +48,12 @@ class Examination:
     """What is known about the second derivatives of one lower objective.
 
     Attributes:
-        suspects: operations that may lose curvature, by name.
+        suspects: operations that may lose curvature, by name, with whether their backward pass can only be a surrogate.
         errors: of L, and of r where there is one; empty where products were not compared with differences.
         doubt: why the comparison decides nothing, empty where it does or was not made.
     """
 
-    suspects: tuple[str, ...] = ()
+    suspects: Mapping[str, bool] = field(default_factory=dict)
     errors: tuple[CurvatureErrors, ...] = ()
     doubt: str = ""
 
@@ -90,11 +90,20 @@ class Examination:
         detached = "a detach, no_grad, .data or .item() cuts variables out of the objective: leave them in it"
         if not self.suspects:
             return f"probably {detached}"
-        return (
-            f"the backward pass of {', '.join(self.suspects)} is no differentiable function of what it saved "
-            "(attributes of ctx, once_differentiable and numpy cut it off, save_for_backward and torch's operations do "
-            f"not): mend it, or take Implicit(hvp=FiniteDifference()). Or {detached}"
+        lossy, surrogates = (", ".join(n for n, own in self.suspects.items() if own == kind) for kind in (False, True))
+        meant = (
+            "is meant not to be the derivative (straight-through rounding, gradient reversal), and products are those "
+            "of the surrogate: right with check_curvature = False in the Problem where that is what you want"
         )
+        causes = []
+        if lossy:
+            causes.append(
+                f"the backward pass of {lossy} is no differentiable function of what it saved (attributes of ctx, "
+                "once_differentiable and numpy cut it off, save_for_backward and torch's operations do not): mend it, "
+                "or take Implicit(hvp=FiniteDifference())"
+            )
+        causes.append(f"the backward pass of {surrogates} {meant}" if surrogates else f"it {meant}")
+        return ". Or ".join([*causes, detached])
 
 
 _examined = PerProblem[dict[Hashable, Examination]](dict)
@@ -184,7 +193,7 @@ class _Subject:
             rows, graph = None, []
         if distributed.agree(rows is None):
             rows, graph = None, self._graph(self.batch) if self.provider.exact else []
-        return rows, Examination(suspicious_operations(graph) if self.provider.exact else ())
+        return rows, Examination(suspicious_operations(graph) if self.provider.exact else {})
 
     def _compared(self, batch: Any, found: Examination) -> Examination:
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))

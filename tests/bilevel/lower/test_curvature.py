@@ -521,3 +521,47 @@ def test_tables_that_modules_make_once_stay_in_their_precision(method: str, dim:
     assert known.errors
     assert not known.doubt
     assert all(table.dtype == torch.float32 for table in (*module.tables.values(), *module.elsewhere().values()))
+
+
+class Rounds(torch.autograd.Function):
+    """To quarters, straight-through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4.0 * x).round() / 4.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class Reverses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.strength = 0.5
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -ctx.strength * grads[0]
+
+
+@pytest.mark.parametrize("function", [Rounds, Reverses])
+def test_a_surrogate_is_called_one(function: Any) -> None:
+    problem, variables = activated(function, "dense")
+    text = failure(problem, variables, METHODS["implicit"]) or ""
+    assert f"backward pass of {function.__name__} is meant not to be the derivative" in text
+    assert "products are those of the surrogate: right with check_curvature = False" in text
+    assert "FiniteDifference" not in text
+    assert "saved" not in text
+
+
+def test_a_surrogate_beside_a_function_that_loses_curvature() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + KeepsAnIntermediate.apply(x) + Rounds.apply(x)
+
+    module, inputs = network("dense", Both())
+    text = failure(Weighted(module), setting(module, inputs), METHODS["implicit"]) or ""
+    assert "the backward pass of KeepsAnIntermediate is no differentiable function of what it saved" in text
+    assert "the backward pass of Rounds is meant not to be the derivative" in text
