@@ -49,6 +49,12 @@ from tests.support.small_modules import (
     setting,
 )
 
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_the_classes() -> None:
+    curvature_module._sound_kinds.clear()
+
+
 METHODS: dict[str, Method] = {"implicit": Implicit(CG(50), tikhonov=100.0), "unrolled": Unrolled(SGDUpdate(1e-3))}
 KINDS = ("dense", "convolution", "norm", "attention")
 DTYPES = (torch.float32, torch.float64)
@@ -565,3 +571,81 @@ def test_a_surrogate_beside_a_function_that_loses_curvature() -> None:
     text = failure(Weighted(module), setting(module, inputs), METHODS["implicit"]) or ""
     assert "the backward pass of KeepsAnIntermediate is no differentiable function of what it saved" in text
     assert "the backward pass of Rounds is meant not to be the derivative" in text
+
+
+class Task(Problem):
+    """A few numbers, a target and how the losses are scaled."""
+
+    def __init__(self, target: Tensor, scale: Any = None, detached: bool = False) -> None:
+        self.target, self.scale, self.detached = target, scale or torch.exp, detached
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        losses = (lower["y"] - self.target).square()
+        scale = losses.detach() if self.detached else losses
+        in_double.append(lower["y"].dtype)
+        return ((1.0 + self.scale(scale)) * losses).sum() + (lower["y"] * upper["x"]).sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].sum()
+
+
+in_double: list[torch.dtype] = []
+
+
+def compares(problem: Problem, method: Method = METHODS["implicit"], size: int = 3) -> bool:
+    """Whether the problem's products are compared; that they are right."""
+    in_double.clear()
+    assert failure(problem, ({"x": torch.zeros(size)}, {"y": torch.ones(size)}, None), method) is None
+    return torch.float64 in in_double
+
+
+def halved(losses: Tensor) -> Tensor:
+    return 0.5 * losses
+
+
+def shifted(shift: float) -> Callable[[Tensor], Tensor]:
+    return lambda losses: losses + shift
+
+
+def test_of_tasks_that_are_alike_one_is_compared() -> None:
+    tasks = [Task(torch.full((3,), 0.1 * k), halved) for k in range(4)]
+    assert [compares(task) for task in tasks] == [True, False, False, False]
+    # Any difference but the numbers in tensors is one.
+    assert compares(Task(torch.zeros(3), shifted(1.0)))
+    assert compares(Task(torch.zeros(3), shifted(2.0)))
+    assert not compares(Task(torch.ones(3), shifted(2.0)))
+    assert compares(Task(torch.zeros(1), halved))
+    assert compares(Task(torch.zeros(1), halved), size=2)
+    assert compares(Task(torch.zeros(3), halved), OneStep(0.1))
+    # What is not known to be alike is compared: torch.exp is no function of Python's.
+    assert compares(Task(torch.zeros(3)))
+    assert compares(Task(torch.zeros(3)))
+
+    class Other(Task):
+        pass
+
+    assert compares(Other(torch.zeros(3), halved))
+
+
+def test_a_task_that_is_not_like_the_sound_ones_is_found() -> None:
+    variables = {"x": torch.zeros(3)}, {"y": torch.ones(3)}, None
+    assert compares(Task(torch.zeros(3), halved))
+    for unlike in (Task(torch.zeros(3), halved, detached=True), Task(torch.zeros(3), lambda losses: losses.detach())):
+        for _ in range(2):
+            assert "lost curvature" in (failure(unlike, variables, METHODS["implicit"]) or "")
+    for _ in range(2):
+        again = Task(torch.zeros(3), lambda losses: losses.detach().square())
+        assert "lost curvature" in (failure(again, variables, METHODS["implicit"]) or "")
+
+
+@pytest.mark.parametrize("function", [nn.functional.relu, KeepsAnIntermediate, Right])
+def test_of_modules_too_but_where_something_is_suspicious(function: Any) -> None:
+    compared = []
+    for _ in range(3):
+        module, inputs = network("dense", nn.ReLU() if function is nn.functional.relu else Activation(function))
+        problem = Weighted(module)
+        text = failure(problem, setting(module, inputs), METHODS["implicit"])
+        (known,) = curvature_module._examined.of(problem).values()
+        compared.append(known.compared)
+        assert (text is not None) == (function is KeepsAnIntermediate)
+    assert compared == ([True, False, False] if function is nn.functional.relu else [True] * 3)
