@@ -1,21 +1,24 @@
 """Whether second derivatives of a problem's lower level are those of its gradients: examined once for a problem."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
 from bilevel.checks import warn_outside
+from bilevel.lower.likeness import likeness
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.staleness import BufferWatch
 from bilevel.nn import DoublePrecision, as_double
-from bilevel.problem import Problem
+from bilevel.problem import Problem, modules_of
 from bilevel.products import (
     LOST,
     Automatic,
@@ -47,12 +50,12 @@ class Examination:
     """What is known about the second derivatives of one lower objective.
 
     Attributes:
-        suspects: operations that may lose curvature, by name.
+        suspects: operations that may lose curvature, by name, with whether their backward pass can only be a surrogate.
         errors: of L, and of r where there is one; empty where products were not compared with differences.
         doubt: why the comparison decides nothing, empty where it does or was not made.
     """
 
-    suspects: tuple[str, ...] = ()
+    suspects: Mapping[str, bool] = field(default_factory=dict)
     errors: tuple[CurvatureErrors, ...] = ()
     doubt: str = ""
 
@@ -89,11 +92,29 @@ class Examination:
         detached = "a detach, no_grad, .data or .item() cuts variables out of the objective: leave them in it"
         if not self.suspects:
             return f"probably {detached}"
-        return (
-            f"the backward pass of {', '.join(self.suspects)} is no differentiable function of what it saved "
-            "(attributes of ctx, once_differentiable and numpy cut it off, save_for_backward and torch's operations do "
-            f"not): mend it, or take Implicit(hvp=FiniteDifference()). Or {detached}"
+        lossy, surrogates = (", ".join(n for n, own in self.suspects.items() if own == kind) for kind in (False, True))
+        meant = (
+            "is meant not to be the derivative (straight-through rounding, gradient reversal), and products are those "
+            "of the surrogate: right with check_curvature = False in the Problem where that is what you want"
         )
+        causes = []
+        if lossy:
+            causes.append(
+                f"the backward pass of {lossy} is no differentiable function of what it saved (attributes of ctx, "
+                "once_differentiable and numpy cut it off, save_for_backward and torch's operations do not): mend it, "
+                "or take Implicit(hvp=FiniteDifference())"
+            )
+        causes.append(f"the backward pass of {surrogates} {meant}" if surrogates else f"it {meant}")
+        return ". Or ".join([*causes, detached])
+
+
+# By the class, whose code the objective is: what is known of a problem holds for others of the same makings.
+_KINDS = 100
+_sound_kinds = WeakKeyDictionary[type[Problem], set[Hashable]]()
+
+
+def _sound(problem: Problem) -> set[Hashable]:
+    return _sound_kinds.setdefault(type(problem), set())
 
 
 _examined = PerProblem[dict[Hashable, Examination]](dict)
@@ -106,8 +127,9 @@ def examine_curvature(
 
     For each Problem and structure of its variables once, a gradient's graph is gone through; where something in it is
     suspicious and where the lower level is not large, products are compared with differences of gradients in float64
-    (`curvature_errors`), on at most 8 samples of `batch`. Nothing is drawn from the default generators. What is
-    suspicious and cannot be compared is warned of.
+    (`curvature_errors`), on at most 8 samples of `batch`. Where nothing is suspicious and a Problem of the same class
+    was found sound, whose attributes, variables and batches were alike but for the numbers in tensors, they are not.
+    Nothing is drawn from the default generators. What is suspicious and cannot be compared is warned of.
     """
     if not problem.check_curvature:
         return Examination()
@@ -152,15 +174,29 @@ class _Subject:
     provider: HVPProvider
 
     def examine(self, *, thoroughly: bool) -> Examination:
-        rows, found = self._rows(), Examination()
-        # Differences of gradients need no second derivative.
-        if self.provider.exact:
-            rows, found = self._gone_through(rows)
-        if not (thoroughly or found.suspects or tree.size(self.lower) <= _LARGE_LEVEL):
+        always = thoroughly or tree.size(self.lower) <= _LARGE_LEVEL
+        # Differences of gradients need no second derivative: nothing is suspicious of them.
+        if not (always or self.provider.exact):
+            return Examination()
+        rows, found = self._gone_through(self._rows())
+        if not (always or found.suspects):
+            return found
+        kind = None if thoroughly or found.suspects or rows is None else self._kind(rows[0])
+        if not distributed.agree(kind is None or kind not in _sound(self.problem)):
             return found
         if rows is None:
             return replace(found, doubt=f"the batch is large and cannot be cut to {_ROWS} samples that it runs on")
-        return self._compared(rows[0], found)
+        compared = self._compared(rows[0], found)
+        if kind is not None and compared.errors and not compared.doubt and compared.lost() is None:
+            known = _sound(self.problem)
+            if len(known) >= _KINDS:
+                known.clear()
+            known.add(kind)
+        return compared
+
+    def _kind(self, rows: Any) -> Hashable | None:
+        """What problems have in common of which it is enough to compare the products of one."""
+        return likeness(type(self.provider), self.upper, self.lower, list(self.names), rows, vars(self.problem))
 
     def _rows(self) -> tuple[Any] | None:
         """The first samples of the batch, or all of a small one; None where there is neither."""
@@ -171,19 +207,23 @@ class _Subject:
             return (self.batch,) if small else None
 
     def _gone_through(self, rows: tuple[Any] | None) -> tuple[tuple[Any] | None, Examination]:
-        """The rows, where the objective runs on them, and the suspects in its gradient's graph."""
+        """The rows, where the objective runs on them, and the suspects in its gradient's graph.
+
+        It comes before all passes in float64, so that what modules make on their first one and keep is of the
+        variables' own precision.
+        """
         try:
             graph = [] if rows is None else self._graph(rows[0])
         except Exception:  # Whatever an objective does not like about few rows; on all of them it may.
             rows, graph = None, []
         if distributed.agree(rows is None):
-            rows, graph = None, self._graph(self.batch)
-        return rows, Examination(suspicious_operations(graph))
+            rows, graph = None, self._graph(self.batch) if self.provider.exact else []
+        return rows, Examination(suspicious_operations(graph) if self.provider.exact else {})
 
     def _compared(self, batch: Any, found: Examination) -> Examination:
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
         doubt, errors = "", list[CurvatureErrors]()
-        with DoublePrecision():
+        with _unchanged_attributes(self.problem), DoublePrecision():
             try:
                 subject._graph(batch)
             except Exception as error:
@@ -202,13 +242,13 @@ class _Subject:
         return replace(found, errors=tuple(errors), doubt=doubt)
 
     def _graph(self, batch: Any) -> list[Tensor]:
-        """G and its gradient, with the graph."""
+        """G and its gradient, with the graph where products come from it."""
         x, y = tree.as_variables(self.upper), tree.as_variables(self._point())
         graph = []
         with torch.enable_grad():
             for _, objective in self._objectives(batch):
                 value = objective(x, y)
-                graph += [value, *tree.gradients(value, y, create_graph=True).values()]
+                graph += [value, *tree.gradients(value, y, create_graph=self.provider.exact).values()]
         return graph
 
     def _objectives(self, batch: Any) -> list[tuple[HVPProvider, Objective]]:
@@ -222,6 +262,23 @@ class _Subject:
 
     def _point(self) -> Params:
         return {name: self.lower[name].detach() for name in self.names}
+
+
+@contextmanager
+def _unchanged_attributes(problem: Problem) -> Iterator[None]:
+    """What is written inside into attributes of the problem and its modules, and dictionaries among these, is undone:
+    tables made in float64, such as those of a micro-batch's length."""
+    modules = [layer for module in modules_of(problem).values() for layer in module.modules()]
+    holders = [vars(holder) for holder in (problem, *modules)]
+    holders += [value for holder in holders for value in holder.values() if type(value) in (dict, OrderedDict)]
+    before = [(holder, dict(holder)) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, entries in before:
+            if holder.keys() != entries.keys() or any(holder[key] is not value for key, value in entries.items()):
+                holder.clear()
+                holder.update(entries)
 
 
 def _as_double(variables: Params) -> Params:

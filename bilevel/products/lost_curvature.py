@@ -36,24 +36,36 @@ _SUSPICIOUS = {
     "WeightNormInterfaceBackward0": "torch._weight_norm",
 }
 
+_NUMBERS = (int, float, str, torch.Size, torch.dtype, torch.device, type(None))
 
-def suspicious_operations(outputs: Iterable[Tensor]) -> tuple[str, ...]:
-    """Names of operations in the graph of an objective and its gradient that may lose curvature, without repetition.
+
+def suspicious_operations(outputs: Iterable[Tensor]) -> dict[str, bool]:
+    """Operations in the graph of an objective and its gradient that may lose curvature: by name, whether a surrogate.
 
     They are custom autograd Functions but for this package's own, what ``once_differentiable`` leaves behind, and
     operations of torch whose double backward is known to be wrong. A ``detach`` leaves nothing behind, and is not seen.
+    A Function that keeps nothing but numbers from its forward pass has nothing to lose in its backward pass: where its
+    products are wrong, that pass is a surrogate for the derivative (straight-through rounding, gradient reversal).
 
     Args:
         outputs: the objective, and its gradient with the graph.
     """
-    return tuple(sorted({name for node in graph_nodes(outputs) if (name := _suspicion(node))}))
+    found = (_suspicion(node) for node in graph_nodes(outputs))
+    # Of two with a name, what may lose something counts.
+    return dict(sorted({suspicion for suspicion in found if suspicion}, key=lambda pair: (pair[0], not pair[1])))
 
 
-def _suspicion(node: Node) -> str | None:
+def _suspicion(node: Node) -> tuple[str, bool] | None:
     if not isinstance(node, FunctionCtx):
-        return _SUSPICIOUS.get(type(node).__name__)
+        name = _SUSPICIOUS.get(type(node).__name__)
+        return None if name is None else (name, False)
     function = getattr(node, "_forward_cls", type(node))
-    return None if function.__module__.partition(".")[0] == "bilevel" else function.__name__
+    if function.__module__.partition(".")[0] == "bilevel":
+        return None
+    # As they are saved: to unpack them may make a checkpoint's forward pass again.
+    saved = getattr(node, "_raw_saved_tensors", ())
+    numbers = all(isinstance(value, _NUMBERS) for value in vars(node).values())
+    return function.__name__, numbers and not saved
 
 
 @final

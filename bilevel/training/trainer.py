@@ -94,7 +94,7 @@ class Trainer(Training):
         self.problem, self.schedule, self.method = problem, schedule, as_method(method)
         self.upper, self.lower = upper, lower
         self._on_failure: OnFailure = on_failure
-        self._warned = False
+        self._warned, self._flagged = False, 0
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
         self._writers = WeakSet[nn.Module]()
@@ -148,8 +148,10 @@ class Trainer(Training):
 
     @property
     def failures(self) -> Counter[str]:
-        """Of `solves`, those that did not do what was asked, by the name of their `Status`."""
-        return Counter({name: count for name, count in self.solves.items() if not Status[name].ok})
+        """Of `solves`, those that did not do what was asked, by the name of their `Status`; and "FLAGGED", upper steps
+        whose hypergradient has a failure that is no solve's (lost curvature)."""
+        failed = {name: count for name, count in self.solves.items() if not Status[name].ok}
+        return Counter({**failed, "FLAGGED": self._flagged} if self._flagged else failed)
 
     def _advance(self) -> None:
         began = time.perf_counter()
@@ -292,10 +294,11 @@ class Trainer(Training):
         )
 
     def _report(self, result: Hypergradient | None) -> None:
-        """Count a solve by its status; warn of a failure once a run."""
+        """Count a solve by its status, and a failure that is not its own; warn of a failure once a run."""
         if result is not None and result.solution is not None:
             self.solves[result.solution.status.name] += 1
         if result is not None:
+            self._flagged += result.failure is not None and (result.solution is None or result.solution.status.ok)
             report_failure(replace(result, failure=None) if self._warned else result, self._on_failure)
             self._warned = self._warned or (self._on_failure == "warn" and result.failure is not None)
 
@@ -348,6 +351,7 @@ class Trainer(Training):
         return {
             **super().state_dict(),
             "solves": dict(self.solves),
+            "flagged": self._flagged,
             "stages": [self.schedule.lower_steps, self.schedule.upper_steps],
             "method": {"name": type(self.method).__name__, "state": copy.deepcopy(self._method_state)},
             "under_way": None if self._now is None else self._now.state_dict(),
@@ -375,5 +379,6 @@ class Trainer(Training):
             lower = self.lower
             self._now = restored(state["under_way"], lower, self._lower_batches)
             lower.data.load_state_dict(state["data"]["lower"])
-        self.solves, self._method_state = Counter(state["solves"]), copy.deepcopy(state["method"]["state"])
+        self.solves, self._flagged = Counter(state["solves"]), state["flagged"]
+        self._method_state = copy.deepcopy(state["method"]["state"])
         set_random_state(state["random"])

@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
+    SAMA,
+    AdamUpdate,
     Identity,
     Implicit,
     Method,
@@ -22,6 +25,7 @@ from bilevel import (
     SolverWarning,
     Unrolled,
     check_hypergradient,
+    functional_call,
     hypergradient,
     linearize,
 )
@@ -44,6 +48,12 @@ from tests.support.small_modules import (
     network,
     setting,
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_the_classes() -> None:
+    curvature_module._sound_kinds.clear()
+
 
 METHODS: dict[str, Method] = {"implicit": Implicit(CG(50), tikhonov=100.0), "unrolled": Unrolled(SGDUpdate(1e-3))}
 KINDS = ("dense", "convolution", "norm", "attention")
@@ -440,3 +450,202 @@ def test_the_check_says_what_is_undecided() -> None:
         lower_solver=newton,
     )
     assert "whether curvature is lost is undecided (a kernel for float32)" in report.verdict
+
+
+class Rotary(nn.Module):
+    """Keeps tables that it makes when they are first asked for, by the length of the sequence or of the batch."""
+
+    def __init__(self, dim: int, place: str) -> None:
+        super().__init__()
+        self.dim, self.place, self.tables, self.latest = dim, place, dict[int, Tensor](), (0, torch.empty(0))
+        self.inner = nn.Linear(8, 8)
+        elsewhere: dict[int, Tensor] = {}
+        self.elsewhere = lambda: elsewhere
+
+    def table(self, length: int) -> Tensor:
+        if self.place == "latest":
+            if self.latest[0] != length:
+                self.latest = (length, torch.sin(torch.arange(length * 8.0).view(length, 8)))
+            return self.latest[1]
+        tables = self.tables if self.place == "dictionary" else self.elsewhere()
+        if length not in tables:
+            tables[length] = torch.sin(torch.arange(length * 8.0).view(length, 8))
+        return tables[length]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table(x.shape[self.dim])
+        assert table.dtype == x.dtype or x.dtype == torch.float64
+        return self.inner((x + (table if self.dim else table[:, None])).tanh())
+
+
+class OfSequences(Problem):
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return functional_call(self.module, lower, (batch,))
+
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Any) -> Tensor:
+        return (upper["x"].exp() * outputs.square()).mean()
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return functional_call(self.module, lower, (batch,)).sum()
+
+
+CACHING: dict[str, Method] = {
+    **{
+        str(provider): Implicit(CG(3), hvp=provider, tikhonov=1.0)
+        for provider in PROVIDERS
+        if provider != GaussNewton()
+    },
+    "unrolled": Unrolled(SGDUpdate(1e-3)),
+    "one step": OneStep(0.1),
+    "sama": SAMA(AdamUpdate(1e-3)),
+}
+
+
+# Chunks of a micro-batch are met in float64 first, where a closure is out of reach.
+@pytest.mark.parametrize(
+    ("method", "dim", "place"),
+    [
+        (method, dim, place)
+        for method, dim, place in product(CACHING, [0, 1], ["dictionary", "latest", "closure"])
+        if (method, dim, place) != (str(MicroBatched(5)), 0, "closure")
+    ],
+)
+def test_tables_that_modules_make_once_stay_in_their_precision(method: str, dim: int, place: str) -> None:
+    module = Rotary(dim, place)
+    lower = {name: leaf.detach().clone() for name, leaf in module.named_parameters()}
+    problem = OfSequences(module)
+    for rows in (13, 8, 5, 3):
+        batch = torch.linspace(-1.0, 1.0, rows * 6 * 8).view(rows, 6, 8)
+        assert failure(problem, ({"x": torch.zeros(8)}, lower, batch), CACHING[method]) is None
+    (known,) = curvature_module._examined.of(problem).values()
+    assert known.errors
+    assert not known.doubt
+    assert all(table.dtype == torch.float32 for table in (*module.tables.values(), *module.elsewhere().values()))
+
+
+class Rounds(torch.autograd.Function):
+    """To quarters, straight-through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4.0 * x).round() / 4.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class Reverses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.strength = 0.5
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -ctx.strength * grads[0]
+
+
+@pytest.mark.parametrize("function", [Rounds, Reverses])
+def test_a_surrogate_is_called_one(function: Any) -> None:
+    problem, variables = activated(function, "dense")
+    text = failure(problem, variables, METHODS["implicit"]) or ""
+    assert f"backward pass of {function.__name__} is meant not to be the derivative" in text
+    assert "products are those of the surrogate: right with check_curvature = False" in text
+    assert "FiniteDifference" not in text
+    assert "saved" not in text
+
+
+def test_a_surrogate_beside_a_function_that_loses_curvature() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + KeepsAnIntermediate.apply(x) + Rounds.apply(x)
+
+    module, inputs = network("dense", Both())
+    text = failure(Weighted(module), setting(module, inputs), METHODS["implicit"]) or ""
+    assert "the backward pass of KeepsAnIntermediate is no differentiable function of what it saved" in text
+    assert "the backward pass of Rounds is meant not to be the derivative" in text
+
+
+class Task(Problem):
+    """A few numbers, a target and how the losses are scaled."""
+
+    def __init__(self, target: Tensor, scale: Any = None, detached: bool = False) -> None:
+        self.target, self.scale, self.detached = target, scale or torch.exp, detached
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        losses = (lower["y"] - self.target).square()
+        scale = losses.detach() if self.detached else losses
+        in_double.append(lower["y"].dtype)
+        return ((1.0 + self.scale(scale)) * losses).sum() + (lower["y"] * upper["x"]).sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].sum()
+
+
+in_double: list[torch.dtype] = []
+
+
+def compares(problem: Problem, method: Method = METHODS["implicit"], size: int = 3) -> bool:
+    """Whether the problem's products are compared; that they are right."""
+    in_double.clear()
+    assert failure(problem, ({"x": torch.zeros(size)}, {"y": torch.ones(size)}, None), method) is None
+    return torch.float64 in in_double
+
+
+def halved(losses: Tensor) -> Tensor:
+    return 0.5 * losses
+
+
+def shifted(shift: float) -> Callable[[Tensor], Tensor]:
+    return lambda losses: losses + shift
+
+
+def test_of_tasks_that_are_alike_one_is_compared() -> None:
+    tasks = [Task(torch.full((3,), 0.1 * k), halved) for k in range(4)]
+    assert [compares(task) for task in tasks] == [True, False, False, False]
+    # Any difference but the numbers in tensors is one.
+    assert compares(Task(torch.zeros(3), shifted(1.0)))
+    assert compares(Task(torch.zeros(3), shifted(2.0)))
+    assert not compares(Task(torch.ones(3), shifted(2.0)))
+    assert compares(Task(torch.zeros(1), halved))
+    assert compares(Task(torch.zeros(1), halved), size=2)
+    assert compares(Task(torch.zeros(3), halved), OneStep(0.1))
+    # What is not known to be alike is compared: torch.exp is no function of Python's.
+    assert compares(Task(torch.zeros(3)))
+    assert compares(Task(torch.zeros(3)))
+
+    class Other(Task):
+        pass
+
+    assert compares(Other(torch.zeros(3), halved))
+
+
+def test_a_task_that_is_not_like_the_sound_ones_is_found() -> None:
+    variables = {"x": torch.zeros(3)}, {"y": torch.ones(3)}, None
+    assert compares(Task(torch.zeros(3), halved))
+    for unlike in (Task(torch.zeros(3), halved, detached=True), Task(torch.zeros(3), lambda losses: losses.detach())):
+        for _ in range(2):
+            assert "lost curvature" in (failure(unlike, variables, METHODS["implicit"]) or "")
+    for _ in range(2):
+        again = Task(torch.zeros(3), lambda losses: losses.detach().square())
+        assert "lost curvature" in (failure(again, variables, METHODS["implicit"]) or "")
+
+
+@pytest.mark.parametrize("function", [nn.functional.relu, KeepsAnIntermediate, Right])
+def test_of_modules_too_but_where_something_is_suspicious(function: Any) -> None:
+    compared = []
+    for _ in range(3):
+        module, inputs = network("dense", nn.ReLU() if function is nn.functional.relu else Activation(function))
+        problem = Weighted(module)
+        text = failure(problem, setting(module, inputs), METHODS["implicit"])
+        (known,) = curvature_module._examined.of(problem).values()
+        compared.append(known.compared)
+        assert (text is not None) == (function is KeepsAnIntermediate)
+    assert compared == ([True, False, False] if function is nn.functional.relu else [True] * 3)

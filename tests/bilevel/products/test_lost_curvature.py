@@ -13,7 +13,7 @@ from tests.support.small_modules import FAULTY, OnceDifferentiable, Right, netwo
 
 def names(loss: Tensor, *variables: Tensor) -> tuple[str, ...]:
     gradient = torch.autograd.grad(loss, variables, create_graph=True)
-    return suspicious_operations([loss, *gradient])
+    return tuple(suspicious_operations([loss, *gradient]))
 
 
 @pytest.mark.parametrize("function", [*FAULTY, Right])

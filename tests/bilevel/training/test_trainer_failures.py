@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, AlternatingSchedule, Level, Params, SolverError, SolverWarning, Status, Trainer
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    Level,
+    Method,
+    Params,
+    SolverError,
+    SolverWarning,
+    Status,
+    Trainer,
+    Unrolled,
+)
 from bilevel.training import Callback, NonFiniteError
 from tests.support.cases import joined
 from tests.support.two_heads import LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
@@ -146,6 +157,26 @@ def test_an_optimizers_own_weight_decay_is_warned_of() -> None:
 class Concave(TwoHeads):
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         return -3.0 * lower["backbone"].square().sum()
+
+
+class Detached(TwoHeads):
+    def regularizer(self, upper: Params, lower: Params) -> Tensor:
+        squares = super().regularizer(upper, lower)
+        return squares + 10.0 * squares.detach() * squares
+
+
+@pytest.mark.parametrize("method", [implicit(CG()), Unrolled()], ids=["implicit", "unrolled"])
+def test_failures_that_are_no_solves_are_counted(method: Method) -> None:
+    schedule = AlternatingSchedule(5, 4, 1)
+    trainer = make(Detached(), method=method, schedule=schedule, on_failure="ignore")
+    trainer.run()
+    assert trainer.failures == {"FLAGGED": 5}
+    resumed = make(Detached(), method=method, schedule=schedule, on_failure="ignore")
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.failures == {"FLAGGED": 5}
+    healthy = make(method=method, schedule=schedule)
+    healthy.run()
+    assert healthy.failures == {}
 
 
 def test_failures_are_counted_and_warned_of_once() -> None:
