@@ -25,7 +25,6 @@ _bounds = PerProblem[dict[tuple[str, float], tuple[float, float] | None]](dict)
 
 # A bias of about a quarter; a digit below it; a gradient that the choice of batches explains.
 _LARGE_NOISE, _FAR_BELOW, _UNSOLVED = 0.5, 0.1, 1 / 3
-_NOT_JUDGED = (Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.NON_FINITE)
 _examined = PerProblem[set[str]](set)
 
 
@@ -58,8 +57,9 @@ class Hypergradient:
         lower: the lower variables after the steps of a method that makes some, None where none is made.
         failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
             loses, a solve whose status is not a success, a part that is not finite.
-        warning: in words that the solve is more accurate than the lower batches can tell, once for a problem; None
-            otherwise. `Solution.noise` is the measure, None for a single batch: it was not measured there.
+        warning: in words that the solve is more accurate than the lower batches can tell, or that they cannot tell its
+            solution from zero (`Status.LOST_IN_THE_NOISE`), each once for a problem; None otherwise. `Solution.noise`
+            is the measure, None for a single batch: it was not measured there.
     """
 
     grad: Params
@@ -144,37 +144,47 @@ def _rounded(value: float) -> float:
 
 
 def noise_warning(system: SolvedSystem, solution: Solution, b: Params, stationarity: float) -> str | None:
-    """That the solve goes far below a large noise of A x, and what to do about it; once for a problem, else None.
+    """That the solve is lost in the noise or went far below a large noise of A x, and what to do about it; each once
+    for a problem, else None.
 
-    It takes a product, and only where the lower batches are known to be samples: others have come with this problem,
-    and y is no solution of these alone (its gradient is not small beside its own noise). A single batch is halved once.
+    The second takes a product, and only where the lower batches may be samples: others have come with this problem, and
+    y is no solution of these alone (its gradient is not small beside its own noise). A single batch is halved once.
     """
     samples, done = are_samples(system.problem, system.batch_sums), _examined.of(system.problem)
+    if solution.status is Status.LOST_IN_THE_NOISE:
+        first = "lost" not in done
+        done.add("lost")
+        return solution.status.value if first else None
     reached = solution.residual_norms[1]
-    goal = reached if system.solver.tolerance is None else min(system.solver.tolerance, reached)
-    judged = math.isfinite(goal) and solution.status not in _NOT_JUDGED and distributed.world_size() == 1
-    if not samples or not judged or "said" in done:
+    accurate = solution.status.ok and solution.status is not Status.AT_THE_NOISE and math.isfinite(reached)
+    if not samples or not accurate or "said" in done or distributed.world_size() > 1:
         return None
     single = len(system.lower_batches) == 1
-    if "halved" in done if single else not _is_large(solution.noise, goal):
+    if "halved" in done if single else not _is_large(solution.noise, reached):
         return None
     done.add("halved" if single else "screened")
     with torch.no_grad():
         errors, size = system.standard_errors(solution.value), float(tree.norm(b))
-    if errors is None or size == 0.0 or stationarity < _UNSOLVED * errors[1] or not _is_large(errors[0] / size, goal):
+    if (
+        errors is None
+        or size == 0.0
+        or stationarity < _UNSOLVED * errors[1]
+        or not _is_large(errors[0] / size, reached)
+    ):
         return None
     done.add("said")
     return (
-        f"the solve goes to a relative residual of {goal:.1e}, but another choice of lower batches would change A x by "
-        f"{errors[0] / size:.2g} of the right-hand side: a solve so accurate is biased in the mean, by about the "
-        "square of that, since a mean of inverses is not the inverse of the mean; take more Hessian batches, a looser "
-        'rtol (CG has rtol="noise"), or raise tikhonov'
+        f"the solve went to a relative residual of {reached:.1e}, but another choice of lower batches would change A x "
+        f"by {errors[0] / size:.2g} of the right-hand side: if these batches are samples of one data set, a solve so "
+        "accurate is biased in the mean, by about the square of that, since a mean of inverses is not the inverse of "
+        'the mean; then take more Hessian batches, a looser rtol (CG has rtol="noise"), or raise tikhonov. If each '
+        "is the whole of a task of its own, there is no such bias"
     )
 
 
-def _is_large(noise: float | None, goal: float) -> bool:
-    """Whether the noise is large, and the goal far below it."""
-    return noise is not None and noise >= _LARGE_NOISE and goal <= _FAR_BELOW * noise
+def _is_large(noise: float | None, reached: float) -> bool:
+    """Whether the noise is large, and the residual far below it."""
+    return noise is not None and noise >= _LARGE_NOISE and reached <= _FAR_BELOW * noise
 
 
 def joined(*failures: str | None) -> str | None:
