@@ -4,7 +4,16 @@ from bilevel.hypergradients.check import HypergradientCheck, check_hypergradient
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.linearize import linearize
-from bilevel.hypergradients.method import LowerStep, Method, MethodState, Proposal, Setup, UpperStep, check_proposal
+from bilevel.hypergradients.method import (
+    LowerStep,
+    Method,
+    MethodState,
+    Proposal,
+    Setup,
+    UpperStep,
+    check_proposal,
+    unwritten,
+)
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.penalty import Penalty
 from bilevel.hypergradients.result import (
@@ -55,4 +64,5 @@ __all__ = [
     "report_failure",
     "restored_update",
     "saved_update",
+    "unwritten",
 ]

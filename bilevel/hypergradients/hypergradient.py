@@ -6,7 +6,7 @@ from typing import Any
 from bilevel import tree
 from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, UpperStep, check_proposal
+from bilevel.hypergradients.method import Method, UpperStep, check_proposal, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
 from bilevel.linear import Solver
 from bilevel.lower import check_batch, check_batches, differentiates
@@ -73,7 +73,8 @@ def hypergradient(
 
 def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     """What a method proposes for a first and only upper step."""
-    result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), step.upper).result
+    with unwritten(step):
+        result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), step.upper).result
     if result is None:
         raise ValueError(
             f"{type(method).__name__}: the Proposal has no hypergradient (result=None); this method can be used in a "

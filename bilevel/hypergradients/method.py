@@ -1,7 +1,8 @@
 """The abstract method: how an upper step gets its direction from what the lower level has done."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +134,25 @@ def check_proposal(method: "Method", proposal: object, upper: Params) -> Proposa
     if proposal.loss.dim() != 0:
         raise ValueError(f"{name}: the loss of a Proposal must be 0-d, got shape {tuple(proposal.loss.shape)}")
     return proposal
+
+
+@contextmanager
+def unwritten(step: "UpperStep") -> Iterator[None]:
+    """Raises where a variable of the step is written to inside.
+
+    Raises:
+        RuntimeError: naming the variable.
+    """
+    levels = {"upper": step.upper, "lower": step.lower}
+    named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
+    before = [tensor._version for _, tensor in named]
+    yield
+    written = [name for (name, tensor), version in zip(named, before, strict=True) if tensor._version != version]
+    if written:
+        raise RuntimeError(
+            f"{written[0]} was written to while its hypergradient was taken, which changes no variable: some operation "
+            "of an objective writes in place (functional.embedding with max_norm, add_, copy_); let it work on a clone"
+        )
 
 
 class Method(ABC):

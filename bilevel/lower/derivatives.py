@@ -55,13 +55,13 @@ def training_derivatives(
     if micro_batch is None:
         with own_draws() if seed is None else training_pass(seed, write_buffers=True):
             loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
-        examine_lower(problem, "lower_objective", loss, y)
+        examine_lower(problem, "lower_objective", loss, x, y)
         gradient = tree.gradients(loss, y)
     else:
 
         def outputs(variables: Params, chunk: Any) -> Any:
             z = problem.lower_outputs(x, variables, chunk)
-            examine_lower(problem, "lower_outputs", z, variables)
+            examine_lower(problem, "lower_outputs", z, x, variables)
             return z
 
         loss, gradient = micro_batched_gradient(
@@ -90,7 +90,7 @@ def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed
 
 def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: Params) -> None:
     """What L, the first of the values, reaches of the lower variables, and all of them of the upper ones."""
-    examine_lower(problem, "lower_objective", values[0], lower)
+    examine_lower(problem, "lower_objective", values[0], upper, lower)
     if any(leaf.requires_grad for leaf in upper.values()) and not cross_examined(problem, upper):
         examine_cross(problem, reached(values, upper), upper)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.lower.reach import examine_lower
 from bilevel.lower.staleness import BufferWatch
+from bilevel.lower.surroundings import check_recordable
 from bilevel.nn import chunk_seeds, curvature_pass
 from bilevel.problem import Problem
 from bilevel.products import ComposedObjective, Objective, check_outputs, check_rows
@@ -34,10 +35,11 @@ class LowerObjectives:
         """L on a batch."""
 
         def objective(upper: Params, variables: Params) -> Tensor:
+            check_recordable("lower_objective")
             with curvature_pass(seed, self.watch):
                 loss = self.problem.lower_objective(upper, {**self.everything, **variables}, batch)
             check_scalar("lower_objective", loss)
-            examine_lower(self.problem, "lower_objective", loss, variables)
+            examine_lower(self.problem, "lower_objective", loss, upper, variables)
             return loss
 
         return objective
@@ -46,9 +48,10 @@ class LowerObjectives:
         """L on a batch with the outputs and the loss of the outputs apart."""
 
         def outputs(batch: Any, seed: int, upper: Params, variables: Params) -> Any:
+            check_recordable("lower_outputs")
             with curvature_pass(seed, self.watch):
                 z = check_outputs(self.problem.lower_outputs(upper, {**self.everything, **variables}, batch))
-            examine_lower(self.problem, "lower_outputs", z, variables)
+            examine_lower(self.problem, "lower_outputs", z, upper, variables)
             return z
 
         def rows(chunk: Any, seed: int, upper: Params, variables: Params) -> Any:

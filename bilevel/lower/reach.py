@@ -1,7 +1,9 @@
 """Which variables the objectives reach: a variable that none reaches gets a zero that looks like a result."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +13,7 @@ from bilevel import tree
 from bilevel.distributed import rank
 from bilevel.lower.per_problem import PerProblem
 from bilevel.problem import Problem
-from bilevel.products import reached
+from bilevel.products import beginnings, reached
 from bilevel.tree import Params
 
 _REMEDY = (
@@ -27,6 +29,7 @@ class _ReachedUpper:
     of_upper: set[str] | None = None
     of_lower: set[str] | None = None
     judged: set[tuple[str, ...]] = field(default_factory=set)
+    misses: int = 0
 
 
 @dataclass
@@ -40,8 +43,25 @@ class _ReachedLower:
 _lower, _upper = PerProblem(_ReachedLower), PerProblem(_ReachedUpper)
 
 
-def examine_lower(problem: Problem, name: str, values: object, lower: Params) -> None:
-    """Say once which lower variables the graphs of L without the regularizer, or of its outputs, do not reach.
+_patience: ContextVar[int] = ContextVar("bilevel_reach_patience", default=0)
+
+_PATIENCE = 10
+"""Upper steps of a training that may go by before its batches must have reached some upper variable."""
+
+
+@contextmanager
+def batch_by_batch() -> Iterator[None]:
+    """Inside, upper variables may be reached by later batches (a variable for each task, labels in some batches)."""
+    token = _patience.set(_PATIENCE)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+def examine_lower(problem: Problem, name: str, values: object, upper: Params, lower: Params) -> None:
+    """Say once which lower variables the graphs of L without the regularizer, or of its outputs, do not reach, and
+    whether they begin at tensors that are no variables.
 
     Nothing is examined in passes without a graph, or within a transform of torch.func.
 
@@ -62,6 +82,7 @@ def examine_lower(problem: Problem, name: str, values: object, lower: Params) ->
     if not found:
         raise ValueError(_reaches_none(name, "lower", lower))
     known.examined.add(tuple(lower))
+    _list_foreign(name, tree.tensors_in(values), {**upper, **{f"lower {n}": leaf for n, leaf in lower.items()}})
     missing = set(lower) - found - known.listed
     known.listed |= missing
     _list(f"{name} does not reach", "lower", missing, lower)
@@ -78,6 +99,8 @@ def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) 
         return
     if not reached([loss], lower):
         raise ValueError(_reaches_none("upper_objective", "lower", lower))
+    if found.of_upper is None:
+        _list_foreign("upper_objective", [loss], {**upper, **{f"lower {n}": leaf for n, leaf in lower.items()}})
     found.of_upper = reached([loss], upper)
     _judge_upper(problem, upper)
 
@@ -106,7 +129,10 @@ def _judge_upper(problem: Problem, upper: Params) -> None:
     missing = set(upper) - found.of_upper - found.of_lower
     if len(missing) == len(upper):
         found.of_upper = found.of_lower = None
-        raise ValueError(_reaches_none("no objective, neither upper nor lower,", "upper", upper))
+        found.misses += 1
+        if found.misses > _patience.get():
+            raise ValueError(_reaches_none("no objective, neither upper nor lower,", "upper", upper))
+        return
     if tuple(upper) not in found.judged:
         found.judged.add(tuple(upper))
         _list("no objective reaches", "upper", missing, upper)
@@ -127,6 +153,20 @@ def _list(what: str, level: str, missing: set[str], variables: Params) -> None:
             "%s %s of the %d %s variables on this batch: %s. Their derivatives are zero; leave them out of the level "
             "if that is always so",
             *(what, len(names), len(variables), level, _shown(names)),
+        )
+
+
+def _list_foreign(name: str, values: Iterable[Tensor], variables: Params) -> None:
+    """Say where a graph begins at parameters of a module that was called directly, or the like."""
+    own = {id(leaf) for leaf in variables.values()}
+    foreign = [leaf for leaf in beginnings(values) if id(leaf) not in own]
+    if foreign and rank() == 0:
+        shapes = [tuple(leaf.shape) for leaf in foreign[:4]]
+        logging.getLogger("bilevel").warning(
+            "%s depends on %d tensors that require gradients and are no variables of this pass, of shapes %s%s: "
+            "constants here. If these are parameters of a module that is called directly, call it by "
+            "functional_call(module, lower, args); if they are meant to be constants, requires_grad_(False) says so",
+            *(name, len(foreign), shapes, "" if len(foreign) <= 4 else " ..."),
         )
 
 

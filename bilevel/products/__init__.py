@@ -2,7 +2,7 @@
 
 from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
-from bilevel.products.graph import graph_nodes, reached
+from bilevel.products.graph import beginnings, graph_nodes, reached
 from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import (
     FiniteDifference,
@@ -32,6 +32,7 @@ __all__ = [
     "Objective",
     "ReverseOverReverse",
     "as_provider",
+    "beginnings",
     "check_outputs",
     "check_rows",
     "curvature_errors",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.products.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
-from bilevel.products.outputs import differentiable, replaced
+from bilevel.products.outputs import check_loss, differentiable, replaced
 from bilevel.tree import Params
 
 
@@ -73,7 +73,8 @@ class _GaussNewton(Linearization):
         transposed = tree.pullback(z, u, [y], create_graph=True)[0]
         pushed = tree.pullback(transposed, vector, [u], retain_graph=True)[0]
         point = tree.as_variables(z)
-        slope = tree.gradients(self.composed.loss(x, replaced(outputs, point)), point, create_graph=True)
+        loss = check_loss(self.composed.loss(x, replaced(outputs, point)), point)
+        slope = tree.gradients(loss, point, create_graph=True)
         curved = tree.pullback(slope, pushed, [point])[0]
         return tree.pullback(z, curved, [y])[0]
 

@@ -20,9 +20,16 @@ def graph_nodes(outputs: Iterable[Tensor]) -> set[Node]:
     return seen
 
 
-def reached(outputs: Iterable[Tensor], variables: Params) -> set[str]:
-    """Names of the variables, leaves that require gradients, at which the graphs of `outputs` begin."""
-    outputs, leaves = list(outputs), {id(leaf): name for name, leaf in variables.items()}
+def beginnings(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaf tensors that require gradients at which the graphs of `outputs` begin."""
+    outputs = list(outputs)
     # Nodes that end a graph at a leaf have it as their variable.
-    ends = [*outputs, *(getattr(node, "variable", None) for node in graph_nodes(outputs))]
-    return {leaves[id(end)] for end in ends if id(end) in leaves}
+    ends = (getattr(node, "variable", None) for node in graph_nodes(outputs))
+    own = [output for output in outputs if output.is_leaf and output.requires_grad]
+    return [*own, *(end for end in ends if isinstance(end, Tensor))]
+
+
+def reached(outputs: Iterable[Tensor], variables: Params) -> set[str]:
+    """Names of the variables at which the graphs of `outputs` begin."""
+    leaves = {id(leaf): name for name, leaf in variables.items()}
+    return {leaves[id(leaf)] for leaf in beginnings(outputs) if id(leaf) in leaves}

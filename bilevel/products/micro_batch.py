@@ -23,7 +23,7 @@ from bilevel.products.forward_mode import forward_mode
 from bilevel.products.gauss_newton import ComposedObjective
 from bilevel.products.graph import reached
 from bilevel.products.hvp import HVPProvider, Linearization, Objective, ReverseOverReverse
-from bilevel.products.outputs import check_rows, differentiable, joined, replaced, split_rows
+from bilevel.products.outputs import check_loss, check_rows, differentiable, joined, replaced, split_rows
 from bilevel.tree import Params
 
 Pass = Callable[[Params], Any]
@@ -182,7 +182,8 @@ class _MicroBatched(Linearization):
         parts, tangents = self._tangents(vector, tree.detach(x))
         rows, whole = [differentiable(part) for part in parts], joined(parts)
         point = tree.as_variables(differentiable(whole))
-        slope = tree.gradients(self.loss(x, replaced(whole, point)), point, create_graph=True)
+        loss = check_loss(self.loss(x, replaced(whole, point)), point)
+        slope = tree.gradients(loss, point, create_graph=True)
         z_dot = {place: torch.cat([tangent[place] for tangent in tangents]) for place in point}
         curved, through_loss = tree.pullback(slope, z_dot, [point, wrt])
         slopes = zip(split_rows(tree.detach(slope), rows), split_rows(curved, rows), strict=True)
@@ -223,7 +224,7 @@ def _gradient(
         parts = [outputs(tree.detach(variables)) for outputs in first]
     whole = joined(parts)
     point = tree.as_variables(differentiable(whole))
-    value = loss(replaced(whole, point))
+    value = check_loss(loss(replaced(whole, point)), point)
     slopes = split_rows(tree.gradients(value, point), [differentiable(part) for part in parts])
     y = tree.as_variables(variables)
     total = tree.zeros_like(y)

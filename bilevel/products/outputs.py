@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.products.graph import reached
 from bilevel.tree import Params
 
 
@@ -55,6 +56,21 @@ def split_rows(whole: Params, parts: Sequence[Params]) -> list[Params]:
     """Tensors with the rows of all parts, cut into rows as those of the parts."""
     cut = {place: leaf.split([len(part[place]) for part in parts]) for place, leaf in whole.items()}
     return [{place: leaves[k] for place, leaves in cut.items()} for k in range(len(parts))]
+
+
+def check_loss(value: Tensor, outputs: Params) -> Tensor:
+    """The loss of outputs, if its graph begins at these.
+
+    Raises:
+        ValueError: it begins at none of them.
+    """
+    if outputs and not reached([value], outputs):
+        raise ValueError(
+            "lower_output_loss reaches none of the outputs that it is given, so that its derivatives are all zero; "
+            "compute it from its argument `outputs`, without detach() and without outputs that were kept elsewhere (an "
+            "attribute of the Problem or of the structure)"
+        )
+    return value
 
 
 def check_outputs(outputs: Any) -> Any:

@@ -28,9 +28,10 @@ from bilevel.hypergradients import (
     check_proposal,
     from_optimizer,
     report_failure,
+    unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import differentiates, training_derivatives
+from bilevel.lower import batch_by_batch, differentiates, training_derivatives
 from bilevel.nn import noting_writers
 from bilevel.problem import Problem, modules_of
 from bilevel.training.alternation import Alternation, restored
@@ -248,12 +249,13 @@ class Trainer(Training):
         upper, lower = self.upper, self.lower
         if now.upper == 0:
             upper.data.begin_stage(self.schedule.upper_steps)
-        prepared = now.prepare(
-            lambda: self.method.prepare(self._view(now, None), self._method_state),
-            always=self.problem.curvature_depends_on_upper,
-        )
-        batch = upper.data.next()
-        proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
+        with unwritten(self._view(now, None)), batch_by_batch():
+            prepared = now.prepare(
+                lambda: self.method.prepare(self._view(now, None), self._method_state),
+                always=self.problem.curvature_depends_on_upper,
+            )
+            batch = upper.data.next()
+            proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
         proposal = check_proposal(self.method, proposal, upper.params)
         now.proposed = now.proposed or proposal.result is not None
         record = self.apply(

@@ -233,3 +233,84 @@ def test_nothing_is_said_of_problems_whose_variables_are_all_reached(caplog: pyt
         problem = Regression(functional_call, functional_call)
         hypergradient(problem, *problem.variables(), CG(5), **ARGUMENTS, on_failure="ignore")
     assert not caplog.records
+
+
+def test_a_module_that_is_called_directly_beside_a_ridge_in_the_objective_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The ridge reaches every lower variable; the network's own parameters are what gives it away."""
+
+    class Hidden(Regression):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return super().lower_objective(upper, lower, batch) + 0.1 * ridge(lower)
+
+    for below, above, name in ((direct, functional_call, "lower_objective"), (functional_call, direct, "upper_obj")):
+        caplog.clear()
+        problem = Hidden(below, above)
+        if name == "upper_obj":
+            real = problem.upper_objective
+            problem.upper_objective = lambda u, y, b, real=real: real(u, y, b) + 0.1 * ridge(y)  # type: ignore[method-assign]
+        with caplog.at_level(logging.WARNING, logger="bilevel"):
+            for _ in range(2):
+                hypergradient(problem, *problem.variables(), CG(5), **ARGUMENTS, on_failure="ignore")
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 1
+        assert said[0].startswith(name)
+        assert "depends on 4 tensors that require gradients and are no variables of this pass" in said[0]
+
+
+class SomeBatches(Problem):
+    """Upper variables that stand in the second batch alone."""
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        inputs, labelled = batch
+        value = (inputs @ lower["w"] - 1.0).square().mean() + 0.1 * ridge(lower)
+        return value * upper["t"].exp() if labelled else value
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return (batch[0] @ lower["w"]).square().mean()
+
+
+@pytest.mark.parametrize("labels", [(False, True), (False, False)])
+def test_upper_variables_that_stand_in_some_batches_alone_do_not_stop_a_training(labels: tuple[bool, bool]) -> None:
+    upper = {"t": torch.zeros((), dtype=torch.float64, requires_grad=True)}
+    lower = {"w": vector(3, 1).requires_grad_()}
+    batches = [(BATCH, labelled) for labelled in labels]
+    trainer = Trainer(
+        SomeBatches(),
+        Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [(BATCH, False)]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.01), batches),
+        AlternatingSchedule(20, 1, 1),
+    )
+    if any(labels):
+        trainer.run()
+        assert bool(upper["t"] != 0.0)
+    else:
+        with pytest.raises(ValueError, match="no objective, neither upper nor lower, reaches any of the upper var"):
+            trainer.run()
+
+
+@pytest.mark.parametrize("hvp", [GaussNewton(), MicroBatched(4)], ids=str)
+@pytest.mark.parametrize("spelling", ["detached", "kept elsewhere"])
+def test_a_loss_that_does_not_reach_its_outputs_is_an_error(hvp: Any, spelling: str) -> None:
+    class Apart(Regression):
+        def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            self.kept = super().lower_outputs(upper, lower, batch)
+            return self.kept
+
+        def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
+            z = outputs.detach() if spelling == "detached" else self.kept
+            return (z[: len(batch)] - batch[: len(z)].sum(1).sin()).square().mean()
+
+    problem = Apart(functional_call, functional_call)
+    with pytest.raises(ValueError, match="lower_output_loss reaches none of the outputs"):
+        hypergradient(problem, *problem.variables(), Implicit(CG(5), hvp=hvp), **ARGUMENTS, on_failure="ignore")
+    upper, lower = ({name: leaf.requires_grad_() for name, leaf in v.items()} for v in problem.variables())
+    trainer = Trainer(
+        problem,
+        Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [BATCH]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=0.1), [BATCH], micro_batch=4),
+        AlternatingSchedule(1, 1, 1),
+    )
+    with pytest.raises(ValueError, match="lower_output_loss reaches none of the outputs"):
+        trainer.run()

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
+    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
     Method,
+    OneStep,
     Params,
+    Penalty,
     Problem,
     SGDUpdate,
     Trainer,
@@ -23,6 +26,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.lower import StaleSystemError
 from bilevel.nn import training_autocast
 from bilevel.training import SingleLevelTrainer, gradient_of
 from tests.support.cases import vector
@@ -69,6 +73,14 @@ def test_a_system_is_not_used_under_inference_mode(use: str) -> None:
     arguments = {"hypergradient": [BATCHES[0]], "solve": [lower], "cross": [lower]}.get(use, [])
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"called under torch\.inference_mode"):
         getattr(system, use)(*arguments)
+
+
+def test_a_systems_operator_is_not_used_under_inference_mode() -> None:
+    upper, lower = variables()
+    for hvp in (None, "auto"):
+        system = linearize(Smooth(0.5), upper, lower, BATCHES, hvp=hvp)  # type: ignore[arg-type]
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"called under torch\.inference_mode"):
+            system.operator(lower)
 
 
 @pytest.mark.parametrize("call", ["run", "advance"])
@@ -244,3 +256,25 @@ def test_training_autocast_casts_in_training_steps_and_in_no_hypergradient() -> 
 def test_autocast_inside_an_objective_is_told_in_a_hypergradient() -> None:
     with pytest.warns(UserWarning, match=r"autocast \(torch.bfloat16\) is on in a pass .*training_autocast"):
         net_result(Net(lambda: torch.autocast("cpu", dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, OneStep(0.1), SAMA(SGDUpdate(0.1)), Penalty(SGDUpdate(0.1), 10.0)])
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_an_objective_that_writes_to_a_variable_is_an_error(method: Method, level: str) -> None:
+    class Renormed(Problem):
+        check_curvature = False
+
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            table = upper["w"] if level == "upper" else lower["w"]
+            found = nn.functional.embedding(batch, table.detach(), max_norm=0.5)
+            loss = ((lower["w"][batch] + found).sum(-1) * upper["d"] - 1.0 + upper["w"].sum()).square().mean()
+            return loss + 0.1 * lower["w"].square().sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return lower["w"][batch].square().mean()
+
+    upper = {"d": torch.ones((), dtype=torch.float64), "w": vector(8, 3).reshape(4, 2)}
+    lower = {"w": vector(8, 2).reshape(4, 2)}
+    batch = torch.tensor([0, 1, 3])
+    with pytest.raises((RuntimeError, StaleSystemError), match=rf"{level}\['w'\] (was written to|changed after)"):
+        hypergradient(Renormed(), upper, lower, method, upper_batch=batch, lower_batches=[batch])
