@@ -19,10 +19,12 @@ from bilevel import (
     Level,
     Neumann,
     Params,
+    SolverError,
     Trainer,
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import OnFailure
 from bilevel.linear import Escalating
 from bilevel.products import GaussNewton
 
@@ -58,16 +60,20 @@ def compared(setting: Setting, result: Hypergradient, reference: Params) -> Figu
     }
 
 
-def at(setting: Setting, point: Point, method: Implicit) -> Hypergradient:
+def at(setting: Setting, point: Point, method: Implicit, on_failure: OnFailure = "ignore") -> Hypergradient:
     setting.restore(point)
     batches = {"upper_batch": setting.validation, "lower_batches": [setting.train]}
-    return hypergradient(setting.problem, setting.upper, point.lower, method, **batches, on_failure="ignore")
+    return hypergradient(setting.problem, setting.upper, point.lower, method, **batches, on_failure=on_failure)
 
 
-def suggested(result: Hypergradient) -> float | None:
-    """The term that a failed solve's message suggests."""
-    match = re.search(r"raise tikhonov from \S+ to about (\S+)", result.failure or "")
-    return float(match[1]) if match else None
+def suggested(setting: Setting, point: Point, method: Implicit) -> float | None:
+    """The term that the message suggests where the solve fails."""
+    try:
+        at(setting, point, method, on_failure="raise")
+    except SolverError as failed:
+        match = re.search(r"raise tikhonov from \S+ to about ([\d.e+-]+)", str(failed))
+        return float(match[1]) if match else None
+    return None
 
 
 def solvers(top: float, iterations: int, suggestion: float | None) -> dict[str, Implicit]:
@@ -99,7 +105,8 @@ def measure_setting(setting: Setting) -> Figures:
         point, made = setting.trained(mark - made, point), mark
         points[mark] = point
     reference = setting.response(point, size.further)
-    first = at(setting, point, Implicit(CG(size.iterations, RTOL)))
+    plain = Implicit(CG(size.iterations, RTOL))
+    first = at(setting, point, plain)
     assert first.solution is not None
     assert first.solution.ritz_range is not None
     top = first.solution.ritz_range[1]
@@ -107,7 +114,7 @@ def measure_setting(setting: Setting) -> Figures:
     for fraction in FRACTIONS:
         method = Implicit(CG(size.iterations, RTOL), tikhonov=fraction * top)
         terms.append({"fraction": fraction, **compared(setting, at(setting, point, method), reference)})
-    suggestion = suggested(first)
+    suggestion = suggested(setting, point, plain)
     rows = {
         name: compared(setting, at(setting, point, method), reference)
         for name, method in solvers(top, size.iterations, suggestion).items()

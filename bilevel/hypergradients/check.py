@@ -13,9 +13,10 @@ from bilevel import tree
 from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
 from bilevel.hypergradients.differences import Estimate, derivative, step_ranges
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
+from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.linear import CG, Solver
+from bilevel.linear import CG, Identity, Solver
 from bilevel.lower import (
     Examination,
     LowerSolver,
@@ -79,7 +80,7 @@ class HypergradientCheck:
         lines.append(f"relative error {self.relative_error:.2e}, uncertainty of the differences {self.uncertainty:.2e}")
         lines.append(
             f"lower stationarity {self.stationarity:.2e}; re-solving moved the lower variables by {self.moved:.2e}; "
-            f"{self.solves} solves"
+            f"{self.solves} {'solve' if self.solves == 1 else 'solves'}"
         )
         if self.undamped_error is not None:
             lines.append(f"error against the undamped problem {self.undamped_error:.2e}")
@@ -168,7 +169,7 @@ def check_hypergradient(
     grad = result.grad if gradient is None else gradient
     predicted = [float(tree.dot(grad, u)) for u in axes]
     found = _measure(resolved, undamped, point, axes, predicted, result, tolerance)
-    reasons = _reasons(predicted, axes, result, gradient is None)
+    reasons = _reasons(predicted, axes, result, method if gradient is None else None)
     size = max(float(tree.norm(start)), 1e-300)
     return HypergradientCheck(
         relative_error=found.error,
@@ -323,16 +324,27 @@ def _curvature(examinations: Sequence[Examination]) -> list[str]:
     return lost[:1] or undecided
 
 
-def _reasons(predicted: Sequence[float], axes: Sequence[Params], result: Hypergradient, own: bool) -> list[str]:
-    """Likely causes of a wrong hypergradient: what the solve says, or which known mistake gives the same numbers."""
+def _without_products(method: Method) -> str:
+    """What stands for the inverse where no product with A is made."""
+    if isinstance(method, Implicit) and isinstance(method.solver, Identity):
+        return "the solver makes no product, which takes A for the identity"
+    name = type(method.solver if isinstance(method, Implicit) else method).__name__
+    return f"{name} solves no system, and what it puts in place of the inverse of A is an approximation"
+
+
+def _reasons(
+    predicted: Sequence[float], axes: Sequence[Params], result: Hypergradient, own: Method | None
+) -> list[str]:
+    """Likely causes of a wrong hypergradient: what the solve of the method `own` says, or for one that came from
+    elsewhere (None) which known mistake gives the same numbers."""
     solution = result.solution
-    if own:
+    if own is not None:
         if solution is not None and not solution.status.ok:
             return [f"the solve ended {solution.status.name}"]
         if solution is None:
             return ["nothing was solved: the method approximates; compare its own assumptions (steps, rates, penalty)"]
         if solution.num_hvps == 0:
-            return ["the solver makes no product, which takes A for the identity"]
+            return [_without_products(own)]
         return ["the solve did what was asked: look at its residual, at tikhonov, and at `implicit`"]
     mistakes = {
         "the direct part is missing": result.implicit,

@@ -44,7 +44,9 @@ def hypergradient(
             shown unless it is "ignore".
 
     A failure whose system broke down suggests a Tikhonov term that would have done, from 15 Lanczos steps (a product
-    each, not counted in the solution) at the first such failure of a problem and of what is added to its A.
+    each, not counted in the solution): none with "ignore", with "raise" at the first such failure of a problem and of
+    what is added to its A, with "warn" at the first one of the problem's type; and again where a solve meets curvature
+    beyond what they found.
 
     For several right-hand sides with one linear system, or a solve from a given start, see `linearize` and
     `System.hypergradient`. The result is plain numbers: it has no graph, and torch.func transforms around the call are
@@ -63,18 +65,16 @@ def hypergradient(
     check_variables("lower", lower)
     check_batches(lower_batches)
     check_batch("upper_batch", [upper_batch])
-    result = propose_once(problem, upper, lower, method, upper_batch, lower_batches)
+    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), on_failure=on_failure)
+    result = propose_once(step, method)
     report_failure(result, on_failure)
     return result
 
 
-def propose_once(
-    problem: Problem, upper: Params, lower: Params, method: Method, upper_batch: Any, lower_batches: Sequence[Any]
-) -> Hypergradient:
+def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     """What a method proposes for a first and only upper step."""
-    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches))
     with unwritten(step):
-        result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), upper).result
+        result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), step.upper).result
     if result is None:
         raise ValueError(
             f"{type(method).__name__}: the Proposal has no hypergradient (result=None); this method can be used in a "

@@ -142,7 +142,9 @@ class Implicit(Method):
         def solve(v: Params) -> Solution:
             return _solve(step, system, pending.whole(v, rate), start and tree.scale(scale, start))
 
-        result = through_system(system, step.upper, step.lower, step.upper_batch, solve=solve)
+        result = through_system(
+            system, step.upper, step.lower, step.upper_batch, solve=solve, on_failure=step.on_failure
+        )
         following = self._next(state, system, _Pending())
         if self.warm_start and result.solution is not None:
             following.pop("start", None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import same_structure
-from bilevel.hypergradients.result import Hypergradient
+from bilevel.hypergradients.result import Hypergradient, OnFailure
 from bilevel.hypergradients.updates import State, Update
 from bilevel.problem import Problem
 from bilevel.tree import Params
@@ -58,6 +58,7 @@ class UpperStep:
         number: which step of the whole run it is, from 1.
         watch: to be called before every expensive part; it raises `bilevel.interruption.Interrupted` where the run is
             asked to stop, which undoes the step.
+        on_failure: what will be done about a failure; with "ignore" nothing is spent on advice that nobody sees.
     """
 
     problem: Problem
@@ -73,6 +74,7 @@ class UpperStep:
     count: int = 1
     number: int = 1
     watch: Callable[[], None] = lambda: None
+    on_failure: OnFailure = "ignore"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ OnFailure = Literal["warn", "raise", "ignore"]
 """What to do about a hypergradient that has a `Hypergradient.failure`."""
 
 _BREAKDOWNS = (Status.NEGATIVE_CURVATURE, Status.DIVERGED, Status.INCONSISTENT)
-# Of the largest eigenvalue, and of the smallest where that is negative: what is added to A.
-_SMALLEST_PART, _MARGIN = 1e-3, 1.5
-_bounds = PerProblem[dict[tuple[str, float], tuple[float, float] | None]](dict)
+# Of the largest eigenvalue: up to where A counts as singular, and the least that is then added to it. Of a negative
+# smallest one: what is added.
+_SINGULAR, _LEAST_TERM, _MARGIN = 1e-3, 1e-2, 1.5
+Bounds = tuple[float, float]
+_of_problem = PerProblem[dict[str, Bounds]](dict)
+_of_type = WeakKeyDictionary[type[Problem], dict[str, Bounds]]()
 
 # A bias of about a quarter; a digit below it; a gradient that the choice of batches explains.
 _LARGE_NOISE, _FAR_BELOW, _UNSOLVED = 0.5, 0.1, 1 / 3
-_NOT_JUDGED = (Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.NON_FINITE)
 _examined = PerProblem[set[str]](set)
 
 
@@ -58,8 +61,9 @@ class Hypergradient:
         lower: the lower variables after the steps of a method that makes some, None where none is made.
         failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
             loses, a solve whose status is not a success, a part that is not finite.
-        warning: in words that the solve is more accurate than the lower batches can tell, once for a problem; None
-            otherwise. `Solution.noise` is the measure, None for a single batch: it was not measured there.
+        warning: in words that the solve is more accurate than the lower batches can tell, or that they cannot tell its
+            solution from zero (`Status.LOST_IN_THE_NOISE`), each once for a problem; None otherwise. `Solution.noise`
+            is the measure, None for a single batch: it was not measured there.
     """
 
     grad: Params
@@ -101,34 +105,64 @@ class SolvedSystem(Protocol):
     def standard_errors(self, x: Params) -> tuple[float, float] | None: ...
 
 
-def solve_failure(system: SolvedSystem, solution: Solution, b: Params) -> str | None:
-    """What the status of the solve for b says where it is not a success, and what would help this system."""
+def solve_failure(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnFailure) -> str | None:
+    """What the status of the solve for b says where it is not a success, and where that is to be shown what would help
+    this system."""
     if solution.status.ok:
         return None
     residual = solution.residual_norms[1]
     measured = "residual not measured" if math.isnan(residual) else f"relative residual {residual:.2e}"
-    remedy = _remedy(system, b) if solution.status in _BREAKDOWNS else None
+    broke_down = solution.status in _BREAKDOWNS and on_failure != "ignore"
+    remedy = _remedy(system, solution, b, on_failure) if broke_down else None
     text = f"{solution.status.value} ({measured} after {solution.iterations} iterations)"
     return text if remedy is None else f"{text}; here {remedy}"
 
 
-def _remedy(system: SolvedSystem, b: Params) -> str | None:
-    """What would make A positive definite, and a given scale of Neumann's small enough, as far as a few Lanczos steps
-    show: they are made once for a problem and what its systems add to A."""
-    known, settings = _bounds.of(system.problem), (repr(system.tikhonov), system.damping)
-    if settings not in known:
-        with torch.no_grad():
-            known[settings] = spectrum_bounds(system.operator, b)
-    bounds = known[settings]
+def _bounds(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnFailure) -> Bounds | None:
+    """Of the spectrum of A, by a few Lanczos steps. They are made once for a problem, its variables and what is added
+    to A, and where one only warns, once for all problems of the type; and anew where the solve has met more."""
+    shared = on_failure == "warn"
+    known = _of_type.setdefault(type(system.problem), {}) if shared else _of_problem.of(system.problem)
+    settings = repr((system.tikhonov, system.damping, [(name, tuple(leaf.shape)) for name, leaf in b.items()]))
+    kept, met = known.get(settings), _met(solution)
+    if kept is not None and met[0] + _term(kept) >= _SINGULAR * _size(kept) and met[1] <= _MARGIN * _size(kept):
+        return kept
+    with torch.no_grad():
+        found = spectrum_bounds(system.operator, b)
+    if found is None:
+        return None
+    known[settings] = min(found[0], met[0]), max(found[1], met[1])
+    return known[settings]
+
+
+def _met(solution: Solution) -> Bounds:
+    """The least and the largest curvature that a solve has met; infinite the wrong way where it has met none."""
+    values = [value for value in (*(solution.ritz_range or ()), solution.min_curvature) if value is not None]
+    values = [value for value in values if math.isfinite(value)]
+    return min(values, default=math.inf), max(values, default=-math.inf)
+
+
+def _size(bounds: Bounds) -> float:
+    return max(-bounds[0], bounds[1])
+
+
+def _term(bounds: Bounds) -> float:
+    """What to add to A within these bounds for it to be positive definite."""
+    if bounds[0] > _SINGULAR * _size(bounds):
+        return 0.0
+    return max(-_MARGIN * bounds[0], _LEAST_TERM * _size(bounds)) or 1.0
+
+
+def _remedy(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnFailure) -> str | None:
+    """What would make A positive definite, and a given scale of Neumann's small enough."""
+    bounds = _bounds(system, solution, b, on_failure)
     if bounds is None:
         return None
-    low, high = bounds
-    least = _SMALLEST_PART * max(-low, high) or 1.0
-    more = 0.0 if low > least else max(-_MARGIN * low, least)
+    more, high = _term(bounds), bounds[1]
     advice, term = [], system.tikhonov
     if more > 0.0:
         add = f"add about {_rounded(more):g} to tikhonov of every implicit variable"
-        damp = f" or damping from {system.damping:g}" if system.has_regularizer else ""
+        damp = ", or raise damping where the regularizer is strictly convex" if system.has_regularizer else ""
         up = add if isinstance(term, Mapping) else f"raise tikhonov from {term:g} to about {_rounded(term + more):g}"
         advice.append(up + damp)
     solver = system.solver.solver if isinstance(system.solver, Escalating) else system.solver
@@ -144,37 +178,47 @@ def _rounded(value: float) -> float:
 
 
 def noise_warning(system: SolvedSystem, solution: Solution, b: Params, stationarity: float) -> str | None:
-    """That the solve goes far below a large noise of A x, and what to do about it; once for a problem, else None.
+    """That the solve is lost in the noise or went far below a large noise of A x, and what to do about it; each once
+    for a problem, else None.
 
-    It takes a product, and only where the lower batches are known to be samples: others have come with this problem,
-    and y is no solution of these alone (its gradient is not small beside its own noise). A single batch is halved once.
+    The second takes a product, and only where the lower batches may be samples: others have come with this problem, and
+    y is no solution of these alone (its gradient is not small beside its own noise). A single batch is halved once.
     """
     samples, done = are_samples(system.problem, system.batch_sums), _examined.of(system.problem)
+    if solution.status is Status.LOST_IN_THE_NOISE:
+        first = "lost" not in done
+        done.add("lost")
+        return solution.status.value if first else None
     reached = solution.residual_norms[1]
-    goal = reached if system.solver.tolerance is None else min(system.solver.tolerance, reached)
-    judged = math.isfinite(goal) and solution.status not in _NOT_JUDGED and distributed.world_size() == 1
-    if not samples or not judged or "said" in done:
+    accurate = solution.status.ok and solution.status is not Status.AT_THE_NOISE and math.isfinite(reached)
+    if not samples or not accurate or "said" in done or distributed.world_size() > 1:
         return None
     single = len(system.lower_batches) == 1
-    if "halved" in done if single else not _is_large(solution.noise, goal):
+    if "halved" in done if single else not _is_large(solution.noise, reached):
         return None
     done.add("halved" if single else "screened")
     with torch.no_grad():
         errors, size = system.standard_errors(solution.value), float(tree.norm(b))
-    if errors is None or size == 0.0 or stationarity < _UNSOLVED * errors[1] or not _is_large(errors[0] / size, goal):
+    if (
+        errors is None
+        or size == 0.0
+        or stationarity < _UNSOLVED * errors[1]
+        or not _is_large(errors[0] / size, reached)
+    ):
         return None
     done.add("said")
     return (
-        f"the solve goes to a relative residual of {goal:.1e}, but another choice of lower batches would change A x by "
-        f"{errors[0] / size:.2g} of the right-hand side: a solve so accurate is biased in the mean, by about the "
-        "square of that, since a mean of inverses is not the inverse of the mean; take more Hessian batches, a looser "
-        'rtol (CG has rtol="noise"), or raise tikhonov'
+        f"the solve went to a relative residual of {reached:.1e}, but another choice of lower batches would change A x "
+        f"by {errors[0] / size:.2g} of the right-hand side: if these batches are samples of one data set, a solve so "
+        "accurate is biased in the mean, by about the square of that, since a mean of inverses is not the inverse of "
+        'the mean; then take more Hessian batches, a looser rtol (CG has rtol="noise"), or raise tikhonov. If each '
+        "is the whole of a task of its own, there is no such bias"
     )
 
 
-def _is_large(noise: float | None, goal: float) -> bool:
-    """Whether the noise is large, and the goal far below it."""
-    return noise is not None and noise >= _LARGE_NOISE and goal <= _FAR_BELOW * noise
+def _is_large(noise: float | None, reached: float) -> bool:
+    """Whether the noise is large, and the residual far below it."""
+    return noise is not None and noise >= _LARGE_NOISE and reached <= _FAR_BELOW * noise
 
 
 def joined(*failures: str | None) -> str | None:

@@ -133,7 +133,9 @@ class System:
         check_on_failure(on_failure)
         check_batch("upper_batch", [upper_batch])
         self.check_fresh()
-        result = through_system(self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0))
+        result = through_system(
+            self, self.upper, self.lower, upper_batch, solve=lambda v: self.solve(v, x0=x0), on_failure=on_failure
+        )
         report_failure(result, on_failure)
         return result
 
@@ -316,15 +318,26 @@ class System:
 
 
 def through_system(
-    system: System, upper: Params, lower: Params, upper_batch: Any, *, solve: Callable[[Params], Solution]
+    system: System,
+    upper: Params,
+    lower: Params,
+    upper_batch: Any,
+    *,
+    solve: Callable[[Params], Solution],
+    on_failure: OnFailure = "ignore",
 ) -> Hypergradient:
-    """Hypergradient with F taken at `lower` and the cross term at the system's point; `solve` gives x for dF/dy."""
+    """Hypergradient with F taken at `lower` and the cross term at the system's point; `solve` gives x for dF/dy.
+
+    Unless `on_failure` is "ignore", products are spent on what would help a solve that broke down.
+    """
     loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
     solution = solve(v)
     implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
     grad = tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(lost, solve_failure(system, solution, v) or finite_failure(direct, implicit_part, grad))
+    failure = joined(
+        lost, solve_failure(system, solution, v, on_failure) or finite_failure(direct, implicit_part, grad)
+    )
     gradient, noise = system.gradient_and_noise(upper)
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)

@@ -49,7 +49,8 @@ class Solves:
         return solved
 
     def __str__(self) -> str:
-        return f"{self.count} solves of {self.spent / max(self.count, 1):.2g} s"
+        solves = "solve" if self.count == 1 else "solves"
+        return f"{self.count} {solves} of {self.spent / max(self.count, 1):.2g} s"
 
 
 @dataclass(frozen=True)

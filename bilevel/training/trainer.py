@@ -291,6 +291,7 @@ class Trainer(Training):
             count=self.schedule.upper_steps,
             number=self.steps["upper"] + 1,
             watch=interruption.check,
+            on_failure="ignore" if self._warned else self._on_failure,
         )
 
     def _report(self, result: Hypergradient | None) -> None:

@@ -135,8 +135,11 @@ def test_no_solve_begins_after_the_budget(seconds: float, solves: int, clock: Cl
     report = check(exact, seconds=seconds)
     assert report.solves == solves
     assert not report.agrees
-    assert report.verdict.startswith(f"unfinished: the budget of {seconds:g} seconds was spent after {solves} solves")
-    assert "of 1 s" in report.verdict
+    noun = "solve" if solves == 1 else "solves"
+    assert f"; {solves} {noun}\n" in f"{report}\n"
+    assert report.verdict.startswith(
+        f"unfinished: the budget of {seconds:g} seconds was spent after {solves} {noun} of 1 s"
+    )
     known = len(report.measured)
     assert ("so far, along" in report.verdict) == (known > 0)
     assert len(report.predicted) == 4

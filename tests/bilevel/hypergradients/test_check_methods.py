@@ -23,7 +23,7 @@ from bilevel import (
     check_hypergradient,
 )
 from bilevel.hypergradients import HypergradientCheck
-from bilevel.linear import Dense
+from bilevel.linear import ApproximateInverse, Dense
 from bilevel.products import FiniteDifference, ReverseOverReverse
 from tests.support.cases import joined
 from tests.support.closed_forms import QuadraticBilevel, quadratic, relative_error
@@ -73,6 +73,12 @@ WRONG: dict[str, tuple[Problem, Method, int, str]] = {
     "implicit, tikhonov": (QuadraticBilevel(), Implicit(Dense(), tikhonov=1.0), 1, "look at its residual, at tikhonov"),
     "implicit, a part": (QuadraticBilevel(), Implicit(Dense(), implicit=["body"]), 1, "and at `implicit`"),
     "identity": (QuadraticBilevel(), Implicit(Identity()), 1, "takes A for the identity"),
+    "a given inverse": (
+        QuadraticBilevel(),
+        Implicit(ApproximateInverse(lambda b: b)),
+        1,
+        "ApproximateInverse solves no system",
+    ),
     "unrolled near": (QuadraticBilevel(), Unrolled(SGDUpdate(RATE)), 3, "nothing was solved"),
     "unrolled, truncated": (
         QuadraticBilevel(),
@@ -80,9 +86,9 @@ WRONG: dict[str, tuple[Problem, Method, int, str]] = {
         MANY,
         "compare its own assumptions",
     ),
-    "one step": (QuadraticBilevel(), OneStep(RATE, hvp=ReverseOverReverse()), 1, "makes no product"),
-    "SAMA": (QuadraticBilevel(), SAMA(SGDUpdate(RATE)), 1, "makes no product"),
-    "SAMA by Adam": (Isotropic(), SAMA(AdamUpdate(0.1, eps=1e-2)), 1, "makes no product"),
+    "one step": (QuadraticBilevel(), OneStep(RATE, hvp=ReverseOverReverse()), 1, "OneStep solves no system"),
+    "SAMA": (QuadraticBilevel(), SAMA(SGDUpdate(RATE)), 1, "SAMA solves no system"),
+    "SAMA by Adam": (Isotropic(), SAMA(AdamUpdate(0.1, eps=1e-2)), 1, "SAMA solves no system"),
     "penalty, small": (QuadraticBilevel(), Penalty(SGDUpdate(RATE), 10.0), MANY, "nothing was solved"),
     "penalty, few steps": (QuadraticBilevel(), Penalty(SGDUpdate(RATE), 1e6), 3, "nothing was solved"),
 }

@@ -1,7 +1,9 @@
 """What the message of a failed solve advises fits the problem, and works."""
 
+import contextlib
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,7 +64,14 @@ class Regularized(Plain):
 def run(problem: Plain, method: Any) -> Hypergradient:
     lower = problem.case.split(torch.zeros_like(problem.case.right))
     upper = {"x": torch.zeros((), dtype=torch.float64)}
-    return hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=[1.0], on_failure="ignore")
+    given: dict[str, Any] = {"upper_batch": None, "lower_batches": [1.0]}
+    result = hypergradient(problem, upper, lower, method, **given, on_failure="ignore")
+    if result.failure is None:
+        return result
+    assert "; here " not in result.failure
+    with pytest.raises(SolverError) as raised:
+        hypergradient(problem, upper, lower, method, **given, on_failure="raise")
+    return replace(result, failure=str(raised.value))
 
 
 def advised(text: str | None) -> tuple[float, float]:
@@ -82,14 +91,14 @@ def test_with_the_advised_term_the_solve_succeeds(case: Case, solver: Solver, ki
         return
     before, term = advised(failed.failure)
     assert before == 0.0
-    assert ("damping from 0" in failed.failure) == (kind is Regularized)
+    assert ("or raise damping where the regularizer is strictly convex" in failed.failure) == (kind is Regularized)
     mended = run(kind(case), Implicit(solver, tikhonov=term))
     assert mended.solution is not None
     assert mended.solution.status is Status.CONVERGED
-    # In the units of A, and no sledgehammer: about the smallest eigenvalue, or a thousandth of the largest.
+    # In the units of A, and no sledgehammer: about the smallest eigenvalue, or a hundredth of the largest.
     matrix = case.matrix / 0.1 + torch.eye(8, dtype=torch.float64) if kind is Regularized else case.matrix
     values = torch.linalg.eigvalsh(matrix)
-    limit = max(-2.0 * float(values[0]), 2e-3 * float(values.abs().max())) or 1.0
+    limit = max(-2.0 * float(values[0]), 1e-2 * float(values.abs().max())) or 1.0
     assert term <= 1.1 * limit
 
 
@@ -150,30 +159,102 @@ def test_where_escalating_gives_up_the_advice_is_the_same() -> None:
 
 
 def test_what_no_term_mends_gets_none() -> None:
-    assert "here" not in (run(Plain(BY_NAME["NaN in the operator"]), CG()).failure or "")
+    assert "; here " not in (run(Plain(BY_NAME["NaN in the operator"]), CG()).failure or "")
     missed = run(Plain(BY_NAME["ill-conditioned"]), CG(2, 1e-12))
     assert missed.solution is not None
     assert missed.solution.status is Status.NOT_CONVERGED
-    assert "here" not in (missed.failure or "")
+    assert "; here " not in (missed.failure or "")
 
 
-def test_the_steps_are_made_once_for_a_problem_and_its_terms() -> None:
-    class Counted(Plain):
-        calls = 0
+def bent(low: float) -> Case:
+    matrix = with_spectrum([low, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0], 1)
+    return Case(f"from {low}", matrix, vector(8, 1), SPLIT, "indefinite")
 
-        def lower_objective(self, upper: Params, lower: Params, batch: float) -> Tensor:
-            self.calls += 1
-            return super().lower_objective(upper, lower, batch)
 
-    problem = Counted(BY_NAME["indefinite"])
-    calls, texts = [], []
-    for term in (0.0, 0.0, 0.0, 0.125, 0.125):
-        before = problem.calls
-        texts.append(run(problem, Implicit(CG(200, 1e-6), tikhonov=term)).failure)
-        calls.append(problem.calls - before)
-    assert calls[0] > calls[1] == calls[2]
-    assert calls[3] > calls[4]
-    assert texts[0] == texts[1] == texts[2]
+@pytest.mark.parametrize("solver", [*SOLVERS[:2], Escalating(CG(200, 1e-6), initial=1e-6, attempts=1)], ids=repr)
+def test_what_was_found_before_is_not_advised_where_a_solve_meets_more(solver: Solver) -> None:
+    problem = Plain(bent(-0.1))
+    assert 0.1 < advised(run(problem, CG(200, 1e-6)).failure)[1] < 0.3
+    problem.case = bent(-50.0)
+    failed = run(problem, solver)
+    assert 50.0 < advised(failed.failure)[1] < 80.0
+    assert run(problem, Implicit(SOLVERS[0], tikhonov=advised(failed.failure)[1])).failure is None
+
+
+class Counted(Plain):
+    calls = 0
+
+    def lower_objective(self, upper: Params, lower: Params, batch: float) -> Tensor:
+        self.calls += 1
+        return super().lower_objective(upper, lower, batch)
+
+
+class Task(Counted):
+    """Of a type that no other test warns of."""
+
+
+def cost(problem: Counted, on_failure: Any, term: float = 0.0) -> tuple[int, str]:
+    """Evaluations of the lower objective that a hypergradient takes, and what it warns of."""
+    lower, before = problem.case.split(torch.zeros(8, dtype=torch.float64)), problem.calls
+    upper, method = {"x": torch.zeros((), dtype=torch.float64)}, Implicit(CG(200, 1e-6), tikhonov=term)
+    with warnings.catch_warnings(record=True) as caught, contextlib.suppress(SolverError):
+        warnings.simplefilter("always")
+        hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=[1.0], on_failure=on_failure)
+    return problem.calls - before, "".join(str(w.message) for w in caught)
+
+
+def fresh(case: Case, kind: type[Counted] = Counted) -> Counted:
+    """A problem whose curvature is examined."""
+    problem = kind(case)
+    cost(problem, "ignore")
+    return problem
+
+
+def test_steps_are_made_where_they_are_shown_and_once_for_a_problem_and_its_terms() -> None:
+    problem = fresh(BY_NAME["indefinite"])
+    ignored = cost(problem, "ignore")[0]
+    assert cost(problem, "ignore")[0] == ignored
+    shown = [cost(problem, "raise", term)[0] - cost(problem, "ignore", term)[0] for term in (0.0, 0.0, 0.125, 0.125)]
+    assert shown[0] > 0
+    assert shown[2] > 0
+    assert shown[1] == shown[3] == 0
+
+
+def test_tasks_of_a_type_that_only_warn_make_them_once_unless_one_meets_more() -> None:
+    extra, texts = [], []
+    for low in (-0.1, -0.1, -0.1, -50.0, -50.0):
+        problem = fresh(bent(low), Task)
+        ignored = cost(problem, "ignore")[0]
+        calls, text = cost(problem, "warn")
+        extra.append(calls - ignored)
+        texts.append(advised(text)[1])
+    assert [more > 0 for more in extra] == [True, False, False, True, False]
+    assert texts[0] == texts[1] == texts[2] < 0.3
+    assert 50.0 < texts[3] == texts[4] < 80.0
+    # Where it is raised, each is a failure of its own.
+    problem = fresh(bent(-0.1), Task)
+    assert cost(problem, "raise")[0] > cost(problem, "ignore")[0]
+
+
+def test_a_trainer_makes_them_once_a_run() -> None:
+    def evaluations(on_failure: Any, alternations: int) -> int:
+        problem = fresh(bent(-0.1), type("Trained", (Counted,), {}))
+        lower, upper = problem.case.split(torch.zeros(8, dtype=torch.float64)), {"x": torch.zeros(2).double()}
+        trainer = Trainer(
+            problem,
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [None]),
+            Level(lower, torch.optim.SGD(lower.values(), lr=0.0), [1.0, 1.5, 2.0]),
+            AlternatingSchedule(alternations, 1, 1),
+            CG(200, 1e-6),
+            on_failure=on_failure,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.run()
+        return problem.calls
+
+    more = [evaluations("warn", count) - evaluations("ignore", count) for count in (1, 2, 6)]
+    assert more[0] == more[1] == more[2] > 0
 
 
 def test_a_trainer_passes_the_advice_on() -> None:
