@@ -3,13 +3,14 @@
 import copy
 import inspect
 import io
+import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, SequentialLR
 from torch.utils.data import DataLoader
 
 from bilevel import tree
@@ -101,12 +102,12 @@ class Level:
 
     def check_planned(self, steps: int) -> None:
         """Raise ValueError where the schedule ends before `steps` further steps."""
-        if isinstance(self.scheduler, OneCycleLR):
-            left = self.scheduler.total_steps - self.scheduler.last_epoch
+        for left, cycle in _ends(self.scheduler):
             if steps > left:
                 raise ValueError(
-                    f"scheduler: OneCycleLR ends after {left} more steps (total_steps={self.scheduler.total_steps}), "
-                    f"and {steps} are to be made; pass it as many total_steps as the training has steps of this level"
+                    f"scheduler: OneCycleLR ends after {left} more steps (total_steps={cycle.total_steps}), and "
+                    f"{steps} are to be made; pass it as many total_steps as the training has steps of this level, or "
+                    "in a SequentialLR as there are steps before the next milestone"
                 )
 
     @torch.no_grad()
@@ -253,6 +254,23 @@ def _schedule(scheduler: object) -> str | None:
     # torch has no public name for the parts.
     parts = [str(_schedule(part)) for part in getattr(scheduler, "_schedulers", [])]
     return type(scheduler).__name__ + (f"({', '.join(parts)})" if parts else "")
+
+
+def _ends(scheduler: object) -> Iterator[tuple[int, OneCycleLR]]:
+    """After how many more steps the cycles in a schedule end, each that would be stepped on after its end."""
+    if isinstance(scheduler, OneCycleLR):
+        # A sequence sets a part that has not begun to its first step.
+        yield scheduler.total_steps - max(scheduler.last_epoch, 0), scheduler
+    elif isinstance(scheduler, SequentialLR):
+        now, milestones = scheduler.last_epoch, getattr(scheduler, "_milestones", [])
+        for part, begin, end in zip(scheduler._schedulers, [0, *milestones], [*milestones, math.inf], strict=True):
+            for left, cycle in _ends(part) if now < end else ():
+                after = max(begin - now, 0) + left
+                if now + after < end - 1:
+                    yield after, cycle
+    else:
+        for part in getattr(scheduler, "_schedulers", []):
+            yield from _ends(part)
 
 
 def _required(function: Callable[..., Any]) -> list[str]:
