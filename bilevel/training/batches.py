@@ -3,11 +3,12 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from bilevel.checks import check_count, check_function, check_kind
 
@@ -141,8 +142,8 @@ class Cycle(BatchSource):
     """A fixed list of batches, in order, again and again.
 
     Raises:
-        TypeError: neither a list nor a tuple.
-        ValueError: no batches.
+        TypeError: neither a list nor a tuple, or what gives batches among them.
+        ValueError: no batches; on checking a state, one of another kind of data or of another number of batches.
     """
 
     def __init__(self, batches: Sequence[Any]) -> None:
@@ -174,3 +175,20 @@ def check_batches(argument: str, batches: Sequence[Any]) -> None:
         )
     if not batches:
         raise ValueError(f"{argument} is empty; pass at least one batch")
+    for index, item in enumerate(batches):
+        if isinstance(item, (DataLoader, Dataset, Iterator, BatchSource)):
+            raise TypeError(
+                f"{argument}[{index}] is a {type(item).__name__}, and each item of a list is a batch; {_remedy(item)}"
+            )
+
+
+def _remedy(item: object) -> str:
+    """What to pass instead of a list of such items."""
+    if isinstance(item, (DataLoader, BatchSource)):
+        return (
+            "pass it itself, and for several at once a BatchSource of your own, or a DataLoader of their "
+            "torch.utils.data.StackDataset or ConcatDataset"
+        )
+    if isinstance(item, Dataset):
+        return "pass DataLoader(dataset, batch_size=...), for several of a ConcatDataset or StackDataset of them"
+    return "it can be gone through once: pass list(...) of it"

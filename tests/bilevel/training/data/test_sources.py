@@ -61,3 +61,25 @@ REFUSED: list[tuple[Any, str]] = [
 def test_everything_else_is_refused_with_the_remedy(data: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"^Level: data (must be .*, )?{message}"):
         level(data)
+
+
+LOADER = DataLoader(TensorDataset(torch.arange(4.0)), batch_size=2)
+
+INSIDE: dict[str, tuple[Any, str]] = {
+    "loaders": ([LOADER, LOADER], r"\[0\] is a DataLoader, .*pass it itself"),
+    "a loader": ([LOADER], r"\[0\] is a DataLoader, .*pass it itself"),
+    "a loader after a batch": ((torch.ones(2), LOADER), r"\[1\] is a DataLoader, "),
+    "data sets": ([LOADER.dataset] * 2, r"\[0\] is a TensorDataset, .*pass DataLoader\(dataset"),
+    "iterators": ([iter(LOADER), iter(LOADER)], r"\[0\] is a .*Iter, .*gone through once: pass list"),
+    "a generator": ([(batch for batch in LOADER)], r"\[0\] is a generator, .*gone through once"),
+    "sources": ([LoaderSource(LOADER), Cycle([None])], r"\[0\] is a LoaderSource, .*pass it itself"),
+}
+
+
+@pytest.mark.parametrize("kind", INSIDE)
+def test_what_gives_batches_is_no_batch_within_a_list(kind: str) -> None:
+    data, match = INSIDE[kind]
+    with pytest.raises(TypeError, match=f"^Level: data{match}"):
+        level(data)
+    with pytest.raises(TypeError, match=f"^Cycle: batches{match}"):
+        Cycle(data)
