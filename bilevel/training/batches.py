@@ -41,6 +41,11 @@ class BatchSource(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` says."""
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming what differs, where `load_state_dict` could not go on from `state`; a trainer asks
+        before it changes anything."""
+        return None
+
     def close(self) -> None:
         """Let go of what the stream holds open, such as processes; it can be drawn from again. A training's `run` ends
         with it."""
@@ -118,13 +123,17 @@ class BatchStack(BatchSource):
             "scarce": self._scarce,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_fields(self, state)
         for name, own in (("size", self.size), ("batch_size", self.batch_size), ("seed", self.seed)):
             if state[name] != own:
                 raise ValueError(
                     f"BatchStack: the state has {name}={state[name]}, this stack {name}={own}; resume with the same "
                     "data, batch size and seed"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         self._shuffle, self._cursor, self._scarce = state["shuffle"], state["cursor"], state["scarce"]
         self._order = self._permutation()
 
@@ -159,10 +168,29 @@ class Cycle(BatchSource):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._position}
+        return {"batches": len(self.batches), "position": self._position}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_fields(self, state)
+        if state["batches"] != len(self.batches):
+            raise ValueError(
+                f"Cycle: the state is of a list of {state['batches']} batches, this one has {len(self.batches)}; "
+                "resume with the same batches"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         self._position = state["position"]
+
+
+def check_fields(source: BatchSource, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the state has the fields of this kind of source."""
+    own = source.state_dict()
+    if state.keys() != own.keys():
+        raise ValueError(
+            f"{type(source).__name__}: the state, of {sorted(state)}, is of another kind of data, since one of these "
+            f"data has {sorted(own)}; resume with the data that the level had then"
+        )
 
 
 def check_batches(argument: str, batches: Sequence[Any]) -> None:

@@ -51,10 +51,10 @@ class Level:
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no variables or batches, frozen variables (requires_grad=False beside others that require
-            gradients), variables that share memory, an optimizer with other tensors or one that steps otherwise, a
-            schedule that needs arguments, belongs to another optimizer or cannot be kept in a checkpoint, or a number
-            out of its range.
+        ValueError: no variables or batches, variables of the meta device or with entries that share memory, frozen
+            variables (requires_grad=False beside others that require gradients), variables that share memory, an
+            optimizer with other tensors or one that steps otherwise, a schedule that needs arguments, belongs to
+            another optimizer or cannot be kept in a checkpoint, or a number out of its range.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class Level:
         max_grad_norm: float | None = None,
         micro_batch: int | None = None,
     ) -> None:
+        tree.check_params("Level: params", params)
+        _check_memory(params)
         check_variables("Level: params", params)
         if not params:
             raise ValueError("Level: params must hold at least one tensor, got {}; pass the level's variables by name")
@@ -172,6 +174,22 @@ class Level:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_memory(params: Params) -> None:
+    """Raise ValueError for tensors without numbers, and for those that a step cannot write to entry by entry."""
+    for name, leaf in params.items():
+        if leaf.is_meta:
+            raise ValueError(
+                f"Level: params[{name!r}] is on the meta device, which keeps no numbers; make the variables on the "
+                "device that they are trained on, for a module by to_empty(device=...) and its initialisation"
+            )
+        if tree.overlaps_itself(leaf):
+            raise ValueError(
+                f"Level: params[{name!r}] has shape {tuple(leaf.shape)} and strides {leaf.stride()}, so that some of "
+                "its entries are the same memory and no step could move them apart; pass its clone(), or make the "
+                "smaller tensor the variable and expand it in the objectives"
+            )
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> None:
