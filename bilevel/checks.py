@@ -66,19 +66,24 @@ def check_variables(argument: str, value: object) -> None:
     """
     tree.check_params(argument, value)
     assert isinstance(value, dict)
-    frozen = [name for name, leaf in value.items() if not leaf.requires_grad]
-    if 0 < len(frozen) < len(value):
-        raise ValueError(
-            f"{argument}: {frozen[:3]} ({len(frozen)} of {len(value)}) have requires_grad=False while the others "
-            "require gradients; variables of a level are trained and respond, so leave frozen ones out, as in "
-            "{name: p for name, p in module.named_parameters() if p.requires_grad}: functional_call takes what is left "
-            "out from the module itself. Or call requires_grad_() on them"
-        )
+    check_trained(argument, value)
     both = tree.overlapping(value.items())
     if both is not None:
         raise ValueError(
             f"{argument}: {both[0]!r} and {both[1]!r} share memory, so that they are no variables of their own; give a "
             "tied tensor once, under one of its names, or give each a memory of its own by clone()"
+        )
+
+
+def check_trained(argument: str, variables: Params) -> None:
+    """Raise ValueError where some of a level's variables require gradients and others do not."""
+    frozen = [name for name, leaf in variables.items() if not leaf.requires_grad]
+    if 0 < len(frozen) < len(variables):
+        raise ValueError(
+            f"{argument}: {frozen[:3]} ({len(frozen)} of {len(variables)}) have requires_grad=False while the others "
+            "require gradients; variables of a level are trained and respond, so leave frozen ones out, as in "
+            "{name: p for name, p in module.named_parameters() if p.requires_grad}: functional_call takes what is left "
+            "out from the module itself. Or call requires_grad_() on them"
         )
 
 

@@ -286,6 +286,24 @@ def overlapping(variables: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | No
     return None
 
 
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two entries of a strided tensor are the same memory."""
+    axes = sorted((step, n) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1)
+    if x.numel() == 0 or any(step == 0 for step, _ in axes):
+        return x.numel() > 0
+    reach = 0
+    for step, n in axes:
+        if step <= reach:
+            break
+        reach += step * (n - 1)
+    else:
+        return False
+    first, last = _span(x)
+    covered = torch.zeros(last - first, dtype=torch.bool)
+    _bytes_of(x, covered, first).fill_(True)
+    return int(covered.sum()) < x.numel() * x.element_size()
+
+
 def _share_bytes(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of one storage cover a byte in common."""
     if x.numel() == 0 or y.numel() == 0:

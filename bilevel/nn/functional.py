@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=Fal
 
 _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
-_writers: ContextVar["WeakSet[nn.Module] | None"] = ContextVar("bilevel_writers", default=None)
+_writers: ContextVar["WeakKeyDictionary[nn.Module, set[str]] | None"] = ContextVar("bilevel_writers", default=None)
 
 _NORM_LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
@@ -92,8 +92,9 @@ def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
 
 
 @contextmanager
-def noting_writers(modules: "WeakSet[nn.Module]") -> Iterator[None]:
-    """Inside, modules that write to their buffers under `functional_call` are added to `modules`."""
+def noting_writers(modules: "WeakKeyDictionary[nn.Module, set[str]]") -> Iterator[None]:
+    """Inside, modules that write to their buffers under `functional_call` are added to `modules`, with the names of
+    those that were written first; not with BatchNorm's counts of batches, unless its momentum goes by them."""
     token = _writers.set(modules)
     try:
         yield
@@ -108,10 +109,19 @@ def _noted_if_written(module: nn.Module) -> Iterator[None]:
     if writers is None or module in writers:
         yield
         return
-    before = [(id(buffer), buffer._version) for buffer in module.buffers()]
+    before = {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
     yield
-    if before != [(id(buffer), buffer._version) for buffer in module.buffers()]:
-        writers.add(module)
+    after = {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+    if written := {name for name, mark in after.items() if before.get(name) != mark}:
+        for name, layer in module.named_modules():
+            mean, variance, count = (
+                f"{name}.{of}".removeprefix(".") for of in ("running_mean", "running_var", "num_batches_tracked")
+            )
+            if isinstance(layer, _NORM_LAYERS) and count in written:
+                # torch moves the statistics without a new version.
+                written |= {mean, variance}
+                written -= {count} if layer.momentum is not None else set()
+        writers[module] = written
 
 
 @contextmanager

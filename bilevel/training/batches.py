@@ -3,11 +3,12 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from bilevel.checks import check_count, check_function, check_kind
 
@@ -39,6 +40,11 @@ class BatchSource(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` says."""
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming what differs, where `load_state_dict` could not go on from `state`; a trainer asks
+        before it changes anything."""
+        return None
 
     def close(self) -> None:
         """Let go of what the stream holds open, such as processes; it can be drawn from again. A training's `run` ends
@@ -117,13 +123,17 @@ class BatchStack(BatchSource):
             "scarce": self._scarce,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_fields(self, state)
         for name, own in (("size", self.size), ("batch_size", self.batch_size), ("seed", self.seed)):
             if state[name] != own:
                 raise ValueError(
                     f"BatchStack: the state has {name}={state[name]}, this stack {name}={own}; resume with the same "
                     "data, batch size and seed"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         self._shuffle, self._cursor, self._scarce = state["shuffle"], state["cursor"], state["scarce"]
         self._order = self._permutation()
 
@@ -141,8 +151,8 @@ class Cycle(BatchSource):
     """A fixed list of batches, in order, again and again.
 
     Raises:
-        TypeError: neither a list nor a tuple.
-        ValueError: no batches.
+        TypeError: neither a list nor a tuple, or what gives batches among them.
+        ValueError: no batches; on checking a state, one of another kind of data or of another number of batches.
     """
 
     def __init__(self, batches: Sequence[Any]) -> None:
@@ -158,10 +168,29 @@ class Cycle(BatchSource):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._position}
+        return {"batches": len(self.batches), "position": self._position}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_fields(self, state)
+        if state["batches"] != len(self.batches):
+            raise ValueError(
+                f"Cycle: the state is of a list of {state['batches']} batches, this one has {len(self.batches)}; "
+                "resume with the same batches"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         self._position = state["position"]
+
+
+def check_fields(source: BatchSource, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the state has the fields of this kind of source."""
+    own = source.state_dict()
+    if state.keys() != own.keys():
+        raise ValueError(
+            f"{type(source).__name__}: the state, of {sorted(state)}, is of another kind of data, since one of these "
+            f"data has {sorted(own)}; resume with the data that the level had then"
+        )
 
 
 def check_batches(argument: str, batches: Sequence[Any]) -> None:
@@ -174,3 +203,20 @@ def check_batches(argument: str, batches: Sequence[Any]) -> None:
         )
     if not batches:
         raise ValueError(f"{argument} is empty; pass at least one batch")
+    for index, item in enumerate(batches):
+        if isinstance(item, (DataLoader, Dataset, Iterator, BatchSource)):
+            raise TypeError(
+                f"{argument}[{index}] is a {type(item).__name__}, and each item of a list is a batch; {_remedy(item)}"
+            )
+
+
+def _remedy(item: object) -> str:
+    """What to pass instead of a list of such items."""
+    if isinstance(item, (DataLoader, BatchSource)):
+        return (
+            "pass it itself, and for several at once a BatchSource of your own, or a DataLoader of their "
+            "torch.utils.data.StackDataset or ConcatDataset"
+        )
+    if isinstance(item, Dataset):
+        return "pass DataLoader(dataset, batch_size=...), for several of a ConcatDataset or StackDataset of them"
+    return "it can be gone through once: pass list(...) of it"

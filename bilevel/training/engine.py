@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import interruption, tree
 from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from bilevel.checks import check_count, check_kind
+from bilevel.checks import check_count, check_kind, check_trained
 from bilevel.distributed import check_replicated
 from bilevel.interruption import Interrupted
 from bilevel.lower import check_recordable
@@ -62,10 +62,17 @@ class Training(ABC):
 
         Raises:
             RuntimeError: under torch.inference_mode.
+            ValueError: variables of a level are frozen by now (requires_grad=False beside others that require
+                gradients).
         """
         check_recordable(f"{type(self).__name__}.advance")
+        self._check_trained()
         with torch.enable_grad():
             self._advance()
+
+    def _check_trained(self) -> None:
+        for name, level in self.levels.items():
+            check_trained(name, level.params)
 
     @abstractmethod
     def _advance(self) -> None:
@@ -87,9 +94,11 @@ class Training(ABC):
             NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
             Interrupted: a signal asked for it; the callbacks have been told.
             RuntimeError: under torch.inference_mode.
-            ValueError: ranks have other variables, or a level's schedule ends before its steps do.
+            ValueError: ranks have other variables, a level's schedule ends before its steps do, or variables are frozen
+                by now, as for `advance`.
         """
         check_recordable(f"{type(self).__name__}.run")
+        self._check_trained()
         for name, level in self.levels.items():
             check_replicated(name, level.params)
             try:
@@ -244,6 +253,7 @@ class Training(ABC):
         for name, level in self.levels.items():
             try:
                 level.check_state(state["levels"][name])
+                level.data.check_state(state["data"][name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         missing = self._pairs(state)[1]

@@ -3,13 +3,14 @@
 import copy
 import inspect
 import io
+import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
 
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import OneCycleLR, SequentialLR
 from torch.utils.data import DataLoader
 
 from bilevel import tree
@@ -50,10 +51,10 @@ class Level:
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no variables or batches, frozen variables (requires_grad=False beside others that require
-            gradients), variables that share memory, an optimizer with other tensors or one that steps otherwise, a
-            schedule that needs arguments, belongs to another optimizer or cannot be kept in a checkpoint, or a number
-            out of its range.
+        ValueError: no variables or batches, variables of the meta device or with entries that share memory, frozen
+            variables (requires_grad=False beside others that require gradients), variables that share memory, an
+            optimizer with other tensors or one that steps otherwise, a schedule that needs arguments, belongs to
+            another optimizer or cannot be kept in a checkpoint, or a number out of its range.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Level:
         max_grad_norm: float | None = None,
         micro_batch: int | None = None,
     ) -> None:
+        tree.check_params("Level: params", params)
+        _check_memory(params)
         check_variables("Level: params", params)
         if not params:
             raise ValueError("Level: params must hold at least one tensor, got {}; pass the level's variables by name")
@@ -101,12 +104,12 @@ class Level:
 
     def check_planned(self, steps: int) -> None:
         """Raise ValueError where the schedule ends before `steps` further steps."""
-        if isinstance(self.scheduler, OneCycleLR):
-            left = self.scheduler.total_steps - self.scheduler.last_epoch
+        for left, cycle in _ends(self.scheduler):
             if steps > left:
                 raise ValueError(
-                    f"scheduler: OneCycleLR ends after {left} more steps (total_steps={self.scheduler.total_steps}), "
-                    f"and {steps} are to be made; pass it as many total_steps as the training has steps of this level"
+                    f"scheduler: OneCycleLR ends after {left} more steps (total_steps={cycle.total_steps}), and "
+                    f"{steps} are to be made; pass it as many total_steps as the training has steps of this level, or "
+                    "in a SequentialLR as there are steps before the next milestone"
                 )
 
     @torch.no_grad()
@@ -171,6 +174,22 @@ class Level:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_memory(params: Params) -> None:
+    """Raise ValueError for tensors without numbers, and for those that a step cannot write to entry by entry."""
+    for name, leaf in params.items():
+        if leaf.is_meta:
+            raise ValueError(
+                f"Level: params[{name!r}] is on the meta device, which keeps no numbers; make the variables on the "
+                "device that they are trained on, for a module by to_empty(device=...) and its initialisation"
+            )
+        if tree.overlaps_itself(leaf):
+            raise ValueError(
+                f"Level: params[{name!r}] has shape {tuple(leaf.shape)} and strides {leaf.stride()}, so that some of "
+                "its entries are the same memory and no step could move them apart; pass its clone(), or make the "
+                "smaller tensor the variable and expand it in the objectives"
+            )
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, params: Params) -> None:
@@ -253,6 +272,23 @@ def _schedule(scheduler: object) -> str | None:
     # torch has no public name for the parts.
     parts = [str(_schedule(part)) for part in getattr(scheduler, "_schedulers", [])]
     return type(scheduler).__name__ + (f"({', '.join(parts)})" if parts else "")
+
+
+def _ends(scheduler: object) -> Iterator[tuple[int, OneCycleLR]]:
+    """After how many more steps the cycles in a schedule end, each that would be stepped on after its end."""
+    if isinstance(scheduler, OneCycleLR):
+        # A sequence sets a part that has not begun to its first step.
+        yield scheduler.total_steps - max(scheduler.last_epoch, 0), scheduler
+    elif isinstance(scheduler, SequentialLR):
+        now, milestones = scheduler.last_epoch, getattr(scheduler, "_milestones", [])
+        for part, begin, end in zip(scheduler._schedulers, [0, *milestones], [*milestones, math.inf], strict=True):
+            for left, cycle in _ends(part) if now < end else ():
+                after = max(begin - now, 0) + left
+                if now + after < end - 1:
+                    yield after, cycle
+    else:
+        for part in getattr(scheduler, "_schedulers", []):
+            yield from _ends(part)
 
 
 def _required(function: Callable[..., Any]) -> list[str]:

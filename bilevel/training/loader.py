@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.checks import check_count, check_kind
 from bilevel.distributed import from_first_rank, rank
-from bilevel.training.batches import BatchSource, derive_seed
+from bilevel.training.batches import BatchSource, check_fields, derive_seed
 from bilevel.training.fingerprint import fingerprint
 
 Place = tuple[int, int]
@@ -97,17 +97,16 @@ class LoaderSource(BatchSource):
             "rank": rank(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(
-                f"LoaderSource: the state, of {sorted(state)}, is of another kind of data; resume with the data that "
-                "the level had then"
-            )
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        check_fields(self, state)
         if self._given_seed not in (None, state["seed"]):
             raise ValueError(
                 f"LoaderSource: the state has seed={state['seed']}, this source seed={self._given_seed}; resume with "
                 "the same seed"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
         if self.seed != state["seed"]:
             self.seed, self._passes, self._kept = state["seed"], None, None
         self._place = state["pass"], state["drawn"]

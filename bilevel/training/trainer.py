@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
-from weakref import WeakSet
 
 import torch
-from torch import nn
 
 from bilevel import interruption, tree
 from bilevel.checkpoint import set_random_state
@@ -32,9 +30,9 @@ from bilevel.hypergradients import (
 )
 from bilevel.linear import Solver, Status
 from bilevel.lower import batch_by_batch, differentiates, training_derivatives
-from bilevel.nn import noting_writers
-from bilevel.problem import Problem, modules_of
+from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
+from bilevel.training.buffers import WrittenBuffers
 from bilevel.training.callbacks import Callback, upper_record
 from bilevel.training.engine import Training
 from bilevel.training.level import Level
@@ -97,7 +95,7 @@ class Trainer(Training):
         self._warned, self._flagged = False, 0
         self._method_state: MethodState = {}
         self._now: Alternation | None = None
-        self._writers = WeakSet[nn.Module]()
+        self._buffers = WrittenBuffers()
         schedule.check_pairs(upper.params, lower.params)
         if upper is lower:
             raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
@@ -203,7 +201,7 @@ class Trainer(Training):
         kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
         upper, lower = self.upper.params, self.lower
         made = self._before_lower_step(batch) if self._is_replayed(now) else None
-        with noting_writers(self._writers):
+        with self._buffers.noted():
             loss, gradient = training_derivatives(
                 self.problem,
                 upper,
@@ -320,23 +318,9 @@ class Trainer(Training):
         super().emit({"alternation": number, **record})
 
     def kept(self) -> dict[str, Any]:
-        self._warn_of_lost_buffers()
-        return self.problem.state_dict()
-
-    def _warn_of_lost_buffers(self) -> None:
-        """Say once which modules' buffers lower steps have written and no checkpoint holds."""
-        if type(self.problem).state_dict is not Problem.state_dict:
-            return
-        saved = {id(layer) for module in modules_of(self.problem).values() for layer in module.modules()}
-        lost = sorted({type(module).__name__ for module in self._writers if id(module) not in saved})
-        if lost:
-            warnings.warn(
-                f"lower steps have written buffers of {lost}, which no checkpoint holds: a resumed training would go "
-                "on with others. Make the modules attributes of the Problem, or define its state_dict and "
-                "load_state_dict",
-                stacklevel=2,
-            )
-            self._writers.clear()
+        state = self.problem.state_dict()
+        self._buffers.warn_of_lost(self.problem, state)
+        return state
 
     def load_kept(self, kept: Mapping[str, Any]) -> None:
         self.problem.load_state_dict(kept)

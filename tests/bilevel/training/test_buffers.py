@@ -174,3 +174,75 @@ def test_modules_are_found_under_their_paths() -> None:
     problem = Adapt(network("own"), "dictionary")
     assert list(modules_of(problem)) == ["nets['task'][0]"]
     assert Adapt(nn.Sequential(nn.Linear(3, 1)), "attribute").state_dict() == {}
+
+
+Saved = Callable[[nn.Module], Any]
+
+
+def statistics(net: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a step writes, without counts that nothing goes by."""
+    return {name: buffer.clone() for name, buffer in net.named_buffers() if not name.endswith("batches_tracked")}
+
+
+HELD: dict[str, Saved] = {
+    "state_dict": lambda net: net.state_dict(),
+    "buffers": lambda net: {"buffers": dict(net.named_buffers()), "note": "text", "none": None},
+    "statistics alone": statistics,
+    "nested": lambda net: {"a": [{"b": tuple(statistics(net).values())}, 3]},
+    "one vector": lambda net: {"all": torch.cat([leaf.reshape(-1) for leaf in statistics(net).values()])},
+    "float32": lambda net: {name: leaf.float() for name, leaf in statistics(net).items()},
+    "bfloat16": lambda net: {name: leaf.bfloat16() for name, leaf in statistics(net).items()},
+    "arrays": lambda net: {name: leaf.numpy() for name, leaf in statistics(net).items()},
+    "numbers": lambda net: {name: leaf.tolist() for name, leaf in statistics(net).items()},
+    "bytes": lambda net: {"file": b"what nobody looks into"},
+}
+
+LOST: dict[str, Saved] = {
+    "nothing": lambda net: {},
+    "other things": lambda net: {"target": [p.detach().clone() for p in net.parameters()], "step": 3},
+    "some": lambda net: dict(list(statistics(net).items())[:-1]),
+    "others of the shape": lambda net: {name: leaf + 1.5 for name, leaf in statistics(net).items()},
+}
+
+
+def with_state(layer: str, save: Saved) -> Trainer:
+    trainer, net = training(layer, "elsewhere", 2)
+    net.register_buffer("constant", vector(5, 9))  # no step writes it, so that no state need hold it
+
+    class Own(Adapt):
+        def state_dict(self) -> dict[str, Any]:
+            return save(net)
+
+        def load_state_dict(self, state: Any) -> None:
+            pass
+
+    trainer.problem = Own(net, "elsewhere")
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("save", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_state_of_ones_own_that_forgets_written_buffers_is_told_once(layer: str, save: Saved) -> None:
+    trainer = with_state(layer, save)
+    with pytest.warns(UserWarning, match=r"have written buffers of \['Sequential'\].*put them into its state_dict"):
+        trainer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.state_dict()
+        trainer.lower.data.next()
+        trainer.state_dict()
+
+
+@pytest.mark.parametrize("save", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nothing_is_said_of_buffers_that_a_state_of_ones_own_holds_in_any_structure(layer: str, save: Saved) -> None:
+    if layer == "cumulative" and save is not HELD["bytes"]:
+        full = save
+        save = lambda net: {"rest": full(net), "count": [int(net[1].num_batches_tracked)]}  # type: ignore[index]  # noqa: E731
+    if layer == "own" and save is HELD["state_dict"]:
+        save = HELD["buffers"]  # one of its buffers is in no state_dict
+    trainer = with_state(layer, save)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.state_dict()

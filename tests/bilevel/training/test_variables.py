@@ -7,8 +7,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import AlternatingSchedule, Level, Params, Problem, Trainer, functional_call, hypergradient, linearize
+from bilevel import (
+    CG,
+    SAMA,
+    AlternatingSchedule,
+    Implicit,
+    Level,
+    Method,
+    OneStep,
+    Params,
+    Penalty,
+    Problem,
+    Trainer,
+    Unrolled,
+    functional_call,
+    hypergradient,
+    linearize,
+)
 from bilevel import tree as trees
+from bilevel.hypergradients import SGDUpdate
+from bilevel.training import Callback
 from tests.support.cases import vector
 
 
@@ -184,3 +202,85 @@ def test_copies_of_modules_in_one_flat_buffer_train_as_copies_of_their_own() -> 
         return {**upper, **{f"lower {name}": leaf for name, leaf in lower.items()}}
 
     torch.testing.assert_close(run(shared=True), run(shared=False), rtol=1e-12, atol=0.0)
+
+
+ENTRIES: dict[str, tuple[Tensor, bool]] = {
+    "expanded rows": (torch.zeros(4).expand(8, 4), True),
+    "expanded columns": (torch.zeros(8, 1).expand(8, 4), True),
+    "expanded number": (torch.zeros(()).expand(3), True),
+    "windows": (torch.zeros(10).unfold(0, 4, 2), True),
+    "strides that meet": (torch.zeros(20).as_strided((3, 3), (2, 2)), True),
+    "windows apart": (torch.zeros(12).unfold(0, 4, 4), False),
+    "strides that do not meet": (torch.zeros(20).as_strided((2, 3), (3, 2)), False),
+    "transposed": (torch.zeros(4, 8).T, False),
+    "every second": (torch.zeros(8, 4)[::2, ::2], False),
+    "expanded from one to one": (torch.zeros(4).expand(1, 4), False),
+    "channels last": (torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), False),
+    "number": (torch.zeros(()), False),
+    "empty": (torch.zeros(0, 4), False),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_variables_whose_entries_share_memory_are_refused(
+    kind: str, dtype: torch.dtype, *, requires_grad: bool
+) -> None:
+    base, overlaps = ENTRIES[kind]
+    memory = torch.zeros(base.untyped_storage().nbytes() // base.element_size(), dtype=dtype)
+    w = memory.as_strided(base.shape, base.stride()).requires_grad_(requires_grad)
+    params = {"b": torch.zeros(2, dtype=dtype, requires_grad=requires_grad), "w": w}
+    if overlaps:
+        with pytest.raises(ValueError, match=r"^Level: params\['w'\] has shape .*are the same memory.*clone"):
+            level(params)
+        params["w"] = w.detach().clone(memory_format=torch.contiguous_format).requires_grad_(requires_grad)
+    made = level(params)
+    made.descend({name: torch.ones_like(leaf) for name, leaf in params.items()}, 1.0)
+    assert all(bool((leaf == -0.1).all()) for leaf in made.params.values())
+
+
+def test_variables_of_the_meta_device_are_refused_by_name() -> None:
+    module = nn.Linear(3, 1, device="meta")
+    with pytest.raises(ValueError, match=r"^Level: params\['weight'\] is on the meta device, .*to_empty\(device"):
+        level(dict(module.named_parameters()))
+    level(dict(module.to_empty(device="cpu").named_parameters()))
+
+
+METHODS: dict[str, Method] = {
+    "implicit": Implicit(CG(2, rtol=None)),
+    "unrolled": Unrolled(),
+    "one step": OneStep(),
+    "penalty": Penalty(SGDUpdate(0.01), 10.0),
+    "sama": SAMA(),
+}
+
+
+@pytest.mark.parametrize("where", ["before the run", "in a callback", "before advance", "upper level"])
+@pytest.mark.parametrize("name", METHODS)
+def test_variables_that_are_frozen_once_their_level_is_made_are_refused(name: str, where: str) -> None:
+    """Progressive freezing: no step is made that would train them on."""
+    problem = Chain()
+    lower = dict(problem.net.named_parameters())
+    upper = {key: torch.tensor(-1.0, dtype=torch.float64, requires_grad=True) for key in ("log", "other")}
+    frozen = upper["other"] if where == "upper level" else lower["0.weight"]
+
+    class Freezing(Callback):
+        def on_progress(self, training: Any) -> None:
+            frozen.requires_grad_(where != "in a callback" or training.progress != 1)
+
+    trainer = Trainer(
+        problem, level(upper), level(lower), AlternatingSchedule(3, 2, 1), METHODS[name], callbacks=[Freezing()],
+        on_failure="ignore",
+    )  # fmt: skip
+    if where != "in a callback":
+        frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    of, key = ("upper", "other") if where == "upper level" else ("lower", "0.weight")
+    with pytest.raises(ValueError, match=rf"^{of}: \['{key}'\].*requires_grad=False while the others.*leave frozen"):
+        trainer.advance() if where == "before advance" else trainer.run()
+    assert trainer.progress == (1 if where == "in a callback" else 0)
+    assert torch.equal(frozen, before) == (where != "in a callback")
+    frozen.requires_grad_()
+    trainer.run()
+    assert trainer.progress == 3

@@ -306,3 +306,42 @@ def test_a_cycle_that_ends_before_the_training_is_refused_before_the_first_step(
         ValueError, match=r"^train: scheduler: OneCycleLR ends after 0 more steps .*and 1 are to be made"
     ):
         longer.run()
+
+
+NESTED: dict[str, tuple[int, Make]] = {
+    "chained": (5, lambda o: ChainedScheduler([LinearLR(o), OneCycleLR(o, 0.1, 5)], o)),
+    "first of a sequence": (3, lambda o: SequentialLR(o, [OneCycleLR(o, 0.1, 3), LinearLR(o)], [5])),
+    "last of a sequence": (6, lambda o: SequentialLR(o, [LinearLR(o), OneCycleLR(o, 0.1, 4)], [2])),
+    "in the middle": (6, lambda o: SequentialLR(o, [LinearLR(o), OneCycleLR(o, 0.1, 4), LinearLR(o)], [2, 8])),
+    "chained, in a sequence": (
+        2,
+        lambda o: SequentialLR(o, [ChainedScheduler([OneCycleLR(o, 0.1, 2)], o), LinearLR(o)], [6]),
+    ),
+    "long enough for its part": (
+        STEPS,
+        lambda o: SequentialLR(o, [LinearLR(o), OneCycleLR(o, 0.1, 3), LinearLR(o)], [2, 6]),
+    ),
+    "first, long enough": (STEPS, lambda o: SequentialLR(o, [OneCycleLR(o, 0.1, 3), LinearLR(o)], [4])),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_cycle_within_another_schedule_that_ends_early_is_refused_before_the_first_step(kind: str) -> None:
+    """The number of steps that torch itself can make is the one that is accepted, also from a later step on."""
+    most, schedule = NESTED[kind]
+    for made in range(3):
+        one = level(lambda p: SGD(p.values(), 0.1, momentum=0.9), schedule)
+        assert one.scheduler is not None
+        for _ in range(made):
+            one.optimizer.step()
+            one.scheduler.step()
+        one.check_planned(most - made)
+        if most < STEPS:
+            with pytest.raises(ValueError, match=rf"OneCycleLR ends after {most - made} more .*before the next mile"):
+                one.check_planned(most - made + 1)
+        one.optimizer.step()
+        for _ in range(most - made):
+            one.scheduler.step()
+        if most < STEPS:
+            with pytest.raises(ValueError, match="Tried to step"):
+                one.scheduler.step()
