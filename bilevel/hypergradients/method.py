@@ -31,6 +31,7 @@ class LowerStep:
         seed: of the step's random masks.
         max_grad_norm: the gradient was scaled down to this Euclidean norm; None where there is no limit.
         problem: the Problem's `state_dict`, empty where it keeps none.
+        autocast: type of device -> dtype of the autocast around the step; None where nothing of the step was cast.
     """
 
     lower: Params
@@ -40,6 +41,7 @@ class LowerStep:
     seed: int
     max_grad_norm: float | None
     problem: Mapping[str, Any]
+    autocast: Mapping[str, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)

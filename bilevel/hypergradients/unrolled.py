@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, final
 
@@ -15,7 +15,7 @@ from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, joined
 from bilevel.hypergradients.torch_updates import from_optimizer
-from bilevel.hypergradients.updates import State, Update, carry, differentiable, starting_state
+from bilevel.hypergradients.updates import State, Update, carry, differentiable, limited, starting_state
 from bilevel.lower import (
     Selection,
     check_selection,
@@ -24,6 +24,8 @@ from bilevel.lower import (
     lower_derivatives,
     lower_value,
     selected,
+    training_derivatives,
+    under_autocasts,
     upper_derivatives,
 )
 from bilevel.problem import Problem
@@ -50,7 +52,8 @@ class Unrolled(Method):
     random masks; they are recorded and replayed one after the other, each from where it really started. One upper step
     an alternation can be made, since the steps belong to the upper variables that they were made with. A replay that
     ends elsewhere than the step did (a hook that moves the lower variables, an objective that is not a function of its
-    arguments) is a `Hypergradient.failure`.
+    arguments) is a `Hypergradient.failure`. Steps under autocast (`bilevel.nn.training_autocast`) are differentiated in
+    the variables' own precision, and made once more in that of training for this comparison.
 
     In `hypergradient`, T steps of `update` are made from `lower`, one a lower batch; nothing is written, the Problem's
     hooks are not called, and the new lower variables are the result's `lower`. One-step differentiation (Bolte, Pauwels
@@ -198,10 +201,7 @@ class Unrolled(Method):
         assert step.lower_steps is not None
         after = [made.lower for made in step.lower_steps[1:]] + [tree.detach(step.lower)]
         replays = [
-            _Replay(
-                _Point(made.lower, made.update, made.state, made.batch, made.seed, made.max_grad_norm, made.problem),
-                end,
-            )
+            _Replay(_Point(**{item.name: getattr(made, item.name) for item in fields(made)}), end)
             for made, end in zip(step.lower_steps, after, strict=True)
         ]
         # A graph that is kept while the Problem is put into another state could be of neither.
@@ -239,6 +239,7 @@ class _Point:
     seed: int
     max_grad_norm: float | None = None
     problem: Mapping[str, Any] = field(default_factory=dict)
+    autocast: Mapping[str, torch.dtype] | None = None
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ class _Trajectory:
         local = tree.gradients(value, y, create_graph=True)
         mean = tree.as_variables(distributed.mean_over_ranks(tree.detach(local)))
         state = {slot: self._as_variables(slot, values) for slot, values in point.state.items()}
-        lower, after = self.rule(point.update).step(y, _limited(mean, point.max_grad_norm), state)
+        lower, after = self.rule(point.update).step(y, limited(mean, point.max_grad_norm), state)
         step = _Step(
             point,
             lower={name: y[name] for name in self.names},
@@ -315,8 +316,17 @@ class _Trajectory:
         self.watch()
         step, end, _ = self.record(replay.point)
         if replay.end is not None:
+            end = end if replay.point.autocast is None else self._made_again(replay.point)
             self._compare(end, replay.end, replay.point.lower)
         return step
+
+    def _made_again(self, point: _Point) -> Params:
+        """Where the step leads in the precision of training."""
+        x, y, seed = self.x, point.lower, point.seed
+        with under_autocasts(point.autocast or {}):
+            gradient = training_derivatives(self.problem, x, y, point.batch, seed=seed, write_buffers=False)[1]
+        with torch.no_grad():
+            return self.rule(point.update).step(y, limited(gradient, point.max_grad_norm), point.state)[0]
 
     def sweep(self, kept: list[_Step | _Replay], v: Params) -> tuple[Params, Params]:
         """``(d y_T / d x)' v`` over the upper variables, and ``(d y_T / d y_start)' v``; empties `kept` as it goes."""
@@ -366,22 +376,13 @@ def _nothing_to_replay(step: UpperStep, names: Sequence[str]) -> Proposal:
 def _problem_as(problem: Problem, state: Mapping[str, Any]) -> Iterator[None]:
     """The Problem with what it kept at another time; nothing where it keeps nothing."""
     if not state:
-        yield
-        return
+        return (yield)
     now = copy.deepcopy(problem.state_dict())
     problem.load_state_dict(copy.deepcopy(state))
     try:
         yield
     finally:
         problem.load_state_dict(now)
-
-
-def _limited(gradient: Params, limit: float | None) -> Params:
-    """The gradient scaled down to the norm `limit` where it is longer."""
-    if limit is None:
-        return gradient
-    norm = tree.norm(gradient)
-    return tree.scale(limit / norm, gradient) if bool(norm > limit) else gradient
 
 
 def _not_finite(end: Params, v: Params) -> str:

@@ -214,3 +214,11 @@ def carry(lower: Params, state: State, names: Sequence[str]) -> Params:
     for slot, values in state.items():
         flat |= {f"{slot}/{n}": t for n, t in values.items() if n in names and differentiable(slot, t)}
     return flat
+
+
+def limited(gradient: Params, limit: float | None) -> Params:
+    """The gradient scaled down to the norm `limit` where it is longer."""
+    if limit is None:
+        return gradient
+    norm = tree.norm(gradient)
+    return tree.scale(limit / norm, gradient) if bool(norm > limit) else gradient

@@ -16,7 +16,14 @@ from bilevel.lower.selection import (
     selected,
 )
 from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
-from bilevel.lower.surroundings import check_batch, check_batches, check_recordable, differentiates
+from bilevel.lower.surroundings import (
+    autocasts,
+    check_batch,
+    check_batches,
+    check_recordable,
+    differentiates,
+    under_autocasts,
+)
 
 __all__ = [
     "BufferWatch",
@@ -31,6 +38,7 @@ __all__ = [
     "StaleSystemError",
     "Tikhonov",
     "are_samples",
+    "autocasts",
     "batch_by_batch",
     "check_batch",
     "check_batches",
@@ -51,5 +59,6 @@ __all__ = [
     "take_marks",
     "thorough_examinations",
     "training_derivatives",
+    "under_autocasts",
     "upper_derivatives",
 ]

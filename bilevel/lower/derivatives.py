@@ -42,7 +42,14 @@ def lower_derivatives(
 
 
 def training_derivatives(
-    problem: Problem, upper: Params, lower: Params, batch: Any, *, micro_batch: int | None, seed: int | None = None
+    problem: Problem,
+    upper: Params,
+    lower: Params,
+    batch: Any,
+    *,
+    micro_batch: int | None = None,
+    seed: int | None = None,
+    write_buffers: bool = True,
 ) -> tuple[Tensor, Params]:
     """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
     writes buffers and draws random masks from the default generators.
@@ -50,10 +57,11 @@ def training_derivatives(
     Args:
         micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
         seed: random masks are those of `lower_value` with this seed; None draws them from the default generators.
+        write_buffers: False makes a pass with a seed leave them.
     """
     x, y = tree.detach(upper), tree.as_variables(lower)
     if micro_batch is None:
-        with own_draws() if seed is None else training_pass(seed, write_buffers=True):
+        with own_draws() if seed is None else training_pass(seed, write_buffers=write_buffers):
             loss = check_scalar("lower_objective", problem.lower_objective(x, y, batch))
         examine_lower(problem, "lower_objective", loss, x, y)
         gradient = tree.gradients(loss, y)

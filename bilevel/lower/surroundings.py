@@ -1,7 +1,7 @@
 """What may surround a call that differentiates: gradient modes and autocast."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +13,8 @@ from bilevel import tree
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def check_recordable(name: str) -> None:
@@ -33,12 +35,25 @@ def differentiates(function: Callable[P, T]) -> Callable[P, T]:
         check_recordable(function.__qualname__)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
-            for device in ("cpu", "cuda", "mps", "xpu"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for device in autocasts():
+                stack.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return guarded
+
+
+def autocasts() -> dict[str, torch.dtype]:
+    """Types of devices for which autocast is on, with its dtype."""
+    return {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
+
+
+@contextmanager
+def under_autocasts(dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Inside, autocast is on as `autocasts` said."""
+    with ExitStack() as stack:
+        for device, dtype in dtypes.items():
+            stack.enter_context(torch.autocast(device, dtype=dtype))
+        yield
 
 
 def check_batch(argument: str, batches: Iterable[Any]) -> None:

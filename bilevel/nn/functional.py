@@ -28,6 +28,8 @@ _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_not
 
 _writers: ContextVar["WeakKeyDictionary[nn.Module, set[str]] | None"] = ContextVar("bilevel_writers", default=None)
 
+_casts: ContextVar[set[str] | None] = ContextVar("bilevel_casts", default=None)
+
 _NORM_LAYERS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -122,6 +124,17 @@ def _noted_if_written(module: nn.Module) -> Iterator[None]:
                 written |= {mean, variance}
                 written -= {count} if layer.momentum is not None else set()
         writers[module] = written
+
+
+@contextmanager
+def noting_casts(devices: set[str]) -> Iterator[None]:
+    """Inside, types of devices for which an ordinary pass casts are added to `devices`: by `training_autocast`, or by
+    autocast around `functional_call`."""
+    token = _casts.set(devices)
+    try:
+        yield
+    finally:
+        _casts.reset(token)
 
 
 @contextmanager
@@ -220,6 +233,9 @@ def functional_call(
         stack.enter_context(own_parametrization_cache())
         if training is not None:
             stack.enter_context(_in_mode(module, training))
+        casts = _casts.get()
+        if casts is not None and not curvature:
+            casts |= {device for device in {t.device.type for t in params.values()} if _is_cast(device)}
         if not curvature and not _buffers_kept.get():
             stack.enter_context(_noted_if_written(module))
             return torch.func.functional_call(module, dict(params), args, keywords)
@@ -261,12 +277,19 @@ def training_autocast(device_type: str, dtype: torch.dtype = torch.bfloat16) -> 
         device_type: as for torch.autocast, for example "cuda".
         dtype: of the casts. float16 needs a scaled loss, which no step here has: bfloat16.
     """
+    casts = _casts.get()
+    if casts is not None and not in_curvature_pass():
+        casts.add(device_type)
     return torch.autocast(device_type, dtype=dtype, enabled=not in_curvature_pass())
+
+
+def _is_cast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _warn_of_autocast(params: Mapping[str, Tensor]) -> None:
     for device in {tensor.device.type for tensor in params.values()}:
-        if device != "meta" and torch.is_autocast_enabled(device):
+        if _is_cast(device):
             warnings.warn(
                 f"autocast ({torch.get_autocast_dtype(device)}) is on in a pass of a hypergradient, whose second "
                 "derivatives then have its precision; write `with bilevel.nn.training_autocast(device_type)` in the "

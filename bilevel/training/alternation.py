@@ -118,6 +118,7 @@ def _saved(step: LowerStep) -> dict[str, Any]:
         "seed": step.seed,
         "max_grad_norm": step.max_grad_norm,
         "problem": copy.deepcopy(dict(step.problem)),
+        "autocast": None if step.autocast is None else dict(step.autocast),
     }
 
 
@@ -130,6 +131,7 @@ def _loaded(saved: Mapping[str, Any], batch: Any, level: Level) -> LowerStep:
         saved["seed"],
         saved["max_grad_norm"],
         saved["problem"],
+        saved["autocast"],
     )
 
 

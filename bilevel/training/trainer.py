@@ -29,7 +29,8 @@ from bilevel.hypergradients import (
     unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import batch_by_batch, differentiates, training_derivatives
+from bilevel.lower import autocasts, batch_by_batch, differentiates, training_derivatives
+from bilevel.nn import noting_casts
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
 from bilevel.training.buffers import WrittenBuffers
@@ -201,7 +202,8 @@ class Trainer(Training):
         kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips else None
         upper, lower = self.upper.params, self.lower
         made = self._before_lower_step(batch) if self._is_replayed(now) else None
-        with self._buffers.noted():
+        casts, around = set[str](), autocasts()
+        with self._buffers.noted(), noting_casts(casts):
             loss, gradient = training_derivatives(
                 self.problem,
                 upper,
@@ -213,7 +215,8 @@ class Trainer(Training):
         record = self.apply("lower", "lower", loss, gradient, undo=lambda: self._put_back(kept))
         if "skipped" not in record:
             self.problem.after_lower_step(upper, lower.params, self.steps["lower"])
-            now.recorded += [] if made is None else [(now.drawn - 1, made)]
+            if made is not None:
+                now.recorded.append((now.drawn - 1, replace(made, autocast=around) if casts or around else made))
         self.emit(record)
 
     def _put_back(self, kept: Mapping[str, Any] | None) -> None:

@@ -616,7 +616,7 @@ def test_of_tasks_that_are_alike_one_is_compared() -> None:
     assert not compares(Task(torch.ones(3), shifted(2.0)))
     assert compares(Task(torch.zeros(1), halved))
     assert compares(Task(torch.zeros(1), halved), size=2)
-    assert compares(Task(torch.zeros(3), halved), OneStep(0.1))
+    assert compares(Task(torch.zeros(3), halved), OneStep(0.1, hvp=FiniteDifference()))
     # What is not known to be alike is compared: torch.exp is no function of Python's.
     assert compares(Task(torch.zeros(3)))
     assert compares(Task(torch.zeros(3)))

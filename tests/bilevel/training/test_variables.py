@@ -243,8 +243,9 @@ def test_variables_whose_entries_share_memory_are_refused(
 def test_variables_of_the_meta_device_are_refused_by_name() -> None:
     module = nn.Linear(3, 1, device="meta")
     with pytest.raises(ValueError, match=r"^Level: params\['weight'\] is on the meta device, .*to_empty\(device"):
-        level(dict(module.named_parameters()))
-    level(dict(module.to_empty(device="cpu").named_parameters()))
+        level(dict[str, Tensor](module.named_parameters()))
+    made: Params = dict(module.to_empty(device="cpu").named_parameters())
+    level(made)
 
 
 METHODS: dict[str, Method] = {
@@ -261,7 +262,7 @@ METHODS: dict[str, Method] = {
 def test_variables_that_are_frozen_once_their_level_is_made_are_refused(name: str, where: str) -> None:
     """Progressive freezing: no step is made that would train them on."""
     problem = Chain()
-    lower = dict(problem.net.named_parameters())
+    lower: Params = dict(problem.net.named_parameters())
     upper = {key: torch.tensor(-1.0, dtype=torch.float64, requires_grad=True) for key in ("log", "other")}
     frozen = upper["other"] if where == "upper level" else lower["0.weight"]
 
