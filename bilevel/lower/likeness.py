@@ -35,6 +35,8 @@ class _Likeness:
         self.parts += 1
         if self.parts > _PARTS:
             raise _UnknownError
+        if isinstance(value, Tensor) and value.is_nested:
+            raise _UnknownError  # It has no shape.
         if isinstance(value, Tensor):
             return type(value), value.shape, value.dtype, value.device
         if isinstance(value, _PLAIN):
