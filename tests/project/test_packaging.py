@@ -64,6 +64,10 @@ def test_metadata_and_version_agree() -> None:
     assert (ROOT / "bilevel/py.typed").is_file()
 
 
+# What is wrong in second derivatives, and is replaced in the passes of a hypergradient: it has no public name.
+INTERCEPTED = {"torch._weight_norm", "torch.nn.utils.parametrizations._SpectralNorm"}
+
+
 def test_only_public_torch() -> None:
     found = []
     for name, module in read_modules(ROOT, "bilevel", "recipes", "examples", "benchmarks", "tests").items():
@@ -72,7 +76,7 @@ def test_only_public_torch() -> None:
             parts = asked.split(".")
             # Operations over lists of tensors have no public name; torch.optim itself is built on torch._foreach_*.
             private = parts[0] == "torch" and any(re.match(r"_(?!_|foreach_)", part) for part in parts)
-            if private or parts[0] == "functorch":
+            if (private and asked not in INTERCEPTED) or parts[0] == "functorch":
                 found.append(f"{name}: {asked}")
     assert not found
 
