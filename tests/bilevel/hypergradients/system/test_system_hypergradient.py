@@ -108,6 +108,9 @@ def test_a_failed_solve_warns_at_the_users_line_or_raises() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ignored = system.hypergradient(None, on_failure="ignore")
-    assert ignored.failure == warned.failure
+    # What to do about it is worked out where it is shown.
+    assert ignored.failure is not None
+    assert warned.failure is not None
+    assert warned.failure.startswith(ignored.failure)
     with pytest.raises(ValueError, match=r"on_failure must be one of .* got 'quiet'"):
         system.hypergradient(None, on_failure="quiet")  # type: ignore[arg-type]

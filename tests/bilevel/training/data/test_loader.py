@@ -261,7 +261,7 @@ def test_a_state_brings_its_seed_unless_another_was_asked_for() -> None:
     assert next_of(resumed, 3) == next_of(source, 3)
     with pytest.raises(ValueError, match=rf"^LoaderSource: the state has seed={source.seed}, this source seed=5"):
         LoaderSource(loader(), seed=5).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"the state, of \['position'\], is of another kind of data; resume with the"):
+    with pytest.raises(ValueError, match=r"the state, of \['batches', 'position'\], is of another kind of data"):
         resumed.load_state_dict(Cycle([1]).state_dict())
 
 

@@ -168,7 +168,8 @@ def test_bf16_is_for_first_order_passes_alone() -> None:
         products.append(system.operator({name: torch.ones_like(y[name]) for name in system.implicit}))
         result = system.hypergradient(upper_batch)
         totals.append({**result.grad, "loss": result.loss})
-        assert set(seen) == {torch.float32}
+        # The examination of second derivatives, once a problem, is in float64.
+        assert set(seen) == {torch.float32, torch.float64}
     plain, other = (torch.cat([g.flatten() for g in step]) for step in steps)
     assert 1e-4 < float((other - plain).norm() / plain.norm()) < 0.2
     for plain, other in (products, totals):
