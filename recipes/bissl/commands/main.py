@@ -196,8 +196,7 @@ def console() -> NoReturn:
     """Run this process's command line and end with its exit code."""
     # torch.func's first use makes torch import its own deprecated TorchScript.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    exit_code = main()
-    # From here on a signal could only change the exit code.
+    # What `main` leaves behind: after it a signal could only change the exit code.
     for number in SIGNALS:
         signal(number, SIG_IGN)
-    sys.exit(exit_code)
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Small runs of the recipe by several processes, as torchrun starts them."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks.measuring import free_port
 from benchmarks.soak import join_all
+from bilevel.interruption import SIGNALS
 from recipes.bissl.commands.main import main
 from tests.support.rank_processes import forkserver
 from tests.support.recipes.small_runs import SMALL_OPTIONS, leave_out_report
@@ -98,6 +100,9 @@ def _rank(arguments: list[str], environment: Mapping[str, str], log: str, report
         # What C++ writes too.
         os.dup2(words.fileno(), 2)
         sys.stderr, sys.stdout = words, nowhere
+        # As the command does: what comes after `main` could only change the exit code.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         try:
             code = main(arguments)
         except SystemExit as stop:
