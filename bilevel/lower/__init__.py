@@ -15,7 +15,7 @@ from bilevel.lower.selection import (
     check_tikhonov_names,
     selected,
 )
-from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, take_marks
+from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, strided, take_marks
 from bilevel.lower.surroundings import (
     autocasts,
     check_batch,
@@ -56,6 +56,7 @@ __all__ = [
     "lower_value",
     "reweighted",
     "selected",
+    "strided",
     "take_marks",
     "thorough_examinations",
     "training_derivatives",

@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.distributed import rank
 from bilevel.lower.per_problem import PerProblem
 from bilevel.problem import Problem
-from bilevel.products import beginnings, reached
+from bilevel.products import beginnings, named_among
 from bilevel.tree import Params
 
 _REMEDY = (
@@ -78,11 +78,12 @@ def examine_lower(problem: Problem, name: str, values: object, upper: Params, lo
         return
     if any(torch.func.debug_unwrap(leaf) is not leaf for leaf in lower.values()):
         return
-    found = reached(tree.tensors_in(values), lower)
+    leaves = beginnings(tree.tensors_in(values))
+    found = named_among(leaves, lower)
     if not found:
         raise ValueError(_reaches_none(name, "lower", lower))
     known.examined.add(tuple(lower))
-    _list_foreign(name, tree.tensors_in(values), {**upper, **{f"lower {n}": leaf for n, leaf in lower.items()}})
+    _list_foreign(name, leaves, upper, lower)
     missing = set(lower) - found - known.listed
     known.listed |= missing
     _list(f"{name} does not reach", "lower", missing, lower)
@@ -97,11 +98,12 @@ def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) 
     found = _upper.of(problem)
     if found.of_upper is not None and tuple(upper) in found.judged:
         return
-    if not reached([loss], lower):
+    leaves = beginnings([loss])
+    if not named_among(leaves, lower):
         raise ValueError(_reaches_none("upper_objective", "lower", lower))
     if found.of_upper is None:
-        _list_foreign("upper_objective", [loss], {**upper, **{f"lower {n}": leaf for n, leaf in lower.items()}})
-    found.of_upper = reached([loss], upper)
+        _list_foreign("upper_objective", leaves, upper, lower)
+    found.of_upper = named_among(leaves, upper)
     _judge_upper(problem, upper)
 
 
@@ -156,10 +158,10 @@ def _list(what: str, level: str, missing: set[str], variables: Params) -> None:
         )
 
 
-def _list_foreign(name: str, values: Iterable[Tensor], variables: Params) -> None:
+def _list_foreign(name: str, leaves: Iterable[Tensor], upper: Params, lower: Params) -> None:
     """Say where a graph begins at parameters of a module that was called directly, or the like."""
-    own = {id(leaf) for leaf in variables.values()}
-    foreign = [leaf for leaf in beginnings(values) if id(leaf) not in own]
+    own = {id(leaf) for variables in (upper, lower) for leaf in variables.values()}
+    foreign = [leaf for leaf in leaves if id(leaf) not in own]
     if foreign and rank() == 0:
         shapes = [tuple(leaf.shape) for leaf in foreign[:4]]
         logging.getLogger("bilevel").warning(

@@ -92,20 +92,20 @@ def _version(tensor: Tensor) -> int:
 
 def _is_part(tensor: Tensor) -> bool:
     """Whether a tensor covers a part of its storage alone."""
-    strided = tensor.layout is torch.strided and not tensor.is_nested
-    return strided and tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()
+    plain = tensor.layout is torch.strided and not tensor.is_nested
+    return plain and tensor.numel() * tensor.element_size() < tensor.untyped_storage().nbytes()
 
 
 def _whole_sum(tensor: Tensor) -> str:
     """Over all entries, each by its place, so that an exchange of two of them is seen."""
-    flat = _numbers(tensor.detach()).resolve_conj().resolve_neg().reshape(-1)
+    flat = strided(tensor.detach()).resolve_conj().resolve_neg().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
     return float.hex(float(torch.dot(flat.to(torch.float64), places)))
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:
-    tensor = _numbers(tensor.detach())
+    tensor = strided(tensor.detach())
     # In the order of memory, so that flattening a channels-last batch copies nothing.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).reshape(-1)
@@ -113,7 +113,7 @@ def _sample_sum(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(sample) if sample.is_complex() else sample).to(torch.float64).sum()
 
 
-def _numbers(tensor: Tensor) -> Tensor:
+def strided(tensor: Tensor) -> Tensor:
     """What a tensor of any layout holds, as a strided one."""
     if tensor.layout is torch.sparse_coo:
         tensor = tensor._values()

@@ -2,7 +2,7 @@
 
 from bilevel.products.automatic import HVP, Automatic, Measurement, as_provider
 from bilevel.products.gauss_newton import ComposedObjective, GaussNewton
-from bilevel.products.graph import beginnings, graph_nodes, reached
+from bilevel.products.graph import beginnings, graph_nodes, named_among, reached
 from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import (
     FiniteDifference,
@@ -39,6 +39,7 @@ __all__ = [
     "graph_bytes",
     "graph_nodes",
     "micro_batched_gradient",
+    "named_among",
     "reached",
     "suspicious_operations",
 ]

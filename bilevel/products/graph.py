@@ -31,5 +31,10 @@ def beginnings(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 def reached(outputs: Iterable[Tensor], variables: Params) -> set[str]:
     """Names of the variables at which the graphs of `outputs` begin."""
-    leaves = {id(leaf): name for name, leaf in variables.items()}
-    return {leaves[id(leaf)] for leaf in beginnings(outputs) if id(leaf) in leaves}
+    return named_among(beginnings(outputs), variables)
+
+
+def named_among(leaves: Iterable[Tensor], variables: Params) -> set[str]:
+    """Names of the variables that are among `leaves`, as objects."""
+    names = {id(leaf): name for name, leaf in variables.items()}
+    return {names[id(leaf)] for leaf in leaves if id(leaf) in names}

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.lower import strided
+
 SAMPLED = 2**14
 """Elements that are looked at of each tensor."""
 
@@ -24,7 +26,8 @@ def _feed(digest: Any, item: Any, above: set[int]) -> None:
     digest.update(type(item).__qualname__.encode())
     if isinstance(item, Tensor):
         digest.update(f"{item.dtype}{_shape(item)}".encode())
-        elements = _spaced(_elements(item.detach())).contiguous().cpu()
+        flat = strided(item.detach()).resolve_conj().resolve_neg().reshape(-1)
+        elements = _spaced(flat).contiguous().cpu()
         digest.update(elements.view(torch.uint8).numpy())
     elif isinstance(item, np.ndarray):
         digest.update(f"{item.dtype}{item.shape}".encode())
@@ -47,16 +50,6 @@ def _parts(item: Any) -> list[Any]:
 
 def _shape(tensor: Tensor) -> list[int]:
     return [] if tensor.is_nested else list(tensor.shape)
-
-
-def _elements(tensor: Tensor) -> Tensor:
-    """1-d, of any layout."""
-    if tensor.is_nested:
-        return torch.cat([part.reshape(-1) for part in tensor.unbind()])
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce()
-    strided = tensor if tensor.layout is torch.strided else tensor.values()
-    return strided.resolve_conj().resolve_neg().reshape(-1)
 
 
 def _spaced(elements: Any) -> Any:
