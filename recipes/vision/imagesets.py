@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import DataError
+
 LabelKind = Literal["single-label", "multi-label", "regression", "segmentation"]
 
 KINDS: dict[torch.dtype, LabelKind] = {
@@ -20,10 +22,6 @@ KINDS: dict[torch.dtype, LabelKind] = {
 
 IGNORED = 255
 """In the masks of a segmentation: a pixel that belongs to no class and counts nowhere."""
-
-
-class DataError(ValueError):
-    """A data set that is missing, damaged or too small for what was asked; the message says what to do."""
 
 
 def check_labels(labels: Tensor, count: int, name: str) -> LabelKind:
