@@ -128,12 +128,28 @@ class ImageSet:
         return ImageSet(self.images.subset(chosen), labels, self.classes, self.name)
 
 
+def _check_classes(train: ImageSet) -> None:
+    """Raise DataError unless the training images are of two classes or more."""
+    assert train.labels is not None  # checked by the caller
+    first = train.classes[int(train.labels[0])]
+    if len(train.classes) < 2:
+        raise DataError(
+            f"{train.name} has a single class, {first!r}, which leaves nothing to tell apart: add another one"
+        )
+    if bool((train.labels == train.labels[0]).all()):
+        raise DataError(
+            f"{train.name}: all {len(train):,} training images are of class {first!r}, one of {len(train.classes)}, "
+            "which leaves nothing to tell apart: add images of another class to the training part"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class DownstreamSets:
     """Labelled `train`, `val` and `test` sets of one kind over the same classes.
 
     `indices` maps "train", "val" and "test" to the positions of their images in the source, so that a run can store
-    its split. Raises DataError if a set has no labels or no images, or if the kinds of labels or the classes differ.
+    its split. Raises DataError if a set has no labels or no images, if the kinds of labels or the classes differ, and
+    where single-label images leave nothing to tell apart: fewer than two classes, or training images of a single one.
     """
 
     train: ImageSet
@@ -153,6 +169,8 @@ class DownstreamSets:
                 raise DataError(f"{images.name}: the classes of the {part} set differ from those of the train set")
             if len(self.indices.get(part, ())) != len(images):
                 raise DataError(f"{images.name}: indices[{part!r}] must hold one position for each image of that set")
+        if self.kind == "single-label":
+            _check_classes(self.train)
 
     @property
     def kind(self) -> LabelKind:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...experiment.plugins import PluginError, resolve
 from ..imagesets import DataError, DownstreamSets, ImageSet
+from .folders import is_labelled
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
-from .sources import Request, Source, open_digits, open_folder
+from .sources import Request, Source, open_digits, open_folder, open_images
 from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
 
 __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
@@ -59,7 +60,10 @@ def _open(source: str, request: Request) -> Source | CustomSource:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
         path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
-        return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
+        if os.path.isfile(Path(path) / LABEL_FILE):
+            return open_label_file(path, request)
+        unlabelled = request.purpose == "pretext" and not is_labelled(Path(path))
+        return open_images(path, request) if unlabelled else open_folder(path, request)
     if ":" in source and not source.startswith(FOLDER_PREFIX):
         return _custom(source)
     raise DataError(
@@ -80,6 +84,7 @@ def _without_test(source: Source, labels: Tensor, test_fraction: float, split_se
         fraction=test_fraction,
         keep=1 if "val" in source.parts else 2,
         generator=stream(split_seed, TEST_STREAM),
+        passed_over=source.passed_over,
     )
 
 
@@ -161,9 +166,10 @@ def load_downstream(
             keep=1,
             generator=stream(split_seed, VAL_STREAM),
             rounding=opened.val_rounding,
+            passed_over=opened.passed_over,
         )
-    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed)
-    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed)
+    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed, opened.passed_over)
+    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
     def images(positions: Tensor) -> ImageSet:
         return ImageSet(opened.read(positions), labels[positions], opened.classes, opened.name)
