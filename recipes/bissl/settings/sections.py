@@ -311,6 +311,11 @@ class FinetuneConfig(Section):
     )
     scratch_weight_decay: float | None = Field(default=None, ge=0, description="as weight_decay, from random weights")
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations; the last one always is")
+    ties: Literal["first", "lower-loss"] = Field(
+        default="first",
+        description="which epoch of the best validation score is tested: the first, as in the paper, or the one "
+        "of the lowest validation loss, for validation sets so small that many epochs tie",
+    )
     checkpoint_every: int = Field(default=50, ge=1, description="epochs between two checkpoints")
 
     def rates(self, arm: str) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,8 +56,8 @@ def run(
 ) -> Artifact:
     """Fine-tune the parent's "backbone" (theta_P and its buffers), or random weights where there is no parent.
 
-    The weights of the best validation epoch by the task's primary metric (the lower loss, then the earlier epoch,
-    where epochs tie) are evaluated on the test split; only that is called test.
+    The weights of the best validation epoch by the task's primary metric (where epochs tie, the one that finetune.ties
+    names) are evaluated on the test split; only that is called test.
     """
     before = costs_of(parent)
 
@@ -98,7 +98,7 @@ def fit(
     total = finetune_steps(settings, repeat.variant, len(sets.train))
     scheduler = schedule(optimizer, total_steps=total)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
-    best = _Best(model, supervised.metrics)
+    best = _Best(model, supervised.metrics, settings.finetune.ties)
     validation = _Validation(
         supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
     )
@@ -141,7 +141,7 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
         settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
         settings.model.model_dump(include={"backbone"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
-        [steps, settings.finetune.validate_every, *settings.finetune.rates(repeat.variant)],
+        [steps, settings.finetune.validate_every, settings.finetune.ties, *settings.finetune.rates(repeat.variant)],
         settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )
 
@@ -190,8 +190,8 @@ class _Validation(Callback):
 class _Best:
     """The weights of the best validation epoch so far."""
 
-    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric]) -> None:
-        self.model, self.metrics, self.primary = model, metrics, next(iter(metrics))
+    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric], ties: Literal["first", "lower-loss"]) -> None:
+        self.model, self.metrics, self.ties, self.primary = model, metrics, ties, next(iter(metrics))
         self.sign = 1.0 if metrics[self.primary].higher_is_better else -1.0
         self.epoch = 0
         self.values: dict[str, float] = {}
@@ -215,10 +215,10 @@ class _Best:
             "best": {"epoch": self.epoch, **self.values},
         }
 
-    def _rank(self, values: dict[str, float]) -> tuple[float, float]:
+    def _rank(self, values: dict[str, float]) -> list[float]:
         """A value that is not a number is worse than any that is."""
-        score, loss = self.sign * values[self.primary], -values["loss"]
-        return -math.inf if math.isnan(score) else score, -math.inf if math.isnan(loss) else loss
+        ranked = [self.sign * values[self.primary]] + ([-values["loss"]] if self.ties == "lower-loss" else [])
+        return [-math.inf if math.isnan(value) else value for value in ranked]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "values": self.values, "weights": self.weights}
