@@ -9,7 +9,7 @@ from bilevel import CG, MINRES, Identity, Neumann, Nystrom
 from bilevel.linear import Escalating, Solver
 from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 
-from ...vision.networks.backbones import BACKBONES, check_backbone
+from ...vision.networks.backbones import BACKBONES, check_backbone, check_residual
 from .arms import BASELINE, METHOD, arm_of
 
 V = TypeVar("V")
@@ -61,6 +61,11 @@ class ModelConfig(Section):
         description=f"{', '.join(BACKBONES)}, any classification network of torchvision by its name in "
         "torchvision.models, or module:Class of an own one (docs/weights.md)"
     )
+    zero_init_residual: bool = Field(
+        default=False,
+        description="random weights of a residual network start with 0 in each block's last norm, as timm's do; "
+        "torchvision's start with 1",
+    )
     init_backbone: str | None = Field(
         default=None,
         description="weights to start from instead of random ones: a .safetensors or torch.save file, or an artifact's "
@@ -78,6 +83,12 @@ class ModelConfig(Section):
     def _known(cls, backbone: str) -> str:
         check_backbone(backbone)
         return backbone
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> "ModelConfig":
+        if self.zero_init_residual:
+            check_residual(self.backbone)
+        return self
 
 
 class PretextConfig(Section):
@@ -151,6 +162,10 @@ class BilevelConfig(Section):
         description="share of the pretext images that the lower level draws from, chosen by data.split_seed",
     )
     hessian_batches: int = Field(default=5, ge=1, description="K, lower batches in the Hessian's mean")
+    fresh_hessian_batches: bool = Field(
+        default=False,
+        description="draw these K after the lower steps, instead of taking the first ones of an alternation",
+    )
     solver: Literal["cg", "minres", "neumann", "nystrom", "identity"] = Field(
         default="cg", description="solver of the linear system"
     )
@@ -211,8 +226,14 @@ class BilevelConfig(Section):
     lower_warmup_epochs: float = Field(
         default=10.0, ge=0, description="linear warm-up of the lower level (pretext epochs)"
     )
+    lower_warmup_steps: int | None = Field(
+        default=None, ge=0, description="length of that warm-up in lower steps; null: lower_warmup_epochs"
+    )
     upper_lr: float = Field(gt=0, description="initial learning rate of the upper level (SGD, momentum 0.9, cosine)")
     upper_weight_decay: float = Field(ge=0, description="weight decay of the upper level")
+    upper_lr_floor: float = Field(
+        default=0.0, ge=0, le=1, description="where the upper level's cosine ends (fraction of upper_lr)"
+    )
     checkpoint_every: int = Field(default=5, ge=1, description="alternations between two checkpoints")
 
     @model_validator(mode="after")
@@ -248,10 +269,10 @@ class BilevelConfig(Section):
                 f"graph_memory limits kept graphs, and hvp={self.hvp} keeps none; set hvp to reverse-kept or auto, or "
                 "graph_memory to null"
             )
-        if self.hessian_batches > self.lower_steps:
+        if self.hessian_batches > self.lower_steps and not self.fresh_hessian_batches:
             raise ValueError(
                 f"hessian_batches={self.hessian_batches} exceeds lower_steps={self.lower_steps}, whose first batches "
-                "are used; reduce hessian_batches"
+                "are used; reduce hessian_batches, or set fresh_hessian_batches"
             )
         if self.regularization_weight + self.damping == 0.0:
             raise ValueError("regularization_weight + damping must be positive; the system divides by their sum")
@@ -310,6 +331,9 @@ class FinetuneConfig(Section):
         default=None, gt=0, description="as lr, from random weights; null: as the baseline's"
     )
     scratch_weight_decay: float | None = Field(default=None, ge=0, description="as weight_decay, from random weights")
+    lr_floor: float = Field(
+        default=0.0, ge=0, le=1, description="where the cosine ends in every arm (fraction of its learning rate)"
+    )
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations; the last one always is")
     ties: Literal["first", "lower-loss"] = Field(
         default="first",

@@ -18,6 +18,7 @@ from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.config import Config
+from ...settings.plan import lower_warmup
 from ..compute import Computing
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
@@ -90,10 +91,9 @@ def make_trainer(
         list(upper.values()), lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay
     )
     lower_total, upper_total = c.alternations * c.lower_steps, c.alternations * c.upper_steps
-    warmup = min(round(c.lower_warmup_epochs * len(lower_data)), lower_total - 1)
-    floor = settings.pretext.lr_floor
+    warmup, floor = lower_warmup(settings, len(lower_data)), settings.pretext.lr_floor
     lower_schedule = schedule(lower_optimizer, total_steps=lower_total, warmup_steps=warmup, floor=floor)
-    upper_schedule = schedule(upper_optimizer, total_steps=upper_total)
+    upper_schedule = schedule(upper_optimizer, total_steps=upper_total, floor=c.upper_lr_floor)
     limit = c.max_grad_norm
     with warnings.catch_warnings():
         # The paper's weight decay of 1e-6 stays outside the lower objective by choice; the report's notes say so.
@@ -120,6 +120,7 @@ def make_trainer(
                 if c.implicit_head
                 else 0.0,
                 hessian_batches=c.hessian_batches,
+                fresh_batches=c.fresh_hessian_batches,
                 aggregate=c.aggregate,
             ),
             callbacks=callbacks,

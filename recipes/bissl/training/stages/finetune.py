@@ -96,7 +96,7 @@ def fit(
     optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
     stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
     total = finetune_steps(settings, repeat.variant, len(sets.train))
-    scheduler = schedule(optimizer, total_steps=total)
+    scheduler = schedule(optimizer, total_steps=total, floor=settings.finetune.lr_floor)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
     best = _Best(model, supervised.metrics, settings.finetune.ties)
     validation = _Validation(
@@ -124,11 +124,12 @@ def fit(
 
 def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.ModuleDict:
     """The backbone (the parent's weights, if there is one) with a fresh head."""
-    backbone = build_backbone(repeat.settings.model.backbone, image_size=repeat.settings.data.image_size)
-    model = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
+    model, size = repeat.settings.model, repeat.settings.data.image_size
+    backbone = build_backbone(model.backbone, image_size=size, zero_init_residual=model.zero_init_residual)
+    modules = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
     if parent is not None:
         parent.load_into({"backbone": backbone})
-    return model
+    return modules
 
 
 def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
@@ -139,9 +140,10 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
         repeat.seed,
         parent,
         settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
-        settings.model.model_dump(include={"backbone"}),
+        settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
-        [steps, settings.finetune.validate_every, settings.finetune.ties, *settings.finetune.rates(repeat.variant)],
+        [steps, *settings.finetune.rates(repeat.variant)],
+        settings.finetune.model_dump(include={"validate_every", "ties", "lr_floor"}),
         settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
     )
 
