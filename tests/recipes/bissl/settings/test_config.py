@@ -205,6 +205,13 @@ BAD = [
     ({"pretext": {"options": {"temperature": object()}}}, r"pretext.options: must hold JSON values"),
     ({"downstream": {"options": {"eval_resize": 2}}}, r"eval_resize=2 px is smaller"),
     ({"model": {"backbone": "vgg"}}, r"model.backbone: torchvision has no classification network 'vgg'.*resnet18"),
+    (
+        {"model": {"backbone": "vit_b_16", "zero_init_residual": True}},
+        r"model: .*'vit_b_16' is none of them: set it to",
+    ),
+    ({"bissl": {"lower_warmup_steps": -1}}, r"bissl.lower_warmup_steps: .*got -1"),
+    ({"finetune": {"ties": "last"}}, r"finetune.ties: .*'first' or 'lower-loss', got 'last'"),
+    ({"finetune": {"lr_floor": 2}}, r"finetune.lr_floor: .*got 2"),
     ({"bissl": {"regularization_weight": -1}}, r"bissl.regularization_weight: .*got -1"),
     ({"bissl": {"regularization_weight": 0, "damping": 0}}, r"regularization_weight \+ damping must be positive"),
     ({"bissl": {"solver": "gmres"}}, r"bissl.solver: .*'cg'.*got 'gmres'"),
