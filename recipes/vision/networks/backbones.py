@@ -202,9 +202,9 @@ def check_view(name: str, image_size: int, size: int) -> None:
 def _zero_last_norms(backbone: ResNetBackbone | SmallResNet) -> ResNetBackbone | SmallResNet:
     for block in backbone.modules():
         if isinstance(block, BasicBlock):
-            nn.init.zeros_(block.bn2.weight)
+            nn.init.zeros_(block.get_parameter("bn2.weight"))
         if isinstance(block, Bottleneck):
-            nn.init.zeros_(block.bn3.weight)
+            nn.init.zeros_(block.get_parameter("bn3.weight"))
     return backbone
 
 

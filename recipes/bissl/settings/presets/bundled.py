@@ -71,7 +71,7 @@ def digits(paper_version: PaperVersion = "v2") -> Config:
             upper_lr=0.05,
             upper_weight_decay=0.001,
         ),
-        # 20 validation images: half of the epochs share the best score.
+        # 20 validation images: many epochs share the best score.
         finetune=FinetuneConfig(
             epochs=100, lr=0.01, weight_decay=0.001, scratch_lr=0.03, validate_every=2, ties="lower-loss"
         ),

@@ -183,6 +183,7 @@ def test_paper_views_are_the_papers() -> None:
         assert (view.brightness, view.contrast, view.saturation, view.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (view.jitter_probability, view.grey_probability, view.blur_sigma) == (0.8, 0.2, (0.1, 2.0))
         assert (view.blur_probability, view.solarize_probability) == (blur, solarize)
+        assert view.kernel_size == 9
         assert view.mean == (0.485, 0.456, 0.406)
         assert view.std == (0.229, 0.224, 0.225)
     view = downstream.view
