@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from bilevel import Trainer
 from recipes.bissl.commands.parsing import parse
@@ -28,7 +29,7 @@ from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
 from tests.support.paths import ROOT
-from tests.support.recipes.small_runs import batches_of, run_stage, small_config, small_pipeline
+from tests.support.recipes.small_runs import batches_of, part, run_all, run_stage, small_config, small_pipeline
 
 NAMES = list(SWITCHES)
 
@@ -273,6 +274,34 @@ def test_fresh_batches_reach_the_method(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for folder, names in (("paper", []), ("code", ["fresh-hessian-batches"])):
         method = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch).method
         assert (method.fresh_batches, method.stored_batches) == (bool(names), 2)
+
+
+def test_official_runs_through_all_stages(tmp_path: Path) -> None:
+    config = apply(small_config("--device", "cpu"), ["official"])
+    made = run_all(small_pipeline(tmp_path, config))
+    assert made["finetune"].info["label_steps"] > 0
+    projector = part(made["bissl"], "heads")
+    assert "projector.3.weight" in projector
+    assert "projector.3.bias" not in projector
+
+
+@pytest.mark.parametrize("stage", ["pretext", "finetune"])
+def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = {"pretext": pretext, "finetune": finetune}[stage]
+    built: list[nn.Module] = []
+
+    def build(*given: Any, **options: Any) -> nn.Module:
+        built.append(build_backbone(*given, **options))
+        raise Made
+
+    monkeypatch.setattr(module, "build_backbone", build)
+    for names in ([], ["zero-init-residual"]):
+        with pytest.raises(Made):
+            run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
+    ones, zeros = ([block.bn2.weight for block in made.modules() if isinstance(block, BasicBlock)] for made in built)
+    assert len(ones) == len(zeros) == 3
+    assert all(bool((weight == 1.0).all()) for weight in ones)
+    assert all(bool((weight == 0.0).all()) for weight in zeros)
 
 
 @pytest.mark.parametrize("task", ["simclr", "byol", "vicreg"])
