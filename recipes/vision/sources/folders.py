@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..imagesets import DataError
+from ..pictures.rgb import to_rgb
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 PARTS = ("train", "val", "test")
@@ -130,7 +131,7 @@ def _square(image: Image.Image, side: int) -> Image.Image:
 
 
 def decode(file: Path, side: int) -> np.ndarray:
-    """One image as RGB, uint8 [side, side, 3]: the central square, resized. EXIF turns are ignored.
+    """One image as RGB, uint8 [side, side, 3]: the central square, resized.
 
     Raises DataError, naming the file, if it cannot be decoded, is cut short, or has more than `MAX_PIXELS` pixels.
     """
@@ -141,7 +142,7 @@ def decode(file: Path, side: int) -> np.ndarray:
                 raise DataError(f"{file} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
-            return np.asarray(_square(image.convert("RGB"), side))
+            return np.asarray(_square(to_rgb(image), side))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
