@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ...experiment.folder.paths import user_path
 from ...experiment.plugins import PluginError, resolve
 from ..imagesets import DataError, DownstreamSets, ImageSet
 from .label_file import LABEL_FILE, open_label_file
@@ -58,7 +59,7 @@ def _open(source: str, request: Request) -> Source | CustomSource:
     if source in DATASETS:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
-        path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
+        path = str(user_path(source.removeprefix(FOLDER_PREFIX)))
         return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
     if ":" in source and not source.startswith(FOLDER_PREFIX):
         return _custom(source)
@@ -139,7 +140,7 @@ def load_downstream(
     )
     train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
     val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
-    opened = _open(source, Request(image_size, Path(root), download, "downstream", split_seed))
+    opened = _open(source, Request(image_size, user_path(root), download, "downstream", split_seed))
     if not isinstance(opened, Source):
         sets = opened.downstream()
         if not isinstance(sets, DownstreamSets):
@@ -190,7 +191,7 @@ def load_pretext(
     those of `load_downstream`.
     """
     _check_numbers(split_seed, {"test_fraction": test_fraction}, {"image_size": image_size, "limit": limit})
-    opened = _open(source, Request(image_size, Path(root), download, "pretext", split_seed))
+    opened = _open(source, Request(image_size, user_path(root), download, "pretext", split_seed))
     if not isinstance(opened, Source):
         images = opened.pretext()
         if not isinstance(images, ImageSet):
