@@ -2,7 +2,8 @@
 
 from ...experiment.folder.paths import user_path
 from ...vision.networks.backbones import build_backbone
-from ...vision.networks.foreign_weights import ForeignWeights, load_backbone, read_weights
+from ...vision.networks.foreign_weights import load_backbone
+from ...vision.networks.weight_files import ForeignWeights, read_weights
 from ..settings.sections import ModelConfig
 
 
