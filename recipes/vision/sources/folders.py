@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
 from .file_table import FileScan, FileTable, entries, is_folder
 
 # Those of torchvision's ImageFolder, and two more names of JPEG.

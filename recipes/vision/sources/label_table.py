@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
 from .file_table import FileScan, FileTable
 from .folders import PART_NAMES, SUFFIXES, part_of
 from .text_file import read_text

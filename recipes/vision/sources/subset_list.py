@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
 from .file_table import FileTable
 from .text_file import LINE_END, read_text
 

@@ -6,7 +6,7 @@ import codecs
 import re
 from pathlib import Path
 
-from ..imagesets import DataError
+from ..errors import DataError
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 LINE_END = re.compile(r"\r\n|\r|\n")
