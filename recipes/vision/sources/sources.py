@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ..imagesets import DataError, check_labels
+from ..pictures.base import Images
 from .folders import decode_all, list_folder
 from .splits import Rounding
 
@@ -37,7 +38,8 @@ class Source:
     classes: tuple[str, ...]
     labels: Tensor | None
     parts: dict[str, Tensor]
-    read: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor] = torch.clone  # the one way or the other, until all sources give images
+    images: Images | None = None
     val_rounding: Rounding = "largest remainders"
 
     def __post_init__(self) -> None:
