@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ...experiment.plugins import PluginError, resolve
 from ..imagesets import DataError, DownstreamSets, ImageSet
+from .foreign.hugging_face import open_hugging_face
+from .foreign.map_style import gives_sets, open_map_style
+from .foreign.web_dataset import open_web_dataset
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
@@ -22,6 +25,7 @@ __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_down
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+FOREIGN = {"hf:": open_hugging_face, "webdataset:": open_web_dataset}
 
 
 @runtime_checkable
@@ -60,11 +64,15 @@ def _open(source: str, request: Request) -> Source | CustomSource:
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
         path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
         return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
-    if ":" in source and not source.startswith(FOLDER_PREFIX):
-        return _custom(source)
+    for prefix, opened in FOREIGN.items():
+        if source.startswith(prefix) and source != prefix:
+            return opened(source.removeprefix(prefix), request)
+    if ":" in source and not source.startswith((FOLDER_PREFIX, *FOREIGN)):
+        return _custom(source) if gives_sets(source) else open_map_style(source, request)
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
-        "folder:PATH (class folders of images, or images with labels.csv) and module:Class (your own)"
+        "folder:PATH (class folders of images, or images with labels.csv), hf:PATH (Hugging Face datasets on a disk), "
+        "webdataset:PATH (tar shards) and module:Class (your own)"
     )
 
 

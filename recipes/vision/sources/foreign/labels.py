@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class Labels:
     declared: bool = True
 
 
-def by_value(codes: Codes, values: Sequence[int] | Sequence[str]) -> Labels:
+def by_value(codes: Codes, values: Sequence[Any]) -> Labels:
     """Single labels whose classes are the values that occur, sorted; `codes` are positions in `values`, or -1."""
     order = sorted(range(len(values)), key=values.__getitem__)
     place = np.empty(len(values) + 1, dtype=np.int64)
@@ -37,9 +38,9 @@ def by_value(codes: Codes, values: Sequence[int] | Sequence[str]) -> Labels:
     return Labels(torch.from_numpy(place[codes]), tuple(str(values[position]) for position in order), declared=False)
 
 
-def coded(values: Sequence[int | str | None]) -> tuple[Codes, list[int | str]]:
-    """Each value as its position among those that occur; None is -1."""
-    positions: dict[int | str, int] = {}
+def coded(values: Sequence[Any]) -> tuple[Codes, list[Any]]:
+    """Each value, a number or a text, as its position among those that occur; None is -1."""
+    positions: dict[Any, int] = {}
     codes = [-1 if value is None else positions.setdefault(value, len(positions)) for value in values]
     return np.asarray(codes, dtype=np.int64), list(positions)
 
@@ -75,4 +76,6 @@ def _check_classes(name: str, parts: Mapping[str, Tensor], labels: Labels) -> No
         strange = ~known[labels.values[positions]]
         if bool(strange.any()):
             label = int(labels.values[positions][strange][0])
-            raise DataError(f"{name}: its {part} part has the class {labels.classes[label]!r}, which train does not have")
+            raise DataError(
+                f"{name}: its {part} part has the class {labels.classes[label]!r}, which train does not have"
+            )

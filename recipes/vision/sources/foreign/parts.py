@@ -36,7 +36,9 @@ def renamed(groups: Mapping[str, T], name: str) -> dict[str, T]:
                 f"?train={split}"
             )
         if part in found:
-            raise DataError(f"{name}: the split {split!r} is one more {part} part; say which to take by ?{part}={split}")
+            raise DataError(
+                f"{name}: the split {split!r} is one more {part} part; say which to take by ?{part}={split}"
+            )
         found[part] = group
     return found
 

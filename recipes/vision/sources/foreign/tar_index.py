@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,14 @@ from ...errors import DataError
 
 # What decoding reads; a member may have any number of suffixes, `input.jpg` say, of which the last decides.
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jfif", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
-COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+META = re.compile(r"__[^/]*__($|/)")
 LABEL_BYTES = 4096
 
 
@@ -83,7 +90,7 @@ def members(shard: Path) -> Iterator[Member]:
                     archive.members.clear()  # which would grow by a kilobyte a member
                     folder, _, base = member.name.rpartition("/")
                     stem, dot, suffix = base.partition(".")
-                    if member.isdir() or not (stem and dot) or member.name.startswith("__"):
+                    if member.isdir() or not (stem and dot) or META.match(member.name):
                         continue
                     if not member.isreg() or member.sparse is not None:
                         raise DataError(

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,19 +17,23 @@ import numpy as np
 
 from ...errors import DataError
 from ...pictures.tar_members import TarImages
+from ..file_table import FileScan
 from ..sources import Request, Source
-from .labels import Labels, assembled, by_value
+from .labels import Labels, assembled, by_value, coded
 from .options import cache_path, check_options, split_options, tell
 from .parts import consecutive, files_by_part, wanted_parts
 from .tar_index import indexed
 
 OPTIONS = ("image", "label")
 LABEL = "cls"
-OTHER_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+ARCHIVES = frozenset({".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"})
 REMOTE = re.compile(r"(pipe:|[a-z][a-z0-9+.-]*://)", re.I)
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 INDEX_FORMAT = 1
+IMAGE_FIELDS = ("shard", "starts", "sizes", "names", "name_starts", "name_sizes")
+FIELDS = (*IMAGE_FIELDS, "codes", "labels")
 
 
 def _braces(pattern: str) -> Iterator[str]:
@@ -50,9 +55,9 @@ def _braces(pattern: str) -> Iterator[str]:
 def _check_suffixes(paths: Sequence[Path], name: str) -> None:
     """Raise DataError on shards that are compressed, which the names tell."""
     for path in paths:
-        if path.name.lower().endswith(OTHER_SUFFIXES):
+        if path.name.lower().endswith(COMPRESSED):
             raise DataError(
-                f"{name}: {path} is compressed, and its members cannot be read one by one: unpack it to an uncompressed "
+                f"{name}: {path} is compressed, so that its members cannot be read singly: unpack it to a plain "
                 ".tar (images are compressed already), or remove it"
             )
 
@@ -67,8 +72,11 @@ def _shards(path: str, name: str) -> tuple[Path, list[Path]]:
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         base = Path(path)
-        found = [file for file in base.rglob("*") if not any(part[0] == "." for part in file.relative_to(base).parts)]
-        files = sorted(file for file in found if file.name.lower().endswith((".tar", *OTHER_SUFFIXES)))
+        scan = FileScan(base, ARCHIVES)
+        scan.add_below()
+        table = scan.table()
+        found = [Path(table.path(position)) for position in range(len(table))]
+        files = [file for file in found if file.name.lower().endswith((".tar", *COMPRESSED))]
         remedy = "give the folder of the .tar files, or a pattern like shard-{000..009}.tar"
     else:
         base = Path(os.path.dirname(re.split(r"[*?\[{]", path)[0]))
@@ -108,8 +116,10 @@ def _stored(file: Path) -> dict[str, Any] | None:
     """The arrays of an index that was kept; None where there is none, or a damaged one."""
     try:
         with np.load(file, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = {field: stored[field] for field in FIELDS}
+            json.loads(arrays["labels"].tobytes())
+            return arrays
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile):
         return None
 
 
@@ -146,10 +156,9 @@ def _labels(arrays: Mapping[str, Any]) -> Labels | None:
     if not texts:
         return None
     if all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
-        numbers = [int(text) for text in texts]
-        distinct = sorted(set(numbers))
-        place = np.asarray([*(distinct.index(number) for number in numbers), -1], dtype=np.int64)
-        return by_value(place[arrays["codes"]], distinct)
+        # "7" and "007" are one class.
+        places, distinct = coded([int(text) for text in texts])
+        return by_value(np.append(places, -1)[arrays["codes"]], distinct)
     return by_value(arrays["codes"], texts)
 
 
@@ -176,7 +185,7 @@ def open_web_dataset(text: str, request: Request) -> Source:
     arrays = _index(shards, settings, name)
     images = TarImages(
         tuple(str(shard) for shard in shards),
-        **{field: arrays[field] for field in ("shard", "starts", "sizes", "names", "name_starts", "name_sizes")},
+        **{field: arrays[field] for field in IMAGE_FIELDS},
     )
     counts = np.bincount(arrays["shard"], minlength=len(shards))
     ends = np.cumsum([len(positions) for positions in groups.values()])
