@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -138,9 +139,33 @@ class FileScan:
         facts = np.asarray(self._facts).reshape(-1, 2)
         return FileTable(self.root, bytes(self._names), ends[:-1], np.diff(ends).astype(np.int32), facts)
 
-    def pass_over(self, name: str) -> None:
-        """Count a file that is not taken, by its suffix or because it is hidden."""
-        self.passed_over[HIDDEN if name.startswith(".") else kind(name)] += 1
+    def folders_in(self, folder: str, beside: str) -> list[str]:
+        """The folders directly in `folder`, sorted; what lies beside them is counted, files by the reason `beside`."""
+        names = []
+        for entry in entries(os.path.join(self.root, folder)):
+            role = self._role(entry)
+            if role == "folder":
+                names.append(entry.name)
+            elif role == "file":
+                self.passed_over[beside] += 1
+        return sorted(names)
+
+    def _role(self, entry: os.DirEntry[str]) -> Literal["folder", "file"] | None:
+        """What an entry is; None, and counted, if it is passed over."""
+        name = entry.name
+        if name.startswith("."):
+            reason = HIDDEN
+        elif is_folder(entry):
+            return "folder"
+        elif os.path.splitext(name)[1].lower() in self._suffixes:
+            return "file"
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            reason = DANGLING
+        else:
+            suffix = os.path.splitext(name)[1].lower()
+            reason = suffix if SUFFIX.fullmatch(suffix) else NO_SUFFIX
+        self.passed_over[reason] += 1
+        return None
 
     def _enter(self, folder: str, around: list[str], stack: list[tuple[str, list[str], frozenset[str]]]) -> None:
         """Put a folder's entries on the stack."""
@@ -151,17 +176,11 @@ class FileScan:
             raise DataError(f"{path} links to a folder that it lies in: remove the link")
         names, folders = [], []
         for entry in entries(path):
-            if entry.name.startswith("."):
-                self.pass_over(entry.name)
-            elif is_folder(entry):
+            role = self._role(entry)
+            if role is not None:
                 names.append(entry.name)
+            if role == "folder":
                 folders.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in self._suffixes:
-                names.append(entry.name)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                self.passed_over[DANGLING] += 1
-            else:
-                self.pass_over(entry.name)
         names.sort(reverse=True)
         around.append(real)
         stack.append((f"{folder}{os.sep}" if folder else "", names, frozenset(folders)))
@@ -176,12 +195,6 @@ class FileScan:
             self.add(relative, found)
         else:
             self.passed_over[NO_FILE] += 1
-
-
-def kind(name: str) -> str:
-    """The suffix of a file's name in small letters, or "no suffix"."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix if SUFFIX.fullmatch(suffix) else NO_SUFFIX
 
 
 def entries(folder: str | Path) -> Iterable[os.DirEntry[str]]:

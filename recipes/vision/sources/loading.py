@@ -12,20 +12,21 @@ from torch import Tensor
 
 from ...experiment.plugins import PluginError, resolve
 from ..imagesets import DataError, DownstreamSets, ImageSet
+from .folders import is_labelled
 from .foreign.hugging_face import open_hugging_face
 from .foreign.map_style import gives_sets, open_map_style
 from .foreign.web_dataset import open_web_dataset
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
-from .sources import Request, Source, open_digits, open_folder
+from .sources import Request, Source, open_digits, open_folder, open_images
 from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
 
 __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
-FOREIGN = {"hf:": open_hugging_face, "webdataset:": open_web_dataset}
+FOREIGN = {"hf": open_hugging_face, "webdataset": open_web_dataset}
 
 
 @runtime_checkable
@@ -63,11 +64,14 @@ def _open(source: str, request: Request) -> Source | CustomSource:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
         path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
-        return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
-    for prefix, opened in FOREIGN.items():
-        if source.startswith(prefix) and source != prefix:
-            return opened(source.removeprefix(prefix), request)
-    if ":" in source and not source.startswith((FOLDER_PREFIX, *FOREIGN)):
+        if os.path.isfile(Path(path) / LABEL_FILE):
+            return open_label_file(path, request)
+        unlabelled = request.purpose == "pretext" and not is_labelled(Path(path))
+        return open_images(path, request) if unlabelled else open_folder(path, request)
+    prefix, _, path = source.partition(":")
+    if prefix in FOREIGN and path:
+        return FOREIGN[prefix](path, request)
+    if ":" in source and f"{prefix}:" != FOLDER_PREFIX and prefix not in FOREIGN:
         return _custom(source) if gives_sets(source) else open_map_style(source, request)
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
@@ -88,6 +92,7 @@ def _without_test(source: Source, labels: Tensor, test_fraction: float, split_se
         fraction=test_fraction,
         keep=1 if "val" in source.parts else 2,
         generator=stream(split_seed, TEST_STREAM),
+        passed_over=source.passed_over,
     )
 
 
@@ -169,9 +174,10 @@ def load_downstream(
             keep=1,
             generator=stream(split_seed, VAL_STREAM),
             rounding=opened.val_rounding,
+            passed_over=opened.passed_over,
         )
-    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed)
-    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed)
+    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed, opened.passed_over)
+    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
     def images(positions: Tensor) -> ImageSet:
         return ImageSet(opened.read(positions), labels[positions], opened.classes, opened.name)

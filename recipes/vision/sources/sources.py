@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..imagesets import DataError, check_labels
 from ..pictures.base import Images
-from .folders import decode_all, list_folder
+from .folders import FolderListing, decode_all, list_folder, list_images, passed_over_words
 from .splits import Rounding
 
 Purpose = Literal["pretext", "downstream"]
@@ -31,7 +31,8 @@ class Source:
     images. `parts`: positions (int64) of the parts that the source itself fixes: "train" and, where it has them, "val"
     and "test"; "unlabelled" alone for unlabelled images.
     `read(positions)` gives uint8 [len(positions), C, image_size, image_size]. `val_rounding`: how many of each class a
-    validation set takes, see `splits.hold_out`.
+    validation set takes, see `splits.hold_out`. `passed_over`: what was not taken and why, in words, for messages that
+    there are too few images; "" for nothing.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Source:
     read: Callable[[Tensor], Tensor] = torch.clone  # the one way or the other, until all sources give images
     images: Images | None = None
     val_rounding: Rounding = "largest remainders"
+    passed_over: str = ""
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -85,12 +87,22 @@ def open_digits(request: Request) -> Source:
     )
 
 
-def open_folder(path: str, request: Request) -> Source:
-    """Images in class folders below `path` (see `list_folder`), decoded as RGB when they are read."""
-    listing = list_folder(Path(path))
-    parts = {part: torch.tensor(positions) for part, positions in listing.parts.items()}
+def _folder_source(path: str, listing: FolderListing, request: Request) -> Source:
+    """Decoded as RGB when they are read."""
 
     def read(positions: Tensor) -> Tensor:
-        return decode_all([listing.files[position] for position in positions.tolist()], request.image_size)
+        chosen = listing.files.select(positions)
+        return decode_all([Path(chosen.path(position)) for position in range(len(chosen))], request.image_size)
 
-    return Source(f"folder:{path}", listing.classes, torch.tensor(listing.labels), parts, read)
+    passed_over = passed_over_words(listing.passed_over)
+    return Source(f"folder:{path}", listing.classes, listing.labels, listing.parts, read, passed_over=passed_over)
+
+
+def open_folder(path: str, request: Request) -> Source:
+    """Labelled images in class folders below `path`; see `list_folder`."""
+    return _folder_source(path, list_folder(Path(path)), request)
+
+
+def open_images(path: str, request: Request) -> Source:
+    """Unlabelled images at any depth below `path`; see `list_images`."""
+    return _folder_source(path, list_images(Path(path)), request)

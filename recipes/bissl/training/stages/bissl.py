@@ -83,8 +83,10 @@ def make_trainer(
     """The trainer of the section `bissl`."""
     c, chunk = settings.bissl, settings.compute.micro_batch
     upper, lower = problem.variables()
-    lower_data = batches.pretext(problem.pretext, LOWER_DATA, c.pretext_fraction)
-    upper_data = batches.labelled(problem.downstream, f"{STAGE} upper")
+    # Batches are stored for the Hessian also where no lower step is made on them.
+    drawn = c.alternations * max(c.lower_steps, c.hessian_batches)
+    lower_data = batches.pretext(problem.pretext, LOWER_DATA, drawn, c.pretext_fraction)
+    upper_data = batches.labelled(problem.downstream, f"{STAGE} upper", c.alternations * c.upper_steps)
     lower_optimizer = problem.pretext.optimizer(lower.values(), c.lower_lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     upper_optimizer = torch.optim.SGD(
         list(upper.values()), lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ def fit(
     computing.place(model).train()
     variables, (rate, decay) = trainable(model), settings.finetune.rates(repeat.variant)
     optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
-    stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
     total = finetune_steps(settings, repeat.variant, len(sets.train))
+    stack, events = batches.labelled(task, STAGE, total), repeat.events(STAGE, workspace)
     scheduler = schedule(optimizer, total_steps=total)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
     best = _Best(model, supervised.metrics)
@@ -152,7 +152,7 @@ class _Validation(Callback):
     def __init__(
         self,
         model: SupervisedModel,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         best: "_Best",
         epoch: int,
         every: int,

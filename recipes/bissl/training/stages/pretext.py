@@ -82,7 +82,7 @@ def run(
     settings, batches = repeat.settings, Batches(repeat, data, computing)
     plan = make_plan(settings, repeat.variant, len(data.pretext), 0)
     length = _Length(steps or plan.pretext, plan.pretext_lr, plan.warmup, plan.projector)
-    stack = batches.pretext(settings.pretext_task(), STAGE)
+    stack = batches.pretext(settings.pretext_task(), STAGE, length.steps)
     start = _Start(weights=initial_weights(settings.model))
     key = _key(repeat, STAGE, start, length)
     return CachedStage(workspace.store, STAGE, key).run(
@@ -93,8 +93,8 @@ def run(
 def restart(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact) -> Artifact:
     """Go on from a pretext artifact with the lower level's steps, schedule and batches, without an upper level."""
     c, batches = repeat.settings.bissl, Batches(repeat, data, computing)
-    stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, c.pretext_fraction)
     steps = c.alternations * c.lower_steps
+    stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, steps, c.pretext_fraction)
     length = _Length(steps, c.lower_lr, min(round(c.lower_warmup_epochs * len(stack)), steps - 1))
     start = _Start(parent=parent)
     key = _key(repeat, RESTART, start, length)
@@ -218,8 +218,7 @@ def _look(modules: _Modules, batches: Batches) -> dict[str, float | None]:
     """k-NN accuracy of the features on the labelled sets, and the spread of the embeddings (0: collapse)."""
     modules.train(False)
     # Always the same images and the same draws, so that only the weights make a difference.
-    images = batches.data.pretext.images[:512]
-    batch = batches.computing.move(modules.task.transform()(images, torch.Generator().manual_seed(0)))
+    batch = batches.pretext_sample(modules.task, 512)
     embeddings = modules.task.embed(modules.backbone, dict(modules.heads.items()), batch)
     spread = None if embeddings is None else embedding_spread(embeddings)
     accuracy = _nearest_neighbours(modules.backbone, batches)
@@ -231,15 +230,14 @@ def _nearest_neighbours(backbone: nn.Module, batches: Batches) -> float | None:
     """None where the downstream task has no tensors of images with one class each."""
     sets = batches.data.downstream
     task = batches.settings.downstream_task(sets.train.classes)
-    train, val = batches.evaluation(sets.train, task), batches.evaluation(sets.val, task)
-    inputs, targets = train[0]
-    tensors = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
-    if not tensors or targets.dim() != 1 or targets.is_floating_point():
+    view = task.evaluation_view()
+    if view is None or sets.train.kind != "single-label":
         return None
 
-    def features(batches: list[Any]) -> tuple[Tensor, Tensor]:
-        outputs = [on_shards(backbone, inputs) for inputs, _ in batches]
-        return torch.cat(outputs), torch.cat([targets for _, targets in batches])
+    def features(images: ImageSet) -> tuple[Tensor, Tensor]:
+        found = [(on_shards(backbone, rows), targets) for rows, targets in batches.evaluation(images, task)]
+        outputs, targets = zip(*found, strict=True)
+        return torch.cat(outputs), torch.cat(targets)
 
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))
-    return knn_accuracy(*features(train), *features(val), neighbours=neighbours)
+    return knn_accuracy(*features(sets.train), *features(sets.val), neighbours=neighbours)

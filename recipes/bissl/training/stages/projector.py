@@ -87,7 +87,7 @@ def _fit(
     variables = trainable(heads)
     optimizer = task.optimizer(list(variables.values()), section.lr, section.weight_decay)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, total_steps=steps, warmup_steps=steps // 10)
-    stack = batches.pretext(task, STAGE)
+    stack = batches.pretext(task, STAGE, steps)
     constants = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
 
     def frozen(x: Tensor, feature_map: bool = False) -> Tensor:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ..folders import PART_NAMES
 from ..sources import Purpose
 
 T = TypeVar("T")
 
-PARTS = ("train", "val", "test", "unlabelled")
-NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("unlabelled", "unlabeled", "unsupervised"), "unlabelled"),
-}
+LABELLED = tuple(PART_NAMES)
+PARTS = (*LABELLED, "unlabelled")
+UNLABELLED_NAMES = ("unlabelled", "unlabeled", "unsupervised")
+NAMES = {name: part for part, names in PART_NAMES.items() for name in names} | dict.fromkeys(
+    UNLABELLED_NAMES, "unlabelled"
+)
 KNOWN = ", ".join(NAMES)
 
 
@@ -81,7 +81,7 @@ def wanted_parts(groups: Mapping[str, T], purpose: Purpose, name: str) -> dict[s
     """
     if "unlabelled" in groups and (purpose == "pretext" or len(groups) == 1):
         return {"unlabelled": groups["unlabelled"]}
-    labelled = {part: groups[part] for part in PARTS[:3] if part in groups}
+    labelled = {part: groups[part] for part in LABELLED if part in groups}
     if len(labelled) == 1:
         return {"train": next(iter(labelled.values()))}
     if "train" not in labelled:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...errors import DataError
+from ..folders import SUFFIXES
 
-# What decoding reads; a member may have any number of suffixes, `input.jpg` say, of which the last decides.
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jfif", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"})
+# A member may have any number of suffixes, `input.jpg` say, of which the last decides.
+IMAGE_SUFFIXES = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",

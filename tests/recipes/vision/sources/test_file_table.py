@@ -18,7 +18,8 @@ from recipes.vision.sources.file_table import FileScan, FileTable
 ODD_NAMES = [
     "a.png", "a/1.png", "a/b/2.png", "a-b/3.png", "a b/4.png", "a.b/5.png", "a0/6.png", "A/7.png", "ab/8.png", "Z.png",
     "10.png", "9.png", "a/B.png", "a/b.png", "ä/ö.png", "z/é.png", "日本/語.png", "a!/9.png", "[red]<b>/x.png",
-    "c\x1b[2J/y.png", "new\nline/z.png", "~/t.png", "x.PNG/nested.png", "\udcff\udce4.png", "\udce4/\udcfc.png", "\U0001f600/s.png",
+    "c\x1b[2J/y.png", "new\nline/z.png", "~/t.png", "x.PNG/nested.png", "\udcff\udce4.png", "\udce4/\udcfc.png",
+    "\U0001f600/s.png",
 ]  # fmt: skip
 
 
