@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...experiment.plugins import PluginError, resolve
 from ..imagesets import DataError, DownstreamSets, ImageSet
+from ..pictures.base import Images
 from .folders import is_labelled
 from .foreign.hugging_face import open_hugging_face
 from .foreign.map_style import gives_sets, open_map_style
@@ -78,6 +79,11 @@ def _open(source: str, request: Request) -> Source | CustomSource:
         "folder:PATH (class folders of images, or images with labels.csv), hf:PATH (Hugging Face datasets on a disk), "
         "webdataset:PATH (tar shards) and module:Class (your own)"
     )
+
+
+def _pictures(source: Source, positions: Tensor) -> Tensor | Images:
+    """Those at `positions`, however the source keeps them."""
+    return source.read(positions) if source.images is None else source.images.subset(positions)
 
 
 def _without_test(source: Source, labels: Tensor, test_fraction: float, split_seed: int) -> tuple[Tensor, Tensor]:
@@ -180,7 +186,7 @@ def load_downstream(
     val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
     def images(positions: Tensor) -> ImageSet:
-        return ImageSet(opened.read(positions), labels[positions], opened.classes, opened.name)
+        return ImageSet(_pictures(opened, positions), labels[positions], opened.classes, opened.name)
 
     indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
     return DownstreamSets(images(train), images(val), images(test), indices)
@@ -219,4 +225,4 @@ def load_pretext(
         positions = torch.cat((train, opened.parts["val"])) if "val" in opened.parts else train
     if limit is not None:
         positions = positions[limited(len(positions), limit, split_seed)]
-    return ImageSet(opened.read(positions), None, opened.classes, opened.name)
+    return ImageSet(_pictures(opened, positions), None, opened.classes, opened.name)
