@@ -80,7 +80,7 @@ def _parquet(base: Path, files: Sequence[str], request: Request, name: str) -> d
         cache = cache_path("parquet", chosen)
         if not cache.exists():
             size = megabytes(sum(file.stat().st_size for file in chosen))
-            tell(f"{name}: copying {len(chosen)} parquet files ({size}) to Arrow files in {cache}")
+            tell(f"{name}: copying the parquet files of the {part} part ({size}) to Arrow files in {cache}")
         try:
             dataset = datasets.Dataset.from_parquet(
                 [str(file) for file in chosen], cache_dir=str(cache), keep_in_memory=False

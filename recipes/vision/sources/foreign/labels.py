@@ -31,10 +31,13 @@ class Labels:
 
 
 def by_value(codes: Codes, values: Sequence[Any]) -> Labels:
-    """Single labels whose classes are the values that occur, sorted; `codes` are positions in `values`, or -1."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    place = np.empty(len(values) + 1, dtype=np.int64)
-    place[order], place[-1] = np.arange(len(values)), -1
+    """Single labels whose classes are the values that occur, sorted; `codes` are positions in `values`, or -1.
+
+    The number -1 is no class but no label, as in many data sets.
+    """
+    order = sorted((position for position, value in enumerate(values) if value != -1), key=values.__getitem__)
+    place = np.full(len(values) + 1, -1, dtype=np.int64)
+    place[order] = np.arange(len(order))
     return Labels(torch.from_numpy(place[codes]), tuple(str(values[position]) for position in order), declared=False)
 
 

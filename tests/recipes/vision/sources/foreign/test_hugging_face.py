@@ -244,6 +244,7 @@ def test_unlabelled_splits_are_for_the_pretext_task_alone(tmp_path: Path) -> Non
     [
         ([0, 1, 1], [-1, -1], r"image 0 of its test part has no label, but others do: name the parts"),
         ([0, None, 1], [0, 1], r"image 1 of its train part has no label"),
+        ([0, 1, -1], [0, 1], r"image 2 of its train part has no label"),
         ([0, 5, 1], [0, 1], r"(image 1 has label 5|5 out of range)"),
     ],
 )
@@ -445,3 +446,9 @@ def test_a_run_takes_a_saved_set_by_its_name(tmp_path: Path) -> None:
     sets = load_downstream(f"hf:{path}", image_size=8, root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("a", "b", "c")
+
+
+def test_minus_one_in_a_plain_column_is_no_label(tmp_path: Path) -> None:
+    path = saved(tmp_path / "set", dataset(rows(3), label=(value("int64"), [4, -1, 2])))
+    with pytest.raises(DataError, match=r"image 1 of its train part has no label"):
+        open_hugging_face(str(path), request())

@@ -206,6 +206,7 @@ ONE = ("x.png", encoded(0))
         ([ONE, ("x.cls", b"\xff\xfe")], r"x.cls must hold a class as text"),
         ([ONE, ("x.cls", b"1" * 5000)], r"x.cls must hold a class as text"),
         ([ONE, ("x.cls", b"1"), ("y.png", encoded(1))], r"image 1 of its train part has no label"),
+        (samples([0, 0, 1, -1]), r"image 3 of its train part has no label"),
     ],
 )
 def test_samples_that_are_wrong_are_named(tmp_path: Path, files: Files, message: str) -> None:
