@@ -180,6 +180,7 @@ NO_PICTURES: dict[str, tuple[bytes, str]] = {
     "signature of a JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 40, "cannot be decoded"),
     "16-bit PNG": (sixteen_bits("PNG"), r"has more than 8 bits a channel \(mode I;16\): convert"),
     "16-bit TIFF": (sixteen_bits("TIFF"), "has more than 8 bits a channel"),
+    "32-bit TIFF": (encoded(Image.new("I", (4, 4), 70000), "TIFF"), r"more than 8 bits a channel \(mode I\)"),
     "float TIFF": (encoded(Image.new("F", (4, 4), 0.5), "TIFF"), r"more than 8 bits a channel \(mode F\)"),
 }
 
