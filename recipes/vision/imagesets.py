@@ -71,9 +71,9 @@ class ImageSet:
     """Pictures and their labels.
 
     `images` are pictures of any sizes, `Images`, or one tensor uint8 [N, C, H, W] with C 1 or 3, which becomes
-    `ArrayImages`. `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each image,
-    maybe none; or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W], a class
-    for each pixel of the images, which lie in one tensor then, or `IGNORED`; or None. `kind` says which.
+    `ArrayImages`. `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each
+    image, maybe none; or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W],
+    a class for each pixel of the images, which lie in one tensor then, or `IGNORED`; or None. `kind` says which.
 
     Raises:
         DataError: another type or shape, a class out of range, a target that is not finite.

@@ -231,8 +231,8 @@ def evaluate(
 
     Args:
         forward: The model, from inputs to outputs.
-        batches: Pairs of what `forward` takes, and targets, a tensor ``[N, ...]`` or a structure of such, on the model's
-            device.
+        batches: Pairs of what `forward` takes, and targets, a tensor ``[N, ...]`` or a structure of such, on the
+            model's device.
         metrics: By name.
         loss: ``loss(outputs, targets) -> 0-d``, a mean over the examples; its value is returned as "loss".
 

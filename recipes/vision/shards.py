@@ -50,7 +50,7 @@ class SharedTransform:
         Raises:
             DataError: it cannot be cut: a tensor of it has not `count` rows.
         """
-        if self.changes_nothing or world_size() == 1 and not self.takes_rows:
+        if self.changes_nothing or (world_size() == 1 and not self.takes_rows):
             return self.transform(*arguments)
         if self.takes_rows:
             return self.transform(*arguments, rows=self.rows(count), count=count)

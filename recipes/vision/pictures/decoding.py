@@ -40,7 +40,9 @@ def decode(content: bytes, name: str) -> Tensor:
             if image.format in JPEG and image.mode in ("L", "RGB"):
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                assert isinstance(decoded, Tensor), "one picture was given"
+                return decoded
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise

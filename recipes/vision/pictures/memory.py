@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .base import Images, Item
+
+CHUNK = 64
+SMALL_FILE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +101,46 @@ class PackedImages(Images):
 
 
 def packed(pictures: Iterable[Tensor]) -> PackedImages:
-    """Pictures uint8 [C, H, W] of any sizes, copied one behind the other."""
-    rows = [picture.contiguous() for picture in pictures]
-    shapes = np.asarray([tuple(row.shape) for row in rows], dtype=np.int64).reshape(-1, 3)
-    sizes = shapes.prod(axis=1)
-    pixels = torch.cat([row.flatten() for row in rows]) if rows else torch.empty(0, dtype=torch.uint8)
+    """Pictures uint8 [C, H, W] of any sizes, copied one behind the other.
+
+    Raises:
+        DataError: there is not as much memory.
+    """
+    rows, taken = list[Tensor](), 0
+    try:
+        for picture in pictures:
+            rows.append(picture.contiguous())
+            taken += picture.numel()
+        shapes = np.asarray([tuple(row.shape) for row in rows], dtype=np.int64).reshape(-1, 3)
+        sizes = shapes.prod(axis=1)
+        pixels = torch.cat([row.flatten() for row in rows]) if rows else torch.empty(0, dtype=torch.uint8)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise DataError(
+            f"there is no memory left after {len(rows):,} pictures of {taken / 2**30:.1f} GiB; set data.storage to "
+            "stream, which reads pictures when they are needed"
+        ) from error
     return PackedImages(pixels, np.cumsum(sizes) - sizes, shapes)
+
+
+def read_all(images: Images) -> Images:
+    """The same pictures in memory, at their own sizes, read now by a few threads.
+
+    Raises:
+        DataError: one cannot be read, or there is not as much memory.
+    """
+    if images.in_memory or not len(images):
+        return images
+    # Of a 32 x 32 JPEG's time little is spent in the decoder, outside the interpreter's lock; threads would lose by it.
+    small = (images.nbytes or 0) < SMALL_FILE * len(images)
+    pool = ThreadPoolExecutor(1 if small else min(32, os.cpu_count() or 1))
+    try:
+        chunks = pool.map(lambda chunk: _read(images, chunk), torch.arange(len(images)).split(CHUNK))
+        return packed(picture for chunk in chunks for picture in chunk)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(images: Images, positions: Tensor) -> list[Tensor]:
+    return [item.picture() for item in images.items(positions.tolist())]

@@ -26,6 +26,7 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, *({signal.SIGUSR1} if hasattr(signal, 
 """What a terminal or a scheduler sends to all processes of a run, and the run itself answers: see its exit codes."""
 
 PRELOADED = ["torch", "torchvision.io", "PIL.Image", __name__.rpartition(".")[0] + ".work"]
+MOST_WORKERS = 16
 SHARED_MEMORY = Path("/dev/shm")
 LOST = (
     "a worker process that reads images has ended unexpectedly, as one does that the system kills for want of memory; "
@@ -128,8 +129,8 @@ class Workers:
         if self.count == 0 or free is None or free >= 2 * self.budget:
             return None
         return (
-            f"{SHARED_MEMORY} has {free // 2**20} MiB, too little for {2 * self.budget // 2**20} MiB of images: workers "
-            "send them through pipes, which costs a copy; docker run takes --shm-size"
+            f"{SHARED_MEMORY} has {free // 2**20} MiB, too little for {2 * self.budget // 2**20} MiB of images: "
+            "workers send them through pipes, which costs a copy; docker run takes --shm-size"
         )
 
 
@@ -145,6 +146,12 @@ def shared_memory() -> int | None:
 def available_cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_to_spare(processes: int | None = None) -> int:
+    """Workers that leave the run its core, of each of so many processes on this machine; by default torchrun's."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes is None else processes
+    return min(MOST_WORKERS, max(1, available_cores() // max(1, local) - 1))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
 
 HIDDEN, NO_SUFFIX, DANGLING, NO_FILE = "hidden", "no suffix", "links to nowhere", "not a file"
 # What stands behind the last dot of "Mr. Smith" or "frame.0001" is no kind of file.

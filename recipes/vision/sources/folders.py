@@ -1,22 +1,17 @@
-"""Images in folders: class folders, split folders, or any without labels; finding the files, and decoding them."""
+"""Images in folders: class folders, split folders, or any without labels; finding the files."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
 from .file_table import FileScan, FileTable, entries, is_folder
 
 # Those of torchvision's ImageFolder, and two more names of JPEG.
@@ -30,10 +25,6 @@ PART_NAMES = {
 # A class folder may keep its pictures in one folder of such a name.
 CONTAINERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "frames", "jpg", "jpeg", "png"})
 REASONS = 6
-MAX_PIXELS = 50_000_000
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-CHUNK = 256
-SMALL_FILE = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,64 +230,3 @@ def list_images(folder: Path) -> FolderListing:
     if not scan.add_below():
         raise DataError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}){_because(scan.passed_over)}")
     return FolderListing(scan.table(), (), None, {"unlabelled": torch.arange(len(scan))}, scan.passed_over)
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """The central square at `side` px, bicubic and antialiased."""
-    width, height = image.size
-    short = min(width, height)
-    # Cropped before it is resized: the longer side of a narrow strip would grow without bound.
-    if width != height:
-        left, top = round((width - short) / 2), round((height - short) / 2)
-        image = image.crop((left, top, left + short, top + short))
-    return image if short == side else image.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def decode(file: Path, side: int) -> np.ndarray:
-    """One image as RGB, uint8 [side, side, 3]: the central square, resized. EXIF turns are ignored.
-
-    Raises DataError, naming the file, if it cannot be decoded, is cut short, or has more than `MAX_PIXELS` pixels.
-    """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(f"{file} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
-            return np.asarray(_square(image.convert("RGB"), side))
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{file} is too large to be decoded safely ({error}): scale it down") from error
-    except DECODE_ERRORS as error:
-        raise DataError(f"{file} cannot be decoded ({error}): it is damaged or not an image; replace it") from error
-
-
-def _threads(files: Sequence[Path]) -> int:
-    """How many threads decode `files`: one a core, but a single one for small files."""
-    sample = files[:: max(1, len(files) // 16)]
-    # A link to nowhere has no size; its decoding says so.
-    mean_size = sum(os.path.getsize(file) for file in sample if os.path.isfile(file)) / len(sample)
-    # Of a 32 x 32 JPEG's time little is spent in the decoder, outside the interpreter's lock; threads would lose by it.
-    return 1 if mean_size < SMALL_FILE else min(32, os.cpu_count() or 1)
-
-
-def decode_all(files: Sequence[Path], side: int) -> Tensor:
-    """All `files` as one uint8 tensor [len(files), 3, side, side], decoded by a pool of threads; see `decode`."""
-    if not files:
-        return torch.empty(0, 3, side, side, dtype=torch.uint8)
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    target = images.numpy()
-
-    def fill(start: int) -> None:
-        for position, file in enumerate(files[start : start + CHUNK], start):
-            target[position] = decode(file, side).transpose(2, 0, 1)
-
-    pool = ThreadPoolExecutor(_threads(files))
-    try:
-        for _ in pool.map(fill, range(0, len(files), CHUNK)):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images

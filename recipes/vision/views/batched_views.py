@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .crops import boxes
 from ..imagesets import IGNORED
+from .crops import boxes
 from .view_policy import ViewParameters, ViewPolicy
 
 SOLARIZE_THRESHOLD = 128 / 255

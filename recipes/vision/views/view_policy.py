@@ -127,8 +127,8 @@ class ViewParameters:
     `flip, jitter, grey, blur, solarize` (bool).
     `angle` (degrees, clockwise), `translate` [count, 2] (x, y; fraction of the
     side), `zoom` (factor). `brightness, contrast, saturation` (factors), `hue` (turns); `order` [count, 4] (int64):
-    the sequence of these four, as 0, 1, 2, 3. `sigma` (px). Other floats are float32; values of operations that are off are
-    drawn all the same, so that a probability never shifts the draws of another field.
+    the sequence of these four, as 0, 1, 2, 3. `sigma` (px). Other floats are float32; values of operations that are off
+    are drawn all the same, so that a probability never shifts the draws of another field.
     """
 
     area: Tensor

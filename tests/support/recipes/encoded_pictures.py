@@ -39,7 +39,7 @@ def by_pillow(content: bytes) -> Tensor:
 
 
 def request(purpose: Purpose = "downstream") -> Request:
-    return Request(image_size=8, root=Path(), download=False, purpose=purpose)
+    return Request(root=Path(), download=False, purpose=purpose)
 
 
 @pytest.fixture(autouse=True)

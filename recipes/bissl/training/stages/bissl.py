@@ -18,6 +18,7 @@ from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.config import Config
+from ...settings.sections import HOW_READ
 from ..compute import Computing
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
@@ -135,9 +136,9 @@ def _key(repeat: Repeat, parent: Artifact) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download"}),
+        settings.data.model_dump(exclude=HOW_READ),
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.bissl.model_dump(exclude={"checkpoint_every"}),
-        settings.compute.model_dump(exclude={"data_device"}),
+        settings.compute.model_dump(),
     )

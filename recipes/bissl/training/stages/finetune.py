@@ -21,6 +21,7 @@ from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
+from ...settings.sections import HOW_READ
 from ...tasks.base import DownstreamTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
@@ -138,11 +139,11 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
         settings.model.model_dump(include={"backbone"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, settings.finetune.validate_every, *settings.finetune.rates(repeat.variant)],
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )
 
 

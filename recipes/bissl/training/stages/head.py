@@ -18,6 +18,7 @@ from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import batches_per_epoch
+from ...settings.sections import HOW_READ
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
@@ -139,8 +140,8 @@ def _key(repeat: Repeat, parent: Artifact) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import BatchStack, Level
+from bilevel import Level
 from bilevel.problem import split
 from bilevel.products import micro_batched_gradient
 from bilevel.training import Callback, Derivatives, SingleLevelTrainer, derive_seed, gradient_of
@@ -23,6 +23,8 @@ from ....vision.metrics import knn_accuracy
 from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone, load_heads
 from ....vision.optimizers import schedule
+from ....vision.pipeline.loader import UnderWay
+from ....vision.pipeline.stream import PrefetchedStack
 from ....vision.shards import on_shards
 from ...settings.config import Config
 from ...settings.plan import make_plan
@@ -108,7 +110,7 @@ def _fit(
     stage: str,
     start: _Start,
     length: _Length,
-    stack: BatchStack,
+    stack: PrefetchedStack[UnderWay],
     batches: Batches,
     workspace: Workspace,
     attempt: Attempt,
@@ -182,7 +184,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],
-        settings.compute.model_dump(exclude={"data_device"}),
+        settings.compute.model_dump(),
     )
 
 
@@ -230,14 +232,15 @@ def _nearest_neighbours(backbone: nn.Module, batches: Batches) -> float | None:
     """None where the downstream task has no tensors of images with one class each."""
     sets = batches.data.downstream
     task = batches.settings.downstream_task(sets.train.classes)
-    view = task.evaluation_view()
-    if view is None or sets.train.kind != "single-label":
+    features = []
+    for images in (sets.train, sets.val):
+        found = []
+        for rows, targets in batches.evaluation(images, task):
+            if not (isinstance(rows.inputs, Tensor) and isinstance(targets, Tensor) and targets.dtype == torch.int64):
+                return None
+            found.append((on_shards(backbone, rows), targets))
+        features += [torch.cat(parts) for parts in zip(*found, strict=True)]
+    if features[1].dim() != 1:
         return None
-
-    def features(images: ImageSet) -> tuple[Tensor, Tensor]:
-        found = [(on_shards(backbone, rows), targets) for rows, targets in batches.evaluation(images, task)]
-        outputs, targets = zip(*found, strict=True)
-        return torch.cat(outputs), torch.cat(targets)
-
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))
-    return knn_accuracy(*features(sets.train), *features(sets.val), neighbours=neighbours)
+    return knn_accuracy(*features, neighbours=neighbours)

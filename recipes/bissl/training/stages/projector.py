@@ -55,7 +55,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [weights.sha256, steps, settings.pretext.lr],
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )
     return CachedStage(workspace.store, STAGE, key).run(fit)
 

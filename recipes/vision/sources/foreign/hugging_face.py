@@ -138,13 +138,14 @@ def _images(splits: Sequence[Split], column: str, name: str) -> ArrowImages:
     return ArrowImages(tuple(paths), column, file, np.concatenate(rows), np.concatenate(sizes))
 
 
-def open_hugging_face(text: str, request: Request) -> Source:
+def open_hugging_face(text: str, request: Request, labelled: bool = True) -> Source:
     """The images of `PATH`, or of `PATH?image=COLUMN&label=COLUMN&train=SPLIT&test=SPLIT`.
 
     PATH is what `save_to_disk` wrote (a Dataset, or a DatasetDict whose splits are the parts), a folder of parquet
     files at any depth whose names say the parts, or one such file. Parquet is copied to Arrow files in the cache folder
     once; the console tells where and how large. Rows are mapped into memory, and labels are read without the images.
-    Nothing is looked up in a network. Columns are chosen by `image_column` and `labels_of`.
+    Nothing is looked up in a network. Without `labelled` the labels are left alone. Columns are chosen by
+    `image_column` and `labels_of`.
 
     Raises:
         DataError: `datasets` is not installed; nothing of the kind at PATH, or damaged; splits of unknown names,
@@ -158,7 +159,7 @@ def open_hugging_face(text: str, request: Request) -> Source:
     splits = list(parts.values())
     features = splits[0].features
     column = image_column(features, options.get("image"), name)
-    columns = [] if "unlabelled" in parts else label_columns(features, options.get("label"), name)
+    columns = [] if "unlabelled" in parts or not labelled else label_columns(features, options.get("label"), name)
     _check_alike(parts, [column, *columns], name)
     labels = labels_of([arrow_table(path) for split in splits for path in split.paths], features, columns, name)
     images = _images(splits, column, name)

@@ -443,7 +443,7 @@ def test_items_name_what_they_need_alone(tmp_path: Path) -> None:
 def test_a_run_takes_a_saved_set_by_its_name(tmp_path: Path) -> None:
     values = [number % 3 for number in range(30)]
     path = saved(tmp_path / "set", dataset(rows(30), label=(classes("a", "b", "c"), values)))
-    sets = load_downstream(f"hf:{path}", image_size=8, root=tmp_path, download=False)
+    sets = load_downstream(f"hf:{path}", root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("a", "b", "c")
 

@@ -285,7 +285,7 @@ def test_names_that_lead_to_no_dataset(module: Any, name: str, message: str) -> 
         "number = 3\nmade = Base()\n"
     )
     with pytest.raises(DataError, match=message):
-        load_downstream(name.format(module=written), image_size=8, root=".", download=False)
+        load_downstream(name.format(module=written), root=".", download=False)
 
 
 def test_classes_functions_and_instances_with_arguments(module: Any, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ class Bare(Base):
     bare = open_map_style(f"{name}:Bare", request("pretext"))
     assert (bare.labels, bare.parts["unlabelled"].tolist()) == (None, list(range(6)))
     with pytest.raises(DataError, match="needs labels"):
-        load_downstream(f"{name}:Bare", image_size=8, root=".", download=False)
+        load_downstream(f"{name}:Bare", root=".", download=False)
 
 
 RANDOM = """
@@ -407,7 +407,8 @@ def test_another_process_makes_an_instance_of_its_own_and_the_same_pictures(modu
 def test_an_item_that_raises_later_is_named_and_leaves_the_generators_alone(module: Any) -> None:
     name = module(
         "class Own(Base):\n    def __getitem__(self, i):\n        random.seed(0)\n"
-        "        return drawn(i), [0, 1][i % 2] if i < 4 else drawn(i).nothing\n    targets = [0, 1] * 3\n    parts = {'train': [0, 1, 2, 4, 3]}"
+        "        return drawn(i), [0, 1][i % 2] if i < 4 else drawn(i).nothing\n"
+        "    targets = [0, 1] * 3\n    parts = {'train': [0, 1, 2, 4, 3]}"
     )
     images = pictures(open_map_style(f"{name}:Own", request()))
     state = random.getstate()
@@ -420,7 +421,7 @@ def test_an_item_that_raises_later_is_named_and_leaves_the_generators_alone(modu
 
 def test_a_run_takes_a_dataset_by_its_name(module: Any) -> None:
     name = module("class Own(Base):\n    count = 30\n    targets = [index % 3 for index in range(30)]")
-    options: dict[str, Any] = dict(image_size=8, root=".", download=False)
+    options: dict[str, Any] = dict(root=".", download=False)
     sets = load_downstream(f"{name}:Own", **options)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert len(load_pretext(f"{name}:Own", **options)) == 22

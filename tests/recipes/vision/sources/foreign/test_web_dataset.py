@@ -380,6 +380,6 @@ def test_the_parent_keeps_few_bytes_a_picture_and_an_item_is_small(tmp_path: Pat
 
 def test_a_run_takes_shards_by_their_name(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", samples([n % 3 for n in range(30)]))
-    sets = load_downstream(f"webdataset:{tmp_path}/a.tar", image_size=8, root=tmp_path, download=False)
+    sets = load_downstream(f"webdataset:{tmp_path}/a.tar", root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("0", "1", "2")
