@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...experiment.folder.paths import user_path
 from ...experiment.terminal import command_line, command_name, printable
 from ...vision.imagesets import DataError
 from ...vision.sources.published.catalog import DATASETS
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     Raises DataError on an unknown name and on a download that is not possible.
     """
     options = _parser().parse_args(arguments)
-    root = Path(options.root)
+    root = user_path(options.root)
     console = Console()
     if options.command == "list":
         console.print(_table(root))

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ...experiment.folder.paths import user_path
 from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
@@ -71,7 +72,7 @@ def _open(source: str, request: Request, labelled: bool = True) -> Source | Cust
     if source in DATASETS:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
-        path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
+        path = str(user_path(source.removeprefix(FOLDER_PREFIX)))
         if os.path.isfile(Path(path) / LABEL_FILE):
             return open_label_file(path)
         return open_folder(path) if labelled else open_images(path)
@@ -160,7 +161,7 @@ def load_downstream(
     )
     train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
     val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
-    opened = _open(source, Request(Path(root), download, "downstream", split_seed))
+    opened = _open(source, Request(user_path(root), download, "downstream", split_seed))
     if not isinstance(opened, Source):
         sets = opened.downstream()
         if not isinstance(sets, DownstreamSets):
@@ -216,7 +217,7 @@ def load_pretext(
     `load_downstream`.
     """
     _check_numbers(split_seed, {"test_fraction": test_fraction}, {"limit": limit})
-    opened = _open(source, Request(Path(root), download, "pretext", split_seed), labelled=evaluated)
+    opened = _open(source, Request(user_path(root), download, "pretext", split_seed), labelled=evaluated)
     if not isinstance(opened, Source):
         images = opened.pretext()
         if not isinstance(images, ImageSet):
