@@ -20,7 +20,8 @@ from torch.utils.data import IterableDataset
 from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
 from .base import Images, Item
-from .decoding import DECODE_ERRORS, to_rgb
+from .decoding import DECODE_ERRORS
+from .rgb import to_rgb
 
 SEED = 1
 CONSTRUCTION = 0

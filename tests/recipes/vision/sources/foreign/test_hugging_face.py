@@ -452,3 +452,10 @@ def test_minus_one_in_a_plain_column_is_no_label(tmp_path: Path) -> None:
     path = saved(tmp_path / "set", dataset(rows(3), label=(value("int64"), [4, -1, 2])))
     with pytest.raises(DataError, match=r"image 1 of its train part has no label"):
         open_hugging_face(str(path), request())
+
+
+def test_labels_that_nobody_wants_are_left_alone(tmp_path: Path) -> None:
+    two = dataset(rows(3), a=(classes("x", "y"), [0, 1, 0]), b=(classes("x", "y"), [0, 1, 0]))
+    path = saved(tmp_path / "set", datasets.DatasetDict({"train": two, "test": two}))
+    source = open_hugging_face(str(path), request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1, 2])

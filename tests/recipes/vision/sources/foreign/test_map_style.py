@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,30 @@ def test_another_process_makes_an_instance_of_its_own_and_the_same_pictures(modu
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         there = pool.map(OwnItem.picture, items)
     assert all(torch.equal(picture, item.picture()) for picture, item in zip(there, items, strict=True))
+
+
+def test_threads_that_read_at_once_do_not_disturb_each_other(module: Any) -> None:
+    name = module(
+        RANDOM.replace("draws =", "time.sleep(0.001); draws =").replace("class Own", "import time\nclass Own")
+    )
+    images = pictures(open_map_style(f"{name}:Own", request()))
+    alone = [item.picture() for item in images.items(range(6))]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(OwnItem.picture, images.items([*range(6)] * 5)))
+    assert all(torch.equal(picture, alone[at % 6]) for at, picture in enumerate(together))
+
+
+def test_labels_that_nobody_wants_are_left_alone(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name = module(
+        "class Own(Base):\n    def given(self, index): return {'no': 'label'}\n"
+        "    parts = {'train': [1, 2], 'test': [3]}"
+    )
+    source = open_map_style(f"{name}:Own", request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1])
+    name = module("class Own(Base):\n    count = 40")
+    assert open_map_style(f"{name}:Own", request("pretext"), labelled=False).labels is None
+    assert sys.modules[name].Own.reads == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_an_item_that_raises_later_is_named_and_leaves_the_generators_alone(module: Any) -> None:

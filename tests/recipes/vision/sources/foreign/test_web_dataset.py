@@ -383,3 +383,10 @@ def test_a_run_takes_shards_by_their_name(tmp_path: Path) -> None:
     sets = load_downstream(f"webdataset:{tmp_path}/a.tar", root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("0", "1", "2")
+
+
+def test_labels_that_nobody_wants_are_left_alone(tmp_path: Path) -> None:
+    shard(tmp_path / "data/train.tar", samples([0, 1]))
+    shard(tmp_path / "data/test.tar", samples([2, 1], 10))
+    source = open_web_dataset(str(tmp_path / "data"), request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1])
