@@ -58,13 +58,13 @@ class RandomCrops:
         return cls(policy.size, policy.interpolation, policy.crop_ratio, *numbers)
 
     def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        draws = self.areas[index].tolist(), self.aspects[index].tolist(), self.places[index].tolist()
-        box = box_of(*draws, self.ratio, *picture.shape[2:])
+        area, aspect, place = (part[index].tolist() for part in (self.areas, self.aspects, self.places))
+        box = box_of(area, aspect, place, self.ratio, picture.shape[2], picture.shape[3])
         return cropped(picture, box, self.side, interpolation or self.interpolation)
 
     def of_all(self, pictures: Tensor) -> Tensor:
-        draws = (torch.from_numpy(part) for part in (self.areas, self.aspects, self.places))
-        found = boxes(*draws, self.ratio, *pictures.shape[2:])
+        area, aspect, place = (torch.from_numpy(part) for part in (self.areas, self.aspects, self.places))
+        found = boxes(area, aspect, place, self.ratio, pictures.shape[2], pictures.shape[3])
         rows = torch.stack((found.top, found.left, found.height, found.width), dim=1)
         if (rows == rows[:1]).all():
             top, left, height, width = rows[0].tolist()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.folders import (
     SUFFIXES,
     FolderListing,

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from recipes.bissl.commands.main import main
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources import folders
 from recipes.vision.sources.published import stl10
 from recipes.vision.sources.published.catalog import DATASETS

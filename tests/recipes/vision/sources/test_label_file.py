@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.label_file import open_label_file
 from recipes.vision.sources.sources import Request, Source
 from tests.support.recipes.image_trees import counts, downstream, picture, pretext
