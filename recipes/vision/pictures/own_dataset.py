@@ -84,7 +84,7 @@ def _instance(dataset: OwnDataset) -> Any:
     except PluginError as error:
         raise DataError(f"the data source {error}") from error
     arguments = json.loads(dataset.arguments)
-    made = found
+    made: Any = found
     if not _is_map_style(found) and callable(found):
         try:
             with seeded(CONSTRUCTION):

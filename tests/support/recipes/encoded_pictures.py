@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from recipes.vision.pictures.base import Item
 from recipes.vision.sources.sources import Purpose, Request
 from tests.support.recipes.image_trees import picture
 
@@ -36,6 +38,11 @@ def by_pillow(content: bytes) -> Tensor:
         if image.getexif().get(0x0112) == ON_ITS_SIDE:
             pixels = np.rot90(pixels, -1).copy()
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def picture_and_packages(item: Item) -> tuple[np.ndarray, set[str]]:
+    """An item's pixels, and which packages of `hf:PATH` this process has then. No tensor: it would need a socket."""
+    return item.picture().numpy(), {"datasets", "pandas", "pyarrow"} & set(sys.modules)
 
 
 def request(purpose: Purpose = "downstream") -> Request:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import shutil
 import socket
@@ -18,7 +19,7 @@ from recipes.vision.pictures.arrow import ArrowImages, ArrowItem
 from recipes.vision.sources.foreign.hugging_face import open_hugging_face
 from recipes.vision.sources.loading import load_downstream
 from recipes.vision.sources.sources import Source
-from tests.support.recipes.encoded_pictures import ON_ITS_SIDE, by_pillow, cache, encoded, request
+from tests.support.recipes.encoded_pictures import ON_ITS_SIDE, by_pillow, cache, encoded, picture_and_packages, request
 
 datasets: Any = pytest.importorskip("datasets")
 pyarrow: Any = pytest.importorskip("pyarrow")
@@ -438,6 +439,16 @@ def test_items_name_what_they_need_alone(tmp_path: Path) -> None:
     assert moved.content() == encoded(3)
     with pytest.raises(DataError, match=r"elsewhere.arrow cannot be read .*missing or damaged"):
         ArrowItem(str(tmp_path / "elsewhere.arrow"), item.column, 0).content()
+
+
+def test_another_process_reads_the_same_and_needs_pyarrow_alone(tmp_path: Path) -> None:
+    images = pictures(open_hugging_face(str(saved(tmp_path / "set", dataset(rows(4)))), request("pretext")))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.map(picture_and_packages, images.items([2, 0]))
+    assert all(
+        np.array_equal(pixels, by_pillow(encoded(number))) for (pixels, _), number in zip(there, (2, 0), strict=True)
+    )
+    assert there[0][1] == {"pyarrow"}
 
 
 def test_a_run_takes_a_saved_set_by_its_name(tmp_path: Path) -> None:

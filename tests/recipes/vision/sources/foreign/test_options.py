@@ -88,9 +88,9 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"the package datasets: pip install 'bilevel\[hf\]'"):
+    with pytest.raises(DataError, match=r"needs the package datasets: pip install 'bilevel\[hf\]'"):
         open_hugging_face(str(tmp_path), request())
-    with pytest.raises(DataError, match=r"pyarrow: install it by pip install 'bilevel\[hf\]'"):
+    with pytest.raises(DataError, match=r"needs the package pyarrow: pip install 'bilevel\[hf\]'"):
         ArrowItem(str(tmp_path / "x.arrow"), "image", 0).content()
 
 
