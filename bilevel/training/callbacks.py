@@ -137,7 +137,9 @@ class JSONLWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar over the training's units with the losses and the state of the last solve, on the first rank."""
+    """A bar over the training's units with the losses, the state of the last solve and how many steps were left out, on
+    the first rank.
+    """
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
         _check_console("ProgressBar: console", console)
@@ -166,6 +168,8 @@ class ProgressBar(Callback):
             self._latest["solve"] = f"{record['status'].lower()}{residual}"
 
     def on_progress(self, trainer: Any) -> None:
+        if trainer.skipped.total():
+            self._latest["skipped"] = f"{trainer.skipped.total()} skipped"
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.progress, status="  ".join(self._latest.values()))
 

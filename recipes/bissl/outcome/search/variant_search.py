@@ -142,17 +142,17 @@ def _fit(
         warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
         metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
-        found, steps, seconds = warmed.values, warmed.steps, warmed.seconds
+        found, costs = warmed.values, warmed.costs
     else:
         fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         found = dict(fitted.facts["best"])
         metric, epoch = fitted.facts["primary_metric"], int(found.pop("epoch"))
-        higher, steps, seconds = fitted.facts["higher_is_better"][metric], fitted.steps, fitted.seconds
+        higher, costs = fitted.facts["higher_is_better"][metric], fitted.costs
     score, loss = found[metric], found["loss"]
     if not (math.isfinite(score) and math.isfinite(loss)):
         raise NonFiniteError(f"validation: {metric} {score}, loss {loss}")
     finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return Scores(epoch, metric, higher, score, loss, finite, steps, seconds)
+    return Scores(epoch, metric, higher, score, loss, finite, costs.label_steps, costs.seconds)
 
 
 def _pretrained(search: Search, pipeline: Pipeline) -> Artifact | None:
