@@ -34,14 +34,16 @@ class Implicit(Method):
        - \frac{\partial^2 G}{\partial x \partial y} A^{-1} \frac{\partial F}{\partial y}
 
     with A and the cross term as `linearize` defines them (BiSSL eq. 6-7; Lorraine et al. 2020). In a trainer all upper
-    steps of an alternation use the system of its first `hessian_batches` lower batches, which is built once where the
+    steps of an alternation use the system of the same `hessian_batches` lower batches, which is built once where the
     Problem says that its curvature does not depend on the upper variables.
 
     Args:
         solver: of A x = dF/dy.
         hvp: Hessian-vector products, a provider or "auto" (`linearize`).
         damping, tikhonov, implicit: as for `linearize`.
-        hessian_batches: K, how many lower batches make the system's mean in a trainer.
+        hessian_batches: K, how many lower batches make the system's mean in a trainer: the alternation's first ones.
+        fresh_batches: draw these K after the lower steps instead, so that the lower variables have not been fitted to
+            them just before. They are taken from the lower level's data, whose stages are then K batches longer.
         aggregate: solve once an alternation, for the sum of its upper steps' right-hand sides (each by its learning
             rate), instead of once a step: all but the last step go along dF/dx alone, and the last one takes the whole
             implicit part. Needs ``curvature_depends_on_upper = False``. The summed update is that of separate solves
@@ -66,6 +68,7 @@ class Implicit(Method):
     tikhonov: Tikhonov = field(default=0.0, kw_only=True)
     implicit: Selection | None = field(default=None, kw_only=True)
     hessian_batches: int = field(default=1, kw_only=True)
+    fresh_batches: bool = field(default=False, kw_only=True)
     aggregate: bool = field(default=False, kw_only=True)
     warm_start: bool = field(default=False, kw_only=True)
 
@@ -76,7 +79,7 @@ class Implicit(Method):
         check_number("Implicit: damping", self.damping)
         check_tikhonov(self.tikhonov)
         check_count("Implicit: hessian_batches", self.hessian_batches, least=1)
-        for name in ("aggregate", "warm_start"):
+        for name in ("fresh_batches", "aggregate", "warm_start"):
             check_kind(f"Implicit: {name}", getattr(self, name), bool, "True or False")
         if self.warm_start and not self.solver.uses_start:
             raise ValueError(

@@ -51,7 +51,7 @@ class UpperStep:
     Attributes:
         problem, upper, lower: the problem and its variables x and y as they are.
         upper_batch: the batch of F.
-        lower_batches: as many of the alternation's first lower batches as `Method.stored_batches` asks for.
+        lower_batches: as many of the alternation's lower batches as `Method.stored_batches` asks for.
         lower_steps: as many of the last lower steps as `Method.replayed_steps` asks for, in order; None where nobody
             recorded any (`hypergradient` outside a trainer).
         lower_update: gives the live lower optimizer's next step and its state; None where there is no optimizer.
@@ -169,9 +169,13 @@ class Method(ABC):
     damping: float = 0.0
     """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the damped problem."""
 
+    fresh_batches: bool = False
+    """Whether `UpperStep.lower_batches` are drawn after the alternation's lower steps, from the same data, instead of
+    being the first ones that these take."""
+
     @property
     def stored_batches(self) -> int:
-        """How many of an alternation's first lower batches `UpperStep.lower_batches` shall hold."""
+        """How many lower batches of an alternation `UpperStep.lower_batches` shall hold."""
         return 1
 
     @property

@@ -22,7 +22,8 @@ class Alternation:
     Attributes:
         began: where the lower data stood before its first batch; batches that are kept are drawn again from there.
         drawn: lower batches so far.
-        stored: its first lower batches, for the method.
+        stored: lower batches of it, for the method: its first ones, or the first ones after `stored_from`.
+        stored_from: where the lower data stood after the lower steps, if the method stores what comes then.
         recorded: its last lower steps, for the method, each with the number of its batch, from 0.
         lower, upper: steps made.
         adapted: whether the adaptation is made.
@@ -35,6 +36,7 @@ class Alternation:
     began: dict[str, Any]
     drawn: int = 0
     stored: list[Any] = field(default_factory=list)
+    stored_from: dict[str, Any] | None = None
     recorded: list[tuple[int, LowerStep]] = field(default_factory=list)
     lower: int = 0
     adapted: bool = False
@@ -79,6 +81,7 @@ class Alternation:
             "began": copy.deepcopy(self.began),
             "drawn": self.drawn,
             "stored": len(self.stored),
+            "stored_from": copy.deepcopy(self.stored_from),
             "recorded": [{"place": place, **_saved(step)} for place, step in self.recorded],
             "lower": self.lower,
             "adapted": self.adapted,
@@ -96,12 +99,17 @@ def restored(state: Mapping[str, Any], level: Level, steps: int) -> Alternation:
     level.data.load_state_dict(state["began"])
     level.data.begin_stage(steps)
     last = max((saved["place"] for saved in state["recorded"]), default=-1)
-    batches = [level.data.next() for _ in range(max(state["stored"], last + 1))]
+    are_first = state["stored_from"] is None
+    batches = [level.data.next() for _ in range(max(state["stored"] if are_first else 0, last + 1))]
     recorded = [(saved["place"], _loaded(saved, batches[saved["place"]], level)) for saved in state["recorded"]]
+    if not are_first:
+        level.data.load_state_dict(state["stored_from"])
+        batches = [level.data.next() for _ in range(state["stored"])]
     return Alternation(
         state["began"],
         state["drawn"],
         batches[: state["stored"]],
+        state["stored_from"],
         recorded,
         state["lower"],
         state["adapted"],

@@ -180,20 +180,24 @@ class Trainer(Training):
 
     @property
     def _lower_batches(self) -> int:
-        return max(self.schedule.lower_steps, self._stored_batches)
+        steps, stored = self.schedule.lower_steps, self._stored_batches
+        return steps + stored if self.method.fresh_batches else max(steps, stored)
 
     def _lower_stage(self, now: Alternation) -> None:
         while now.lower < self.schedule.lower_steps:
             self._lower_step(now, self._next_lower_batch(now))
             now.lower += 1
             interruption.check()
+        if self.method.fresh_batches and now.stored_from is None:
+            now.stored_from = copy.deepcopy(self.lower.data.state_dict())
         while len(now.stored) < self._stored_batches:
             self._next_lower_batch(now)
 
     def _next_lower_batch(self, now: Alternation) -> Any:
         batch = self.lower.data.next()
         now.drawn += 1
-        if len(now.stored) < self._stored_batches:
+        waits = self.method.fresh_batches and now.stored_from is None
+        if len(now.stored) < self._stored_batches and not waits:
             now.stored.append(batch)
         return batch
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ...experiment.folder.paths import user_path
 from ...experiment.terminal import command_line, command_name, printable
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
 from ...vision.sources.published.verify import Verified, verify

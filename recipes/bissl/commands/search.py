@@ -25,7 +25,7 @@ from ...experiment.search.trial_record import select
 from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best

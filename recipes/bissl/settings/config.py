@@ -19,9 +19,9 @@ from ..tasks.regression import Regression
 from ..tasks.simclr import SimCLR
 from ..tasks.vicreg import VICReg
 from .arms import ARMS, METHOD, REQUIRED, WARMUP_LR, arm_of
+from .bilevel_section import BilevelConfig
 from .paper import PaperVersion
 from .sections import (
-    BilevelConfig,
     ComputeConfig,
     DataConfig,
     DownstreamConfig,

@@ -9,13 +9,15 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimizer steps of one arm, stage by stage (0 where an arm skips the stage), and its pretext learning rate."""
+    """Optimizer steps of one arm, stage by stage (0 where an arm skips the stage), and its pretext learning rate;
+    `warmup` and `lower_warmup` are those of `pretext` and `lower` in which the learning rate rises."""
 
     pretext: int
     pretext_lr: float
     warmup: int
     head: int
     lower: int
+    lower_warmup: int
     upper: int
     finetune: int
     projector: int = 0
@@ -50,13 +52,22 @@ def make_plan(config: Config, arm: str, pretext_images: int, labelled_images: in
     warmup = round(c.pretext.warmup_epochs * epoch)
     fitting = c.model.projector_epochs * epoch if c.model.init_backbone else 0
     if kind.start == "random":
-        return Plan(0, c.pretext.lr, 0, 0, 0, 0, tuning)
+        return Plan(0, c.pretext.lr, 0, 0, 0, 0, 0, tuning)
     if kind.start == "baseline":
         steps = warm + lower if c.pretext.baseline_epochs is None else c.pretext.baseline_epochs * epoch
         rate = c.pretext.lr if arm == WARMUP_LR else c.pretext.baseline_lr or c.pretext.lr
-        return Plan(steps, rate, min(warmup, max(steps - 1, 0)), 0, 0, 0, tuning, fitting)
+        return Plan(steps, rate, min(warmup, max(steps - 1, 0)), 0, 0, 0, 0, tuning, fitting)
     head, upper = _labelled_stages(config, labelled_images) if kind.then == "bissl" else (0, 0)
-    return Plan(warm, c.pretext.lr, min(warmup, max(warm - 1, 0)), head, lower, upper, tuning, fitting)
+    rising = lower_warmup(c, batches_per_epoch(round(c.bissl.pretext_fraction * pretext_images), c.pretext.batch_size))
+    warmup = min(warmup, max(warm - 1, 0))
+    return Plan(warm, c.pretext.lr, warmup, head, lower, rising, upper, tuning, fitting)
+
+
+def lower_warmup(config: Config, epoch: int) -> int:
+    """Steps in which the lower level's learning rate rises, where a pass over its images takes `epoch` of them."""
+    c = config.bissl
+    steps = round(c.lower_warmup_epochs * epoch) if c.lower_warmup_steps is None else c.lower_warmup_steps
+    return min(steps, c.alternations * c.lower_steps - 1)
 
 
 def finetune_steps(config: Config, arm: str, labelled_images: int) -> int:

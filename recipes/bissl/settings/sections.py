@@ -5,11 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom
-from bilevel.linear import Escalating, Solver
-from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
-
-from ...vision.networks.backbones import BACKBONES, check_backbone
+from ...vision.networks.backbones import BACKBONES, check_backbone, check_residual
 from ...vision.sources.loading import Storage
 from .arms import BASELINE, METHOD, arm_of
 
@@ -83,6 +79,11 @@ class ModelConfig(Section):
         description=f"{', '.join(BACKBONES)}, any classification network of torchvision by its name in "
         "torchvision.models, or module:Class of an own one (docs/weights.md)"
     )
+    zero_init_residual: bool = Field(
+        default=False,
+        description="random weights of a residual network start with 0 in each block's last norm, as timm's do; "
+        "torchvision's start with 1",
+    )
     init_backbone: str | None = Field(
         default=None,
         description="weights to start from instead of random ones: a .safetensors or torch.save file, or an artifact's "
@@ -100,6 +101,12 @@ class ModelConfig(Section):
     def _known(cls, backbone: str) -> str:
         check_backbone(backbone)
         return backbone
+
+    @model_validator(mode="after")
+    def _has_blocks(self) -> "ModelConfig":
+        if self.zero_init_residual:
+            check_residual(self.backbone)
+        return self
 
 
 class PretextConfig(Section):
@@ -151,173 +158,6 @@ class HeadConfig(Section):
     batch_norm: Literal["eval", "train"] = Field(default="eval", description="mode of the frozen backbone's BatchNorm")
 
 
-class BilevelConfig(Section):
-    """Stage 3: Algorithm 1."""
-
-    alternations: int = Field(ge=1, description="T, number of alternations")
-    lower_steps: int = Field(default=20, ge=1, description="N_L, pretext steps an alternation")
-    upper_steps: int = Field(default=8, ge=1, description="N_U, hypergradient steps an alternation")
-    adaptation_every: int | None = Field(
-        default=100, ge=1, description="N_a, alternations between adaptations; null: never"
-    )
-    adaptation_strength: float = Field(
-        default=0.1, ge=0, le=1, description="alpha of theta_D <- (1-alpha) theta_D + alpha theta_P"
-    )
-    regularization_weight: float = Field(default=0.001, ge=0, description="lambda of lambda/2 ||theta_P - theta_D||^2")
-    damping: float = Field(default=10.0, ge=0, description="added to lambda in the linear system (appendix B.3)")
-    gamma: float = Field(default=0.01, ge=0, description="weight of the downstream loss of theta_D itself")
-    pretext_fraction: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="share of the pretext images that the lower level draws from, chosen by data.split_seed",
-    )
-    hessian_batches: int = Field(default=5, ge=1, description="K, lower batches in the Hessian's mean")
-    solver: Literal["cg", "minres", "neumann", "nystrom", "identity"] = Field(
-        default="cg", description="solver of the linear system"
-    )
-    nystrom_rank: int = Field(
-        default=20, ge=1, description="with solver nystrom: products for its model, made once an alternation"
-    )
-    solver_iterations: int = Field(default=5, ge=1, description="N_c, most iterations of the solver")
-    solver_rtol: Annotated[float, Field(ge=0, lt=1)] | Literal["noise"] | None = Field(
-        default=None,
-        description='relative residual to stop at; "noise" (cg): what other stored batches would change; '
-        "null: all iterations",
-    )
-    recycle: int = Field(
-        default=0,
-        ge=0,
-        description="search directions of cg kept for the later solves of an alternation (two vectors of memory each)",
-    )
-    aggregate: bool = Field(
-        default=False,
-        description="one solve an alternation, for the sum of its upper steps' right-hand sides, in the last of them",
-    )
-    implicit_head: bool = Field(
-        default=False,
-        description="let phi_P respond to the upper level too (the paper holds it fixed)",
-    )
-    head_tikhonov: float = Field(
-        default=1.0,
-        ge=0,
-        description="with implicit_head: Tikhonov term of phi_P's block (multiples of lambda + damping)",
-    )
-    layerwise: bool = Field(
-        default=False, description="CG with step lengths per tensor, the paper's variant (not exact)"
-    )
-    through_negative_curvature: bool = Field(
-        default=False,
-        description="with layerwise: make all iterations through directions of negative curvature, as the paper's "
-        "algorithm does, instead of stopping there",
-    )
-    escalate: bool = Field(
-        default=False,
-        description="answer a breakdown of the solver (negative curvature, ...) by a growing Tikhonov term",
-    )
-    hvp: Literal["auto", "reverse", "reverse-kept", "forward", "finite-difference"] = Field(
-        default="reverse",
-        description="Hessian-vector products; reverse-kept keeps graphs in memory, auto takes what is measured fastest "
-        "(timings decide, so that the last digits may differ between runs)",
-    )
-    graph_memory: float | None = Field(
-        default=None,
-        gt=0,
-        description="with hvp=reverse-kept or auto: memory for the kept graphs of a system's K batches (GiB); null: no "
-        "limit for reverse-kept, none kept by auto",
-    )
-    max_grad_norm: float | None = Field(
-        default=10.0, gt=0, description="norm limit of each level's gradient; null: none"
-    )
-    lower_lr: float = Field(default=1.0, gt=0, description="peak learning rate of the lower level")
-    lower_warmup_epochs: float = Field(
-        default=10.0, ge=0, description="linear warm-up of the lower level (pretext epochs)"
-    )
-    upper_lr: float = Field(gt=0, description="initial learning rate of the upper level (SGD, momentum 0.9, cosine)")
-    upper_weight_decay: float = Field(ge=0, description="weight decay of the upper level")
-    checkpoint_every: int = Field(default=5, ge=1, description="alternations between two checkpoints")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "BilevelConfig":
-        if self.layerwise and self.solver != "cg":
-            raise ValueError(f"layerwise is a variant of cg, but solver is {self.solver!r}; set solver to cg")
-        if self.solver in ("minres", "neumann", "nystrom") and (self.solver_rtol == "noise" or self.recycle):
-            raise ValueError(
-                f"solver_rtol=noise and recycle belong to cg, but solver is {self.solver!r}; set solver to cg, or give "
-                "a number for solver_rtol and 0 for recycle"
-            )
-        if self.layerwise and (self.solver_rtol == "noise" or self.recycle):
-            raise ValueError(
-                "layerwise keeps no conjugate directions and no true residual: it takes neither recycle "
-                "nor solver_rtol=noise"
-            )
-        if self.through_negative_curvature and not self.layerwise:
-            raise ValueError(
-                "through_negative_curvature belongs to layerwise, the paper's variant of cg, which is off; set "
-                "through_negative_curvature to false too"
-            )
-        if self.through_negative_curvature and self.escalate:
-            raise ValueError(
-                "escalate answers negative curvature by a Tikhonov term and through_negative_curvature passes it by; "
-                "set one of the two to false"
-            )
-        if self.solver_rtol == "noise" and self.hessian_batches < 2:
-            raise ValueError("solver_rtol=noise compares Hessian batches: hessian_batches must be at least 2, got 1")
-        if self.escalate and self.solver == "identity":
-            raise ValueError("escalate answers breakdowns, and solver identity has none; set escalate to false")
-        if self.graph_memory is not None and self.hvp not in ("reverse-kept", "auto"):
-            raise ValueError(
-                f"graph_memory limits kept graphs, and hvp={self.hvp} keeps none; set hvp to reverse-kept or auto, or "
-                "graph_memory to null"
-            )
-        if self.hessian_batches > self.lower_steps:
-            raise ValueError(
-                f"hessian_batches={self.hessian_batches} exceeds lower_steps={self.lower_steps}, whose first batches "
-                "are used; reduce hessian_batches"
-            )
-        if self.regularization_weight + self.damping == 0.0:
-            raise ValueError("regularization_weight + damping must be positive; the system divides by their sum")
-        return self
-
-    def make_solver(self) -> Solver:
-        """The solver that the fields describe."""
-        return Escalating(self._plain_solver()) if self.escalate else self._plain_solver()
-
-    def _plain_solver(self) -> Solver:
-        if self.solver == "identity":
-            return Identity()
-        if self.solver == "minres":
-            return MINRES(self.solver_iterations, self._number())
-        if self.solver == "neumann":
-            return Neumann(self.solver_iterations, self._number())
-        if self.solver == "nystrom":
-            # The regularizer's identity is known to be in A, but has no part in phi_P's block.
-            identity = None if self.implicit_head else 1.0
-            return Nystrom(self.nystrom_rank, identity, self.solver_iterations, self._number())
-        return CG(
-            self.solver_iterations,
-            self.solver_rtol,
-            self.layerwise,
-            recycle=self.recycle,
-            through_negative_curvature=self.through_negative_curvature,
-        )
-
-    def _number(self) -> float | None:
-        assert self.solver_rtol != "noise", "checked with the fields"
-        return self.solver_rtol
-
-    def make_hvp(self) -> HVPProvider:
-        """The provider that the fields describe."""
-        budget = None if self.graph_memory is None else int(self.graph_memory * 2**30)
-        return {
-            "auto": Automatic(budget),
-            "reverse": ReverseOverReverse(),
-            "reverse-kept": ReverseOverReverse(keep_graph=True, memory_budget=budget),
-            "forward": ForwardOverReverse(),
-            "finite-difference": FiniteDifference(),
-        }[self.hvp]
-
-
 class FinetuneConfig(Section):
     """Stage 4: fine-tuning of backbone and a fresh head, the best validation epoch being tested."""
 
@@ -332,7 +172,15 @@ class FinetuneConfig(Section):
         default=None, gt=0, description="as lr, from random weights; null: as the baseline's"
     )
     scratch_weight_decay: float | None = Field(default=None, ge=0, description="as weight_decay, from random weights")
+    lr_floor: float = Field(
+        default=0.0, ge=0, le=1, description="where the cosine ends in every arm (fraction of its learning rate)"
+    )
     validate_every: int = Field(default=1, ge=1, description="epochs between two validations; the last one always is")
+    ties: Literal["first", "lower-loss"] = Field(
+        default="first",
+        description="which epoch of the best validation score is tested: the first, as in the paper, or the one "
+        "of the lowest validation loss, for validation sets so small that many epochs tie",
+    )
     checkpoint_every: int = Field(default=50, ge=1, description="epochs between two checkpoints")
 
     def rates(self, arm: str) -> tuple[float, float]:

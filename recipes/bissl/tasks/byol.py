@@ -41,7 +41,7 @@ class BYOL(TwoViewTask):
 
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
         projection = self.fresh_projector(backbone)
-        predictor = projector(self.projector_widths[-1], self.projector_widths)
+        predictor = projector(self.projector_widths[-1], self.projector_widths, last_bias=self.projector_last_bias)
         target = copy.deepcopy(nn.Sequential(backbone, projection)).requires_grad_(False).train()
         return nn.ModuleDict({"projector": projection, "predictor": predictor, "target": target})
 

@@ -14,7 +14,9 @@ from .base import DownstreamTask
 class LinearTask(DownstreamTask):
     """One output a class through a linear layer (paper, section 4.1). A task gives `loss` and `metrics`."""
 
-    view: ViewPolicy = Field(description="distribution of a training view; size defaults to image_size")
+    view: ViewPolicy = Field(
+        description="distribution of a training view; size defaults to image_size, interpolation to bilinear"
+    )
     eval_resize: int | None = Field(
         default=None, ge=1, description="resize the shorter side before the centre crop (px); null: image_size, no crop"
     )
@@ -26,7 +28,9 @@ class LinearTask(DownstreamTask):
             return data
         no_colour = {"jitter_probability": 0.0, "grey_probability": 0.0}
         view = data.get("view", no_colour)
-        view = {"size": data.get("image_size"), **view} if isinstance(view, dict) else view
+        # Labelled crops are bilinear in VICReg's fine-tuning and in the authors' code, those of the pretext bicubic.
+        defaults = {"size": data.get("image_size"), "interpolation": "bilinear"}
+        view = {**defaults, **view} if isinstance(view, dict) else view
         return {**data, "view": view}
 
     @model_validator(mode="after")

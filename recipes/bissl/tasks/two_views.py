@@ -23,6 +23,7 @@ class TwoViewTask(PretextTask):
     projector_widths: tuple[int, ...] = Field(
         default=(256, 256, 256), description="output widths of the projector's layers"
     )
+    projector_last_bias: bool = Field(default=True, description="whether the projector's last layer has a bias")
     joint_pass: bool = Field(
         default=False,
         description="both views in one forward pass (joint BatchNorm statistics) instead of one pass a view",
@@ -69,7 +70,8 @@ class TwoViewTask(PretextTask):
 
     def fresh_projector(self, backbone: nn.Module) -> nn.Sequential:
         """The head "projector" for this backbone."""
-        return projector(int(backbone.num_features), self.projector_widths)  # type: ignore[arg-type]
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        return projector(features, self.projector_widths, last_bias=self.projector_last_bias)
 
     def both(self, network: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Both views through a network, in the forward passes that `joint_pass` asks for: [n, 2, d]."""

@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ...experiment.plugins import PluginError, resolve
 from .torchvision_backbones import (
@@ -127,25 +127,43 @@ BACKBONES: dict[str, Callable[[], ResNetBackbone | SmallResNet]] = {
 Backbone = ResNetBackbone | SmallResNet | ChainBackbone | TransformerBackbone
 
 
-def build_backbone(name: str, *, image_size: int | None = None) -> Backbone:
+def build_backbone(name: str, *, image_size: int | None = None, zero_init_residual: bool = False) -> Backbone:
     """A freshly initialised backbone.
 
     Args:
         name: One of `BACKBONES`, a classification network of torchvision by its name there, or ``module:Class`` of an
             own one, made without arguments.
         image_size: Side of the images (px), which a transformer's position embeddings depend on; None: 224.
+        zero_init_residual: The weight of each residual block's last norm starts at 0 instead of 1, so that every block
+            starts as its shortcut (Goyal et al. 2017, section 5.1).
 
     Raises:
-        ValueError: as `check_backbone`.
+        ValueError: as `check_backbone`, or as `check_residual`.
         PluginError: as `check_backbone`, or the module that the class makes has no integer `num_features`.
     """
     check_backbone(name, image_size)
+    if zero_init_residual:
+        check_residual(name)
+        return _zero_last_norms(BACKBONES[name]() if name in BACKBONES else ResNetBackbone(name))
     if ":" in name:
         # Not of these classes, but it has their interface.
         return cast(Backbone, _own_backbone(name))
     if name in BACKBONES:
         return BACKBONES[name]()
     return ResNetBackbone(name) if name in RESNETS else torchvision_backbone(name, image_size=image_size)
+
+
+def check_residual(name: str) -> None:
+    """Refuse a backbone that has no residual blocks of torchvision's ResNet.
+
+    Raises:
+        ValueError: naming those that have.
+    """
+    if name not in BACKBONES and name not in RESNETS:
+        raise ValueError(
+            f"zero_init_residual is for residual networks, {', '.join(dict.fromkeys((*BACKBONES, *RESNETS)))}; "
+            f"{name!r} is none of them: set it to false"
+        )
 
 
 def check_backbone(name: str, image_size: int | None = None) -> None:
@@ -179,6 +197,15 @@ def check_view(name: str, image_size: int, size: int) -> None:
                 "give both the same"
             )
         check_backbone(name, size)
+
+
+def _zero_last_norms(backbone: ResNetBackbone | SmallResNet) -> ResNetBackbone | SmallResNet:
+    for block in backbone.modules():
+        if isinstance(block, BasicBlock):
+            nn.init.zeros_(block.get_parameter("bn2.weight"))
+        if isinstance(block, Bottleneck):
+            nn.init.zeros_(block.get_parameter("bn3.weight"))
+    return backbone
 
 
 def _own_class(name: str) -> type[nn.Module]:

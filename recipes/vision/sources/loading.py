@@ -15,6 +15,9 @@ from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
 from ..pictures.base import Images
 from ..pictures.memory import read_all
+from .foreign.hugging_face import open_hugging_face
+from .foreign.map_style import gives_sets, open_map_style
+from .foreign.web_dataset import open_web_dataset
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
@@ -25,6 +28,7 @@ __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_down
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+FOREIGN = {"hf": open_hugging_face, "webdataset": open_web_dataset}
 
 Storage = Literal["auto", "memory", "stream"]
 SMALL_SET = 2**25
@@ -72,11 +76,15 @@ def _open(source: str, request: Request, labelled: bool = True) -> Source | Cust
         if os.path.isfile(Path(path) / LABEL_FILE):
             return open_label_file(path)
         return open_folder(path) if labelled else open_images(path)
-    if ":" in source and not source.startswith(FOLDER_PREFIX):
-        return _custom(source)
+    prefix, _, path = source.partition(":")
+    if prefix in FOREIGN and path:
+        return FOREIGN[prefix](path, request)
+    if ":" in source and f"{prefix}:" != FOLDER_PREFIX and prefix not in FOREIGN:
+        return _custom(source) if gives_sets(source) else open_map_style(source, request)
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
-        "folder:PATH (class folders of images, or images with labels.csv) and module:Class (your own)"
+        "folder:PATH (class folders of images, or images with labels.csv), hf:PATH (Hugging Face datasets on a disk), "
+        "webdataset:PATH (tar shards) and module:Class (your own)"
     )
 
 

@@ -222,6 +222,8 @@ def test_a_method_asks_for_what_it_needs() -> None:
     assert [method.replayed_steps for method in METHODS.values()] == [0, 0, 0, 2, 2, 0, 0, 0]
     assert Unrolled().replayed_steps is None
     assert Implicit(hessian_batches=4).stored_batches == 4
+    assert not any(method.fresh_batches for method in METHODS.values())
+    assert Implicit(fresh_batches=True).fresh_batches
     assert Penalty(SGDUpdate(0.1), 1.0, lower_batches=5).stored_batches == 5
 
 

@@ -72,7 +72,7 @@ class ByHand:
         gradient = torch.cat([torch.linalg.solve(system, v) + GAMMA * own, head + GAMMA * own_head])
         self.descend("x", gradient, UPPER_RATE, UPPER_MOMENTUM)
 
-    def run(self, trainer: Trainer, check: Any) -> None:
+    def run(self, trainer: Trainer, check: Any, *, fresh: bool = False) -> None:
         lower_data, upper_data = itertools.cycle(LOWER_BATCHES), itertools.cycle(UPPER_BATCHES)
         for t in range(1, SCHEDULE.alternations + 1):
             batches = [next(lower_data) for _ in range(SCHEDULE.lower_steps)]
@@ -80,15 +80,17 @@ class ByHand:
                 self.lower_step(batch)
             if t % 2 == 0:
                 self.x[:3] = 0.75 * self.x[:3] + 0.25 * self.y[:3]
+            stored = [next(lower_data) for _ in range(K)] if fresh else batches[:K]
             for _ in range(SCHEDULE.upper_steps):
-                self.upper_step(batches[:K], next(upper_data))
+                self.upper_step(stored, next(upper_data))
             trainer.advance()
             check()
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["first batches", "fresh batches"])
 @pytest.mark.parametrize("solver", [Dense(), CG(20, rtol=1e-14)], ids=["dense", "cg"])
-def test_algorithm_1_step_for_step(solver: Any) -> None:
-    trainer = make(method=implicit(solver))
+def test_algorithm_1_step_for_step(solver: Any, fresh: bool) -> None:
+    trainer = make(method=implicit(solver, fresh_batches=fresh))
     for level in trainer.levels.values():
         level.scheduler = torch.optim.lr_scheduler.LambdaLR(level.optimizer, inverse)
     reference = ByHand()
@@ -98,7 +100,7 @@ def test_algorithm_1_step_for_step(solver: Any) -> None:
         torch.testing.assert_close(joined(trainer.lower.params), reference.y, rtol=1e-11, atol=1e-12)
 
     check()
-    reference.run(trainer, check)
+    reference.run(trainer, check, fresh=fresh)
     assert (trainer.progress, trainer.steps) == (5, {"lower": 20, "upper": 15})
     assert float((reference.x - joined(variables()[0])).norm()) > 0.1
 
@@ -228,6 +230,48 @@ def test_lower_steps_may_be_fewer_than_hessian_batches() -> None:
     assert len(loaded) == 2 * K
     assert len({int(indices[0]) for indices in loaded[:K]}) == K
     assert len({int(indices[0]) for indices in loaded[K:]}) == K
+
+
+@pytest.mark.parametrize("lower_steps", [0, 1, 4])
+def test_fresh_batches_are_those_after_the_steps_and_the_stage_announces_them(lower_steps: int) -> None:
+    loaded: list[int] = []
+    seen: list[list[int]] = []
+
+    def load(indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        loaded.append(int(indices[0]))
+        return LOWER_BATCHES[int(indices[0])]
+
+    class Seen(Callback):
+        def on_event(self, trainer: Any, record: dict[str, Any]) -> None:
+            if record["event"] == "upper":
+                found = trainer._now.stored
+                seen.append([next(i for i, batch in enumerate(LOWER_BATCHES) if batch is one) for one in found])
+
+    announced: list[int] = []
+    stack = BatchStack(7, 1, load, seed=0)
+    begin = stack.begin_stage
+    stack.begin_stage = lambda steps: (announced.append(steps), begin(steps))[1]  # type: ignore[method-assign]
+    schedule = AlternatingSchedule(2, lower_steps, 2)
+    make(None, implicit(fresh_batches=True), lower_data=stack, schedule=schedule, callbacks=[Seen()]).run()
+    each = lower_steps + K
+    assert announced == [each, each]
+    assert len(loaded) == 2 * each
+    stages = [loaded[:each], loaded[each:]]
+    # Both upper steps see the same ones, none of which a lower step of the stage has seen.
+    assert seen == [stage[lower_steps:] for stage in stages for _ in range(2)]
+    assert all(len(set(stage)) == each for stage in stages)
+
+
+def test_without_upper_steps_no_fresh_batch_is_drawn() -> None:
+    loaded: list[int] = []
+
+    def load(indices: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        loaded.append(int(indices[0]))
+        return LOWER_BATCHES[int(indices[0])]
+
+    stack = BatchStack(7, 1, load, seed=0)
+    make(None, implicit(fresh_batches=True), lower_data=stack, schedule=AlternatingSchedule(2, 3, 0)).run()
+    assert len(loaded) == 6
 
 
 def test_trained_variables_may_be_a_modules_own_parameters() -> None:

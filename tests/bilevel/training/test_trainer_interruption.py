@@ -17,18 +17,18 @@ from tests.bilevel.training.test_trainer_resume import metrics
 from tests.support.small_net import Bell, Net, net_trainer
 
 
-def made(folder: Path, solver: Solver, aggregate: bool) -> Trainer:
+def made(folder: Path, solver: Solver, aggregate: bool, fresh: bool = False) -> Trainer:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(9)
-    method = Implicit(solver, damping=2.0, hessian_batches=2, aggregate=aggregate)
+    method = Implicit(solver, damping=2.0, hessian_batches=2, fresh_batches=fresh, aggregate=aggregate)
     trainer = net_trainer(folder, method=method)
     torch.manual_seed(10)
     return trainer
 
 
-def run_until(number: int, folder: Path, solver: Solver, aggregate: bool) -> None:
+def run_until(number: int, folder: Path, solver: Solver, aggregate: bool, fresh: bool) -> None:
     """Start or go on in `folder` until the evaluation with this number brings a signal."""
-    trainer = made(folder, solver, aggregate)
+    trainer = made(folder, solver, aggregate, fresh)
     Bell(trainer.problem, number)  # type: ignore[arg-type]
     found = load_checkpoint(folder / "checkpoints")
     if found is not None:
@@ -39,25 +39,28 @@ def run_until(number: int, folder: Path, solver: Solver, aggregate: bool) -> Non
 
 # Of what solvers carry from one right-hand side to the next: nothing, directions, a scale; or one solve an alternation.
 CASES = [
-    (CG(3, rtol=None), False),
-    (CG(3, rtol=None, recycle=5), False),
-    (Neumann(2), False),
-    (CG(2, rtol=None, recycle=3), True),
-    (Identity(), False),
+    (CG(3, rtol=None), False, False),
+    (CG(3, rtol=None, recycle=5), False, False),
+    (Neumann(2), False, False),
+    (CG(2, rtol=None, recycle=3), True, False),
+    (Identity(), False, False),
+    (CG(3, rtol=None), False, True),
+    (CG(2, rtol=None, recycle=3), True, True),
 ]
+NAMES = ["cg", "recycled", "neumann", "aggregated", "identity", "fresh batches", "aggregated, fresh batches"]
 
 
-@pytest.mark.parametrize(("solver", "aggregate"), CASES, ids=["cg", "recycled", "neumann", "aggregated", "identity"])
-def test_stopped_anywhere_is_not_stopped(tmp_path: Path, solver: Solver, aggregate: bool) -> None:
-    whole = made(tmp_path / "whole", solver, aggregate)
+@pytest.mark.parametrize(("solver", "aggregate", "fresh"), CASES, ids=NAMES)
+def test_stopped_anywhere_is_not_stopped(tmp_path: Path, solver: Solver, aggregate: bool, fresh: bool) -> None:
+    whole = made(tmp_path / "whole", solver, aggregate, fresh)
     whole.run()
     end = torch.get_rng_state()
     for first in (2, 4, 6, 9, 13):
         folder = tmp_path / str(first)
-        run_until(first, folder, solver, aggregate)
-        run_until(10, folder, solver, aggregate)
+        run_until(first, folder, solver, aggregate, fresh)
+        run_until(10, folder, solver, aggregate, fresh)
         torch.manual_seed(12345)
-        last = made(folder, solver, aggregate)
+        last = made(folder, solver, aggregate, fresh)
         found = load_checkpoint(folder / "checkpoints")
         assert found is not None
         last.load_state_dict(found[1])

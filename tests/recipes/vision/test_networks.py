@@ -4,12 +4,14 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from recipes.vision.networks.backbones import (
     BACKBONES,
     ResNetBackbone,
     SmallResNet,
     build_backbone,
+    check_residual,
     linear_head,
     projector,
 )
@@ -95,6 +97,43 @@ def test_the_callers_seed_decides_the_weights(name: str) -> None:
     third = build_backbone(name).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["conv1.weight"], third["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "resnet34", "resnet101", "resnext50_32x4d", "wide_resnet50_2"])
+def test_zero_initialised_blocks_start_as_their_shortcuts(name: str) -> None:
+    torch.manual_seed(5)
+    plain = build_backbone(name).state_dict()
+    torch.manual_seed(5)
+    backbone = build_backbone(name, zero_init_residual=True)
+    blocks = [(key, block) for key, block in backbone.named_modules() if isinstance(block, BasicBlock | Bottleneck)]
+    last = {f"{key}.{'bn2' if isinstance(block, BasicBlock) else 'bn3'}.weight" for key, block in blocks}
+    assert blocks
+    # Nothing else differs, so that no random number was drawn for it.
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, torch.zeros_like(value) if key in last else plain[key]), key
+    _, block = blocks[-1]
+    images = torch.randn(2, block.conv1.in_channels, 8, 8)
+    block.eval()
+    shortcut = images if block.downsample is None else block.downsample(images)
+    assert torch.equal(block(images), shortcut.relu())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_zero_initialised_norms_are_those_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="timm's networks are in the extra timm")
+
+    def zeros(network: nn.Module) -> set[str]:
+        norms = {key for key, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+        return {key for key in norms if not network.get_submodule(key).weight.any()}  # type: ignore[operator]
+
+    assert zeros(build_backbone(name, zero_init_residual=True)) == zeros(timm.create_model(name)) != set()
+    assert zeros(build_backbone(name)) == set()
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "mobilenet_v3_small", "densenet121", "tests.support.recipes.none:Own"])
+def test_zero_initialisation_is_for_residual_networks(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"zero_init_residual is for residual networks, resnet18, .*{name!r} is none"):
+        check_residual(name)
 
 
 def test_projector_has_the_layers_of_the_paper() -> None:

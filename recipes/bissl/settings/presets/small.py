@@ -62,6 +62,7 @@ def small_preset(name: str) -> Preset:
                 "through_negative_curvature": False,
                 **ONE_SOLVE,
                 "hessian_batches": 2,
+                "lower_lr": 1.0,
                 "lower_warmup_epochs": 0.5,
                 "hvp": "reverse-kept",
                 "graph_memory": 4.0,

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -56,9 +56,9 @@ def run(
 ) -> Artifact:
     """Fine-tune the parent's "backbone" (theta_P and its buffers), or random weights where there is no parent.
 
-    The weights of the best validation epoch by the task's primary metric (the lower loss, then the earlier epoch,
-    where epochs tie) are evaluated on the test split; only that is called test. An epoch whose loss there is finite is
-    better than any other.
+    The weights of the best validation epoch by the task's primary metric (where epochs tie, the one that finetune.ties
+    names) are evaluated on the test split; only that is called test. An epoch whose loss there is finite is better than
+    any other.
     """
     before = costs_of(parent)
 
@@ -97,9 +97,9 @@ def fit(
     optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
     total = finetune_steps(settings, repeat.variant, len(sets.train))
     stack, events = batches.labelled(task, STAGE, total), repeat.events(STAGE, workspace)
-    scheduler = schedule(optimizer, total_steps=total)
+    scheduler = schedule(optimizer, total_steps=total, floor=settings.finetune.lr_floor)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
-    best = _Best(model, supervised.metrics)
+    best = _Best(model, supervised.metrics, settings.finetune.ties)
     validation = _Validation(
         supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
     )
@@ -131,11 +131,12 @@ def fit(
 
 def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.ModuleDict:
     """The backbone (the parent's weights, if there is one) with a fresh head."""
-    backbone = build_backbone(repeat.settings.model.backbone, image_size=repeat.settings.data.image_size)
-    model = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
+    model, size = repeat.settings.model, repeat.settings.data.image_size
+    backbone = build_backbone(model.backbone, image_size=size, zero_init_residual=model.zero_init_residual)
+    modules = nn.ModuleDict({"backbone": backbone, "head": task.build(backbone)})
     if parent is not None:
         parent.load_into({"backbone": backbone})
-    return model
+    return modules
 
 
 def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
@@ -146,9 +147,10 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
         repeat.seed,
         parent,
         settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
-        settings.model.model_dump(include={"backbone"}),
+        settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
-        [steps, settings.finetune.validate_every, *settings.finetune.rates(repeat.variant)],
+        [steps, *settings.finetune.rates(repeat.variant)],
+        settings.finetune.model_dump(include={"validate_every", "ties", "lr_floor"}),
         settings.compute.model_dump(exclude={"micro_batch"}),
     )
 
@@ -197,8 +199,8 @@ class _Validation(Callback):
 class _Best:
     """The weights of the best validation epoch so far."""
 
-    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric]) -> None:
-        self.model, self.metrics, self.primary = model, metrics, next(iter(metrics))
+    def __init__(self, model: nn.Module, metrics: Mapping[str, Metric], ties: Literal["first", "lower-loss"]) -> None:
+        self.model, self.metrics, self.ties, self.primary = model, metrics, ties, next(iter(metrics))
         self.sign = 1.0 if metrics[self.primary].higher_is_better else -1.0
         self.epoch, self.offers = 0, 0
         self.values: dict[str, float] = {}
@@ -223,11 +225,11 @@ class _Best:
             "best": {"epoch": self.epoch, **self.values},
         }
 
-    def _rank(self, values: dict[str, float]) -> tuple[bool, float, float]:
+    def _rank(self, values: dict[str, float]) -> list[float]:
         """A value that is not a number is worse than any that is, and so is a network whose loss is not finite."""
-        score, loss = self.sign * values[self.primary], -values["loss"]
-        sound = math.isfinite(loss)
-        return sound, -math.inf if math.isnan(score) else score, loss if sound else -math.inf
+        ranked = [self.sign * values[self.primary]] + ([-values["loss"]] if self.ties == "lower-loss" else [])
+        sound = float(math.isfinite(values["loss"]))
+        return [sound, *(-math.inf if math.isnan(value) else value for value in ranked)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "offers": self.offers, "values": self.values, "weights": self.weights}

@@ -28,7 +28,7 @@ from ....vision.pipeline.loader import UnderWay
 from ....vision.pipeline.stream import PrefetchedStack
 from ....vision.shards import on_shards
 from ...settings.config import Config
-from ...settings.plan import make_plan
+from ...settings.plan import lower_warmup, make_plan
 from ...tasks.base import PretextTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
@@ -98,7 +98,7 @@ def restart(repeat: Repeat, data: Datasets, computing: Computing, workspace: Wor
     c, batches = repeat.settings.bissl, Batches(repeat, data, computing)
     steps = c.alternations * c.lower_steps
     stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, steps, c.pretext_fraction)
-    length = _Length(steps, c.lower_lr, min(round(c.lower_warmup_epochs * len(stack)), steps - 1))
+    length = _Length(steps, c.lower_lr, lower_warmup(repeat.settings, len(stack)))
     start = _Start(parent=parent)
     key = _key(repeat, RESTART, start, length)
     return CachedStage(workspace.store, RESTART, key).run(
@@ -161,7 +161,8 @@ def _fit(
 def _modules(settings: Config, start: _Start, workspace: Workspace) -> tuple[_Modules, bool]:
     """The networks, and whether the heads fit the backbone as well as they should."""
     model, task = settings.model, settings.pretext_task()
-    backbone = build_backbone(model.backbone, image_size=settings.data.image_size)
+    size, zero = settings.data.image_size, model.zero_init_residual
+    backbone = build_backbone(model.backbone, image_size=size, zero_init_residual=zero)
     if start.weights is not None:
         # Before the heads are made, which may hold a copy of the backbone.
         line = load_backbone(start.weights, backbone, model.backbone)
@@ -183,7 +184,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
         repeat.seed,
         start.parent,
         settings.data.model_dump(include=PRETEXT_IMAGES),
-        settings.model.model_dump(include={"backbone"}),
+        settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],
         settings.compute.model_dump(),

@@ -49,6 +49,7 @@ def loaders(kind: str) -> dict[str, Any]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "implicit": {"method": Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2)},
+    "fresh": {"method": Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2, fresh_batches=True)},
     "recycled": {"method": Implicit(CG(3, rtol=None, recycle=5), damping=2.0, hessian_batches=5)},
     "unrolled": {"method": Unrolled(), "upper_steps": 1, "adapts": False},
     "one step": {"method": OneStep(lower_batches=2)},
@@ -90,6 +91,9 @@ CASES = [
     ("two workers", "implicit", (2, 8)),
     ("persistent workers", "implicit", (5, 14)),
     ("stream", "implicit", (2, 8)),
+    ("no workers", "fresh", (2, 5, 8, 14)),
+    ("two workers", "fresh", (5,)),
+    ("stream", "fresh", (8,)),
     ("no workers", "recycled", (5, 8)),
     ("no workers", "unrolled", (2, 5)),
     ("no workers", "one step", (5, 14)),

@@ -30,7 +30,7 @@ from recipes.bissl.training.costs import read_stage
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.networks.weight_files import read_weights
 from recipes.vision.sources.image_cache import read_cache
 from recipes.vision.sources.published.archives import unpack

@@ -141,7 +141,7 @@ class Norms(Callback):
         self.found += [record["grad_norm"]] if "grad_norm" in record else []
 
 
-def trained(norm: str) -> dict[str, Any]:
+def trained(norm: str, fresh: bool = False) -> dict[str, Any]:
     """Three alternations with adaptation, momentum, a norm limit, and systems of two batches."""
     problem = make_problem(TASKS["simclr, joint pass"](), norm)
     upper, lower = problem.variables()
@@ -163,7 +163,7 @@ def trained(norm: str) -> dict[str, Any]:
         AlternatingSchedule(
             3, 2, 1, 1, 0.2, adaptation_pairs={name: name for name in upper if name.startswith("backbone.")}
         ),
-        Implicit(CG(2, rtol=None), damping=1000.0, hessian_batches=2),
+        Implicit(CG(2, rtol=None), damping=1000.0, hessian_batches=2, fresh_batches=fresh),
         callbacks=[norms],
     ).run()
     return {
@@ -179,6 +179,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "simclr, no batch norm": partial(at_a_point, "simclr", "no batch norm"),
     **{f"hypergradient, {norm}": partial(whole_hypergradient, norm) for norm in NORMS},
     **{f"trained, {norm}": partial(trained, norm) for norm in NORMS},
+    "trained, fresh Hessian batches": partial(trained, "batch norm", fresh=True),
 }
 
 

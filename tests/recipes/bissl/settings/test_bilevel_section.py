@@ -53,6 +53,16 @@ def test_options_of_the_system() -> None:
     assert (parsed.hvp, parsed.graph_memory, parsed.escalate) == ("auto", 0.5, True)
 
 
+def test_fresh_hessian_batches_may_be_more_than_the_lower_steps() -> None:
+    few: dict[str, Any] = {"bissl": {"lower_steps": 2, "hessian_batches": 3}}
+    with pytest.raises(ConfigError, match=r"hessian_batches=3 exceeds lower_steps=2.*or set fresh_hessian_batches"):
+        build_config(PRESETS["digits"]("v2"), few)
+    section = build_config(
+        PRESETS["digits"]("v2"), few | {"bissl": few["bissl"] | {"fresh_hessian_batches": True}}
+    ).bissl
+    assert (section.hessian_batches, section.fresh_hessian_batches) == (3, True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -1,21 +1,35 @@
 """The switches that follow the authors' code: each does what it says, and nothing else; none is on by default."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
+from bilevel import Trainer
 from recipes.bissl.commands.parsing import parse
-from recipes.bissl.settings.compatibility import NOT_OFFERED, SWITCHES, apply, describe, explain
+from recipes.bissl.settings.compatibility import (
+    NOT_OFFERED,
+    REPOSITORY,
+    REVISION,
+    SWITCHES,
+    apply,
+    describe,
+    explain,
+)
 from recipes.bissl.settings.config import Config, build_config
+from recipes.bissl.settings.plan import make_plan
 from recipes.bissl.settings.presets import PRESETS
-from recipes.bissl.training.stages import bissl, pretext
+from recipes.bissl.training.stages import bissl, finetune, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
-from tests.support.recipes.small_runs import batches_of, run_stage, small_config, small_pipeline
+from recipes.vision.networks.backbones import build_backbone
+from tests.support.paths import ROOT
+from tests.support.recipes.small_runs import batches_of, part, run_all, run_stage, small_config, small_pipeline
 
 NAMES = list(SWITCHES)
 
@@ -32,11 +46,19 @@ def changed(before: Config, after: Config) -> dict[str, str]:
 
 EXPECTED: dict[str, dict[str, str]] = {
     "one-hessian-batch": {"bissl.hessian_batches": "5 -> 1"},
-    "cosine-floor": {"pretext.lr_floor": "0.0 -> 0.001"},
+    "fresh-hessian-batches": {"bissl.fresh_hessian_batches": "False -> True"},
+    "classic-weight-1": {"bissl.gamma": "0.01 -> 1.0"},
+    "cosine-floor": {
+        "pretext.lr_floor": "0.0 -> 0.001",
+        "bissl.upper_lr_floor": "0.0 -> 0.001",
+        "finetune.lr_floor": "0.0 -> 0.001",
+    },
     "warmup-at-4.8": {"pretext.lr": "1.0 -> 4.8"},
+    "short-lower-warmup": {"bissl.lower_warmup_steps": "None -> 200"},
     "train-mode-head": {"head.batch_norm": "'eval' -> 'train'"},
     "no-adaptation": {"bissl.adaptation_every": "100 -> None"},
-    "few-upper-steps": {"bissl.upper_steps": "8 -> 2"},
+    "zero-init-residual": {"model.zero_init_residual": "False -> True"},
+    "no-last-bias": {"pretext.options.projector_last_bias": "None -> False"},
     "lars-on-all": {"pretext.options.lars_excludes_1d": "None -> False"},
     "cifar10-split": {},
 }
@@ -61,12 +83,13 @@ def test_nothing_is_on_by_default() -> None:
         assert describe(config) == []
 
 
-def test_conditional_switches() -> None:
-    steps = {
-        name: apply(paper(name), ["few-upper-steps"]).bissl.upper_steps for name in ("dtd", "caltech101", "voc2007")
-    }
-    # 7, 9 and 9 whole batches of 256.
-    assert steps == {"dtd": 2, "caltech101": 8, "voc2007": 8}
+def test_small_sets_get_all_their_upper_steps() -> None:
+    # 7, 4 and 9 whole batches of 256.
+    for name in ("dtd", "flowers", "voc2007"):
+        assert apply(paper(name), ["official"]).bissl.upper_steps == 8
+
+
+def test_the_split_is_of_one_set_alone() -> None:
     data = apply(paper("cifar10"), ["cifar10-split"]).data
     assert (10 * (data.labels_per_class or 0), 10 * (data.val_per_class or 0)) == (32_000, 8_000)
 
@@ -111,7 +134,10 @@ def test_official_is_all_of_them_and_twice_is_once() -> None:
 
 @pytest.mark.parametrize("kind", ["paper-voc2007", "paper-stl10", "paper-literal"])
 def test_official_fits_presets_of_the_paper(kind: str) -> None:
-    assert apply(PRESETS[kind]("v1"), ["official"]).bissl.hessian_batches == 1
+    for version in ("v2", "v1"):
+        config = apply(PRESETS[kind](version), ["official"])
+        assert (config.pretext.lr, config.pretext.baseline_lr, config.bissl.lower_lr) == (4.8, 4.8, 1.0)
+        assert (config.bissl.hessian_batches, config.bissl.fresh_hessian_batches, config.bissl.gamma) == (1, True, 1.0)
 
 
 def test_wrong_names_and_misfits_are_refused() -> None:
@@ -119,16 +145,31 @@ def test_wrong_names_and_misfits_are_refused() -> None:
         apply(paper(), ["nothing"])
     with pytest.raises(ConfigError, match=r"compat: one-hessian-batch does not fit .*solver_rtol=noise"):
         apply(PRESETS["digits"]("v2"), ["one-hessian-batch"])
+    chain = build_config(paper(), {"model": {"backbone": "mobilenet_v3_small"}})
+    with pytest.raises(ConfigError, match=r"zero-init-residual does not fit .*'mobilenet_v3_small' is none of them"):
+        apply(chain, ["official"])
 
 
 def test_the_list_says_what_is_offered_and_what_is_not() -> None:
     text = explain()
     for name, switch in SWITCHES.items():
-        assert f"{name}: {switch.meaning}. The paper: {switch.paper}." in text
+        assert f"{name}: {switch.meaning} ({', '.join(switch.shown_in)}). The paper: {switch.paper}." in text
     offered, _, refused = text.partition("not offered:")
     assert offered
     for what, why in NOT_OFFERED.items():
         assert f"{what}: {why}." in refused
+
+
+def test_the_page_has_every_switch_with_the_files_that_show_it() -> None:
+    page = (ROOT / "docs" / "bissl.md").read_text()
+    section = page[page.index("### Where the authors' code deviates") : page.index("## The BiSSL stage")]
+    assert REPOSITORY in section
+    assert REVISION[:7] in section
+    rows = {line.split("`")[1]: line for line in section.splitlines() if line.startswith("| `")}
+    assert list(rows) == NAMES
+    for name, row in rows.items():
+        assert SWITCHES[name].shown_in
+        assert all(f"`{file}`" in row for file in SWITCHES[name].shown_in), name
 
 
 def test_the_field_is_read_from_the_command_line() -> None:
@@ -155,30 +196,124 @@ def test_lars_on_all_scales_biases(switched: bool) -> None:
     torch.testing.assert_close(bias.detach(), expected)
 
 
-def test_cosine_floor_reaches_the_pretext_stage_and_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    config = apply(small_config("--pretext.epochs", "3"), ["cosine-floor"])
-    seen: list[dict[str, Any]] = []
+class Made(Exception):
+    pass
 
-    class Made(Exception):
-        pass
+
+def untrained_trainer(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """That of the bilevel stage, on random weights."""
+    monkeypatch.setattr(Artifact, "load_into", lambda self, modules: None)
+    pipeline, head = small_pipeline(folder, config), Artifact("head", "key", folder, {})
+    problem = bissl.make_problem(config, pipeline.data.downstream.train.classes, head, pipeline.computing)
+    return bissl.make_trainer(config, problem, batches_of(pipeline))
+
+
+def schedules_of(stage: str, config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of the schedules that a stage makes, of the bilevel stage the lower level's first."""
+    seen: list[dict[str, Any]] = []
 
     def schedule(optimizer: Any, **options: Any) -> Any:
         seen.append(options)
-        raise Made
+        if len(seen) == (2 if stage == "bissl" else 1):
+            raise Made
 
-    keys = [c.pretext.step_settings() for c in (small_config(), config)]
+    module = {"pretext": pretext, "bissl": bissl, "finetune": finetune}[stage]
+    monkeypatch.setattr(module, "schedule", schedule)
+    if stage == "bissl":
+        with pytest.raises(Made):
+            untrained_trainer(config, folder, monkeypatch)
+    else:
+        with pytest.raises(Made):
+            run_stage(small_pipeline(folder, config), stage)
+    return seen
+
+
+@pytest.mark.parametrize("stage", ["pretext", "bissl", "finetune"])
+def test_cosine_floor_reaches_every_cosine(stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder, names, floor in (("paper", [], 0.0), ("code", ["cosine-floor"], 0.001)):
+        config = apply(small_config("--pretext.epochs", "3"), names)
+        found = schedules_of(stage, config, tmp_path / folder, monkeypatch)
+        assert [options["floor"] for options in found] == [floor] * (2 if stage == "bissl" else 1)
+
+
+def test_the_pretext_floor_is_in_the_stages_key() -> None:
+    keys = [c.pretext.step_settings() for c in (small_config(), apply(small_config(), ["cosine-floor"]))]
     assert {**keys[0], "lr_floor": 0.001} == keys[1]
     assert "lr_floor" not in keys[0]
-    monkeypatch.setattr(pretext, "schedule", schedule)
-    with pytest.raises(Made):
-        run_stage(small_pipeline(tmp_path, config), "pretext")
-    assert seen[0]["floor"] == 0.001
-    monkeypatch.setattr(bissl, "schedule", schedule)
-    pipeline, untrained = small_pipeline(tmp_path, config), Artifact("head", "key", tmp_path, {})
-    classes = pipeline.data.downstream.train.classes
-    monkeypatch.setattr(Artifact, "load_into", lambda self, modules: None)
-    with pytest.raises(Made):
-        bissl.make_trainer(
-            config, bissl.make_problem(config, classes, untrained, pipeline.computing), batches_of(pipeline)
-        )
-    assert seen[1]["floor"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        # Two batches an epoch, four lower steps in all, of which the last one is left to the cosine.
+        ([], 2),
+        (["--bissl.lower-warmup-epochs", "0"], 0),
+        (["--bissl.lower-warmup-epochs", "10"], 3),
+        (["--bissl.lower-warmup-steps", "1"], 1),
+        (["--bissl.lower-warmup-steps", "0"], 0),
+        (["--bissl.lower-warmup-steps", "200"], 3),
+    ],
+)
+def test_the_lower_warmup_is_the_planned_one(
+    options: list[str], steps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = small_config(*options)
+    assert make_plan(config, "bissl", 48, 30).lower_warmup == steps
+    lower, upper = schedules_of("bissl", config, tmp_path, monkeypatch)
+    assert (lower["warmup_steps"], lower["total_steps"]) == (steps, 4)
+    assert "warmup_steps" not in upper
+
+
+def test_the_code_warms_the_lower_level_up_for_200_steps_and_the_paper_for_980() -> None:
+    for names, steps in (([], 980), (["short-lower-warmup"], 200)):
+        for name in ("stl10", "flowers"):
+            assert make_plan(apply(paper(name), names), "bissl", 100_000, 4_000).lower_warmup == steps
+
+
+def test_fresh_batches_reach_the_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder, names in (("paper", []), ("code", ["fresh-hessian-batches"])):
+        method = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch).method
+        assert (method.fresh_batches, method.stored_batches) == (bool(names), 2)
+
+
+def test_official_runs_through_all_stages(tmp_path: Path) -> None:
+    config = apply(small_config("--device", "cpu"), ["official"])
+    made = run_all(small_pipeline(tmp_path, config))
+    assert made["finetune"].info["label_steps"] > 0
+    projector = part(made["bissl"], "heads")
+    assert "projector.3.weight" in projector
+    assert "projector.3.bias" not in projector
+
+
+@pytest.mark.parametrize("stage", ["pretext", "finetune"])
+def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = {"pretext": pretext, "finetune": finetune}[stage]
+    built: list[nn.Module] = []
+
+    def build(*given: Any, **options: Any) -> nn.Module:
+        built.append(build_backbone(*given, **options))
+        raise Made
+
+    monkeypatch.setattr(module, "build_backbone", build)
+    for names in ([], ["zero-init-residual"]):
+        with pytest.raises(Made):
+            run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
+    ones, zeros = ([block.bn2.weight for block in made.modules() if isinstance(block, BasicBlock)] for made in built)
+    assert len(ones) == len(zeros) == 3
+    assert all(bool((weight == 1.0).all()) for weight in ones)
+    assert all(bool((weight == 0.0).all()) for weight in zeros)
+
+
+@pytest.mark.parametrize("task", ["simclr", "byol", "vicreg"])
+def test_no_last_bias_is_of_every_projector(task: str) -> None:
+    names = {}
+    for last_bias in (True, False):
+        options = {"projector_last_bias": last_bias, "projector_widths": (8, 6, 4)}
+        config = build_config(PRESETS["stl10"]("v2"), {"pretext": {"task": task}})
+        config = build_config(config, {"pretext": {"options": options}})
+        heads = config.pretext_task().build(build_backbone("resnet-tiny"))
+        names[last_bias] = set(heads.state_dict())
+    # BYOL's predictor has the projector's shape, and its target is a copy.
+    last = {"projector.6.bias"} | ({"predictor.6.bias", "target.1.6.bias"} if task == "byol" else set())
+    assert names[True] - names[False] == last
+    assert names[False] < names[True]

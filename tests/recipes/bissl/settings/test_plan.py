@@ -12,7 +12,7 @@ from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.bissl.settings.presets import PRESETS
 from recipes.bissl.training import datasets
 from recipes.experiment.errors import ConfigError
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import batches_of, small_config, small_pipeline
 
 
@@ -30,6 +30,7 @@ def test_the_papers_steps() -> None:
     assert (bissl.head, bissl.upper, bissl.finetune) == (20 * 16, 4_000, 400 * 16)
     assert (bissl.label_steps, baseline.label_steps) == (10_720, 6_400)
     assert (bissl.warmup, baseline.warmup) == (980, 980)
+    assert (bissl.lower_warmup, baseline.lower_warmup) == (980, 0)
     assert (bissl.pretext_lr, baseline.pretext_lr) == (1.0, 4.8)
     assert make_plan(config, "scratch", 100_000, 4_000).label_steps == 6_400
 

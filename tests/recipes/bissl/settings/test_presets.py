@@ -225,3 +225,52 @@ def test_every_preset_has_a_line_and_a_description() -> None:
         text = describe_preset(name)
         assert text.startswith(line.split(maxsplit=1)[1])
         assert f"--preset {name}" in text or name == "digits"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("paper-")])
+def test_the_lower_level_goes_on_at_the_warmups_rate(name: str, version: PaperVersion) -> None:
+    config = PRESETS[name](version)
+    assert config.pretext.baseline_lr == 4.8
+    assert config.pretext.lr == (4.8 if version == "v1" else 1.0)
+    assert config.bissl.lower_lr == (4.8 if name == "paper-literal" else config.pretext.lr)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("small-")])
+def test_small_presets_keep_their_own_rates_in_both_versions(name: str, version: PaperVersion) -> None:
+    config = PRESETS[name](version)
+    assert (config.pretext.lr, config.pretext.baseline_lr, config.bissl.lower_lr) == (1.0, None, 1.0)
+
+
+def test_epochs_that_tie_are_the_papers_except_where_the_validation_set_is_tiny() -> None:
+    ties = {name: function("v2").finetune.ties for name, function in PRESETS.items()}
+    assert {name for name, rule in ties.items() if rule == "lower-loss"} == {"digits", "images"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_labelled_crops_are_bilinear_and_pretext_crops_bicubic(name: str, version: PaperVersion) -> None:
+    config = PRESETS[name](version)
+    pretext, downstream = config.pretext_task().model_dump(), config.downstream_task(("a", "b")).model_dump()
+    assert downstream["view"]["interpolation"] == "bilinear"
+    # Digits are moved, not cropped, and say so themselves.
+    expected = "bilinear" if name == "digits" else "bicubic"
+    assert {pretext[view]["interpolation"] for view in ("view1", "view2")} == {expected}
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "bilinear"),
+        ({"view": {"crop_scale": (0.5, 1.0)}}, "bilinear"),
+        ({"view": {"interpolation": "bicubic"}}, "bicubic"),
+        ({"view": {"interpolation": "bilinear"}, "eval_resize": 109}, "bilinear"),
+    ],
+)
+def test_the_resampling_of_labelled_crops_is_an_option(task: str, options: dict[str, Any], expected: str) -> None:
+    config = PRESETS["stl10"]("v2")
+    section = config.downstream.model_copy(update={"task": task, "options": options})
+    made = config.model_copy(update={"downstream": section}).downstream_task(("a", "b"))
+    assert made.model_dump()["view"]["interpolation"] == expected

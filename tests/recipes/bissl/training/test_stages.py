@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -305,20 +305,26 @@ METRICS = {"high": top_k(1), "low": Metric(top_k(1).accumulate, top_k(1).compute
 
 
 @pytest.mark.parametrize(
-    ("metric", "offers", "best"),
+    ("metric", "offers", "first", "lower_loss"),
     [
-        ("high", [(50.0, 1.0), (60.0, 2.0), (55.0, 0.1)], 2),
-        ("low", [(50.0, 1.0), (60.0, 0.1), (40.0, 2.0)], 3),
-        ("high", [(50.0, 1.0), (50.0, 0.5), (50.0, 0.7)], 2),
-        ("high", [(50.0, 1.0), (50.0, 1.0)], 1),
-        ("high", [(float("nan"), 1.0), (10.0, 1.0)], 2),
-        ("low", [(float("nan"), 1.0), (10.0, 1.0)], 2),
-        ("high", [(50.0, float("nan")), (50.0, 3.0)], 2),
+        ("high", [(50.0, 1.0), (60.0, 2.0), (55.0, 0.1)], 2, 2),
+        ("low", [(50.0, 1.0), (60.0, 0.1), (40.0, 2.0)], 3, 3),
+        ("high", [(50.0, 1.0), (50.0, 0.5), (50.0, 0.7)], 1, 2),
+        ("high", [(40.0, 0.1), (50.0, 1.0), (45.0, 0.1), (50.0, 0.5)], 2, 4),
+        ("low", [(50.0, 1.0), (40.0, 0.9), (40.0, 0.5)], 2, 3),
+        ("high", [(50.0, 1.0), (50.0, 1.0)], 1, 1),
+        ("high", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
+        ("low", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
+        ("high", [(50.0, float("nan")), (50.0, 3.0)], 1, 2),
+        ("high", [(50.0, 1.0), (float("nan"), 0.1), (60.0, float("nan"))], 3, 3),
     ],
 )
-def test_best_epoch(metric: str, offers: list[tuple[float, float]], best: int) -> None:
-    model = nn.Linear(1, 1)
-    keeper = _Best(model, {metric: METRICS[metric]})
+@pytest.mark.parametrize("ties", ["first", "lower-loss"])
+def test_best_epoch(
+    metric: str, offers: list[tuple[float, float]], first: int, lower_loss: int, ties: Literal["first", "lower-loss"]
+) -> None:
+    model, best = nn.Linear(1, 1), first if ties == "first" else lower_loss
+    keeper = _Best(model, {metric: METRICS[metric]}, ties)
     for epoch, (score, loss) in enumerate(offers, 1):
         nn.init.constant_(model.weight, float(epoch))
         keeper.offer(epoch, {metric: score, "loss": loss})
@@ -356,6 +362,11 @@ KEYS = [
     ("finetune.baseline_lr", 0.123, ""),
     ("finetune.lr", 0.123, "finetune"),
     ("finetune.epochs", 7, "finetune"),
+    ("finetune.ties", "first", "finetune"),
+    ("finetune.lr_floor", 0.001, "finetune"),
+    ("bissl.fresh_hessian_batches", True, "bissl finetune"),
+    ("bissl.upper_lr_floor", 0.001, "bissl finetune"),
+    ("bissl.lower_warmup_steps", 1, "bissl finetune"),
     ("bissl.gamma", 0.123, "bissl finetune"),
     ("bissl.solver_iterations", 7, "bissl finetune"),
     ("head.lr", 0.123, "head bissl finetune"),
@@ -369,6 +380,7 @@ KEYS = [
     ("data.test_fraction", 0.3, "pretext head bissl finetune"),
     ("data.split_seed", 99, "pretext head bissl finetune"),
     ("model.backbone", "resnet-small", "pretext head bissl finetune"),
+    ("model.zero_init_residual", True, "pretext head bissl finetune"),
     ("seed", 5, "pretext head bissl finetune"),
     ("compute.precision", "bf16", "pretext head bissl finetune"),
     ("compute.tf32", True, "pretext head bissl finetune"),

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from recipes.bissl.commands.main import main
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources import folders
 from recipes.vision.sources.published import stl10
 from recipes.vision.sources.published.catalog import DATASETS
@@ -242,15 +242,16 @@ TABLES: dict[str, tuple[bytes, str | None]] = {
         ("twice", HEADER + "cat/000.png,0,1\ncat/000.png,1,1\n", "twice"),
         ("twice by two names", HEADER + "cat/000.png,0,1\n./cat//000.png,1,1\n", "twice"),
         ("no number", HEADER + "cat/000.png,yes,no\n", "row 2"),
-        ("not finite", HEADER + "cat/000.png,nan,1\ncat/001.png,1,2\n", "image 0"),
-        ("infinite", HEADER + "cat/000.png,0.5,1\ncat/001.png,1,1e400\n", "image 1"),
-        ("beyond float32", HEADER + "cat/000.png,0.5,1\ncat/001.png,1,1e39\n", "image 1"),
+        ("not finite", HEADER + "cat/000.png,nan,1\ncat/001.png,1,2\n", "row 2, column 'a'"),
+        ("infinite", HEADER + "cat/000.png,0.5,1\ncat/001.png,1,1e400\n", "row 3, column 'b'"),
+        ("beyond float32", HEADER + "cat/000.png,0.5,1\ncat/001.png,1,1e39\n", "row 3, column 'b'"),
         ("not utf-8", b"file,a\n\xff\xfe,1\n", "labels.csv"),
-        ("utf-16", (HEADER + "cat/000.png,0,1\n").encode("utf-16"), "labels.csv"),
+        ("utf-16 without its mark", (HEADER + "cat/000.png,0,1\n").encode("utf-16-le"), "row 1"),
+        ("utf-32", (HEADER + "cat/000.png,0,1\n").encode("utf-32"), "row 1"),
         ("binary", bytes(range(256)) * 9, "labels.csv"),
         ("open quote", HEADER + '"cat/000.png,0,1\n', "labels.csv"),
         ("long field", HEADER + "x" * 200_000 + ",0,1\n", "labels.csv"),
-        ("semicolons", "file;a\ncat/000.png;1\n", "labels.csv"),
+        ("bars", "file|a\ncat/000.png|1\n", "labels.csv"),
     ]
 }
 
