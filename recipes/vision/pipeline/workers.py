@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -131,6 +132,8 @@ class Workers:
             context = _Context()
             context.set_forkserver_preload(PRELOADED)
             self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(),))
+            # Also at the interpreter's end, which an executor that is forgotten until then does not survive silently.
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         return self._pool
 
     def describe(self) -> str | None:
@@ -206,7 +209,17 @@ def _alive(process: int) -> bool:
 
 def _run(work: Work, by_pipe: bool) -> Made:
     made = work.run()
-    return _as_arrays(made) if by_pipe else made
+    return _as_arrays(made) if by_pipe or not _shared(made) else made
+
+
+def _shared(made: Made) -> bool:
+    """Move what was made to shared memory, if there is room left; another program may have taken it."""
+    try:
+        for tensor in (*made.crops, *made.masks):
+            tensor.share_memory_()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _as_arrays(made: Made) -> Made:
