@@ -1,13 +1,17 @@
-"""Images held in memory, and the three labelled sets that a downstream task needs."""
+"""Pictures with labels, and the three labelled sets that a downstream task needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
+
+from .errors import DataError
+from .pictures.base import Images
+from .pictures.memory import ArrayImages
 
 LabelKind = Literal["single-label", "multi-label", "regression", "segmentation"]
 
@@ -20,10 +24,6 @@ KINDS: dict[torch.dtype, LabelKind] = {
 
 IGNORED = 255
 """In the masks of a segmentation: a pixel that belongs to no class and counts nowhere."""
-
-
-class DataError(ValueError):
-    """A data set that is missing, damaged or too small for what was asked; the message says what to do."""
 
 
 def check_labels(labels: Tensor, count: int, name: str) -> LabelKind:
@@ -66,40 +66,47 @@ def check_labels(labels: Tensor, count: int, name: str) -> LabelKind:
     return "regression"
 
 
-@dataclass(frozen=True, eq=False)
+@final
 class ImageSet:
-    """`images`: uint8 [N, C, H, W] with C 1 or 3, and their `labels`, or None.
+    """Pictures and their labels.
 
-    `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each image, maybe none;
-    or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W], a class for each
-    pixel of the images, or `IGNORED`. `kind` says which. Raises DataError on another type or shape, on a class out of
-    range and on a target that is not finite.
+    `images` are pictures of any sizes, `Images`, or one tensor uint8 [N, C, H, W] with C 1 or 3, which becomes
+    `ArrayImages`. `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each
+    image, maybe none; or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W],
+    a class for each pixel of the images, which lie in one tensor then, or `IGNORED`; or None. `kind` says which.
+
+    Raises:
+        DataError: another type or shape, a class out of range, a target that is not finite.
     """
 
-    images: Tensor
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    name: str
+    def __init__(self, images: Tensor | Images, labels: Tensor | None, classes: tuple[str, ...], name: str) -> None:
+        if isinstance(images, Tensor):
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+                raise DataError(
+                    f"{name}: images must be uint8 of shape [N, 1 or 3, H, W], "
+                    f"got {images.dtype} of shape {tuple(images.shape)}"
+                )
+            images = ArrayImages(images)
+        self.images, self.labels, self.classes, self.name = images, labels, classes, name
+        if labels is not None:
+            self._check(labels)
 
-    def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise DataError(
-                f"{self.name}: images must be uint8 of shape [N, 1 or 3, H, W], "
-                f"got {images.dtype} of shape {tuple(images.shape)}"
-            )
-        if labels is None:
-            return
+    def _check(self, labels: Tensor) -> None:
         check_labels(labels, len(self.classes), self.name)
-        if len(labels) != len(images):
+        if len(labels) != len(self.images):
             raise DataError(
-                f"{self.name}: labels must be int64, bool, float32 or uint8 with one row for each of the {len(images)} "
-                f"images, got {len(labels)} rows"
+                f"{self.name}: labels must be int64, bool, float32 or uint8 with one row for each of the "
+                f"{len(self.images)} images, got {len(labels)} rows"
             )
-        if labels.ndim == 3 and labels.shape[1:] != images.shape[2:]:
+        if labels.ndim < 3:
+            return
+        array = self.images.array
+        if array is None:
+            raise DataError(f"{self.name}: masks need images in one tensor, all of one size")
+        if labels.shape[1:] != array.shape[2:]:
             raise DataError(
                 f"{self.name}: masks of {labels.shape[1]}x{labels.shape[2]} px do not fit images of "
-                f"{images.shape[2]}x{images.shape[3]} px; every pixel of an image needs a class"
+                f"{array.shape[2]}x{array.shape[3]} px; every pixel of an image needs a class"
             )
 
     def __len__(self) -> int:
@@ -108,20 +115,32 @@ class ImageSet:
     @property
     def kind(self) -> LabelKind | None:
         """What the labels are; None without labels."""
-        if self.labels is None:
-            return None
-        return KINDS[self.labels.dtype]
+        return None if self.labels is None else KINDS[self.labels.dtype]
 
-    def to(self, device: torch.device) -> ImageSet:
-        """The same set with images and labels on `device`."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return ImageSet(self.images.to(device), labels, self.classes, self.name)
+    def unlabelled(self) -> ImageSet:
+        """The same pictures without labels."""
+        return ImageSet(self.images, None, self.classes, self.name)
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
-        """The images at `indices`, in that order; a copy. Raises IndexError on a position that is not there."""
+        """The images at `indices`, in that order. Raises IndexError on a position that is not there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[chosen]
-        return ImageSet(self.images[chosen], labels, self.classes, self.name)
+        return ImageSet(self.images.subset(chosen), labels, self.classes, self.name)
+
+
+def _check_classes(train: ImageSet) -> None:
+    """Raise DataError unless the training images are of two classes or more."""
+    assert train.labels is not None  # checked by the caller
+    first = train.classes[int(train.labels[0])]
+    if len(train.classes) < 2:
+        raise DataError(
+            f"{train.name} has a single class, {first!r}, which leaves nothing to tell apart: add another one"
+        )
+    if bool((train.labels == train.labels[0]).all()):
+        raise DataError(
+            f"{train.name}: all {len(train):,} training images are of class {first!r}, one of {len(train.classes)}, "
+            "which leaves nothing to tell apart: add images of another class to the training part"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +148,8 @@ class DownstreamSets:
     """Labelled `train`, `val` and `test` sets of one kind over the same classes.
 
     `indices` maps "train", "val" and "test" to the positions of their images in the source, so that a run can store
-    its split. Raises DataError if a set has no labels or no images, or if the kinds of labels or the classes differ.
+    its split. Raises DataError if a set has no labels or no images, if the kinds of labels or the classes differ, and
+    where single-label images leave nothing to tell apart: fewer than two classes, or training images of a single one.
     """
 
     train: ImageSet
@@ -149,6 +169,8 @@ class DownstreamSets:
                 raise DataError(f"{images.name}: the classes of the {part} set differ from those of the train set")
             if len(self.indices.get(part, ())) != len(images):
                 raise DataError(f"{images.name}: indices[{part!r}] must hold one position for each image of that set")
+        if self.kind == "single-label":
+            _check_classes(self.train)
 
     @property
     def kind(self) -> LabelKind:

@@ -231,7 +231,8 @@ def evaluate(
 
     Args:
         forward: The model, from inputs to outputs.
-        batches: Pairs of inputs, a tensor ``[N, ...]`` or a structure of such, and targets, on the model's device.
+        batches: Pairs of what `forward` takes, and targets, a tensor ``[N, ...]`` or a structure of such, on the
+            model's device.
         metrics: By name.
         loss: ``loss(outputs, targets) -> 0-d``, a mean over the examples; its value is returned as "loss".
 
@@ -246,7 +247,7 @@ def evaluate(
     for inputs, targets in batches:
         outputs = forward(inputs)
         states = {name: metrics[name].accumulate(state, outputs, targets) for name, state in states.items()}
-        sizes.append(len(next(tensors_in(inputs))))
+        sizes.append(len(next(tensors_in(targets))))
         if loss is not None:
             losses.append(loss(outputs, targets))
     if not sizes:

@@ -1,72 +1,101 @@
-"""Which rows of a batch this rank computes: its share of the training views, and of the outputs of an evaluation."""
+"""Which rows of a batch this rank makes: its share of the training views, and of the inputs of an evaluation."""
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from bilevel.distributed import gather, shard, shard_sizes, world_size
-from bilevel.tree import map_tensors, tensors_in
+from bilevel.tree import map_tensors
 
-from .imagesets import DataError
+from .errors import DataError
 
 Transform = Callable[..., Any]
-"""``(images, generator) -> batch`` or ``(images, targets, generator) -> batch``, as tasks give them."""
+"""``(images, ..., generator) -> batch``, as tasks give it."""
+
+ROWS = {"rows", "count"}
 
 
-def views_of_shard(transform: Transform, task: str) -> Transform:
-    """`transform`, to be called with the whole batch's images as before, making this rank's share of the batch alone.
+@dataclass(frozen=True)
+class SharedTransform:
+    """A task's transform, which over several ranks makes this one's share of a batch.
 
-    A transform that takes the keyword `rows` draws for the whole batch and computes the share. Another one computes the
-    whole batch, of which the share is kept. The generator moves on alike, and in one process nothing changes.
+    A transform with the keywords `rows` and `count` is given the share's images; so is one that changes nothing.
+    Another one is given all of the batch, of which the share is kept. In one process nothing changes.
 
-    Args:
-        task: name of the task, for messages.
+    Attributes:
+        transform: the task's.
+        task: its name, for messages.
+        changes_nothing: whether it returns what it is given.
+    """
+
+    transform: Transform
+    task: str
+    changes_nothing: bool = False
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the share's images are all it is given."""
+        return self.changes_nothing or inspect.signature(self.transform).parameters.keys() >= ROWS
+
+    def rows(self, count: int) -> slice:
+        """The rows of a batch of `count` that are to be made."""
+        return shard(count) if world_size() > 1 and self.takes_rows else slice(0, count)
+
+    def __call__(self, count: int, *arguments: Any) -> Any:
+        """The batch, or the share of it.
+
+        Raises:
+            DataError: it cannot be cut: a tensor of it has not `count` rows.
+        """
+        if self.changes_nothing or (world_size() == 1 and not self.takes_rows):
+            return self.transform(*arguments)
+        if self.takes_rows:
+            return self.transform(*arguments, rows=self.rows(count), count=count)
+        remedy = "return one row an image in every tensor, or give transform the keywords rows and count"
+        own, what = shard(count), f"the batch that {self.task} transforms"
+        # Copies: a view would keep the whole batch in memory.
+        return map_tensors(
+            lambda tensor: _with_rows(tensor, count, what, remedy)[own].clone(), self.transform(*arguments)
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's rows of an evaluation's inputs, of a batch of `count`."""
+
+    inputs: Any
+    count: int
+
+
+def evaluated_rows(count: int) -> slice:
+    """The rows of an evaluation's batch that this rank computes: all of them where there are fewer than ranks."""
+    return slice(0, count) if _is_whole(count) else shard(count)
+
+
+def of_all_ranks(values: Any, count: int, what: str = "evaluation outputs") -> Any:
+    """Tensors of a batch of `count` rows, from every rank's own rows, with autograd's history.
 
     Raises:
-        DataError: when the result is called, over several ranks, for a transform without `rows` whose batch has a
-            tensor that cannot be cut: it has not as many rows as there are images.
+        DataError: over several ranks, a tensor that has not as many rows as the share.
     """
-    takes_rows = "rows" in inspect.signature(transform).parameters
-
-    def views(images: Tensor, *others: Any) -> Any:
-        if world_size() == 1:
-            return transform(images, *others)
-        rows = shard(len(images))
-        if takes_rows:
-            return transform(images, *others, rows=rows)
-        remedy = "return one row an image in every tensor, or give the function that transform returns a keyword rows"
-        return _cut(transform(images, *others), len(images), rows, f"the batch that {task} transforms", remedy)
-
-    return views
-
-
-def on_shards(forward: Callable[[Any], Any], inputs: Any) -> Any:
-    """Outputs of `forward` on a whole batch of `inputs`, the same on every rank; each rank computes its share of rows.
-
-    Inputs and outputs are tensors, or nested structures of them, with one row for each of N samples, which do not
-    depend on one another. Where N is below the number of ranks, every rank computes all of it. Autograd's history is
-    kept: call it without gradients where none are wanted.
-
-    Raises:
-        DataError: over several ranks, if a tensor of the inputs has not N rows, or one of the outputs not the share's.
-    """
-    count, ranks = len(next(tensors_in(inputs))), world_size()
-    if ranks == 1 or count < ranks:
-        return forward(inputs)
-    own = shard(count)
+    if _is_whole(count):
+        return values
+    own, sizes = shard(count), shard_sizes(count)
     remedy = "evaluation over several processes needs one row a sample in every tensor"
-    outputs = forward(_cut(inputs, count, own, "evaluation inputs", remedy))
-    local = own.stop - own.start
-    return map_tensors(
-        lambda x: gather(_with_rows(x, local, "evaluation outputs", remedy), shard_sizes(count)), outputs
-    )
+    return map_tensors(lambda x: gather(_with_rows(x, own.stop - own.start, what, remedy), sizes), values)
 
 
-def _cut(batch: Any, count: int, rows: slice, what: str, remedy: str) -> Any:
-    """`rows` of every tensor of the batch, as copies: a view would keep the whole batch in memory."""
-    return map_tensors(lambda tensor: _with_rows(tensor, count, what, remedy)[rows].clone(), batch)
+def on_shards(forward: Callable[[Any], Any], rows: Rows) -> Any:
+    """Outputs of `forward` on the whole batch, the same on every rank; each computes its own rows."""
+    return of_all_ranks(forward(rows.inputs), rows.count)
+
+
+def _is_whole(count: int) -> bool:
+    ranks = world_size()
+    return ranks == 1 or count < ranks
 
 
 def _with_rows(tensor: Tensor, count: int, what: str, remedy: str) -> Tensor:

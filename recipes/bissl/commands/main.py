@@ -17,7 +17,7 @@ from bilevel.training import NonFiniteError
 from ...experiment.artifacts import Artifact, ArtifactError
 from ...experiment.errors import ConfigError
 from ...experiment.folder.leases import LeaseLost
-from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS
+from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS, RunDirectory
 from ...experiment.plugins import PluginError
 from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
@@ -27,11 +27,12 @@ from ...vision.imagesets import DataError
 from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines, results_table
-from ..outcome.open_run import begin, make_pipeline, run_whole
+from ..outcome.open_run import begin, compute_device, crops_on, make_pipeline, run_whole
 from ..outcome.pipeline import Pipeline
 from ..outcome.rank_checks import check_data
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
+from ..settings.config import Config
 from ..settings.presets import list_presets
 from ..training.costs import artifact_store, read_stage
 from . import data, export, features, figure2, search, table
@@ -133,7 +134,8 @@ def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> 
 
 
 def _execute(request: Request, ranks: Ranks) -> int:
-    config, directory = request.config, request.directory
+    directory = request.directory
+    config = _settled(request.config, directory, ranks)
     if request.list_presets:
         print(list_presets())
         return 0
@@ -166,6 +168,13 @@ def _execute(request: Request, ranks: Ranks) -> int:
         _say(console, line)
     _say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
+
+
+def _settled(config: Config, directory: RunDirectory, ranks: Ranks) -> Config:
+    """The config without an open choice: a run goes on as it began, also on another device."""
+    saved = directory.saved_config() if directory.started else None
+    began = (saved or {}).get("compute", {}).get("crops", "auto")
+    return config.with_crops(began).with_crops(crops_on(compute_device(config, ranks.launch)))
 
 
 def _say(console: Console, line: str) -> None:

@@ -36,7 +36,7 @@ def check_data(config: Config, data: Datasets, computing: Computing) -> None:
     check_initial_weights(config.model, config.data.image_size)
     batches = Batches(Repeat(config, METHOD, config.seed), data, computing)
     for fraction in _fractions(config):
-        batches.pretext(config.pretext_task(), "check", fraction)
+        batches.pretext(config.pretext_task(), "check", 0, fraction)
     check_labelled(config, data, computing)
 
 
@@ -54,7 +54,7 @@ def check_labelled(config: Config, data: Datasets, computing: Computing) -> None
             f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
         )
     as_metrics(task.metrics())
-    Batches(Repeat(config, METHOD, config.seed), data, computing).labelled(task, "check")
+    Batches(Repeat(config, METHOD, config.seed), data, computing).labelled(task, "check", 0)
 
 
 def describe(config: Config) -> str:

@@ -66,6 +66,11 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     return torch.device("cuda", launch.local_rank)
 
 
+def crops_on(device: torch.device) -> str:
+    """How a new run crops images in memory where it has the choice."""
+    return "float" if device.type == "cuda" else "uint8"
+
+
 def make_pipeline(
     config: Config,
     folder: Path,
@@ -86,6 +91,7 @@ def make_pipeline(
         ConfigError: the device is not there, or the ranks cannot make this run together.
     """
     device = compute_device(config, ranks.launch)
+    config = config.with_crops(crops_on(device))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks.join(device, config.rank_timeout)

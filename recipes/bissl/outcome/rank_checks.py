@@ -73,8 +73,10 @@ def check_data(data: Datasets) -> None:
 def _fingerprint(images: ImageSet) -> str:
     count = len(images)
     places = torch.arange(0, count, max(1, count // _SAMPLE))
-    digest = hashlib.sha256(repr((count, tuple(images.images.shape), images.classes)).encode())
-    digest.update(images.images[places].cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr((count, images.classes)).encode())
+    for item in images.images.items(places.tolist()):
+        picture = item.picture()
+        digest.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
     if images.labels is not None:
         digest.update(images.labels.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -174,14 +174,20 @@ class Config(Section):
             raise ValueError("; ".join(explain(error, f"arm {name!r}: bissl."))) from error
         return self.model_copy(update={"bissl": section})
 
+    def with_crops(self, crops: str) -> "Config":
+        """This config with that way of cropping where it leaves the choice open (compute.crops auto)."""
+        if self.compute.crops != "auto":
+            return self
+        return self.model_copy(update={"compute": self.compute.model_copy(update={"crops": crops})})
+
     def pretext_task(self) -> PretextTask:
         """The pretext task with its options."""
-        given = {"image_size": self.data.image_size, "views": self.compute.views}
+        given = {"image_size": self.data.image_size}
         return _make_task("pretext", self.pretext, PRETEXT_TASKS, PretextTask, given)
 
     def downstream_task(self, classes: tuple[str, ...]) -> DownstreamTask:
         """The downstream task with its options, for these classes."""
-        given = {"image_size": self.data.image_size, "views": self.compute.views, "classes": classes}
+        given = {"image_size": self.data.image_size, "classes": classes}
         return _make_task("downstream", self.downstream, DOWNSTREAM_TASKS, DownstreamTask, given)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...vision.networks.backbones import BACKBONES, check_backbone, check_residual
+from ...vision.sources.loading import Storage
 from .arms import BASELINE, METHOD, arm_of
 
 V = TypeVar("V")
@@ -35,7 +36,24 @@ class DataConfig(Section):
     downstream: str = Field(description="source of labelled images, as for pretext")
     root: str = Field(default="data", description="folder of downloaded sets")
     download: bool = Field(default=True, description="fetch a set that is not below root, where the network allows it")
-    image_size: int = Field(ge=4, le=4096, description="side to which images are resized when they are read (px)")
+    image_size: int = Field(
+        ge=4, le=4096, description="side of a view, unless a task's options say otherwise (px); cut from the original"
+    )
+    storage: Storage = Field(
+        default="auto",
+        description="files read into memory at the start, or streamed, read when they are needed; auto: streamed where "
+        "they have more than 32 MiB. Batches are the same to the bit",
+    )
+    num_workers: int | None = Field(
+        default=None,
+        ge=0,
+        le=512,
+        description="processes that read and crop streamed images, for all stages together; 0: this process does; "
+        "null: one fewer than there are cores, shared by the processes on this machine",
+    )
+    prefetch_factor: int = Field(
+        default=2, ge=1, le=64, description="batches of each level that are made before they are used, while room lasts"
+    )
     pretext_limit: int | None = Field(default=None, ge=1, description="use at most this many pretext images; null: all")
     labels_per_class: int | None = Field(default=None, ge=1, description="training images a class; null: all")
     val_per_class: int | None = Field(
@@ -48,6 +66,10 @@ class DataConfig(Section):
         default=0.25, gt=0, lt=1, description="test share where the set has no split of its own"
     )
     split_seed: int = Field(default=0, ge=0, description="seed of the splits")
+
+
+HOW_READ = {"root", "download", "storage", "num_workers", "prefetch_factor"}
+"""Fields of the section `data` that change no batch."""
 
 
 class ModelConfig(Section):
@@ -173,7 +195,7 @@ class FinetuneConfig(Section):
 
 
 class ComputeConfig(Section):
-    """How losses, products and views are computed; the defaults are plain float32, one image at a time."""
+    """How losses, products and views are computed; the defaults are plain float32."""
 
     precision: Literal["float32", "bf16"] = Field(
         default="float32",
@@ -191,14 +213,11 @@ class ComputeConfig(Section):
         description="torch.compile the losses of first-order steps; never those of Hessian products and the upper "
         "level, which are differentiated twice",
     )
-    views: Literal["per-image", "batched"] = Field(
-        default="per-image",
-        description="how random views are applied: image by image (the reference), or a batch at a time",
-    )
-    data_device: Literal["cpu", "device"] = Field(
-        default="cpu",
-        description="memory that training images lie in (uint8, one byte a channel and pixel); device: that of the "
-        "compute device, needs batched views",
+    crops: Literal["auto", "uint8", "float"] = Field(
+        default="auto",
+        description="where random crops of images in memory at one size are resized: uint8, on the host, as those of "
+        "other images always are; float, on the compute device, which then holds the set (within 2/255); auto: float "
+        "on a GPU. A run keeps what it began with",
     )
     micro_batch: int | None = Field(
         default=None,
@@ -212,12 +231,6 @@ class ComputeConfig(Section):
         description="over several processes: BatchNorm by the statistics of the global batch, or by each process's "
         "share of it (another model for each number of processes); no difference in one process",
     )
-
-    @model_validator(mode="after")
-    def _views_where_the_data_are(self) -> "ComputeConfig":
-        if self.data_device == "device" and self.views == "per-image":
-            raise ValueError("data_device=device draws views on the device, a batch at a time; set views to batched")
-        return self
 
 
 def _first(value: V | None, fallback: V) -> V:

@@ -6,7 +6,7 @@ ones by a short name) and its options are checked when the config is. Nothing in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ...vision.imagesets import LabelKind
 from ...vision.metrics import Metric
 from ...vision.optimizers import LARS
+from ...vision.views.evaluation_view import EvalView
+from ...vision.views.view_policy import ViewPolicy
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -29,10 +31,6 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     image_size: int = Field(ge=1, description="side of the square input (px); filled in from data.image_size")
-
-    views: Literal["per-image", "batched"] = Field(
-        default="per-image", description="how random views are applied; filled in from compute.views"
-    )
 
     def view_sizes(self) -> set[int]:
         """Sides of the images that the backbone is given (px); some backbones take one size alone."""
@@ -58,18 +56,31 @@ class PretextTask(Task, ABC):
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
         """Fresh heads phi_P for a backbone with `num_features` pooled features; seeded by torch's default generator."""
 
-    @abstractmethod
-    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
-        """``(images uint8 [N, C, H, W], generator) -> batch``; everything random in a batch is drawn here.
+    def random_views(self) -> tuple[ViewPolicy, ...]:
+        """The random views of every image that a batch is made of; sizes may differ.
 
-        The batch is a tensor or nested tuples, lists and dicts of tensors. Masks of a masked autoencoder belong in it:
-        they then travel with the stored batch and stay fixed within one linear solve. Images are on the CPU or, with
-        compute.data_device=device, on the compute device; the generator is the CPU's.
-
-        Over several processes every one draws the whole batch and needs its own rows alone. A function with a further
-        keyword ``rows: slice = slice(None)`` is given them: it draws for all N images in the same order, and computes
-        and returns the rows. One without it makes the whole batch everywhere, every tensor of which must have N rows.
+        They are cut from the original image, by worker processes where images are files, and finished on the compute
+        device. Without any, `transform` is given the images themselves, as central squares of `image_size` px.
         """
+        return ()
+
+    def transform(self, images: Any, generator: torch.Generator) -> Any:
+        """The batch, on the compute device; everything random in it that is no view is drawn here.
+
+        Args:
+            images: the tuple of `random_views`, float32 [N, 3, size, size] each, normalised; or, without any, the
+                images, uint8 [N, 1 or 3, image_size, image_size].
+            generator: of the CPU, seeded by the batch's place alone.
+
+        Returns:
+            A tensor or nested tuples, lists and dicts of tensors; `images` as they are by default. Masks of a masked
+            autoencoder belong in it: they then travel with the stored batch and stay fixed within one linear solve.
+
+        Over several processes every one is given the whole batch, whose tensors must then have N rows, and keeps its
+        share of them. A transform with two more keywords, ``rows: slice`` and ``count: int``, is given its own rows
+        alone: it draws for all `count` images in the same order, and uses what it has drawn for `rows`.
+        """
+        return images
 
     @abstractmethod
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: Any) -> Tensor:
@@ -121,13 +132,27 @@ class DownstreamTask(Task, ABC):
     def build(self, backbone: nn.Module) -> nn.Module:
         """A fresh head phi_D for a backbone with `num_features` pooled features."""
 
-    @abstractmethod
-    def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[Any, Any]]:
-        """``(images uint8 [N, C, H, W], targets, generator) -> (inputs, targets)``, changing both together.
+    def train_view(self) -> ViewPolicy | None:
+        """The random view of a training image, as `PretextTask.random_views`; None: `transform` is given the image."""
+        return None
 
-        For training, devices and the optional keyword `rows`, for inputs and targets, are as in
-        `PretextTask.transform`; for evaluation everything is on the CPU.
+    def evaluation_view(self) -> EvalView | None:
+        """The view of an image in validation and test; None: `transform` is given the image."""
+        return None
+
+    def transform(self, images: Tensor, targets: Any, generator: torch.Generator, train: bool) -> tuple[Any, Any]:
+        """(inputs, targets) of a batch, on the compute device; unchanged by default.
+
+        Args:
+            images: the declared view, float32 [N, 3, size, size], normalised; or, without one, the images, uint8
+                [N, 1 or 3, image_size, image_size].
+            targets: their labels. Masks have been cut and mirrored as the images were, nearest pixels, 255 where there
+                is nothing.
+            generator: as in `PretextTask.transform`; in an evaluation there is nothing to draw.
+
+        Over several processes as in `PretextTask.transform`; in an evaluation each process is given its own rows.
         """
+        return images, targets
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Any) -> Tensor:

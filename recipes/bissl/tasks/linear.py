@@ -1,14 +1,12 @@
 """What the bundled downstream tasks share: views of an image and a linear layer on its pooled features."""
 
-from collections.abc import Callable
 from typing import Any, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from ...vision.networks.backbones import linear_head
-from ...vision.views.random_view import EvalView, RandomView
+from ...vision.views.evaluation_view import EvalView
 from ...vision.views.view_policy import ViewPolicy
 from .base import DownstreamTask
 
@@ -54,13 +52,8 @@ class LinearTask(DownstreamTask):
     def build(self, backbone: nn.Module) -> nn.Module:
         return linear_head(int(backbone.num_features), len(self.classes))  # type: ignore[arg-type]
 
-    def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        random = RandomView(self.view, self.views == "batched")
-        plain = EvalView(self.eval_resize or self.image_size, self.image_size, self.view.mean, self.view.std)
+    def train_view(self) -> ViewPolicy:
+        return self.view
 
-        def view(
-            images: Tensor, targets: Tensor, generator: torch.Generator, *, rows: slice = slice(None)
-        ) -> tuple[Tensor, Tensor]:
-            return random(images, generator, rows) if train else plain(images[rows]), targets[rows]
-
-        return view
+    def evaluation_view(self) -> EvalView:
+        return EvalView(self.eval_resize or self.image_size, self.image_size, self.view.mean, self.view.std)

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...vision.networks.backbones import projector
-from ...vision.views.random_view import RandomView
 from ...vision.views.view_policy import ViewPolicy
 from .base import Bound, PretextTask
 
@@ -54,13 +53,8 @@ class TwoViewTask(PretextTask):
     def describe(self) -> list[str]:
         return [f"pretext view {i}: {view.describe_crop()}" for i, view in enumerate((self.view1, self.view2), 1)]
 
-    def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        first, second = (RandomView(view, self.views == "batched") for view in (self.view1, self.view2))
-
-        def views(images: Tensor, generator: torch.Generator, *, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-            return first(images, generator, rows), second(images, generator, rows)
-
-        return views
+    def random_views(self) -> tuple[ViewPolicy, ViewPolicy]:
+        return self.view1, self.view2
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return self.output_loss(self.outputs(backbone, heads, batch))

@@ -95,22 +95,27 @@ class Computing:
 
         return under_autocast
 
-    def to_device(self, images: ImageSet) -> ImageSet:
-        """The images where batches are drawn from them: on the device or where they are.
+    def sent(self, tensor: Tensor) -> Tensor:
+        """The same tensor on the device, where the host does not wait for the copy if its memory is pinned."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def on_device(self, images: ImageSet) -> Tensor | None:
+        """The pictures on the device, where crops are made there; None where they are not, or have several sizes.
 
         Raises:
             ConfigError: the device has not as much memory left.
         """
-        if self.fields.data_device == "cpu" or self.device.type == "cpu":
-            return images
+        array = images.images.array
+        if self.fields.crops == "uint8" or array is None:
+            return None
         if self.device.type == "cuda":
-            free, needed = torch.cuda.mem_get_info(self.device)[0], images.images.nbytes
+            free, needed = torch.cuda.mem_get_info(self.device)[0], array.nbytes
             if needed >= free:
                 raise ConfigError(
-                    f"compute.data_device: {images.name} takes {needed // MIB} MiB, but {self.device} has "
-                    f"{free // MIB} MiB left; set it to cpu, or use fewer images"
+                    f"compute.crops: {images.name} takes {needed // MIB} MiB, but {self.device} has {free // MIB} MiB "
+                    "left; set it to uint8, or use fewer images"
                 )
-        return images.to(self.device)
+        return array.to(self.device)
 
 
 class JoinBuffers(Callback):

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
+
+from torch import Tensor
 
 from ...vision.imagesets import ImageSet
+from ...vision.pipeline.workers import Workers, cores_to_spare
 from ...vision.sources.loading import load_downstream, load_pretext
 from ..settings.sections import DataConfig
 from .compute import Computing
@@ -16,11 +19,16 @@ class Datasets:
     Args:
         section: which images.
         read_labelled: reads the labelled sets in another way, such as from a cache.
+        workers: processes that read streamed images, in place of the section's number.
     """
 
-    def __init__(self, section: DataConfig, read_labelled: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, section: DataConfig, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
+    ) -> None:
         self.section, self._read_labelled = section, read_labelled or self._load_labelled
-        self._on_device: dict[str, ImageSet] = {}
+        count = section.num_workers if workers is None else workers
+        self.workers = Workers(cores_to_spare() if count is None else count)
+        self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
 
     @cached_property
     def pretext(self) -> ImageSet:
@@ -28,12 +36,13 @@ class Datasets:
         c = self.section
         return load_pretext(
             c.pretext,
-            image_size=c.image_size,
             root=c.root,
             download=c.download,
             limit=c.pretext_limit,
             split_seed=c.split_seed,
             test_fraction=c.test_fraction,
+            evaluated=c.pretext == c.downstream,
+            storage=c.storage,
         )
 
     @cached_property
@@ -45,18 +54,17 @@ class Datasets:
         """Read all of them now."""
         _ = self.pretext, self.downstream
 
-    def to_device(self, part: Literal["pretext", "train"], computing: Computing) -> ImageSet:
-        """The images of training batches where `computing` wants them, moved once."""
-        if part not in self._on_device:
-            images = self.pretext if part == "pretext" else self.downstream.train
-            self._on_device[part] = computing.to_device(images)
-        return self._on_device[part]
+    def on_device(self, images: ImageSet, computing: Computing) -> Tensor | None:
+        """The pictures on the device where crops are made there, moved once; else None."""
+        if id(images) not in self._arrays:
+            # The set is kept, so that no other one gets its number.
+            self._arrays[id(images)] = images, computing.on_device(images)
+        return self._arrays[id(images)][1]
 
     def _load_labelled(self) -> Any:
         c = self.section
         return load_downstream(
             c.downstream,
-            image_size=c.image_size,
             root=c.root,
             download=c.download,
             labels_per_class=c.labels_per_class,
@@ -64,4 +72,5 @@ class Datasets:
             val_fraction=c.val_fraction,
             test_fraction=c.test_fraction,
             split_seed=c.split_seed,
+            storage=c.storage,
         )

@@ -1,16 +1,19 @@
 """A run's images as batches, for training and for evaluation."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.distributed import shard_sizes, world_size
-from bilevel.training import BatchStack, derive_seed
+from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
 from ...vision.imagesets import ImageSet
-from ...vision.shards import views_of_shard
+from ...vision.pipeline.loader import Loader, UnderWay, View
+from ...vision.pipeline.stream import InOrder, PrefetchedStack, order_of
+from ...vision.shards import Rows, SharedTransform, evaluated_rows, of_all_ranks
 from ..tasks.base import DownstreamTask, PretextTask
 from .compute import Computing
 from .datasets import Datasets
@@ -22,6 +25,9 @@ LOWER_DATA = "bissl lower"
 PRETEXT_IMAGES = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
 """Fields of the section `data` that decide which the pretext images are."""
 
+AHEAD = 2
+"""Batches under way besides the one that is used."""
+
 
 class Batches:
     """The batches of one repeat, on the device: a function of its settings and its seed."""
@@ -30,53 +36,103 @@ class Batches:
         self.settings, self.seed = repeat.settings, repeat.seed
         self.data, self.computing = data, computing
 
-    def pretext(self, task: PretextTask, purpose: str, fraction: float = 1.0) -> BatchStack:
-        """Batches of a random `fraction` of the pretext images, the smaller last one of an epoch included.
+    def pretext(self, task: PretextTask, purpose: str, total: int, fraction: float = 1.0) -> PrefetchedStack[UnderWay]:
+        """`total` batches of a random `fraction` of the pretext images, the smaller last one of an epoch included.
 
         Args:
             purpose: what they are for; another purpose shuffles them in another order.
         """
-        images = self.data.to_device("pretext", self.computing)
-        transform = views_of_shard(task.transform(), type(task).__name__)
+        images, views = self.data.pretext, task.random_views()
         count = round(fraction * len(images))
         what = "pretext images" if fraction == 1.0 else f"pretext images (bissl.pretext_fraction={fraction:g})"
         size = check_batch_size("pretext.batch_size", self.settings.pretext.batch_size, count, what)
+        self._check_shards("pretext.batch_size", size, count, self.settings.compute.micro_batch)
         order = torch.Generator().manual_seed(derive_seed(self.settings.data.split_seed, "pretext fraction"))
         members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
+        loader = self._loader(images, views or (task.image_size,))
+        transform = SharedTransform(task.transform, type(task).__name__, type(task).transform is PretextTask.transform)
 
-        def load(indices: Tensor, seed: int) -> Any:
-            indices = indices if members is None else members[indices]
-            chosen = images.images[indices.to(images.images.device)]
-            return self.computing.move(transform(chosen, torch.Generator().manual_seed(seed)))
+        def begin(indices: Tensor, seed: int) -> UnderWay:
+            chosen = indices if members is None else members[indices]
+            return loader.begin(chosen, seed, transform.rows(len(chosen)))
 
-        self._check_shards("pretext.batch_size", size, count, self.settings.compute.micro_batch)
-        return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
+        def finish(begun: UnderWay, seed: int) -> Any:
+            made, _ = loader.finish(begun)
+            batch = transform(len(begun.indices), made if views else made[0], _generator(seed))
+            return self.computing.move(batch)
 
-    def labelled(self, task: DownstreamTask, purpose: str) -> BatchStack:
-        """Batches of the labelled training images."""
-        images = self.data.to_device("train", self.computing)
-        transform = views_of_shard(task.transform(train=True), type(task).__name__)
+        return self._stack(loader, begin, finish, count, size, purpose, total)
+
+    def pretext_sample(self, task: PretextTask, count: int) -> Any:
+        """A batch of the first images: always the same images and the same draws."""
+        images, views = self.data.pretext, task.random_views()
+        loader = self._loader(images, views or (task.image_size,))
+        made = loader.make(torch.arange(min(count, len(images))))
+        return self.computing.move(task.transform(made if views else made[0], _generator(0)))
+
+    def labelled(self, task: DownstreamTask, purpose: str, total: int) -> PrefetchedStack[UnderWay]:
+        """`total` batches of the labelled training images."""
+        images = self.data.downstream.train
         count, wanted = len(images), self.settings.downstream.batch_size
         size = check_batch_size("downstream.batch_size", wanted, count, "labelled images")
         self._check_shards("downstream.batch_size", size, count, None)
-        labels = images.labels
-        assert labels is not None
+        loader = self._loader(images, (task.train_view() or task.image_size,))
+        transform = SharedTransform(
+            partial(task.transform, train=True), type(task).__name__, type(task).transform is DownstreamTask.transform
+        )
 
-        def load(indices: Tensor, seed: int) -> Any:
-            generator, chosen = torch.Generator().manual_seed(seed), indices.to(images.images.device)
-            return self.computing.move(transform(images.images[chosen], labels[chosen], generator))
+        def begin(indices: Tensor, seed: int) -> UnderWay:
+            return loader.begin(indices, seed, transform.rows(len(indices)))
 
-        return BatchStack(count, size, load, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
+        def finish(begun: UnderWay, seed: int) -> Any:
+            inputs, targets = self._labelled(loader, begun, images)
+            batch = transform(len(begun.indices), inputs, targets, _generator(seed))
+            return self.computing.move(batch)
 
-    def evaluation(self, images: ImageSet, task: DownstreamTask) -> list[Any]:
-        """The whole set in order, in the evaluation view."""
-        transform, size = task.transform(train=False), self.settings.downstream.eval_batch_size
-        labels, generator = images.labels, torch.Generator()
-        assert labels is not None
-        return [
-            self.computing.move(transform(images.images[i : i + size], labels[i : i + size], generator))
-            for i in range(0, len(images), size)
-        ]
+        return self._stack(loader, begin, finish, count, size, purpose, total)
+
+    def evaluation(self, images: ImageSet, task: DownstreamTask) -> InOrder[UnderWay]:
+        """The whole set in order, in the evaluation view: pairs of this rank's `Rows` of inputs, and all targets."""
+        loader, begin, finish = self._evaluated(images, task)
+        return InOrder(len(images), self.settings.downstream.eval_batch_size, begin, finish, loader.give_up)
+
+    def evaluation_inputs(self, images: ImageSet, task: DownstreamTask, indices: Tensor) -> Any:
+        """Inputs of some images in the evaluation view; over several ranks, of its rows alone."""
+        _, begin, finish = self._evaluated(images, task)
+        return finish(begin(indices))[0].inputs
+
+    def _evaluated(self, images: ImageSet, task: DownstreamTask) -> tuple[Loader, Any, Any]:
+        loader = self._loader(images, (task.evaluation_view() or task.image_size,), on_device=False)
+
+        def begin(indices: Tensor) -> UnderWay:
+            return loader.begin(indices, rows=evaluated_rows(len(indices)))
+
+        def finish(begun: UnderWay) -> tuple[Rows, Any]:
+            count = len(begun.indices)
+            batch = task.transform(*self._labelled(loader, begun, images), torch.Generator(), train=False)
+            inputs, targets = self.computing.move(batch)
+            return Rows(inputs, count), of_all_ranks(targets, count, "evaluation targets")
+
+        return loader, begin, finish
+
+    def _labelled(self, loader: Loader, begun: UnderWay, images: ImageSet) -> tuple[Tensor, Tensor]:
+        """Views and labels of a batch under way."""
+        views, masks = loader.finish(begun)
+        assert images.labels is not None, "the three labelled sets have labels"
+        labels = images.labels[begun.indices[begun.rows]]
+        return views[0], masks[0] if masks else self.computing.move(labels)
+
+    def _loader(self, images: ImageSet, views: tuple[View, ...], on_device: bool = True) -> Loader:
+        masks = images.labels if images.kind == "segmentation" else None
+        array = self.data.on_device(images, self.computing) if on_device and masks is None else None
+        return Loader(images.images, views, self.data.workers, move=self.computing.sent, masks=masks, array=array)
+
+    def _stack(
+        self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int
+    ) -> PrefetchedStack[UnderWay]:
+        order = order_of(count, size, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
+        ahead = 0 if loader.images.in_memory else AHEAD
+        return PrefetchedStack(order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room)
 
     def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
         """Refuse batches of `size` of `count` images, and an epoch's last one, whose parts are too small for BatchNorm.
@@ -98,6 +154,11 @@ class Batches:
                 f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
                 f"last one, of {rest or size}; BatchNorm needs two, choose another size"
             )
+
+
+def _generator(seed: int) -> torch.Generator:
+    """What a task's own transform draws by: views have numbers of their own."""
+    return torch.Generator().manual_seed(derive_seed(seed, "transform"))
 
 
 def check_batch_size(field_name: str, size: int, available: int, what: str) -> int:

@@ -1,6 +1,6 @@
 """What the head's warm-up and fine-tuning share: a backbone with a head on labelled batches, and its scores."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ class SupervisedModel:
         """The loss on a batch of inputs and targets, 0-d."""
         return self._loss(*batch)
 
-    def measure(self, batches: Sequence[Any]) -> dict[str, float]:
+    def measure(self, batches: Iterable[Any]) -> dict[str, float]:
         """The task's metrics and loss over `batches` in eval mode; every mode is afterwards what it was."""
         modes = [(module, module.training) for module in (self.backbone, self.head)]
         for module, _ in modes:

@@ -1,179 +1,232 @@
-"""Images in folders, one folder a class: finding the files and decoding them."""
+"""Images in folders: class folders, split folders, or any without labels; finding the files."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..imagesets import DataError
+from ..errors import DataError
+from .file_table import FileScan, FileTable, entries, is_folder
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-PARTS = ("train", "val", "test")
-MAX_PIXELS = 50_000_000
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-CHUNK = 256
-SMALL_FILE = 8192
+# Those of torchvision's ImageFolder, and two more names of JPEG.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+BESIDE = "pictures beside class folders"
+PART_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+# A class folder may keep its pictures in one folder of such a name.
+CONTAINERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "frames", "jpg", "jpeg", "png"})
+REASONS = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderListing:
-    """The image files of a folder in a fixed order; `labels` are positions in `classes`, `parts` positions in `files`.
+    """The N image files of a folder in a fixed order.
 
-    `parts` has the key "train" alone for a folder of class folders, and also "val" and "test" where these exist.
+    `labels`: int64 [N], positions in `classes`, or None for unlabelled images. `parts`: positions (int64) in `files` of
+    "train", and also of "val" and "test" where the folder has them; of "unlabelled" alone for unlabelled images.
+    `passed_over`: how many files were not taken, by reason in words.
     """
 
+    files: FileTable
     classes: tuple[str, ...]
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
-    parts: dict[str, list[int]]
+    labels: Tensor | None
+    parts: dict[str, Tensor]
+    passed_over: Counter[str]
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    """Folders directly inside, sorted by name; hidden ones do not count."""
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def part_of(name: str) -> str | None:
+    """The part ("train", "val" or "test") that a folder or a word of this name means, in any case; None for another."""
+    return next((part for part, names in PART_NAMES.items() if name.casefold() in names), None)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted; hidden ones do not count. Raises DataError on a link to a folder around it."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    found = []
-    for directory, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        here = os.path.realpath(directory)
-        for name in subfolders:
-            # Followed, it would list the same images again and again, in training and test sets alike.
-            if f"{here}{os.sep}".startswith(f"{os.path.realpath(os.path.join(directory, name))}{os.sep}"):
-                raise DataError(f"{os.path.join(directory, name)} links to a folder that it lies in: remove the link")
-        found += [Path(directory, n) for n in names if Path(n).suffix.lower() in SUFFIXES and not n.startswith(".")]
-    return sorted(found)
+def passed_over_words(passed_over: Counter[str]) -> str:
+    """Such as "passed over 12 files (.gif 7, no suffix 3, pictures beside class folders 2)"; "" for none."""
+    count = passed_over.total()
+    if not count:
+        return ""
+    reasons = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{reason} {number:,}" for reason, number in reasons[:REASONS]]
+    if len(reasons) > REASONS:
+        told.append(f"others {sum(number for _, number in reasons[REASONS:]):,}")
+    return f"passed over {count:,} file{'s' if count > 1 else ''} ({', '.join(told)})"
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files. Raises DataError if there is no class folder or an empty one."""
-    classes = {entry.name: _images_in(entry) for entry in _subfolders(folder)}
-    if not classes:
-        raise DataError(f"{folder} has no class folder: put the images of each class into a folder of its own there")
-    for name, files in classes.items():
-        if not files:
-            raise DataError(
-                f"{folder / name} holds no image ({', '.join(sorted(SUFFIXES))}): add images or remove the folder"
-            )
-    return classes
+def passed_over_line(listing: FolderListing) -> str | None:
+    """One line that says which files of a folder were not taken, and why; None where all were."""
+    words = passed_over_words(listing.passed_over)
+    return f"folder:{listing.files.root}: {words}" if words else None
 
 
-def _split_folders(folder: Path) -> list[str]:
-    """Which of train/, val/ and test/ `folder` is made of; none where its folders are the classes.
+def _because(passed_over: Counter[str]) -> str:
+    """The end of a sentence about missing images."""
+    words = passed_over_words(passed_over)
+    return f"; {words}" if words else ""
 
-    Raises DataError on any other folder beside them, a "valid" say, which would otherwise be passed over.
+
+def _subfolders(folder: Path) -> list[str]:
+    """The names of the folders directly inside, sorted; hidden ones do not count."""
+    return sorted(entry.name for entry in entries(folder) if not entry.name.startswith(".") and is_folder(entry))
+
+
+def _split_folders(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Part -> its folder, where the folders `names` in `folder` are parts of a set; none where they are classes.
+
+    Raises DataError on another folder beside them, which would otherwise be passed over, and on two for one part.
     """
-    names = [entry.name for entry in _subfolders(folder)]
+    meant = {name: part_of(name) for name in names}
+    trains = [name for name, part in meant.items() if part == "train"]
     # A class may be called "train"; then it holds images and neither val/ nor test/ stands beside it.
-    if "train" not in names or not (_subfolders(folder / "train") or {"val", "test"} & set(names)):
-        return []
-    for name in names:
-        if name not in PARTS:
+    if not trains or not ({"val", "test"} & set(meant.values()) or any(_subfolders(folder / name) for name in trains)):
+        return {}
+    found: dict[str, str] = {}
+    for name, part in meant.items():
+        if part is None:
             raise DataError(f"{folder / name} is neither train, val nor test: rename it or move it elsewhere")
-    return [part for part in PARTS if part in names]
+        if part in found:
+            raise DataError(f"{folder / found[part]} and {folder / name} both mean the {part} part: keep one of them")
+        found[part] = name
+    return {part: found[part] for part in PART_NAMES if part in found}
+
+
+def _shared_subfolders(tops: Sequence[Path]) -> list[str]:
+    """The subfolders that the folders `tops` share, if those could be parts of one set rather than its classes."""
+    inside: list[dict[str, str]] = []
+    for top in tops:
+        names = _subfolders(top)
+        if not names:
+            return []
+        inside.append({name.casefold(): name for name in names})
+    most = max(inside, key=len)
+    if any(names.keys() - most.keys() for names in inside):
+        return []
+    shared = [name for key, name in most.items() if all(key in names for names in inside)]
+    if len(most) > 1:
+        # A part may lack a class of another one.
+        return shared if len(shared) > 1 or all(len(names) == len(most) for names in inside) else []
+    below = [top / name for top, names in zip(tops, inside, strict=True) for name in names.values()]
+    if any(map(_subfolders, below)):
+        return _shared_subfolders(below)
+    return [] if shared[0].casefold() in CONTAINERS else shared
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether images lie directly in a folder."""
+    return any(Path(e.name).suffix.lower() in SUFFIXES and not e.name.startswith(".") for e in entries(folder))
+
+
+def _check_classes(folder: Path, names: Sequence[str]) -> None:
+    """Raise DataError if the folders `names` in `folder` look like parts of a set that go by other names."""
+    tops = [folder / name for name in names]
+    shared = _shared_subfolders(tops) if len(tops) > 1 else []
+    if shared and not all(map(_holds_pictures, tops)):
+        raise DataError(
+            f"the folders {_some(names)} in {folder} hold the same subfolders ({_some(shared)}), as the parts of a set "
+            "do: rename them to train, val and test; if they are the classes, list the images in a labels.csv there"
+        )
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _add_classes(scan: FileScan, folder: Path, part: str, names: Sequence[str]) -> dict[str, int]:
+    """Add the images of the class folders `names` below `part` ("" for the root): class -> how many.
+
+    Raises DataError if there is no class folder or an empty one.
+    """
+    if not names:
+        raise DataError(
+            f"{folder / part} has no class folder: put the images of each class into a folder of its own there"
+            f"{_because(scan.passed_over)}"
+        )
+    counts = {}
+    for name in names:
+        before = scan.passed_over.copy()
+        counts[name] = scan.add_below(os.path.join(part, name))
+        if not counts[name]:
+            raise DataError(
+                f"{folder / part / name} holds no image ({', '.join(sorted(SUFFIXES))}): "
+                f"add images or remove the folder{_because(scan.passed_over - before)}"
+            )
+    return counts
+
+
+def _check_several(folder: Path, part: str, name: str, files: FileTable) -> None:
+    """Raise DataError, as there is a single class, and say where there are several if the path is a level too high."""
+    said = f"{folder / part} has a single class folder, {name}, and one class leaves nothing to tell apart"
+    parents = {os.path.dirname(files.relative(position)) for position in range(len(files))}
+    deeper = os.path.commonpath(parents)
+    inside = sorted({os.path.relpath(parent, deeper).split(os.sep)[0] for parent in parents} - {"."})
+    if part or len(inside) < 2:
+        raise DataError(f"{said}: add a folder with the images of another class")
+    raise DataError(
+        f"{said}; {folder / deeper} holds several folders with images ({_some(inside)}): "
+        f"if these are meant, give folder:{folder / deeper}"
+    )
+
+
+def _check_there(folder: Path) -> None:
+    if not os.path.isdir(folder):
+        raise DataError(f"there is no folder {folder}: give the path of a folder that holds images")
+
+
+def is_labelled(folder: Path) -> bool:
+    """Whether there are two or more class folders, or split folders, in `folder`; what they hold is not looked at."""
+    _check_there(folder)
+    names = _subfolders(folder)
+    return len(names) > 1 or bool(_split_folders(folder, names))
 
 
 def list_folder(folder: Path) -> FolderListing:
-    """The images below `folder`: class folders, or train/ and optionally val/ and test/ with class folders in each.
+    """The images below `folder` with labels: class folders, or a train folder and val and test ones with class folders.
 
-    Raises DataError if the folder is missing, has no class folder, has an empty one, if val/ or test/ has a class that
-    train/ lacks, or if another folder stands beside these three.
+    Split folders go by the names in `PART_NAMES`, in any case. Raises DataError if the folder is missing, has fewer
+    than two class folders or an empty one, if val or test has a class that train lacks, if another folder or a second
+    one of the same meaning stands beside split folders, and if the folders look like parts under other names.
     """
-    if not os.path.isdir(folder):
-        raise DataError(f"there is no folder {folder}: give the path of a folder that holds one folder a class")
-    try:
-        trees = {part: _class_folders(folder / part) for part in _split_folders(folder)} or {
-            "train": _class_folders(folder)
-        }
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable or move it") from error
-    classes = tuple(trees["train"])
-    files: list[Path] = []
-    labels: list[int] = []
-    parts: dict[str, list[int]] = {}
-    for part, tree in trees.items():
-        start = len(files)
-        for name, members in tree.items():
-            if name not in trees["train"]:
-                raise DataError(f"{folder / part / name} is a class that {folder / 'train'} does not have")
-            files += members
-            labels += [classes.index(name)] * len(members)
-        parts[part] = list(range(start, len(files)))
-    return FolderListing(classes, tuple(files), tuple(labels), parts)
+    _check_there(folder)
+    scan = FileScan(folder, SUFFIXES)
+    names = scan.folders_in("", BESIDE)
+    folders = _split_folders(folder, names)
+    if not folders:
+        _check_classes(folder, names)
+    classes: dict[str, int] = {}
+    labels: list[Tensor] = []
+    parts: dict[str, Tensor] = {}
+    for part, top in (folders or {"train": ""}).items():
+        start = len(scan)
+        counts = _add_classes(scan, folder, top, scan.folders_in(top, BESIDE) if top else names)
+        if part == "train":
+            classes = {name: position for position, name in enumerate(counts)}
+        for name, count in counts.items():
+            if name not in classes:
+                raise DataError(f"{folder / top / name} is a class that {folder / folders['train']} does not have")
+            labels.append(torch.full((count,), classes[name]))
+        parts[part] = torch.arange(start, len(scan))
+    files = scan.table()
+    if len(classes) == 1:
+        _check_several(folder, folders.get("train", ""), next(iter(classes)), files)
+    return FolderListing(files, tuple(classes), torch.cat(labels), parts, scan.passed_over)
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """The central square at `side` px, bicubic and antialiased."""
-    width, height = image.size
-    short = min(width, height)
-    # Cropped before it is resized: the longer side of a narrow strip would grow without bound.
-    if width != height:
-        left, top = round((width - short) / 2), round((height - short) / 2)
-        image = image.crop((left, top, left + short, top + short))
-    return image if short == side else image.resize((side, side), Image.Resampling.BICUBIC)
+def list_images(folder: Path) -> FolderListing:
+    """The images at any depth below `folder`, without labels, whatever its folders stand for.
 
-
-def decode(file: Path, side: int) -> np.ndarray:
-    """One image as RGB, uint8 [side, side, 3]: the central square, resized. EXIF turns are ignored.
-
-    Raises DataError, naming the file, if it cannot be decoded, is cut short, or has more than `MAX_PIXELS` pixels.
+    Raises DataError if the folder is missing or holds no image.
     """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise DataError(f"{file} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{file} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
-            return np.asarray(_square(image.convert("RGB"), side))
-    except DataError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{file} is too large to be decoded safely ({error}): scale it down") from error
-    except DECODE_ERRORS as error:
-        raise DataError(f"{file} cannot be decoded ({error}): it is damaged or not an image; replace it") from error
-
-
-def _threads(files: Sequence[Path]) -> int:
-    """How many threads decode `files`: one a core, but a single one for small files."""
-    sample = files[:: max(1, len(files) // 16)]
-    # A link to nowhere has no size; its decoding says so.
-    mean_size = sum(os.path.getsize(file) for file in sample if os.path.isfile(file)) / len(sample)
-    # Of a 32 x 32 JPEG's time little is spent in the decoder, outside the interpreter's lock; threads would lose by it.
-    return 1 if mean_size < SMALL_FILE else min(32, os.cpu_count() or 1)
-
-
-def decode_all(files: Sequence[Path], side: int) -> Tensor:
-    """All `files` as one uint8 tensor [len(files), 3, side, side], decoded by a pool of threads; see `decode`."""
-    if not files:
-        return torch.empty(0, 3, side, side, dtype=torch.uint8)
-    images = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    target = images.numpy()
-
-    def fill(start: int) -> None:
-        for position, file in enumerate(files[start : start + CHUNK], start):
-            target[position] = decode(file, side).transpose(2, 0, 1)
-
-    pool = ThreadPoolExecutor(_threads(files))
-    try:
-        for _ in pool.map(fill, range(0, len(files), CHUNK)):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images
+    _check_there(folder)
+    scan = FileScan(folder, SUFFIXES)
+    if not scan.add_below():
+        raise DataError(f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}){_because(scan.passed_over)}")
+    return FolderListing(scan.table(), (), None, {"unlabelled": torch.arange(len(scan))}, scan.passed_over)

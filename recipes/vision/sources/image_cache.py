@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..imagesets import DataError, DownstreamSets, ImageSet
+from ..errors import DataError
+from ..imagesets import DownstreamSets, ImageSet
+from ..pictures.memory import PackedImages, packed
 
-FORMAT = 1
+FORMAT = 2
 SETS = ("train", "val")
 FACTS = "sets.json"
 
@@ -35,15 +36,18 @@ def cache_folder(store: Path, deciding: Mapping[str, Any]) -> Path:
 
 
 def write_cache(folder: Path, sets: DownstreamSets) -> None:
-    """Write training and validation sets to `folder`, which appears whole or not at all; the test set is left out."""
+    """Write training and validation sets in memory to `folder`, which appears whole or not at all; no test set."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         facts: dict[str, Any] = {"format": FORMAT}
         for part, images in (("train", sets.train), ("val", sets.val)):
             assert images.labels is not None, "checked by DownstreamSets"
-            np.save(temporary / f"{part}-images.npy", images.images.numpy(), allow_pickle=False)
-            np.save(temporary / f"{part}-labels.npy", images.labels.numpy(), allow_pickle=False)
+            pictures = images.images
+            held = pictures if isinstance(pictures, PackedImages) else packed(map(pictures.at, range(len(pictures))))
+            arrays = {"pixels": held.pixels.numpy(), "starts": held.starts, "shapes": held.shapes}
+            for name, array in {**arrays, "labels": images.labels.numpy()}.items():
+                np.save(temporary / f"{part}-{name}.npy", array, allow_pickle=False)
             facts[part] = {"name": images.name, "classes": images.classes, "count": len(images)}
         (temporary / FACTS).write_text(json.dumps(facts))
         temporary.chmod(0o755)
@@ -68,12 +72,13 @@ def read_cache(folder: Path) -> TrainAndVal:
 
 
 def _image_set(folder: Path, part: str, facts: dict[str, Any]) -> ImageSet:
-    images, labels = _mapped(folder / f"{part}-images.npy"), _mapped(folder / f"{part}-labels.npy")
-    if len(images) != facts["count"]:
-        raise ValueError(f"{part}-images.npy holds {len(images)} images instead of {facts['count']}")
-    return ImageSet(images, labels, tuple(facts["classes"]), facts["name"])
+    pixels, labels = (torch.from_numpy(_mapped(folder / f"{part}-{name}.npy")) for name in ("pixels", "labels"))
+    starts, shapes = (_mapped(folder / f"{part}-{name}.npy") for name in ("starts", "shapes"))
+    if not len(starts) == len(shapes) == facts["count"]:
+        raise ValueError(f"{part}-starts.npy holds {len(starts)} images instead of {facts['count']}")
+    return ImageSet(PackedImages(pixels, starts, shapes), labels, tuple(facts["classes"]), facts["name"])
 
 
-def _mapped(path: Path) -> Tensor:
+def _mapped(path: Path) -> np.ndarray:
     # Copy-on-write: torch takes no read-only arrays, and nothing writes, so that pages stay shared.
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    return np.load(path, mmap_mode="c", allow_pickle=False)

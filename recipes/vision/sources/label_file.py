@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..imagesets import DataError
-from .folders import decode_all
-from .sources import Request, Source
+from ..errors import DataError
+from ..pictures.files import FileImages
+from .file_table import FileTable
+from .sources import Source
 
 LABEL_FILE = "labels.csv"
 
@@ -44,7 +45,7 @@ def _labels(file: Path, rows: list[list[str]]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def open_label_file(path: str, request: Request) -> Source:
+def open_label_file(path: str) -> Source:
     """The images that labels.csv in the folder `path` lists, in its order; one part.
 
     The header is `file` and the names of the labels; each row is an image's path below `path` and a value a label.
@@ -65,7 +66,5 @@ def open_label_file(path: str, request: Request) -> Source:
             raise DataError(f"{folder / LABEL_FILE}: row {number} names {folder / name}, which is missing")
     labels = _labels(folder / LABEL_FILE, rows)
 
-    def read(positions: Tensor) -> Tensor:
-        return decode_all([folder / names[position] for position in positions.tolist()], request.image_size)
-
-    return Source(f"folder:{path}", tuple(header[1:]), labels, {"train": torch.arange(len(names))}, read)
+    images = FileImages(FileTable.of(folder, names))
+    return Source(f"folder:{path}", tuple(header[1:]), labels, {"train": torch.arange(len(names))}, images)

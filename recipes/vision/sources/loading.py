@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ...experiment.plugins import PluginError, resolve
-from ..imagesets import DataError, DownstreamSets, ImageSet
+from ..errors import DataError
+from ..imagesets import DownstreamSets, ImageSet
+from ..pictures.base import Images
+from ..pictures.memory import read_all
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
-from .sources import Request, Source, open_digits, open_folder
+from .sources import Request, Source, open_digits, open_folder, open_images
 from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
 
 __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+
+Storage = Literal["auto", "memory", "stream"]
+SMALL_SET = 2**25
+"""Bytes of files that are read into memory without being asked to."""
 
 
 @runtime_checkable
@@ -51,15 +57,20 @@ def _custom(source: str) -> CustomSource:
     return instance
 
 
-def _open(source: str, request: Request) -> Source | CustomSource:
-    """The source by its name. Raises DataError, with all the forms there are, on an unknown one."""
+def _open(source: str, request: Request, labelled: bool = True) -> Source | CustomSource:
+    """The source by its name; of a folder the images alone unless `labelled`.
+
+    Raises DataError, with all the forms there are, on an unknown one.
+    """
     if source == DIGITS:
         return open_digits(request)
     if source in DATASETS:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
         path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
-        return open_label_file(path, request) if os.path.isfile(Path(path) / LABEL_FILE) else open_folder(path, request)
+        if os.path.isfile(Path(path) / LABEL_FILE):
+            return open_label_file(path)
+        return open_folder(path) if labelled else open_images(path)
     if ":" in source and not source.startswith(FOLDER_PREFIX):
         return _custom(source)
     raise DataError(
@@ -80,6 +91,7 @@ def _without_test(source: Source, labels: Tensor, test_fraction: float, split_se
         fraction=test_fraction,
         keep=1 if "val" in source.parts else 2,
         generator=stream(split_seed, TEST_STREAM),
+        passed_over=source.passed_over,
     )
 
 
@@ -113,7 +125,6 @@ def _check_numbers(split_seed: int, fractions: dict[str, float], counts: dict[st
 def load_downstream(
     source: str,
     *,
-    image_size: int,
     root: Path | str,
     download: bool,
     labels_per_class: int | None = None,
@@ -121,25 +132,27 @@ def load_downstream(
     val_fraction: float = 0.2,
     test_fraction: float = 0.25,
     split_seed: int = 0,
+    storage: Storage = "auto",
 ) -> DownstreamSets:
-    """The labelled sets of `source`, split once and for all by `split_seed`; images are `image_size` px square.
+    """The labelled sets of `source`, split once and for all by `split_seed`; images are the originals.
 
     `source` is "digits", a published set of `datasets.catalog` such as "stl10" (below `root`, fetched if `download`),
     "folder:PATH" (class folders of images; or train/ and optionally val/ and test/ of them; or images with labels.csv,
-    see `label_file`) or "module:Class" (a `CustomSource`, taken at its own image size).
+    see `label_file`) or "module:Class" (a `CustomSource`).
     Where the source fixes no test set, the stratified `test_fraction` of all images is held out; where it fixes no
     validation set, the stratified `val_fraction` of the remaining ones (20% in the paper, appendix B.1). Then
     `labels_per_class` and `val_per_class` keep that many images of each class, smaller choices within larger ones;
-    the test set stays whole. Raises DataError, with the remedy, for whatever is wrong with a source or a number.
+    the test set stays whole. `storage`: see `stored`. Raises DataError, with the remedy, for whatever is wrong with a
+    source or a number.
     """
     _check_numbers(
         split_seed,
         {"val_fraction": val_fraction, "test_fraction": test_fraction},
-        {"image_size": image_size, "labels_per_class": labels_per_class, "val_per_class": val_per_class},
+        {"labels_per_class": labels_per_class, "val_per_class": val_per_class},
     )
     train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
     val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
-    opened = _open(source, Request(image_size, Path(root), download, "downstream", split_seed))
+    opened = _open(source, Request(Path(root), download, "downstream", split_seed))
     if not isinstance(opened, Source):
         sets = opened.downstream()
         if not isinstance(sets, DownstreamSets):
@@ -161,12 +174,14 @@ def load_downstream(
             keep=1,
             generator=stream(split_seed, VAL_STREAM),
             rounding=opened.val_rounding,
+            passed_over=opened.passed_over,
         )
-    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed)
-    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed)
+    train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed, opened.passed_over)
+    val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
     def images(positions: Tensor) -> ImageSet:
-        return ImageSet(opened.read(positions), labels[positions], opened.classes, opened.name)
+        chosen = stored(opened.images.subset(positions), storage)
+        return ImageSet(chosen, labels[positions], opened.classes, opened.name)
 
     indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
     return DownstreamSets(images(train), images(val), images(test), indices)
@@ -175,34 +190,53 @@ def load_downstream(
 def load_pretext(
     source: str,
     *,
-    image_size: int,
     root: Path | str,
     download: bool,
     limit: int | None = None,
     split_seed: int = 0,
     test_fraction: float = 0.25,
+    evaluated: bool = True,
+    storage: Storage = "auto",
 ) -> ImageSet:
     """The images of `source` for the pretext task, without labels and without any test image.
 
     The unlabelled part of the source where it has one, else all its images save the test set that `load_downstream`
-    makes with the same `test_fraction` and `split_seed` (a class of one's own answers for that itself). `limit` keeps
-    at most that many, chosen at random by `split_seed`, smaller choices within larger ones. Sources and errors are
-    those of `load_downstream`.
+    makes with the same `test_fraction` and `split_seed` (a class of one's own answers for that itself). Where the
+    source is not `evaluated`, by the downstream task, no test set is held out, and images may lie in folders of any
+    kind; only a test set that a published set fixes itself is left out always. `limit` keeps at most that many, chosen
+    at random by `split_seed`, smaller choices within larger ones. Sources, `storage` and errors are those of
+    `load_downstream`.
     """
-    _check_numbers(split_seed, {"test_fraction": test_fraction}, {"image_size": image_size, "limit": limit})
-    opened = _open(source, Request(image_size, Path(root), download, "pretext", split_seed))
+    _check_numbers(split_seed, {"test_fraction": test_fraction}, {"limit": limit})
+    opened = _open(source, Request(Path(root), download, "pretext", split_seed), labelled=evaluated)
     if not isinstance(opened, Source):
         images = opened.pretext()
         if not isinstance(images, ImageSet):
             raise DataError(f"{source}: pretext() must return an ImageSet, got {type(images).__name__}")
         if limit is not None:
             images = images.subset(limited(len(images), limit, split_seed))
-        return replace(images, labels=None)
-    if opened.labels is None:
-        positions = opened.parts["unlabelled"]
-    else:
-        _, train = _without_test(opened, opened.labels, test_fraction, split_seed)
-        positions = torch.cat((train, opened.parts["val"])) if "val" in opened.parts else train
+        return images.unlabelled()
+    positions = _for_pretext(opened, evaluated, test_fraction, split_seed)
     if limit is not None:
         positions = positions[limited(len(positions), limit, split_seed)]
-    return ImageSet(opened.read(positions), None, opened.classes, opened.name)
+    return ImageSet(stored(opened.images.subset(positions), storage), None, opened.classes, opened.name)
+
+
+def _for_pretext(source: Source, evaluated: bool, test_fraction: float, split_seed: int) -> Tensor:
+    """Positions of the images that the pretext task may see."""
+    if "unlabelled" in source.parts:
+        return source.parts["unlabelled"]
+    assert source.labels is not None, "images without labels are a part of their own"
+    train = source.parts["train"]
+    if evaluated:
+        _, train = _without_test(source, source.labels, test_fraction, split_seed)
+    return torch.cat((train, source.parts["val"])) if "val" in source.parts else train
+
+
+def stored(images: Images, storage: Storage) -> Images:
+    """Pictures where `storage` says: read into "memory" now, or "stream"ed, read when they are needed.
+
+    "auto" reads small sets, up to `SMALL_SET` of files, into memory. Batches are the same to the bit either way.
+    """
+    small = images.nbytes is not None and images.nbytes <= SMALL_SET
+    return read_all(images) if storage == "memory" or (storage == "auto" and small) else images

@@ -1,8 +1,7 @@
-"""Where images come from: every source opened as labels, fixed parts, and a way to read chosen images."""
+"""Where images come from: every source opened as pictures, labels and fixed parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,16 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
-from ..imagesets import DataError, check_labels
-from .folders import decode_all, list_folder
+from ..errors import DataError
+from ..imagesets import check_labels
+from ..pictures.base import Images
+from ..pictures.files import FileImages
+from ..pictures.memory import ArrayImages
+from .folders import FolderListing, list_folder, list_images, passed_over_words
 from .splits import Rounding
 
 Purpose = Literal["pretext", "downstream"]
-
-CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,18 @@ class Source:
 
     `labels`: int64 [N], bool [N, len(classes)] or float32 [N, len(classes)] as in an `ImageSet`, or None for unlabelled
     images. `parts`: positions (int64) of the parts that the source itself fixes: "train" and, where it has them, "val"
-    and "test"; "unlabelled" alone for unlabelled images.
-    `read(positions)` gives uint8 [len(positions), C, image_size, image_size]. `val_rounding`: how many of each class a
-    validation set takes, see `splits.hold_out`.
+    and "test"; "unlabelled" alone for unlabelled images. `images`: the pictures, each at its own size. `val_rounding`:
+    how many of each class a validation set takes, see `splits.hold_out`. `passed_over`: what was not taken and why, in
+    words, for messages that there are too few images; "" for nothing.
     """
 
     name: str
     classes: tuple[str, ...]
     labels: Tensor | None
     parts: dict[str, Tensor]
-    read: Callable[[Tensor], Tensor]
+    images: Images
     val_rounding: Rounding = "largest remainders"
+    passed_over: str = ""
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -49,20 +49,10 @@ class Source:
 class Request:
     """What to open a source for: see `load_downstream` for the fields."""
 
-    image_size: int
     root: Path
     download: bool
     purpose: Purpose
     split_seed: int = 0
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """Square uint8 images [n, C, H, H] at `side` px; bicubic, antialiased."""
-    if images.shape[-1] == side:
-        return images
-    # In float, because the 8-bit kernels of different processors round differently.
-    resized = F.resize(images.float(), [side, side], InterpolationMode.BICUBIC, antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def open_digits(request: Request) -> Source:
@@ -78,17 +68,25 @@ def open_digits(request: Request) -> Source:
     grey = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(digits.astype(np.int64))
     parts = {"train": torch.arange(len(labels))}
+    return Source("digits", tuple("0123456789"), labels, parts, ArrayImages(grey))
+
+
+def _folder_source(path: str, listing: FolderListing) -> Source:
     return Source(
-        "digits", tuple("0123456789"), labels, parts, lambda positions: resized(grey[positions], request.image_size)
+        f"folder:{path}",
+        listing.classes,
+        listing.labels,
+        listing.parts,
+        FileImages(listing.files),
+        passed_over=passed_over_words(listing.passed_over),
     )
 
 
-def open_folder(path: str, request: Request) -> Source:
-    """Images in class folders below `path` (see `list_folder`), decoded as RGB when they are read."""
-    listing = list_folder(Path(path))
-    parts = {part: torch.tensor(positions) for part, positions in listing.parts.items()}
+def open_folder(path: str) -> Source:
+    """Labelled images in class folders below `path`; see `list_folder`."""
+    return _folder_source(path, list_folder(Path(path)))
 
-    def read(positions: Tensor) -> Tensor:
-        return decode_all([listing.files[position] for position in positions.tolist()], request.image_size)
 
-    return Source(f"folder:{path}", listing.classes, torch.tensor(listing.labels), parts, read)
+def open_images(path: str) -> Source:
+    """Unlabelled images at any depth below `path`; see `list_images`."""
+    return _folder_source(path, list_images(Path(path)))

@@ -59,30 +59,32 @@ def hold_out(
     keep: int,
     generator: np.random.Generator,
     rounding: Rounding = "largest remainders",
+    passed_over: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Split `positions` into a stratified `fraction` and the rest, both sorted.
 
     With one class an image, each class gives at least 1 image and keeps at least `keep`; DataError names one that has
     too few. Multi-label images are stratified by their first class, a regression is not stratified; there the set as
     a whole gives at least 1 and keeps at least `keep`. `rounding` is that of each stratum's number: so that the sum is
-    `fraction` of the whole ("largest remainders"), or "down".
+    `fraction` of the whole ("largest remainders"), or "down". `passed_over` ends the error.
     """
     groups = shuffled_strata(positions, labels, len(classes), generator)
     sizes = np.asarray([len(group) for group in groups])
     counts = _counts(sizes, fraction, rounding)
+    ending = f" ({passed_over})" if passed_over else ""
     if labels.dtype == torch.int64:
         for class_name, size in zip(classes, sizes, strict=True):
             if size <= keep:
                 raise DataError(
                     f"{name}: class {class_name!r} has too few images for the split into train, val and test: "
-                    f"{size} where at least {keep + 1} are needed; add images or remove the class"
+                    f"{size} where at least {keep + 1} are needed; add images or remove the class{ending}"
                 )
         counts = np.clip(counts, 1, sizes - keep)
     else:
         if len(positions) <= keep:
             raise DataError(
                 f"{name} has too few images for the split into train, val and test: "
-                f"{len(positions)} where at least {keep + 1} are needed; add images"
+                f"{len(positions)} where at least {keep + 1} are needed; add images{ending}"
             )
         largest = int(sizes.argmax())
         counts[largest] += max(0, 1 - counts.sum())
@@ -100,12 +102,20 @@ class Cap:
     option: str
     purpose: int
 
-    def kept(self, positions: Tensor, labels: Tensor, classes: tuple[str, ...], name: str, split_seed: int) -> Tensor:
+    def kept(
+        self,
+        positions: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        name: str,
+        split_seed: int,
+        passed_over: str = "",
+    ) -> Tensor:
         """Sorted `positions` (into `labels`) of `per_class` images of each class, nested for growing `per_class`.
 
         Multi-label images count for their first class, those without any class for one more, and a class that has fewer
-        keeps all. Raises DataError where a
-        class has fewer with one class an image, and for a regression, which has no classes.
+        keeps all. Raises DataError where a class has fewer with one class an image (`passed_over` ends it), and for a
+        regression, which has no classes.
         """
         if self.per_class is None:
             return positions
@@ -122,6 +132,7 @@ class Cap:
                     raise DataError(
                         f"{name}: class {class_name!r} has too few images for {self.option} = {self.per_class}: "
                         f"{len(group)} are left for this part; lower {self.option} or add images"
+                        + (f" ({passed_over})" if passed_over else "")
                     )
         return torch.cat([group[: self.per_class] for group in groups]).sort().values
 

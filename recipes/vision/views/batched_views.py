@@ -1,4 +1,4 @@
-"""Random views of a whole batch at once, on the device of its images.
+"""Random views of a whole batch at once, on the device of its pictures: from uint8 crops, or crops and all.
 
 Pixels lie as [N, x, 3, y], so that a linear step along x (a resize, a blur) is a weighted sum of a few contiguous rows,
 and one along y is the same after a transposition. Parameters are read on the CPU alone: what depends on them, such as
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..imagesets import IGNORED
+from .crops import boxes
 from .view_policy import ViewParameters, ViewPolicy
 
 SOLARIZE_THRESHOLD = 128 / 255
@@ -141,15 +143,59 @@ def _blur_taps(sigma: Tensor, kernel_size: int, size: int) -> _Taps:
     return _Taps(indices, weights.unsqueeze(1).expand(-1, size, -1))
 
 
-def _cropped(policy: ViewPolicy, images: Tensor, box: Sequence[Tensor], flip: Tensor, longest: Sequence[int]) -> Tensor:
-    """Crops [n, x, 3, y] in [0, 1] of uint8 images; `box` is top, left, height, width."""
-    (top, left, height, width), (_, channels, rows, columns) = box, images.shape
-    down = _resize_taps(policy.interpolation, top, height, None, policy.size, rows, longest[0])
-    across = _resize_taps(policy.interpolation, left, width, flip, policy.size, columns, longest[1])
-    pixels = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    pixels = across.sums(down.sums(pixels).permute(0, 3, 2, 1))
-    # Bicubic weights are partly negative and overshoot.
-    return pixels.clamp_(0, 1).repeat(1, 1, 3, 1) if channels == 1 else pixels.clamp_(0, 1)
+def _as_rows(pixels: Tensor) -> Tensor:
+    """Square views [n, x, 1 or 3, y] with values in [0, 1] as three channels."""
+    return pixels.repeat(1, 1, 3, 1) if pixels.shape[2] == 1 else pixels
+
+
+@dataclass(frozen=True, eq=False)
+class _FloatCrops:
+    """Crops from whole pictures of one size, uint8 [N, C, H, W], resized in float."""
+
+    policy: ViewPolicy
+    pictures: Tensor
+    numbers: list[Tensor]
+    longest: list[int]
+
+    @classmethod
+    def of(cls, policy: ViewPolicy, pictures: Tensor, parameters: ViewParameters) -> _FloatCrops:
+        box = boxes(parameters, policy.crop_ratio, *pictures.shape[-2:])
+        sides = [box.top, box.left, box.height, box.width]
+        longest = [max(side.tolist(), default=0) for side in sides[2:]]
+        return cls(policy, pictures, [*(side.float() for side in sides), parameters.flip.float()], longest)
+
+    def numbers_of(self, part: slice) -> list[Tensor]:
+        """What is moved to the device for some of the views."""
+        return [number[part] for number in self.numbers]
+
+    def pixels(self, part: slice, numbers: Sequence[Tensor]) -> Tensor:
+        """[n, x, C, y], in [0, 1]."""
+        (top, left, height, width, flip), policy = numbers, self.policy
+        pictures = self.pictures[part]
+        rows, columns = pictures.shape[-2:]
+        down = _resize_taps(policy.interpolation, top, height, None, policy.size, rows, self.longest[0])
+        across = _resize_taps(policy.interpolation, left, width, flip, policy.size, columns, self.longest[1])
+        pixels = pictures.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        # Bicubic weights are partly negative and overshoot.
+        return across.sums(down.sums(pixels).permute(0, 3, 2, 1)).clamp_(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _HostCrops:
+    """Crops that are made already, uint8 [N, C, size, size]."""
+
+    crops: Tensor
+    flip: Tensor
+
+    def numbers_of(self, part: slice) -> list[Tensor]:
+        """What is moved to the device for some of the views."""
+        return [self.flip[part].float()]
+
+    def pixels(self, part: slice, numbers: Sequence[Tensor]) -> Tensor:
+        """[n, x, C, y], in [0, 1]."""
+        crops = self.crops[part]
+        flipped = torch.where(numbers[0].view(-1, 1, 1, 1) > 0, crops.flip(-1), crops)
+        return flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _light(x: Tensor) -> Tensor:
@@ -238,22 +284,28 @@ def _blurred(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def _write_views(
-    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, out: Tensor, longest: Sequence[int], moving: bool
+    policy: ViewPolicy,
+    source: _FloatCrops | _HostCrops,
+    part: slice,
+    parameters: ViewParameters,
+    out: Tensor,
+    moving: bool,
 ) -> None:
-    """Views of one chunk into `out`; the batch's longest crop sides and whether any of it moves are given."""
+    """Views of one chunk into `out`; whether any of the batch moves is given."""
     rounds, last, restoring = _rounds(parameters)
-    box = [side.float() for side in (parameters.top, parameters.left, parameters.height, parameters.width)]
-    numbers = [*box, parameters.flip.float(), move_matrices(parameters), last.values, *(step.values for step in rounds)]
-    top, left, height, width, flip, matrices, sigma, *values = _moved(numbers, images.device)
-    lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], images.device)
+    first = source.numbers_of(part)
+    numbers = [*first, move_matrices(parameters), last.values, *(step.values for step in rounds)]
+    moved = _moved(numbers, out.device)
+    first, (matrices, sigma, *values) = moved[: len(first)], moved[len(first) :]
+    lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], out.device)
 
-    x = _cropped(policy, images, (top, left, height, width), flip, longest)
+    x = _as_rows(source.pixels(part, first))
     if moving:
         x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()
-    for step, moved, value in zip(rounds, rows, values, strict=True):
-        x = x.index_select(0, moved)
-        for operation, part in step.parts():
-            _change(operation, x[part], value[part])
+    for step, chosen, value in zip(rounds, rows, values, strict=True):
+        x = x.index_select(0, chosen)
+        for operation, affected in step.parts():
+            _change(operation, x[affected], value[affected])
     x = x.index_select(0, lined_up)
     first_solarized, blurred, solarized = last.ends[:3]
     views = x.new_empty(len(x), 3, policy.size, policy.size)
@@ -261,38 +313,96 @@ def _write_views(
     if blurred:
         views[:blurred] = _blurred(x[:blurred], sigma[:blurred], policy.kernel_size).permute(0, 2, 1, 3)
     if first_solarized < solarized:
-        part = views[first_solarized:solarized]
-        part.copy_(torch.where(part >= SOLARIZE_THRESHOLD, 1 - part, part))
+        inverted = views[first_solarized:solarized]
+        inverted.copy_(torch.where(inverted >= SOLARIZE_THRESHOLD, 1 - inverted, inverted))
     torch.index_select(views, 0, restoring, out=out)
     normalize(out, policy.mean, policy.std)
 
 
-def apply_view_batched(
-    policy: ViewPolicy, images: Tensor, parameters: ViewParameters, rows: slice = slice(None)
+def _views(
+    policy: ViewPolicy, source: _FloatCrops | _HostCrops, parameters: ViewParameters, device: torch.device
 ) -> Tensor:
-    """The views of `apply_view`, made a batch at a time on the device of `images`.
+    views = torch.empty(len(parameters), 3, policy.size, policy.size, device=device)
+    moving, chunk = moves(parameters), CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, len(parameters), chunk):
+        part = slice(start, start + chunk)
+        _write_views(policy, source, part, parameters[part], views[part], moving)
+    return views
+
+
+def views_of_pictures(policy: ViewPolicy, pictures: Tensor, parameters: ViewParameters) -> Tensor:
+    """Random views of pictures of one size that lie on a device: cropped and resized there, in float.
+
+    Crop, resize, flip, move, colour changes, grey, blur, solarisation and (x - mean) / std, in this order and each only
+    where it was drawn; values lie in [0, 1] before the last.
 
     Args:
-        policy: Its `size`, `interpolation`, kernel of the blur, mean and std are used; what is random is drawn already.
-        images: uint8 ``[N, 1 or 3, H, W]`` on any device; greyscale images become three equal channels.
+        policy: its `size`, `interpolation`, crop's ratio, kernel of the blur, mean and std are used; what is random is
+            drawn already.
+        pictures: uint8 ``[N, 1 or 3, H, W]`` on any device; greyscale ones become three equal channels.
         parameters: `N` drawn views, on the CPU, each with its own values and its own order of colour changes.
-        rows: Which of the samples are made and returned; among all of them they are the same but for rounding.
 
     Returns:
-        float32 ``[N, 3, size, size]``, or as many as `rows` has, on the device of `images`. Sample by sample it differs
-        from `apply_view` by float32 rounding alone, except for a pixel at the very threshold of solarisation (by 1/255
-        before mean and std).
+        float32 ``[N, 3, size, size]`` on the device of `pictures`. Sample by sample it is what torchvision's functions
+        give one after another, but for float32 rounding, and for a pixel at the very threshold of solarisation (by
+        1/255 before mean and std).
 
     Raises:
-        ValueError: `images` has another type or shape, or another length than `parameters`.
+        ValueError: `pictures` has another type or shape, or another length than `parameters`.
     """
-    images = checked_images(images, parameters)[rows]
-    # The whole batch decides how a chunk is computed, so that a part of it comes out alike.
-    longest = [max(side.tolist(), default=0) for side in (parameters.height, parameters.width)]
-    moving, parameters = moves(parameters), parameters[rows]
-    views = torch.empty(len(images), 3, policy.size, policy.size, device=images.device)
-    chunk = CPU_CHUNK if images.device.type == "cpu" else DEVICE_CHUNK
-    for start in range(0, len(images), chunk):
-        part = slice(start, start + chunk)
-        _write_views(policy, images[part], parameters[part], views[part], longest, moving)
-    return views
+    checked_images(pictures, parameters)
+    return _views(policy, _FloatCrops.of(policy, pictures, parameters), parameters, pictures.device)
+
+
+def views_of_crops(policy: ViewPolicy, crops: Tensor, parameters: ViewParameters, rows: slice | None = None) -> Tensor:
+    """The same from crops that are made and resized already, to uint8: what a worker process sends.
+
+    They differ from `views_of_pictures` by the rounding of the resize, at most 2/255 before the colour changes.
+
+    Args:
+        policy, parameters: as for `views_of_pictures`; of the whole batch.
+        crops: uint8 ``[n, 1 or 3, size, size]`` on any device, of all samples or of those in `rows`.
+        rows: the samples that are made; the same bits as among all of them on a CPU.
+
+    Returns:
+        float32 ``[n, 3, size, size]`` on the device of `crops`.
+
+    Raises:
+        ValueError: as for `views_of_pictures`, or crops of another size.
+    """
+    start, stop, _ = slice(None).indices(len(parameters)) if rows is None else rows.indices(len(parameters))
+    if crops.shape[-2:] != (policy.size, policy.size) or len(crops) != stop - start:
+        raise ValueError(
+            f"crops must be {stop - start} of {policy.size} px, got {len(crops)} of shape {tuple(crops.shape[1:])}"
+        )
+    checked_images(crops)
+    if (start, stop) == (0, len(parameters)) or crops.device.type != "cpu":
+        own = parameters[start:stop]
+        return _views(policy, _HostCrops(crops, own.flip), own, crops.device)
+    # Chunks as the whole batch has them, the other samples black: how a sum is rounded may hang on what lies around.
+    first, last = start - start % CPU_CHUNK, min(-(-stop // CPU_CHUNK) * CPU_CHUNK, len(parameters))
+    filled = crops.new_zeros(last - first, *crops.shape[1:])
+    filled[start - first : stop - first] = crops
+    around = parameters[first:last]
+    return _views(policy, _HostCrops(filled, around.flip), around, crops.device)[start - first : stop - first]
+
+
+def masks_of_crops(masks: Tensor, parameters: ViewParameters | None, rows: slice) -> Tensor:
+    """Masks that were cut as their pictures were, uint8 [n, size, size], mirrored and moved as these are.
+
+    A mean of two classes is no class: every pixel takes the nearest one's, or `IGNORED` where there is none.
+
+    Args:
+        parameters: of the whole batch, of which the masks are those in `rows`; None: no random view, nothing changes.
+    """
+    if parameters is None:
+        return masks
+    own = parameters[rows]
+    masks = torch.where(own.flip.to(masks.device).view(-1, 1, 1), masks.flip(-1), masks)
+    if not moves(parameters):
+        return masks
+    # Outside, where sampling gives 0, there must be no class.
+    shifted = masks.unsqueeze(1).float() - IGNORED
+    grid = functional.affine_grid(move_matrices(own).to(masks.device), list(shifted.shape), align_corners=False)
+    sampled = functional.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return (sampled.squeeze(1) + IGNORED).to(torch.uint8)

@@ -121,17 +121,19 @@ class ViewPolicy(BaseModel):
 class ViewParameters:
     """Everything random in `count` views: CPU tensors of leading size `count`, enough to make the views again anywhere.
 
-    `top, left, height, width` (int64, px of the source image): the crop. `flip, jitter, grey, blur, solarize` (bool).
+    The crop is drawn in units that do not hang on a picture's size, which `crops.boxes` turns into pixels: ten
+    attempts, `area` (fraction of the picture's) and `aspect` (width / height), float64 [count, 10], and `place`
+    (vertical, horizontal; fraction of the room that a crop leaves), float64 [count, 2].
+    `flip, jitter, grey, blur, solarize` (bool).
     `angle` (degrees, clockwise), `translate` [count, 2] (x, y; fraction of the
     side), `zoom` (factor). `brightness, contrast, saturation` (factors), `hue` (turns); `order` [count, 4] (int64):
-    the sequence of these four, as 0, 1, 2, 3. `sigma` (px). Floats are float32; values of operations that are off are
-    drawn all the same, so that a probability never shifts the draws of another field.
+    the sequence of these four, as 0, 1, 2, 3. `sigma` (px). Other floats are float32; values of operations that are off
+    are drawn all the same, so that a probability never shifts the draws of another field.
     """
 
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
+    area: Tensor
+    aspect: Tensor
+    place: Tensor
     flip: Tensor
     angle: Tensor
     translate: Tensor
@@ -148,7 +150,7 @@ class ViewParameters:
     solarize: Tensor
 
     def __len__(self) -> int:
-        return len(self.top)
+        return len(self.flip)
 
     def __getitem__(self, part: slice) -> ViewParameters:
         """The parameters of some of the views."""
@@ -160,47 +162,15 @@ def _uniform(low: float, high: float, shape: Sequence[int], generator: torch.Gen
     return low + (high - low) * torch.rand(tuple(shape), generator=generator, dtype=torch.float64)
 
 
-def _central_crop(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest central crop whose aspect lies within `ratio`: top, left, height, width."""
-    if width / height < ratio[0]:
-        crop_height, crop_width = round(width / ratio[0]), width
-    elif width / height > ratio[1]:
-        crop_height, crop_width = height, round(height * ratio[1])
-    else:
-        crop_height, crop_width = height, width
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def _draw_crops(
-    policy: ViewPolicy, count: int, height: int, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Crop boxes distributed as RandomResizedCrop's: the first of ten attempts that fits, else central."""
-    area = height * width * _uniform(*policy.crop_scale, (count, CROP_ATTEMPTS), generator)
-    low, high = policy.crop_ratio
-    aspect = _uniform(math.log(low), math.log(high), (count, CROP_ATTEMPTS), generator).exp()
-    widths, heights = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    # argmax of a 0/1 tensor is the first attempt that fits; where none does, the value is replaced below.
-    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
-    crop_width, crop_height = widths.gather(1, first).squeeze(1), heights.gather(1, first).squeeze(1)
-    position = torch.rand(count, 2, generator=generator, dtype=torch.float64)
-    top = (position[:, 0] * (height - crop_height + 1)).long()
-    left = (position[:, 1] * (width - crop_width + 1)).long()
-    fitted = fits.any(dim=1)
-    box = zip((top, left, crop_height, crop_width), _central_crop(policy.crop_ratio, height, width), strict=True)
-    top, left, crop_height, crop_width = (torch.where(fitted, drawn, central) for drawn, central in box)
-    return top, left, crop_height, crop_width
-
-
-def draw(policy: ViewPolicy, count: int, height: int, width: int, generator: torch.Generator) -> ViewParameters:
-    """Parameters of `count` independent views of images of `height` x `width` px, all from the CPU `generator`.
+def draw(policy: ViewPolicy, count: int, generator: torch.Generator) -> ViewParameters:
+    """Parameters of `count` independent views of pictures of any sizes, all from the CPU `generator`.
 
     The distributions are those of torchvision's RandomResizedCrop, RandomHorizontalFlip, RandomAffine (without its
     rounding of shifts to whole pixels), ColorJitter and RandomApply; every sample has its own values and order. The
-    same generator state gives the same parameters. Raises ValueError if `count`, `height` or `width` is below 1.
+    same generator state gives the same parameters. Raises ValueError if `count` is below 1.
     """
-    if min(count, height, width) < 1:
-        raise ValueError(f"count, height and width must be at least 1, got {count}, {height}, {width}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
 
     def chance(probability: float) -> Tensor:
         return torch.rand(count, generator=generator, dtype=torch.float64) < probability
@@ -211,12 +181,11 @@ def draw(policy: ViewPolicy, count: int, height: int, width: int, generator: tor
     def factor(strength: float) -> Tensor:
         return value(max(0.0, 1 - strength), 1 + strength)
 
-    top, left, crop_height, crop_width = _draw_crops(policy, count, height, width, generator)
+    low, high = policy.crop_ratio
     return ViewParameters(
-        top=top,
-        left=left,
-        height=crop_height,
-        width=crop_width,
+        area=_uniform(*policy.crop_scale, (count, CROP_ATTEMPTS), generator),
+        aspect=_uniform(math.log(low), math.log(high), (count, CROP_ATTEMPTS), generator).exp(),
+        place=torch.rand(count, 2, generator=generator, dtype=torch.float64),
         flip=chance(policy.flip_probability),
         angle=value(-policy.rotation, policy.rotation),
         translate=value(-policy.translation, policy.translation, 2),

@@ -88,12 +88,9 @@ def training_batches(batches: Batches) -> Iterator[Tensor]:
     """`BATCHES` shuffled batches of training images, of `BATCH_SIZE` or, where there are fewer images, all of them."""
     images = batches.data.downstream.train
     task = batches.settings.downstream_task(images.classes)
-    transform, labels = task.transform(train=False), images.labels
-    assert labels is not None, "the three labelled sets have labels"
 
     def load(indices: Tensor, seed: int) -> Tensor:
-        inputs, _ = transform(images.images[indices], labels[indices], torch.Generator().manual_seed(seed))
-        return _images(batches.computing.move(inputs), task)
+        return _images(batches.evaluation_inputs(images, task, indices), task)
 
     size = min(BATCH_SIZE, len(images))
     stack = BatchStack(len(images), size, load, seed=derive_seed(batches.seed, "batch statistics"), drop_last=True)
@@ -104,7 +101,7 @@ def training_batches(batches: Batches) -> Iterator[Tensor]:
 def _features(batches: Batches, backbone: nn.Module, images: ImageSet) -> LabelledFeatures:
     task = batches.settings.downstream_task(images.classes)
     evaluated = batches.evaluation(images, task)
-    found = torch.cat([backbone(_images(inputs, task)).float() for inputs, _ in evaluated])
+    found = torch.cat([backbone(_images(rows.inputs, task)).float() for rows, _ in evaluated])
     labels = images.labels
     assert labels is not None, "checked by the caller"
     return LabelledFeatures(found.cpu().double().numpy(), labels.cpu().numpy())

@@ -69,7 +69,7 @@ def small_preset(name: str) -> Preset:
             },
             "finetune": {"epochs": epochs, "validate_every": 2},
         }
-        compute = ComputeConfig(precision="bf16", tf32=True, channels_last=True, views="batched", data_device="device")
+        compute = ComputeConfig(precision="bf16", tf32=True, channels_last=True)
         paper = paper_preset(name)(paper_version).model_copy(update={"seeds": 3, "compute": compute})
         return _changed(paper, f"small-{name}", changes)
 
@@ -77,7 +77,7 @@ def small_preset(name: str) -> Preset:
 
     Command: ``python recipes/bissl/run.py --preset small-{name}``; about an hour on one GPU with 12 GB is an estimate,
     not a measurement. Global CG stopped at the noise of two batches, one solve an alternation; bfloat16 first-order
-    steps, views a batch at a time on the device. Fine-tuning takes {epochs} epochs at the paper's rates, which were
+    steps. Fine-tuning takes {epochs} epochs at the paper's rates, which were
     chosen for backbones trained twenty times longer: scores are not comparable to the paper's.
     {reported(name)}
     """

@@ -19,6 +19,7 @@ from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.config import Config
 from ...settings.plan import lower_warmup
+from ...settings.sections import HOW_READ
 from ..compute import Computing
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
@@ -84,8 +85,9 @@ def make_trainer(
     """The trainer of the section `bissl`."""
     c, chunk = settings.bissl, settings.compute.micro_batch
     upper, lower = problem.variables()
-    lower_data = batches.pretext(problem.pretext, LOWER_DATA, c.pretext_fraction)
-    upper_data = batches.labelled(problem.downstream, f"{STAGE} upper")
+    drawn = c.alternations * c.lower_batches
+    lower_data = batches.pretext(problem.pretext, LOWER_DATA, drawn, c.pretext_fraction)
+    upper_data = batches.labelled(problem.downstream, f"{STAGE} upper", c.alternations * c.upper_steps)
     lower_optimizer = problem.pretext.optimizer(lower.values(), c.lower_lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     upper_optimizer = torch.optim.SGD(
         list(upper.values()), lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay
@@ -134,9 +136,9 @@ def _key(repeat: Repeat, parent: Artifact) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download"}),
+        settings.data.model_dump(exclude=HOW_READ),
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.bissl.model_dump(exclude={"checkpoint_every"}),
-        settings.compute.model_dump(exclude={"data_device"}),
+        settings.compute.model_dump(),
     )

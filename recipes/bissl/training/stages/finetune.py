@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
 from ...settings.plan import finetune_steps
+from ...settings.sections import HOW_READ
 from ...tasks.base import DownstreamTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
@@ -94,8 +95,8 @@ def fit(
     computing.place(model).train()
     variables, (rate, decay) = trainable(model), settings.finetune.rates(repeat.variant)
     optimizer = torch.optim.SGD(list(variables.values()), lr=rate, momentum=0.9, weight_decay=decay)
-    stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
     total = finetune_steps(settings, repeat.variant, len(sets.train))
+    stack, events = batches.labelled(task, STAGE, total), repeat.events(STAGE, workspace)
     scheduler = schedule(optimizer, total_steps=total, floor=settings.finetune.lr_floor)
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
     best = _Best(model, supervised.metrics, settings.finetune.ties)
@@ -139,12 +140,12 @@ def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, *settings.finetune.rates(repeat.variant)],
         settings.finetune.model_dump(include={"validate_every", "ties", "lr_floor"}),
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )
 
 
@@ -154,7 +155,7 @@ class _Validation(Callback):
     def __init__(
         self,
         model: SupervisedModel,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         best: "_Best",
         epoch: int,
         every: int,

@@ -1,6 +1,6 @@
 """Stage 2: the downstream head on the frozen backbone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
+from ...settings.plan import batches_per_epoch
+from ...settings.sections import HOW_READ
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
 from ..datasets import Datasets
@@ -84,8 +86,8 @@ def fit(
     computing.place(head)
     variables, section = trainable(head), settings.head
     optimizer = torch.optim.SGD(list(variables.values()), section.lr, 0.9, weight_decay=section.weight_decay)
-    stack, events = batches.labelled(task, STAGE), repeat.events(STAGE, workspace)
-    total = section.epochs * len(stack)
+    total = section.epochs * batches_per_epoch(len(sets.train), settings.downstream.batch_size)
+    stack, events = batches.labelled(task, STAGE, total), repeat.events(STAGE, workspace)
     scheduler = schedule(optimizer, "constant", total_steps=total)
     backbone.train(section.batch_norm == "train")
     model = SupervisedModel(task, backbone, head, computing)
@@ -114,7 +116,7 @@ def fit(
 class _Validation(Callback):
     """Scores the model after every epoch; `values` are those of the last one."""
 
-    def __init__(self, model: SupervisedModel, batches: Sequence[Any], epoch: int, events: StageEvents) -> None:
+    def __init__(self, model: SupervisedModel, batches: Iterable[Any], epoch: int, events: StageEvents) -> None:
         self.model, self.batches, self.epoch, self.events = model, batches, epoch, events
         self.values: dict[str, float] = {}
 
@@ -138,8 +140,8 @@ def _key(repeat: Repeat, parent: Artifact) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude={"root", "download", "pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )

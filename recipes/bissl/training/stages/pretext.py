@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilevel import BatchStack, Level
+from bilevel import Level
 from bilevel.problem import split
 from bilevel.products import micro_batched_gradient
 from bilevel.training import Callback, Derivatives, SingleLevelTrainer, derive_seed, gradient_of
@@ -23,6 +23,8 @@ from ....vision.metrics import knn_accuracy
 from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import ForeignWeights, load_backbone, load_heads
 from ....vision.optimizers import schedule
+from ....vision.pipeline.loader import UnderWay
+from ....vision.pipeline.stream import PrefetchedStack
 from ....vision.shards import on_shards
 from ...settings.config import Config
 from ...settings.plan import lower_warmup, make_plan
@@ -82,7 +84,7 @@ def run(
     settings, batches = repeat.settings, Batches(repeat, data, computing)
     plan = make_plan(settings, repeat.variant, len(data.pretext), 0)
     length = _Length(steps or plan.pretext, plan.pretext_lr, plan.warmup, plan.projector)
-    stack = batches.pretext(settings.pretext_task(), STAGE)
+    stack = batches.pretext(settings.pretext_task(), STAGE, length.steps)
     start = _Start(weights=initial_weights(settings.model))
     key = _key(repeat, STAGE, start, length)
     return CachedStage(workspace.store, STAGE, key).run(
@@ -93,8 +95,8 @@ def run(
 def restart(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact) -> Artifact:
     """Go on from a pretext artifact with the lower level's steps, schedule and batches, without an upper level."""
     c, batches = repeat.settings.bissl, Batches(repeat, data, computing)
-    stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, c.pretext_fraction)
     steps = c.alternations * c.lower_steps
+    stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, steps, c.pretext_fraction)
     length = _Length(steps, c.lower_lr, lower_warmup(repeat.settings, len(stack)))
     start = _Start(parent=parent)
     key = _key(repeat, RESTART, start, length)
@@ -108,7 +110,7 @@ def _fit(
     stage: str,
     start: _Start,
     length: _Length,
-    stack: BatchStack,
+    stack: PrefetchedStack[UnderWay],
     batches: Batches,
     workspace: Workspace,
     attempt: Attempt,
@@ -183,7 +185,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],
-        settings.compute.model_dump(exclude={"data_device"}),
+        settings.compute.model_dump(),
     )
 
 
@@ -219,8 +221,7 @@ def _look(modules: _Modules, batches: Batches) -> dict[str, float | None]:
     """k-NN accuracy of the features on the labelled sets, and the spread of the embeddings (0: collapse)."""
     modules.train(False)
     # Always the same images and the same draws, so that only the weights make a difference.
-    images = batches.data.pretext.images[:512]
-    batch = batches.computing.move(modules.task.transform()(images, torch.Generator().manual_seed(0)))
+    batch = batches.pretext_sample(modules.task, 512)
     embeddings = modules.task.embed(modules.backbone, dict(modules.heads.items()), batch)
     spread = None if embeddings is None else embedding_spread(embeddings)
     accuracy = _nearest_neighbours(modules.backbone, batches)
@@ -232,15 +233,15 @@ def _nearest_neighbours(backbone: nn.Module, batches: Batches) -> float | None:
     """None where the downstream task has no tensors of images with one class each."""
     sets = batches.data.downstream
     task = batches.settings.downstream_task(sets.train.classes)
-    train, val = batches.evaluation(sets.train, task), batches.evaluation(sets.val, task)
-    inputs, targets = train[0]
-    tensors = isinstance(inputs, Tensor) and isinstance(targets, Tensor)
-    if not tensors or targets.dim() != 1 or targets.is_floating_point():
+    features = []
+    for images in (sets.train, sets.val):
+        found = []
+        for rows, targets in batches.evaluation(images, task):
+            if not (isinstance(rows.inputs, Tensor) and isinstance(targets, Tensor) and targets.dtype == torch.int64):
+                return None
+            found.append((on_shards(backbone, rows), targets))
+        features += [torch.cat(parts) for parts in zip(*found, strict=True)]
+    if features[1].dim() != 1:
         return None
-
-    def features(batches: list[Any]) -> tuple[Tensor, Tensor]:
-        outputs = [on_shards(backbone, inputs) for inputs, _ in batches]
-        return torch.cat(outputs), torch.cat([targets for _, targets in batches])
-
     neighbours = min(20, max(1, len(sets.train) // len(sets.train.classes)))
-    return knn_accuracy(*features(train), *features(val), neighbours=neighbours)
+    return knn_accuracy(*features, neighbours=neighbours)

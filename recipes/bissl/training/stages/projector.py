@@ -55,7 +55,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [weights.sha256, steps, settings.pretext.lr],
-        settings.compute.model_dump(exclude={"data_device", "micro_batch"}),
+        settings.compute.model_dump(exclude={"micro_batch"}),
     )
     return CachedStage(workspace.store, STAGE, key).run(fit)
 
@@ -87,7 +87,7 @@ def _fit(
     variables = trainable(heads)
     optimizer = task.optimizer(list(variables.values()), section.lr, section.weight_decay)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, total_steps=steps, warmup_steps=steps // 10)
-    stack = batches.pretext(task, STAGE)
+    stack = batches.pretext(task, STAGE, steps)
     constants = {name: parameter.detach() for name, parameter in backbone.named_parameters()}
 
     def frozen(x: Tensor, feature_map: bool = False) -> Tensor:

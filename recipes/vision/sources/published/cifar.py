@@ -87,7 +87,7 @@ def _open(name: str, published: type[CIFAR10], labels: str, request: Request) ->
     for part, files in (("train", published.train_list), ("test", published.test_list)):
         batches = [_batch(folder / file, labels) for file, _ in files]
         parts[part] = torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
-    return array_source(name, classes, parts, request)
+    return array_source(name, classes, parts)
 
 
 def open_cifar10(request: Request) -> Source:

@@ -30,4 +30,4 @@ def open_fashion_mnist(request: Request) -> Source:
                 f"{files[0]} holds images of shape {tuple(images.shape)}, but {files[1]} holds {len(labels)} labels"
             )
         parts[part] = images.unsqueeze(1), labels.to(torch.int64)
-    return array_source("fashion-mnist", FashionMNIST.classes, parts, request)
+    return array_source("fashion-mnist", FashionMNIST.classes, parts)

@@ -15,9 +15,11 @@ import torch
 from scipy.io.matlab import MatReadError
 from torch import Tensor
 
-from ...imagesets import DataError
-from ..folders import decode_all
-from ..sources import CHUNK, Request, Source, resized
+from ...errors import DataError
+from ...pictures.files import FileImages
+from ...pictures.memory import ArrayImages
+from ..file_table import FileTable
+from ..sources import Request, Source
 
 # What the parsers of text, JSON, XML, MATLAB and IDX files raise on damaged ones, torchvision's assertions included.
 PARSE_ERRORS = (
@@ -103,27 +105,16 @@ def file_source(
                     f"{lists[part]} gives {files[position].name} the class {int(labels[position])}, counted from 0, "
                     f"but {len(classes)} classes run from 0 to {len(classes) - 1}"
                 )
-    every = [file for files, _ in parts.values() for file in files]
+    relative = [os.path.relpath(file, request.root) for files, _ in parts.values() for file in files]
     labels = torch.cat([labels for _, labels in parts.values()])
-
-    def read(positions: Tensor) -> Tensor:
-        return decode_all([every[position] for position in positions.tolist()], request.image_size)
-
     sizes = {part: len(files) for part, (files, _) in parts.items()}
-    return Source(name, tuple(classes), labels, _positions(sizes), read, "down")
+    images = FileImages(FileTable.of(request.root, relative))
+    return Source(name, tuple(classes), labels, _positions(sizes), images, "down")
 
 
-def array_source(
-    name: str, classes: Sequence[str], parts: Mapping[str, tuple[Tensor, Tensor]], request: Request
-) -> Source:
-    """A source of images in memory; `parts`: part -> uint8 [n, C, H, H] and their labels."""
-    images = torch.cat([images for images, _ in parts.values()])
+def array_source(name: str, classes: Sequence[str], parts: Mapping[str, tuple[Tensor, Tensor]]) -> Source:
+    """A source of images in memory; `parts`: part -> uint8 [n, C, H, W] and their labels."""
+    images = ArrayImages(torch.cat([images for images, _ in parts.values()]))
     labels = torch.cat([labels for _, labels in parts.values()])
-
-    def read(positions: Tensor) -> Tensor:
-        # In chunks: resizing works in float, on four times the bytes.
-        chunks = [resized(images[chunk], request.image_size) for chunk in positions.split(CHUNK)]
-        return torch.cat(chunks)
-
     sizes = {part: len(images) for part, (images, _) in parts.items()}
-    return Source(name, tuple(classes), labels, _positions(sizes), read, "down")
+    return Source(name, tuple(classes), labels, _positions(sizes), images, "down")

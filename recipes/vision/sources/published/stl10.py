@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision.datasets import STL10
 
-from ...imagesets import DataError
-from ..sources import CHUNK, Request, Source, resized
+from ...errors import DataError
+from ...pictures.memory import ArrayImages
+from ..sources import Request, Source
 
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 STL10_COUNTS = {"train": 5000, "test": 8000, "unlabeled": 100000}
 SIDE = 96
+CHUNK = 1024
 
 
 def _check_files(folder: Path, splits: tuple[str, ...]) -> None:
@@ -31,21 +32,20 @@ def _check_files(folder: Path, splits: tuple[str, ...]) -> None:
                 raise DataError(f"the file {file} is incomplete: {file.stat().st_size:,} bytes instead of {size:,}")
 
 
-def _read(files: list[Path], positions: Tensor, side: int) -> Tensor:
-    """The images at `positions` of the *_X.bin `files`, counted through, as uint8 [n, 3, side, side].
+def _read(files: list[Path]) -> ArrayImages:
+    """The images of the *_X.bin `files`, one after the other.
 
     The format: for each image its red, green and blue plane, each 96 x 96 bytes column by column.
     """
-    images = torch.empty(len(positions), 3, side, side, dtype=torch.uint8)
+    stored = [np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, 3, SIDE, SIDE) for file in files]
+    images = torch.empty(sum(map(len, stored)), 3, SIDE, SIDE, dtype=torch.uint8)
     first = 0
-    for file in files:
-        stored = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, 3, SIDE, SIDE)
-        here = ((positions >= first) & (positions < first + len(stored))).nonzero().squeeze(1)
-        for chunk in here.split(CHUNK):
-            chosen = stored[(positions[chunk] - first).numpy()].transpose(0, 1, 3, 2)
-            images[chunk] = resized(torch.from_numpy(chosen), side)
-        first += len(stored)
-    return images
+    for part in stored:
+        for start in range(0, len(part), CHUNK):
+            chunk = torch.from_numpy(part[start : start + CHUNK].transpose(0, 1, 3, 2))
+            images[first + start : first + start + len(chunk)] = chunk
+        first += len(part)
+    return ArrayImages(images)
 
 
 def open_stl10(request: Request) -> Source:
@@ -56,14 +56,11 @@ def open_stl10(request: Request) -> Source:
     splits = ("unlabeled",) if request.purpose == "pretext" else ("train", "test")
     folder = request.root / STL10.base_folder
     _check_files(folder, splits)
-
-    def read(positions: Tensor) -> Tensor:
-        return _read([folder / f"{split}_X.bin" for split in splits], positions, request.image_size)
-
+    images = _read([folder / f"{split}_X.bin" for split in splits])
     if request.purpose == "pretext":
-        return Source("stl10", STL10_CLASSES, None, {"unlabelled": torch.arange(STL10_COUNTS["unlabeled"])}, read)
+        return Source("stl10", STL10_CLASSES, None, {"unlabelled": torch.arange(STL10_COUNTS["unlabeled"])}, images)
     stored = np.concatenate([np.fromfile(folder / f"{split}_y.bin", dtype=np.uint8) for split in splits])
     labels = torch.from_numpy(stored.astype(np.int64)) - 1
     count = STL10_COUNTS["train"]
     parts = {"train": torch.arange(count), "test": torch.arange(count, len(labels))}
-    return Source("stl10", STL10_CLASSES, labels, parts, read)
+    return Source("stl10", STL10_CLASSES, labels, parts, images)

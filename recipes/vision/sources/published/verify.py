@@ -35,15 +35,13 @@ def _sample(count: int, sample: int | None, seed: int) -> Tensor:
 
 def _broken(source: Source, positions: Tensor) -> list[str]:
     """What the images at `positions` that cannot be decoded raise."""
-    try:
-        source.read(positions)
-    except DataError as error:
-        if len(positions) == 1:
-            return [str(error)]
-        # The whole chunk stops at its first broken image: halves find the others.
-        middle = len(positions) // 2
-        return _broken(source, positions[:middle]) + _broken(source, positions[middle:])
-    return []
+    problems = []
+    for item in source.images.items(positions.tolist()):
+        try:
+            item.picture()
+        except DataError as error:
+            problems.append(str(error))
+    return problems
 
 
 def verify(dataset: Dataset, root: Path, *, sample: int | None, seed: int = 0) -> Verified:
@@ -63,7 +61,7 @@ def verify(dataset: Dataset, root: Path, *, sample: int | None, seed: int = 0) -
     purposes: tuple[Purpose, ...] = ("downstream", "pretext") if dataset.has_unlabelled else ("downstream",)
     for purpose in purposes:
         try:
-            source = open_dataset(dataset, Request(SIDE, root, False, purpose))
+            source = open_dataset(dataset, Request(root, False, purpose))
         except DataError as error:
             found.problems.append(str(error))
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tests.support.paths import PHOTOGRAPHS
 from tests.support.recipes.image_trees import counts, downstream, picture, pretext, rows, tree
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp", ".webp", ".PNG"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp", ".webp", ".PNG", ".tif", ".TIFF", ".ppm"])
 def test_folder_images_are_what_pil_decodes(tmp_path: Path, suffix: str) -> None:
     source = f"folder:{tree(tmp_path, {'cat': 8, 'ant': 8}, suffix)}"
     sets = downstream(source, image_size=20)
@@ -70,7 +69,10 @@ def test_hidden_and_other_files_do_not_count_and_nested_ones_do(tmp_path: Path) 
     picture(77).save(tmp_path / "a" / "deeper" / "x.png")
     listing = folders.list_folder(tmp_path)
     assert listing.classes == ("a", "b")
-    assert Counter(listing.labels) == {0: 5, 1: 4}
+    assert listing.labels is not None
+    assert listing.labels.tolist() == [0] * 5 + [1] * 4
+    assert listing.files.relative(4) == "a/deeper/x.png"
+    assert listing.passed_over == {".txt": 1, "hidden": 2}
 
 
 def test_folder_with_its_own_parts(tmp_path: Path) -> None:
@@ -131,9 +133,8 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_folder_without_class_folders(tmp_path: Path) -> None:
     picture(0).save(tmp_path / "loose.png")
-    for load in (downstream, pretext):
-        with pytest.raises(DataError, match="no class folder"):
-            load(f"folder:{tmp_path}")
+    with pytest.raises(DataError, match=r"no class folder.*passed over 1 file \(pictures beside class folders 1\)"):
+        downstream(f"folder:{tmp_path}")
 
 
 def test_empty_class_folder(tmp_path: Path) -> None:
@@ -150,9 +151,9 @@ def test_parts_without_class_folders_are_not_taken_for_classes(tmp_path: Path) -
 
 
 def test_part_of_another_name(tmp_path: Path) -> None:
-    tree(tmp_path / "train", {"a": 5})
-    tree(tmp_path / "valid", {"a": 5})
-    with pytest.raises(DataError, match="valid is neither train, val nor test"):
+    tree(tmp_path / "train", {"a": 5, "b": 5})
+    tree(tmp_path / "held out", {"a": 5, "b": 5})
+    with pytest.raises(DataError, match="held out is neither train, val nor test"):
         downstream(f"folder:{tmp_path}")
 
 

@@ -202,16 +202,35 @@ def test_subset_takes_images_and_labels_together() -> None:
 
 
 def test_downstream_sets_check_their_parts() -> None:
-    def labelled(classes: tuple[str, ...] = ("a",)) -> ImageSet:
-        return ImageSet(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), classes, "set")
+    def labelled(classes: tuple[str, ...] = ("a", "b")) -> ImageSet:
+        return ImageSet(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1]), classes, "set")
 
-    indices = {"train": [0], "val": [1], "test": [2]}
-    bare = ImageSet(labelled().images, None, ("a",), "set")
+    indices = {"train": [0, 1], "val": [2, 3], "test": [4, 5]}
+    bare = ImageSet(labelled().images, None, ("a", "b"), "set")
     with pytest.raises(DataError, match="val set needs images and labels"):
         DownstreamSets(labelled(), bare, labelled(), indices)
     with pytest.raises(DataError, match="test set needs images and labels"):
         DownstreamSets(labelled(), labelled(), labelled().subset([]), indices)
     with pytest.raises(DataError, match="classes of the test set differ"):
-        DownstreamSets(labelled(), labelled(), labelled(("b",)), indices)
+        DownstreamSets(labelled(), labelled(), labelled(("b", "a")), indices)
     with pytest.raises(DataError, match=r"indices\['val'\]"):
-        DownstreamSets(labelled(), labelled(), labelled(), {"train": [0], "test": [2]})
+        DownstreamSets(labelled(), labelled(), labelled(), {"train": [0, 1], "test": [4, 5]})
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "said"),
+    [
+        ([0, 0, 0], ("cat",), "set has a single class, 'cat', .* add another one"),
+        ([1, 1, 1], ("cat", "dog"), "all 3 training images are of class 'dog', one of 2, .* training part"),
+    ],
+    ids=["one class", "one in train"],
+)
+def test_one_class_is_nothing_to_tell_apart(labels: list[int], classes: tuple[str, ...], said: str) -> None:
+    images = ImageSet(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor(labels), classes, "set")
+    indices = {part: [0, 1, 2] for part in ("train", "val", "test")}
+    with pytest.raises(DataError, match=said):
+        DownstreamSets(images, images, images, indices)
+    # Of other kinds of labels one column is enough.
+    for other in (torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 2, 2, dtype=torch.uint8)):
+        single = ImageSet(images.images, other, ("red",), "set")
+        assert DownstreamSets(single, single, single, indices).train is single

@@ -1,0 +1,80 @@
+"""N pictures, each at its own size, and where one of them is read from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .decoding import decode
+
+
+class Item(ABC):
+    """Where one picture is read from: a small value that travels to a worker process, which alone reads it."""
+
+    @abstractmethod
+    def picture(self) -> Tensor:
+        """The whole picture at its own size: uint8 [1 or 3, H, W].
+
+        Raises:
+            DataError: it cannot be read; the message names the file.
+        """
+
+
+class EncodedItem(Item):
+    """A picture that lies somewhere as the bytes of an image file."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The file, for messages."""
+
+    @abstractmethod
+    def content(self) -> bytes:
+        """Those bytes. Raises DataError, naming the file, where they cannot be read."""
+
+    def picture(self) -> Tensor:
+        return decode(self.content(), self.name)
+
+
+class Images(ABC):
+    """N pictures in a fixed order, each at its own size.
+
+    Only the items of a few pictures ever go to a worker process, never the whole.
+    """
+
+    in_memory: bool = False
+    """Whether reading one is so cheap that no worker process is worth its start."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def items(self, positions: Sequence[int]) -> Sequence[Item]:
+        """Where the pictures at `positions` are read from."""
+
+    @abstractmethod
+    def subset(self, positions: Tensor) -> Images:
+        """Those at `positions` (int64), in that order."""
+
+    @property
+    def array(self) -> Tensor | None:
+        """All of them as one tensor, uint8 [N, 1 or 3, H, W], where they lie in memory at one size; else None."""
+        return None
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes that they take where they lie, as files or in memory; None where nobody has counted."""
+        return None
+
+    def at(self, position: int) -> Tensor:
+        """The picture at one position, read now: uint8 [1 or 3, H, W]."""
+        return self.items([position])[0].picture()
+
+    def stacked(self) -> Tensor:
+        """All of them as one tensor, read now: uint8 [N, C, H, W]. Raises RuntimeError where sizes differ."""
+        array = self.array
+        return torch.stack([self.at(position) for position in range(len(self))]) if array is None else array

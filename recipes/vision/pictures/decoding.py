@@ -1,0 +1,62 @@
+"""Decoding an image file: every pixel of it, upright, opaque, three channels of eight bits."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from ..errors import DataError
+
+MAX_PIXELS = 50_000_000
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
+JPEG = ("JPEG", "MPO")
+WHITE = (255, 255, 255, 255)
+
+
+def decode(content: bytes, name: str) -> Tensor:
+    """The picture in the bytes of an image file: uint8 [3, H, W], at its own size.
+
+    JPEGs are decoded by torchvision, which a test holds to Pillow's pixels, other files and four-channel JPEGs by
+    Pillow. The turn that EXIF asks for is applied; transparent pictures are composed on white.
+
+    Raises:
+        DataError: naming the file: damaged, cut short, no image, more than `MAX_PIXELS` pixels, or more than 8 bits a
+            channel.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise DataError(f"{name} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
+            if image.format in JPEG and image.mode in ("L", "RGB"):
+                # A copy: torch takes no memory that may not be written to.
+                encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
+                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                assert isinstance(decoded, Tensor), "one picture was given"
+                return decoded
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is too large to be decoded safely ({error}): scale it down") from error
+    except DECODE_ERRORS as error:
+        cause = str(error).rpartition("cpp:")[2] or type(error).__name__
+        raise DataError(f"{name} cannot be decoded ({cause}): it is damaged or not an image; replace it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The same picture upright, on white where it is transparent, as RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,160 @@
+"""Batches of views: who reads which pictures, what is made of them there, and what on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pictures.base import Images
+from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
+from ..views.evaluation_view import EvalView
+from ..views.view_policy import ViewParameters, ViewPolicy, draw
+from .work import Crops, EvaluationCrops, RandomCrops, Squares, Work, joined
+from .workers import Later, Pending, Workers
+
+SLICE = 64
+"""Pictures at a time: a whole batch in one worker would be waited for while the others have nothing to do."""
+
+View = ViewPolicy | EvalView | int
+"""What is made of a picture: a random view, an evaluation's, or the central square of so many pixels, left uint8."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnderWay:
+    """A batch that is being made."""
+
+    parts: list[Pending]
+    nbytes: int
+    parameters: list[ViewParameters | None]
+    rows: slice
+    indices: Tensor
+
+
+class Loader:
+    """Makes views of an image set's pictures.
+
+    Pictures are decoded, cropped and resized to uint8 by `workers` (those in memory by this process), and the rest is
+    computed on the device, a batch at a time; or, where all of them lie on the device at one size, crops and all.
+
+    Args:
+        images: the pictures.
+        views: what is made of each.
+        workers: read those that do not lie in memory.
+        move: a tensor on its way to the device.
+        masks: uint8 [N, H, W], cut and mirrored as the pictures are.
+        array: the pictures on the device, uint8 [N, 1 or 3, H, W], for crops in float; not with masks.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        views: Sequence[View],
+        workers: Workers,
+        *,
+        move: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        masks: Tensor | None = None,
+        array: Tensor | None = None,
+    ) -> None:
+        assert array is None or masks is None, "masks are cut where pictures are read"
+        self.images, self.views, self.workers = images, tuple(views), workers
+        self.move, self.masks, self.array = move, masks, array
+
+    def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
+        """Begin views of the pictures at `indices`, int64 [N], of which only those in `rows` are made.
+
+        Random views are drawn for all N, by `seed` alone, so that a share of a batch is what it is in the whole.
+        """
+        count = len(indices)
+        rows = slice(0, count) if rows is None else rows
+        generator = torch.Generator().manual_seed(seed)
+        parameters = [draw(view, count, generator) if isinstance(view, ViewPolicy) else None for view in self.views]
+        if self.array is not None:
+            return UnderWay([], 0, parameters, rows, indices)
+        works = [
+            self._work(indices, slice(start, min(start + SLICE, rows.stop)), parameters)
+            for start in range(rows.start, rows.stop, SLICE)
+        ]
+        if self.images.in_memory:
+            return UnderWay([Later(work) for work in works], 0, parameters, rows, indices)
+        nbytes = sum(work.nbytes for work in works)
+        self.workers.in_flight += nbytes
+        parts = [self.workers.submit(work) for work in works]
+        return UnderWay(parts, nbytes, parameters, rows, indices)
+
+    def finish(self, begun: UnderWay) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The views, one tensor each, and their masks, on the device; they share no memory with anything else.
+
+        A random view is float32 [n, 3, size, size], an evaluation's too, a square uint8 [n, 1 or 3, side, side]; a mask
+        uint8 [n, side, side].
+
+        Raises:
+            DataError: a picture cannot be read.
+            WorkerLost: a worker process is gone.
+        """
+        if self.array is not None:
+            return tuple(self._from_array(self.array, index, begun) for index in range(len(self.views))), ()
+        try:
+            made = [part.result() for part in begun.parts]
+        finally:
+            self.workers.in_flight -= begun.nbytes
+        crops = [joined([self.move(part.crops[index]) for part in made]) for index in range(len(self.views))]
+        views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
+        return views, self._masks([part.masks for part in made], begun)
+
+    def give_up(self, begun: UnderWay) -> None:
+        """Forget a batch that nobody will ask for."""
+        self.workers.in_flight -= begun.nbytes
+
+    def room(self, indices: Tensor) -> bool:
+        """Whether those pictures may be begun before they are needed."""
+        return self.workers.room(len(indices) * sum(3 * _side(view) ** 2 for view in self.views))
+
+    def make(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """The views of some pictures, begun and waited for."""
+        return self.finish(self.begin(indices, seed, rows))[0]
+
+    def _work(self, indices: Tensor, part: slice, parameters: Sequence[ViewParameters | None]) -> Work:
+        chosen = indices[part]
+        crops = [_crops(view, drawn, part) for view, drawn in zip(self.views, parameters, strict=True)]
+        masks = None if self.masks is None else self.masks[chosen]
+        return Work(self.images.items(chosen.tolist()), crops, masks)
+
+    def _finished(self, index: int, crops: Tensor, begun: UnderWay) -> Tensor:
+        view, parameters = self.views[index], begun.parameters[index]
+        if isinstance(view, ViewPolicy):
+            assert parameters is not None, "drawn for every random view"
+            return views_of_crops(view, crops, parameters, begun.rows)
+        return view.finish(crops) if isinstance(view, EvalView) else crops
+
+    def _from_array(self, array: Tensor, index: int, begun: UnderWay) -> Tensor:
+        view, parameters = self.views[index], begun.parameters[index]
+        pictures = array[begun.indices[begun.rows].to(array.device)]
+        if isinstance(view, ViewPolicy):
+            assert parameters is not None, "drawn for every random view"
+            return views_of_pictures(view, pictures, parameters[begun.rows])
+        crops = torch.stack([_crops(view, None, begun.rows).of(0, picture) for picture in pictures.cpu()])
+        return self.move(view.finish(crops) if isinstance(view, EvalView) else crops)
+
+    def _masks(self, parts: Sequence[Sequence[Tensor]], begun: UnderWay) -> tuple[Tensor, ...]:
+        if self.masks is None:
+            return ()
+        return tuple(
+            masks_of_crops(self.move(torch.cat([part[index] for part in parts])), begun.parameters[index], begun.rows)
+            for index in range(len(self.views))
+        )
+
+
+def _crops(view: View, parameters: ViewParameters | None, part: slice) -> Crops:
+    if isinstance(view, ViewPolicy):
+        assert parameters is not None, "drawn for every random view"
+        return RandomCrops.drawn(view, parameters[part])
+    return EvaluationCrops(view) if isinstance(view, EvalView) else Squares(view)
+
+
+def _side(view: View) -> int:
+    if isinstance(view, ViewPolicy):
+        return view.size
+    return view.crop if isinstance(view, EvalView) else view

@@ -1,0 +1,157 @@
+"""What is made of a few pictures at a time, in a worker process or in this one: they are read, cropped and resized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pictures.base import EncodedItem, Item
+from ..pictures.decoding import decode
+from ..views.crops import box_of, central_square, central_view, cropped
+from ..views.evaluation_view import EvalView
+from ..views.view_policy import ViewParameters, ViewPolicy
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+DIGEST = 16
+"""Bytes kept of a file's SHA-256."""
+
+
+class Crops(Protocol):
+    """What is cut from each of n pictures."""
+
+    @property
+    def side(self) -> int:
+        """Of what comes out (px)."""
+        ...
+
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
+        """That of picture `index`, uint8 [C, H, W]: uint8 [C, side, side]; another interpolation is for masks."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Drawn crops, in the units of `ViewParameters`, which the size of each picture turns into pixels."""
+
+    side: int
+    interpolation: str
+    ratio: tuple[float, float]
+    areas: Numbers
+    aspects: Numbers
+    places: Numbers
+
+    @classmethod
+    def drawn(cls, policy: ViewPolicy, parameters: ViewParameters) -> RandomCrops:
+        """Those of views that are drawn."""
+        numbers = (part.numpy() for part in (parameters.area, parameters.aspect, parameters.place))
+        return cls(policy.size, policy.interpolation, policy.crop_ratio, *numbers)
+
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
+        draws = self.areas[index].tolist(), self.aspects[index].tolist(), self.places[index].tolist()
+        box = box_of(*draws, self.ratio, *picture.shape[1:])
+        return cropped(picture, box, self.side, interpolation or self.interpolation)
+
+
+@dataclass(frozen=True)
+class EvaluationCrops:
+    """The central crops of an evaluation."""
+
+    view: EvalView
+
+    @property
+    def side(self) -> int:
+        return self.view.crop
+
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
+        return central_view(picture, self.view.resize, self.view.crop, interpolation or self.view.interpolation)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """The largest central squares, for tasks that declare no view: pictures at a working size."""
+
+    side: int
+
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
+        return central_square(picture, self.side, interpolation or "bicubic")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Crops of n pictures.
+
+    Attributes:
+        crops: of each kind asked for, uint8 [n, 1 or 3, side, side].
+        masks: the same of their masks, uint8 [n, side, side]; none where there are no masks.
+        digests: of each picture's file, `DIGEST` bytes, where they were asked for and there is a file.
+    """
+
+    crops: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...] = ()
+    digests: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Work:
+    """A slice of a batch: which pictures, and what to make of each.
+
+    Attributes:
+        items: the pictures.
+        crops: one or more kinds.
+        masks: a class for each pixel, uint8 [n, H, W], where labels are masks: cut as the pictures are.
+        digests: whether to hash the files while they are at hand.
+    """
+
+    items: Sequence[Item]
+    crops: Sequence[Crops]
+    masks: Tensor | None = None
+    digests: bool = False
+
+    def run(self) -> Made:
+        """Make it. Raises DataError, naming the file, where a picture cannot be read."""
+        rows: list[list[Tensor]] = [[] for _ in self.crops]
+        digests = []
+        for index, item in enumerate(self.items):
+            if self.digests and isinstance(item, EncodedItem):
+                content = item.content()
+                digests.append(digest(content))
+                picture = decode(content, item.name)
+            else:
+                picture = item.picture()
+            for row, crops in zip(rows, self.crops, strict=True):
+                row.append(crops.of(index, picture))
+        masks = () if self.masks is None else tuple(self._masks(self.masks, crops) for crops in self.crops)
+        return Made(tuple(map(stacked, rows)), masks, tuple(digests))
+
+    def _masks(self, masks: Tensor, crops: Crops) -> Tensor:
+        cut = [crops.of(index, mask.unsqueeze(0), "nearest-exact") for index, mask in enumerate(masks)]
+        return torch.cat(cut)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the crops will take at most."""
+        return sum(3 * crops.side**2 for crops in self.crops) * len(self.items)
+
+
+def digest(content: bytes) -> bytes:
+    """What stands for the content of a file."""
+    return hashlib.sha256(content).digest()[:DIGEST]
+
+
+def stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures of one size in one tensor; grey ones get three channels where there are coloured ones beside them."""
+    channels = max(len(picture) for picture in pictures)
+    return torch.stack([picture.expand(channels, -1, -1) for picture in pictures])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a batch [n, 1 or 3, ...] as one, as `stacked`; a single part is itself."""
+    channels = max(part.shape[1] for part in parts)
+    return torch.cat([part.expand(-1, channels, -1, -1) for part in parts]) if len(parts) > 1 else parts[0]
