@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -66,12 +67,19 @@ class Artifact:
         """Load each module's weights and buffers, saved under the module's name here.
 
         Raises:
-            ArtifactError: weights that are missing, damaged or of another architecture.
+            ArtifactError: weights that are missing, damaged, not finite or of another architecture.
         """
         tensors = self.tensors()
         for name, module in modules.items():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            wrong = not_finite(own, module.state_dict())
+            if wrong:
+                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+                raise ArtifactError(
+                    f"{self.directory}: the weights of {name!r} hold NaN or infinity in {wrong[0]}{more}; delete the "
+                    "folder to remake it, at a lower learning rate"
+                )
             try:
                 module.load_state_dict(own)
             except RuntimeError as error:
@@ -126,6 +134,24 @@ def _write(
     }
     write_atomic(directory / INFO, json.dumps(facts, indent=1, allow_nan=False).encode())
     return facts
+
+
+def not_finite(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of `values` that hold NaN or infinity, as tensors of the type of `own`, where `own` holds none.
+
+    A network may hold infinities by design, in a mask. One pass over each tensor, and no copy of one of its own type.
+    """
+    wrong = []
+    for name in values.keys() & own.keys():
+        value, before = values[name].to(own[name].dtype), own[name]
+        if not value.is_floating_point() or value.numel() == 0:
+            continue
+        # The smallest and largest of numbers with a NaN among them are NaN.
+        if all(bool(extreme.isfinite()) for extreme in torch.aminmax(value)):
+            continue
+        if value.shape != before.shape or bool((~value.isfinite() & before.isfinite().to(value.device)).any()):
+            wrong.append(name)
+    return sorted(wrong)
 
 
 def read_artifact(directory: Path, facts: Kinds = MappingProxyType({})) -> Artifact:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...experiment.folder.paths import user_path
 from ...experiment.terminal import command_line, command_name, printable
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
 from ...vision.sources.published.verify import Verified, verify
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> int:
     Raises DataError on an unknown name and on a download that is not possible.
     """
     options = _parser().parse_args(arguments)
-    root = Path(options.root)
+    root = user_path(options.root)
     console = Console()
     if options.command == "list":
         console.print(_table(root))

@@ -12,6 +12,7 @@ from bilevel.checkpoint import write_atomic
 
 from ...experiment.artifacts import INFO, Artifact, ArtifactError
 from ...experiment.configuration import read_config_file
+from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome.model_card import model_card
@@ -34,14 +35,14 @@ def main(arguments: list[str]) -> int:
         ConfigError: the run's configuration or results cannot be read.
     """
     given = _parser().parse_args(arguments)
-    source, target = Path(given.source), Path(given.to)
-    run = Path(given.run) if given.run else _run_of(source)
+    source, target = user_path(given.source), user_path(given.to)
+    run = user_path(given.run) if given.run else _run_of(source)
     config = config_of(run)
     if (source / INFO).exists():
         artifact = read_stage(source)
     else:
         artifact = _find(source, given.stage, given.arm, config.seed if given.seed is None else given.seed)
-    results = Path(given.results) if given.results else run / RESULTS
+    results = user_path(given.results) if given.results else run / RESULTS
     scores = read_config_file(results) if given.results or results.exists() else None
     export(artifact, config, target, licence=given.licence, results=scores)
     print(f"{artifact.directory} -> {target / WEIGHTS}, {target / CARD}, {target / CONFIG}")

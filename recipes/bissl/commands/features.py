@@ -11,6 +11,7 @@ from bilevel.checkpoint import write_atomic
 from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
+from ...experiment.folder.paths import user_path
 from ...experiment.terminal import command_name
 from ...vision.imagesets import DataError, ImageSet
 from ..outcome.features.embedding import Method, tsne
@@ -57,12 +58,12 @@ def main(arguments: list[str]) -> int:
         ConfigError, DataError, ArtifactError: the run, its data or its stages cannot be used, or files are in the way.
     """
     given = _parser().parse_args(arguments)
-    run = Path(given.run)
-    target = Path(given.to) if given.to else run
+    run = user_path(given.run)
+    target = user_path(given.to) if given.to else run
     there = [name for name in (FEATURES_PICTURE, FEATURES) if (target / name).exists()]
     if there and not given.overwrite:
         raise ConfigError(f"{target} holds {' and '.join(there)} already; replace them with --overwrite, or give --to")
-    pipeline = open_finished(run, Path(given.artifacts) if given.artifacts else None)
+    pipeline = open_finished(run, user_path(given.artifacts) if given.artifacts else None)
     seed = pipeline.config.seed if given.seed is None else given.seed
     arms = list(dict.fromkeys(given.arms.split(",")))
     options = Options(given.split, given.method, given.perplexity, given.max_points, seed)

@@ -10,6 +10,7 @@ from bilevel.checkpoint import write_atomic
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.folder_lease import leased
+from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome import estimate
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
         NonFiniteError: a run went wrong.
     """
     given, others = _parser().parse_known_args(arguments)
-    folder = Path(given.output_dir)
+    folder = user_path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
     data = Datasets(request.config.data)

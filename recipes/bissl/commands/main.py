@@ -23,7 +23,7 @@ from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
 from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines, results_table

@@ -14,6 +14,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
+from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import RunDirectory
 from ...experiment.terminal import command_name
 from ..settings import compatibility
@@ -76,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     arguments = [_hyphenated(argument) for argument in arguments]
     early, _ = _base_parser(add_help=False).parse_known_args(arguments)
-    file = read_config_file(Path(early.config)) if early.config else {}
+    file = read_config_file(user_path(early.config)) if early.config else {}
     base = _base_config(early, file)
     parser = _base_parser(add_help=True)
     parser.description = f"{_DESCRIPTION}\nPreset {base.preset}: {describe_preset(base.preset)}"
@@ -97,8 +98,8 @@ def parse(arguments: Sequence[str]) -> Request:
         command=given.command,
         config=config,
         directory=_directory(given, base.preset),
-        artifacts=Path(given.artifacts) if given.artifacts else None,
-        parent=Path(given.from_artifact) if given.from_artifact else None,
+        artifacts=user_path(given.artifacts) if given.artifacts else None,
+        parent=user_path(given.from_artifact) if given.from_artifact else None,
         arm=_arm(given),
         resume=given.resume,
         overwrite=given.overwrite,
@@ -205,7 +206,7 @@ def _base_config(early: argparse.Namespace, file: Mapping[str, Any]) -> Config:
 
 
 def _directory(given: argparse.Namespace, preset: str) -> RunDirectory:
-    return run_directory(Path(given.output_dir) if given.output_dir else Path("runs") / preset)
+    return run_directory(user_path(given.output_dir) if given.output_dir else Path("runs") / preset)
 
 
 def _hyphenated(argument: str) -> str:

@@ -17,6 +17,7 @@ from bilevel.training import NonFiniteError
 from ...experiment.artifacts import Artifact, ArtifactError
 from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
+from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.search.queue import TrialQueue
@@ -24,7 +25,7 @@ from ...experiment.search.trial_record import select
 from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
@@ -148,7 +149,7 @@ def _search(given: argparse.Namespace, request: Request) -> Search:
         trials = random_pairs(count, given.search_seed, *ranges)
     if given.trial is not None and not 0 <= given.trial < len(trials):
         raise ConfigError(f"--trial: there are trials 0 to {len(trials) - 1}, got {given.trial}")
-    directory = Path(given.output_dir or Path("runs") / f"{config.preset}-search-{of}")
+    directory = user_path(given.output_dir or Path("runs") / f"{config.preset}-search-{of}")
     artifacts = request.artifacts or directory / CHECKPOINTS
     queue = TrialQueue(directory, tuple(trials), given.lease)
     return Search(config, artifacts, given.stage, request.arm, queue)
@@ -162,7 +163,7 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     if arm_of(search.variant).start == "random":
         raise ConfigError(f"--from: the arm {search.variant!r} starts from random weights; leave out one of the two")
     expected = "pretext" if search.stage == "head" or then == "nothing" else then
-    artifact = read_stage(Path(given.source))
+    artifact = read_stage(user_path(given.source))
     if artifact.stage != expected:
         raise ArtifactError(
             f"--from: search of {search.stage} for the arm {search.variant!r} starts from a {expected} artifact, "

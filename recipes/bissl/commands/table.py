@@ -10,6 +10,7 @@ from typing import get_args
 from bilevel.checkpoint import write_atomic
 
 from ...experiment.errors import ConfigError
+from ...experiment.folder.paths import user_path
 from ...experiment.html import Bullets, Section, render_page
 from ...experiment.tables import latex, markdown
 from ...experiment.terminal import command_name
@@ -33,8 +34,8 @@ def main(arguments: list[str]) -> int:
         ConfigError: a run is missing, unfinished or damaged, or the files are there already.
     """
     given = _parser().parse_args(arguments)
-    runs = _read([Path(run) for run in given.runs], skip=given.skip_unfinished)
-    folder = Path(given.to)
+    runs = _read([user_path(run) for run in given.runs], skip=given.skip_unfinished)
+    folder = user_path(given.to)
     there = [name for name in FILES if (folder / name).exists()]
     if there and not given.overwrite:
         raise ConfigError(f"--to: {folder} holds {', '.join(there)} already; replace them with --overwrite")

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ...vision.networks.backbones import build_backbone
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.torch_metrics import as_metrics

@@ -149,13 +149,6 @@ class BilevelConfig(Section):
             raise ValueError("regularization_weight + damping must be positive; the system divides by their sum")
         return self
 
-    @property
-    def lower_batches(self) -> int:
-        """Lower batches that an alternation draws: those of its steps, and those drawn for the Hessian alone."""
-        if self.fresh_hessian_batches:
-            return self.lower_steps + self.hessian_batches
-        return max(self.lower_steps, self.hessian_batches)
-
     def make_solver(self) -> Solver:
         """The solver that the fields describe."""
         return Escalating(self._plain_solver()) if self.escalate else self._plain_solver()

@@ -87,7 +87,7 @@ class ModelConfig(Section):
     init_backbone: str | None = Field(
         default=None,
         description="weights to start from instead of random ones: a .safetensors or torch.save file, or an artifact's "
-        "folder, in the naming of torchvision, lightly, solo-learn or the BiSSL authors; null: random weights",
+        "folder, in any of the layouts that docs/weights.md lists; null: random weights",
     )
     projector_epochs: int = Field(
         default=10,

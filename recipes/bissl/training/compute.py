@@ -106,7 +106,7 @@ class Computing:
             ConfigError: the device has not as much memory left.
         """
         array = images.images.array
-        if self.fields.crops == "uint8" or array is None:
+        if self.fields.crops != "float" or array is None:
             return None
         if self.device.type == "cuda":
             free, needed = torch.cuda.mem_get_info(self.device)[0], array.nbytes

@@ -1,9 +1,9 @@
 """Weights made elsewhere that the pretext stage starts from."""
 
-from pathlib import Path
-
+from ...experiment.folder.paths import user_path
 from ...vision.networks.backbones import build_backbone
-from ...vision.networks.foreign_weights import ForeignWeights, load_backbone, read_weights
+from ...vision.networks.foreign_weights import load_backbone
+from ...vision.networks.weight_files import ForeignWeights, read_weights
 from ..settings.sections import ModelConfig
 
 
@@ -13,7 +13,7 @@ def initial_weights(model: ModelConfig) -> ForeignWeights | None:
     Raises:
         ConfigError, ArtifactError: they cannot be read.
     """
-    return None if model.init_backbone is None else read_weights(Path(model.init_backbone))
+    return None if model.init_backbone is None else read_weights(user_path(model.init_backbone))
 
 
 def check_initial_weights(model: ModelConfig, image_size: int) -> None:

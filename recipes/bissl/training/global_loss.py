@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.distributed import gather, rows_of_all, world_size
 from bilevel.tree import map_tensors, tensors_in
 
-from ...vision.imagesets import DataError
+from ...vision.errors import DataError
 from ..tasks.base import Bound, DownstreamTask, PretextTask
 
 

@@ -1,84 +1,81 @@
-"""Weights made elsewhere, found in a file under the names of torchvision, lightly, solo-learn, the authors, or ours."""
+"""Weights made elsewhere, found in a file under the names that training code gives to a backbone."""
 
-import hashlib
-import io
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from ...experiment.artifacts import WEIGHTS, read_artifact
+from ...experiment.artifacts import not_finite
 from ...experiment.errors import ConfigError
+from .weight_files import FIELD, ForeignWeights, Keys, preference
 
-FIELD = "model.init_backbone"
-
-_WRAPPERS = {"module", "model", "_orig_mod", "backbone", "encoder", "network", "online_backbone", "online_encoder"}
-"""What training code puts before a backbone's own names, in any order: DDP, Lightning modules, torch.compile."""
-
-_NESTED = ("state_dict", "model_state_dict", "model")
-"""Entries of a checkpoint under which its weights are."""
+_WRAPPERS = {
+    *("module", "model", "_orig_mod", "backbone", "encoder", "network", "net", "trunk", "_feature_blocks"),
+    *("online_backbone", "online_encoder", "encoder_q", "base_encoder", "base_model"),
+    *("teacher", "teacher_backbone", "student", "student_backbone"),
+}
+"""What training code puts before a backbone's own names, in any order: DDP, Lightning modules, torch.compile, DINO."""
 
 _LEFT_OUT = {
     *("fc", "classifier", "head", "heads", "linear", "aux", "aux1", "aux2", "auxlogits"),
     *("projector", "projection", "predictor", "prediction", "prototypes", "queue", "loss", "criterion"),
-    *("momentum", "teacher", "target", "ema", "upper"),
+    *("momentum", "teacher", "student", "target", "ema", "upper"),
 }
 """Words in the names of heads and of further copies of the backbone, which are not taken."""
+
+_BESIDE = {"bn", "encoder_k"}
+"""Names beside a wrapped backbone: Barlow Twins' normalisation of embeddings, and MoCo's copy."""
 
 _PROJECTORS = ("projector.", "projection_head.layers.", "head.projector.", "heads.projector.")
 
 
 @dataclass(frozen=True)
-class ForeignWeights:
-    """Tensors of a file, by their names there, and the SHA-256 of its bytes."""
+class _Match:
+    """A backbone found in a file.
 
-    path: Path
-    sha256: str
-    tensors: Mapping[str, Tensor]
-
-
-def read_weights(path: Path) -> ForeignWeights:
-    """The weights in a ``.safetensors`` file, one of ``torch.save``, or the folder of an artifact.
-
-    No code that a file may contain is run (``weights_only=True``).
-
-    Raises:
-        ConfigError: there is no such file, it cannot be read safely, or it holds no tensors.
-        ArtifactError: the folder holds no whole artifact.
+    Attributes:
+        keys: of the table.
+        prefix: of its names there.
+        found: tensors under the backbone's own names.
+        scheme: own names by those in the file, where these are indices.
     """
-    if path.is_dir():
-        artifact = read_artifact(path)
-        return ForeignWeights(path / WEIGHTS, artifact.info["sha256"], artifact.tensors())
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{FIELD}: {path} cannot be read ({error.strerror}); name a file or an artifact") from error
-    read = _safetensors if path.suffix == ".safetensors" else _pickled
-    return ForeignWeights(path, hashlib.sha256(content).hexdigest(), read(path, content))
+
+    keys: Keys = ()
+    prefix: str = ""
+    found: Mapping[str, Tensor] = field(default_factory=dict)
+    scheme: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """In words, where it is in the file."""
+        return "".join(f"{key}." for key in self.keys) + self.prefix
+
+    def takes(self, key: str, wanted: Mapping[str, Tensor]) -> bool:
+        """Whether a name in the table is one of the backbone."""
+        return key.startswith(self.prefix) and _renamed(key.removeprefix(self.prefix), self.scheme) in wanted
 
 
 def load_backbone(weights: ForeignWeights, backbone: nn.Module, name: str) -> str:
-    """Load the backbone's weights and buffers from `weights`; one line that says what was loaded.
+    """Load the backbone's weights and buffers from `weights`; one line that says what was loaded, and from where.
+
+    Of several copies in a file the first by `preference` is taken: of a teacher and a student the teacher.
 
     Args:
         name: of the backbone in the configuration, for messages.
 
     Raises:
-        ConfigError: no name matches, the stem or another shape differs, weights are missing, or some are unknown.
+        ConfigError: no name matches, the stem or another shape differs, weights are missing or not finite, or some are
+            unknown.
     """
     wanted = backbone.state_dict()
-    prefix, found, scheme = _best_match(weights, backbone, wanted)
+    match, copies = _best_match(weights, backbone, wanted)
+    found = match.found
     if not found.keys() & wanted.keys():
         raise ConfigError(
-            f"{FIELD}: no name in {weights.path} is one of {name}; it holds {_some(weights.tensors)}, and "
-            f"{name} has {_some(wanted)}. Known are the names of torchvision, lightly, solo-learn, the BiSSL authors "
-            "and artifacts; set model.backbone to the network of the file"
+            f"{FIELD}: no name in {weights.path} is one of {name}; it holds {_contents(weights)}, and {name} has "
+            f"{_some(wanted)}. docs/weights.md lists the layouts that are known; set model.backbone to the network of "
+            "the file"
         )
     _check_stem(weights, found, wanted, name)
     wrong = [f"{key} {_shape(found[key])} instead of {_shape(wanted[key])}" for key in _differing(found, wanted)]
@@ -89,19 +86,22 @@ def load_backbone(weights: ForeignWeights, backbone: nn.Module, name: str) -> st
             f"{FIELD}: {weights.path} does not fit {name}: {'; '.join(problems)}. Set model.backbone to the network "
             "that the file is of"
         )
-    others = _others(weights.tensors, prefix, scheme, wanted)
-    unknown = [key for key in others if not _left_out(key)]
+    others = [key for key in weights.tables[match.keys] if not match.takes(key, wanted)]
+    unknown = [key for key in others if not _left_out(key, match, wanted)]
     if unknown:
         raise ConfigError(
             f"{FIELD}: {weights.path} holds weights that belong neither to {name} nor to a known kind of head: "
             f"{_some(unknown)}. Set model.backbone to the network that the file is of, or take them out"
         )
+    taken = {key: found[key] for key in wanted if key in found}
+    _check_numbers(weights, taken, wanted, f" after {match.place!r}" if match.place else "")
     # Counters, which files of old versions lack, decide nothing at BatchNorm's fixed momentum.
-    backbone.load_state_dict({key: found.get(key, value) for key, value in wanted.items()})
+    backbone.load_state_dict({**wanted, **taken})
+    further = f"; copies under {', '.join(map(repr, copies))} left out" if copies else ""
     return (
-        f"{weights.path}: {len(found.keys() & wanted.keys())} tensors of {name} loaded (names: "
-        f"{'indices of children' if scheme else 'torchvision'}{f', after {prefix!r}' if prefix else ''}), "
-        f"{len(others)} of heads and other branches left out; SHA-256 {weights.sha256[:12]}"
+        f"{weights.path}: {len(taken)} tensors of {name} loaded (names: "
+        f"{'indices of children' if match.scheme else 'torchvision'}{f', after {match.place!r}' if match.place else ''}"
+        f"), {len(others)} of heads and other branches left out{further}; SHA-256 {weights.sha256[:12]}"
     )
 
 
@@ -110,66 +110,77 @@ def load_heads(weights: ForeignWeights, heads: nn.ModuleDict) -> bool:
 
     Returns:
         Whether nothing is left to fit: they were loaded, or there are none.
+
+    Raises:
+        ConfigError: they are not finite.
     """
     wanted = heads.state_dict()
     if not wanted:
         return True
-    for prefix in {"heads.", *_prefixes(weights.tensors)}:
-        own = _below(weights.tensors, prefix)
+    for keys, prefix in _places(weights, "heads."):
+        own = _below(weights.tables[keys], prefix)
         for start in ("", *_PROJECTORS):
             # A projector by any of its names, or all heads as they are.
             named = {f"projector.{key}": value for key, value in _below(own, start).items()} if start else own
             if named.keys() == wanted.keys() and not _differing(named, wanted):
+                _check_numbers(weights, named, wanted, f" after {prefix + start!r}")
                 heads.load_state_dict(named)
                 return True
     return False
 
 
-def _safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        return load(content)
-    except SafetensorError as error:
-        raise ConfigError(f"{FIELD}: {path} is no whole safetensors file ({error})") from error
+def _places(weights: ForeignWeights, *further: str) -> list[tuple[Keys, str]]:
+    """Tables with prefixes of names in them, in the order of `preference`."""
+    places = [(keys, prefix) for keys, table in weights.tables.items() for prefix in {*further, *_prefixes(table)}]
+    return sorted(places, key=lambda place: (preference([*place[0], place[1]]), place[1]))
 
 
-def _pickled(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        values: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{FIELD}: {path} is damaged, or holds Python objects besides weights, which could run code and are not "
-            "loaded. If you trust it, save its weights alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-        ) from error
-    except Exception as error:
-        # Whatever bytes that are no such file make the reader stumble over.
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{FIELD}: {path} is no whole file of torch.save ({cause})") from error
-    for name in _NESTED:
-        if isinstance(values, Mapping) and isinstance(values.get(name), Mapping):
-            values = values[name]
-    entries = values.items() if isinstance(values, Mapping) else ()
-    tensors = {str(key): value for key, value in entries if isinstance(value, Tensor)}
-    if not tensors:
-        raise ConfigError(f"{FIELD}: {path} holds no table of weights by name (a state_dict)")
-    return tensors
-
-
-def _best_match(
-    weights: ForeignWeights, backbone: nn.Module, wanted: Mapping[str, Tensor]
-) -> tuple[str, dict[str, Tensor], dict[str, str]]:
-    """The prefix and naming with most matches, and the tensors under the backbone's own names."""
-    best: tuple[int, str, dict[str, Tensor], dict[str, str]] = (-1, "", {}, {})
-    for prefix in sorted(_prefixes(weights.tensors), key=len):
-        below = _below(weights.tensors, prefix)
+def _best_match(weights: ForeignWeights, backbone: nn.Module, wanted: Mapping[str, Tensor]) -> tuple[_Match, list[str]]:
+    """The table, prefix and naming with most matches, and where others match as well."""
+    best, highest, copies = _Match(), 0, list[str]()
+    for keys, prefix in _places(weights):
+        below = _below(weights.tables[keys], prefix)
         for scheme in ({}, *_index_schemes(backbone)):
             renamed = {_renamed(key, scheme): value for key, value in below.items()}
             fitting = len((renamed.keys() & wanted.keys()) - set(_differing(renamed, wanted)))
             # A matching name with another shape counts, but less: the message is then about the shape.
-            score = 2 * fitting + len(renamed.keys() & wanted.keys())
-            if score > best[0]:
-                best = score, prefix, renamed, scheme
-    return best[1:]
+            score, match = 2 * fitting + len(renamed.keys() & wanted.keys()), _Match(keys, prefix, renamed, scheme)
+            if score > highest:
+                best, highest, copies = match, score, []
+            elif score == highest > 0 and match.place not in (best.place, *copies):
+                copies.append(match.place)
+    return best, copies
+
+
+def _check_numbers(
+    weights: ForeignWeights, taken: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str
+) -> None:
+    """Refuse tensors that cannot be copied as they are, and numbers that are not finite as the network holds them."""
+    odd = [key for key, value in taken.items() if not _is_plain(value)]
+    if odd:
+        raise ConfigError(
+            f"{FIELD}: {weights.path} holds {_some(odd)}{place} in sparse, quantized, complex or empty form; save them "
+            "as plain tensors"
+        )
+    wrong = not_finite(taken, wanted)
+    if wrong:
+        raise ConfigError(
+            f"{FIELD}: {weights.path} holds NaN or infinity in {_some(wrong)}{place}: the training that made it went "
+            "wrong; name an earlier checkpoint of it"
+        )
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+
+
+def _contents(weights: ForeignWeights) -> str:
+    """Names in the file, or its tables where there are several."""
+    if len(weights.tables) == 1:
+        return _some(*weights.tables.values())
+    sizes = {"".join(f"[{key!r}]" for key in keys) or "outermost": len(t) for keys, t in weights.tables.items()}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    return "the tables " + ", ".join(f"{name} of {sizes[name]} tensors" for name in largest)
 
 
 def _index_schemes(backbone: nn.Module) -> Iterator[dict[str, str]]:
@@ -205,21 +216,15 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
-def _others(
-    tensors: Mapping[str, Tensor], prefix: str, scheme: Mapping[str, str], wanted: Mapping[str, Tensor]
-) -> list[str]:
-    """Names in the file that are not of the backbone."""
-    return [
-        key for key in tensors if not (key.startswith(prefix) and _renamed(key.removeprefix(prefix), scheme) in wanted)
-    ]
-
-
-def _left_out(key: str) -> bool:
-    """Whether a name is one of a known kind of head or of a further copy of the backbone."""
+def _left_out(key: str, match: _Match, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether a name beside the backbone is one of a known kind of head or of a further copy of the backbone."""
     parts = key.split(".")
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts = parts[1:]
-    return not _LEFT_OUT.isdisjoint(parts[0].lower().split("_"))
+    if _renamed(".".join(parts), match.scheme) in wanted:
+        return True
+    first = parts[0].lower()
+    return (first in _BESIDE and not key.startswith(match.prefix)) or not _LEFT_OUT.isdisjoint(first.split("_"))
 
 
 def _check_stem(weights: ForeignWeights, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:

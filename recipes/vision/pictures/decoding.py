@@ -8,16 +8,16 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import DataError
+from .rgb import to_rgb
 
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 JPEG = ("JPEG", "MPO")
-WHITE = (255, 255, 255, 255)
 
 
 def decode(content: bytes, name: str) -> Tensor:
@@ -51,12 +51,3 @@ def decode(content: bytes, name: str) -> Tensor:
     except DECODE_ERRORS as error:
         cause = str(error).rpartition("cpp:")[2] or type(error).__name__
         raise DataError(f"{name} cannot be decoded ({cause}): it is damaged or not an image; replace it") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The same picture upright, on white where it is transparent, as RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
-    return image.convert("RGB")

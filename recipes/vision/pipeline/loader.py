@@ -61,6 +61,7 @@ class Loader:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
+        self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
         """Begin views of the pictures at `indices`, int64 [N], of which only those in `rows` are made.
@@ -73,12 +74,12 @@ class Loader:
         parameters = [draw(view, count, generator) if isinstance(view, ViewPolicy) else None for view in self.views]
         if self.array is not None:
             return UnderWay([], 0, parameters, rows, indices)
+        if self.images.in_memory:
+            return UnderWay([Later(self._work(indices, rows, parameters))], 0, parameters, rows, indices)
         works = [
             self._work(indices, slice(start, min(start + SLICE, rows.stop)), parameters)
             for start in range(rows.start, rows.stop, SLICE)
         ]
-        if self.images.in_memory:
-            return UnderWay([Later(work) for work in works], 0, parameters, rows, indices)
         nbytes = sum(work.nbytes for work in works)
         self.workers.in_flight += nbytes
         parts = [self.workers.submit(work) for work in works]
@@ -120,7 +121,8 @@ class Loader:
         chosen = indices[part]
         crops = [_crops(view, drawn, part) for view, drawn in zip(self.views, parameters, strict=True)]
         masks = None if self.masks is None else self.masks[chosen]
-        return Work(self.images.items(chosen.tolist()), crops, masks)
+        pictures = self.images.items(chosen.tolist()) if self._in_memory is None else self._in_memory[chosen]
+        return Work(pictures, crops, masks)
 
     def _finished(self, index: int, crops: Tensor, begun: UnderWay) -> Tensor:
         view, parameters = self.views[index], begun.parameters[index]
@@ -135,7 +137,7 @@ class Loader:
         if isinstance(view, ViewPolicy):
             assert parameters is not None, "drawn for every random view"
             return views_of_pictures(view, pictures, parameters[begun.rows])
-        crops = torch.stack([_crops(view, None, begun.rows).of(0, picture) for picture in pictures.cpu()])
+        crops = _crops(view, None, begun.rows).of_all(pictures.cpu())
         return self.move(view.finish(crops) if isinstance(view, EvalView) else crops)
 
     def _masks(self, parts: Sequence[Sequence[Tensor]], begun: UnderWay) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..pictures.base import EncodedItem, Item
 from ..pictures.decoding import decode
-from ..views.crops import box_of, central_square, central_view, cropped
+from ..views.crops import box_of, boxes, central_square, central_view, cropped
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy
 
@@ -32,7 +32,11 @@ class Crops(Protocol):
         ...
 
     def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        """That of picture `index`, uint8 [C, H, W]: uint8 [C, side, side]; another interpolation is for masks."""
+        """That of picture `index`, uint8 [1, C, H, W]: uint8 [1, C, side, side]; another interpolation is for masks."""
+        ...
+
+    def of_all(self, pictures: Tensor) -> Tensor:
+        """Those of all n pictures, uint8 [n, C, H, W], number for number what `of` gives one by one."""
         ...
 
 
@@ -54,9 +58,19 @@ class RandomCrops:
         return cls(policy.size, policy.interpolation, policy.crop_ratio, *numbers)
 
     def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        draws = self.areas[index].tolist(), self.aspects[index].tolist(), self.places[index].tolist()
-        box = box_of(*draws, self.ratio, *picture.shape[1:])
+        area, aspect, place = (part[index].tolist() for part in (self.areas, self.aspects, self.places))
+        box = box_of(area, aspect, place, self.ratio, picture.shape[2], picture.shape[3])
         return cropped(picture, box, self.side, interpolation or self.interpolation)
+
+    def of_all(self, pictures: Tensor) -> Tensor:
+        area, aspect, place = (torch.from_numpy(part) for part in (self.areas, self.aspects, self.places))
+        found = boxes(area, aspect, place, self.ratio, pictures.shape[2], pictures.shape[3])
+        rows = torch.stack((found.top, found.left, found.height, found.width), dim=1)
+        if (rows == rows[:1]).all():
+            top, left, height, width = rows[0].tolist()
+            return cropped(pictures, (top, left, height, width), self.side, self.interpolation)
+        each = zip(pictures.split(1), rows.tolist(), strict=True)
+        return torch.cat([cropped(picture, tuple(box), self.side, self.interpolation) for picture, box in each])
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,9 @@ class EvaluationCrops:
     def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
         return central_view(picture, self.view.resize, self.view.crop, interpolation or self.view.interpolation)
 
+    def of_all(self, pictures: Tensor) -> Tensor:
+        return self.of(0, pictures)
+
 
 @dataclass(frozen=True)
 class Squares:
@@ -81,6 +98,9 @@ class Squares:
 
     def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
         return central_square(picture, self.side, interpolation or "bicubic")
+
+    def of_all(self, pictures: Tensor) -> Tensor:
+        return self.of(0, pictures)
 
 
 @dataclass(frozen=True)
@@ -103,22 +123,25 @@ class Work:
     """A slice of a batch: which pictures, and what to make of each.
 
     Attributes:
-        items: the pictures.
+        pictures: where they are read from, or, of one size in memory, themselves, uint8 [n, C, H, W].
         crops: one or more kinds.
         masks: a class for each pixel, uint8 [n, H, W], where labels are masks: cut as the pictures are.
         digests: whether to hash the files while they are at hand.
     """
 
-    items: Sequence[Item]
+    pictures: Sequence[Item] | Tensor
     crops: Sequence[Crops]
     masks: Tensor | None = None
     digests: bool = False
 
     def run(self) -> Made:
         """Make it. Raises DataError, naming the file, where a picture cannot be read."""
+        masks = () if self.masks is None else tuple(self._masks(self.masks, crops) for crops in self.crops)
+        if isinstance(self.pictures, Tensor):
+            return Made(tuple(crops.of_all(self.pictures) for crops in self.crops), masks)
         rows: list[list[Tensor]] = [[] for _ in self.crops]
         digests = []
-        for index, item in enumerate(self.items):
+        for index, item in enumerate(self.pictures):
             if self.digests and isinstance(item, EncodedItem):
                 content = item.content()
                 digests.append(digest(content))
@@ -126,18 +149,17 @@ class Work:
             else:
                 picture = item.picture()
             for row, crops in zip(rows, self.crops, strict=True):
-                row.append(crops.of(index, picture))
-        masks = () if self.masks is None else tuple(self._masks(self.masks, crops) for crops in self.crops)
-        return Made(tuple(map(stacked, rows)), masks, tuple(digests))
+                row.append(crops.of(index, picture.unsqueeze(0)))
+        return Made(tuple(map(joined, rows)), masks, tuple(digests))
 
     def _masks(self, masks: Tensor, crops: Crops) -> Tensor:
-        cut = [crops.of(index, mask.unsqueeze(0), "nearest-exact") for index, mask in enumerate(masks)]
-        return torch.cat(cut)
+        cut = [crops.of(index, mask[None, None], "nearest-exact") for index, mask in enumerate(masks)]
+        return torch.cat(cut).squeeze(1)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the crops will take at most."""
-        return sum(3 * crops.side**2 for crops in self.crops) * len(self.items)
+        return sum(3 * crops.side**2 for crops in self.crops) * len(self.pictures)
 
 
 def digest(content: bytes) -> bytes:
@@ -145,13 +167,9 @@ def digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:DIGEST]
 
 
-def stacked(pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures of one size in one tensor; grey ones get three channels where there are coloured ones beside them."""
-    channels = max(len(picture) for picture in pictures)
-    return torch.stack([picture.expand(channels, -1, -1) for picture in pictures])
-
-
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of a batch [n, 1 or 3, ...] as one, as `stacked`; a single part is itself."""
+    """Pictures of one size [n, 1 or 3, H, W] behind one another; grey ones get three channels beside coloured ones."""
+    if len(parts) == 1:
+        return parts[0]
     channels = max(part.shape[1] for part in parts)
-    return torch.cat([part.expand(-1, channels, -1, -1) for part in parts]) if len(parts) > 1 else parts[0]
+    return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,41 +97,66 @@ def _split_folders(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return {part: found[part] for part in PART_NAMES if part in found}
 
 
-def _shared_subfolders(tops: Sequence[Path]) -> list[str]:
-    """The subfolders that the folders `tops` share, if those could be parts of one set rather than its classes."""
-    inside: list[dict[str, str]] = []
-    for top in tops:
-        names = _subfolders(top)
-        if not names:
-            return []
-        inside.append({name.casefold(): name for name in names})
-    most = max(inside, key=len)
-    if any(names.keys() - most.keys() for names in inside):
-        return []
-    shared = [name for key, name in most.items() if all(key in names for names in inside)]
-    if len(most) > 1:
-        # A part may lack a class of another one.
-        return shared if len(shared) > 1 or all(len(names) == len(most) for names in inside) else []
-    below = [top / name for top, names in zip(tops, inside, strict=True) for name in names.values()]
-    if any(map(_subfolders, below)):
-        return _shared_subfolders(below)
-    return [] if shared[0].casefold() in CONTAINERS else shared
+@dataclass(frozen=True)
+class _Inside:
+    """What one folder holds: the first folder inside that does not just hold another one, and the folders in that."""
+
+    first: str
+    children: dict[str, str]
+    pictures: bool
+
+    @classmethod
+    def of(cls, directories: set[str]) -> _Inside:
+        """From the relative paths of all folders inside that directly hold images ("" for the folder itself)."""
+        first = os.path.commonpath(directories)
+        names = {path[len(first) :].lstrip(os.sep).split(os.sep)[0] for path in directories} - {""}
+        return cls(first, {name.casefold(): name for name in sorted(names)}, first in directories)
 
 
-def _holds_pictures(folder: Path) -> bool:
-    """Whether images lie directly in a folder."""
-    return any(Path(e.name).suffix.lower() in SUFFIXES and not e.name.startswith(".") for e in entries(folder))
+def _insides(files: FileTable) -> dict[str, _Inside]:
+    """What each folder directly below the root holds."""
+    directories: defaultdict[str, set[str]] = defaultdict(set)
+    for position in range(len(files)):
+        top, _, rest = files.relative(position).partition(os.sep)
+        directories[top].add(rest.rpartition(os.sep)[0])
+    return {top: _Inside.of(paths) for top, paths in directories.items()}
 
 
-def _check_classes(folder: Path, names: Sequence[str]) -> None:
-    """Raise DataError if the folders `names` in `folder` look like parts of a set that go by other names."""
-    tops = [folder / name for name in names]
-    shared = _shared_subfolders(tops) if len(tops) > 1 else []
-    if shared and not all(map(_holds_pictures, tops)):
+def _same_subfolders(insides: dict[str, _Inside]) -> tuple[list[str], list[str]]:
+    """Class folders that could as well be the parts of one set, and the folders that they share; or two empty lists."""
+    largest = max(insides.values(), key=lambda inside: len(inside.children))
+    # A part may lack a class of another one, and there may be a folder of unlabelled images beside the parts.
+    tops = [top for top, i in insides.items() if len(i.children) > 1 and i.children.keys() <= largest.children.keys()]
+    if len(tops) > 1 and 2 * len(tops) >= len(insides) and not all(insides[top].pictures for top in tops):
+        return tops, [name for key, name in largest.children.items() if all(key in insides[t].children for t in tops)]
+    names = {inside.first.casefold() for inside in insides.values()}
+    name = names.pop()
+    if len(insides) > 1 and name and not names and not largest.children and os.path.basename(name) not in CONTAINERS:
+        return list(insides), [largest.first]
+    return [], []
+
+
+def _check_classes(folder: Path, files: FileTable) -> None:
+    """Raise DataError if there is a single class folder, or if the class folders look like parts by other names."""
+    insides = _insides(files)
+    if len(insides) == 1:
+        name, inside = next(iter(insides.items()))
+        deeper = folder / name / inside.first
+        remedy = "add a folder with the images of another class"
+        if len(inside.children) > 1:
+            held = _some(list(inside.children.values()))
+            remedy = f"{deeper} holds several folders with images ({held}): if these are meant, give folder:{deeper}"
+        raise DataError(f"{_single(folder, name)}; {remedy}")
+    tops, shared = _same_subfolders(insides)
+    if tops:
         raise DataError(
-            f"the folders {_some(names)} in {folder} hold the same subfolders ({_some(shared)}), as the parts of a set "
+            f"the folders {_some(tops)} in {folder} hold the same subfolders ({_some(shared)}), as the parts of a set "
             "do: rename them to train, val and test; if they are the classes, list the images in a labels.csv there"
         )
+
+
+def _single(folder: Path, name: str) -> str:
+    return f"{folder} has a single class folder, {name}, and one class leaves nothing to tell apart"
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
@@ -162,20 +187,6 @@ def _add_classes(scan: FileScan, folder: Path, part: str, names: Sequence[str]) 
     return counts
 
 
-def _check_several(folder: Path, part: str, name: str, files: FileTable) -> None:
-    """Raise DataError, as there is a single class, and say where there are several if the path is a level too high."""
-    said = f"{folder / part} has a single class folder, {name}, and one class leaves nothing to tell apart"
-    parents = {os.path.dirname(files.relative(position)) for position in range(len(files))}
-    deeper = os.path.commonpath(parents)
-    inside = sorted({os.path.relpath(parent, deeper).split(os.sep)[0] for parent in parents} - {"."})
-    if part or len(inside) < 2:
-        raise DataError(f"{said}: add a folder with the images of another class")
-    raise DataError(
-        f"{said}; {folder / deeper} holds several folders with images ({_some(inside)}): "
-        f"if these are meant, give folder:{folder / deeper}"
-    )
-
-
 def _check_there(folder: Path) -> None:
     if not os.path.isdir(folder):
         raise DataError(f"there is no folder {folder}: give the path of a folder that holds images")
@@ -199,8 +210,6 @@ def list_folder(folder: Path) -> FolderListing:
     scan = FileScan(folder, SUFFIXES)
     names = scan.folders_in("", BESIDE)
     folders = _split_folders(folder, names)
-    if not folders:
-        _check_classes(folder, names)
     classes: dict[str, int] = {}
     labels: list[Tensor] = []
     parts: dict[str, Tensor] = {}
@@ -215,8 +224,11 @@ def list_folder(folder: Path) -> FolderListing:
             labels.append(torch.full((count,), classes[name]))
         parts[part] = torch.arange(start, len(scan))
     files = scan.table()
-    if len(classes) == 1:
-        _check_several(folder, folders.get("train", ""), next(iter(classes)), files)
+    if not folders:
+        _check_classes(folder, files)
+    elif len(classes) == 1:
+        said = _single(folder / folders["train"], next(iter(classes)))
+        raise DataError(f"{said}; add a folder with the images of another class")
     return FolderListing(files, tuple(classes), torch.cat(labels), parts, scan.passed_over)
 
 

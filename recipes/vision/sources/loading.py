@@ -9,11 +9,15 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ...experiment.folder.paths import user_path
 from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
 from ..pictures.base import Images
 from ..pictures.memory import read_all
+from .foreign.hugging_face import open_hugging_face
+from .foreign.map_style import gives_sets, open_map_style
+from .foreign.web_dataset import open_web_dataset
 from .label_file import LABEL_FILE, open_label_file
 from .published.catalog import DATASETS
 from .published.dataset import open_dataset
@@ -24,6 +28,7 @@ __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_down
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
+FOREIGN = {"hf": open_hugging_face, "webdataset": open_web_dataset}
 
 Storage = Literal["auto", "memory", "stream"]
 SMALL_SET = 2**25
@@ -67,15 +72,19 @@ def _open(source: str, request: Request, labelled: bool = True) -> Source | Cust
     if source in DATASETS:
         return open_dataset(DATASETS[source], request)
     if source.startswith(FOLDER_PREFIX) and source != FOLDER_PREFIX:
-        path = os.path.expanduser(source.removeprefix(FOLDER_PREFIX))
+        path = str(user_path(source.removeprefix(FOLDER_PREFIX)))
         if os.path.isfile(Path(path) / LABEL_FILE):
             return open_label_file(path)
         return open_folder(path) if labelled else open_images(path)
-    if ":" in source and not source.startswith(FOLDER_PREFIX):
-        return _custom(source)
+    prefix, _, path = source.partition(":")
+    if prefix in FOREIGN and path:
+        return FOREIGN[prefix](path, request)
+    if ":" in source and f"{prefix}:" != FOLDER_PREFIX and prefix not in FOREIGN:
+        return _custom(source) if gives_sets(source) else open_map_style(source, request)
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
-        "folder:PATH (class folders of images, or images with labels.csv) and module:Class (your own)"
+        "folder:PATH (class folders of images, or images with labels.csv), hf:PATH (Hugging Face datasets on a disk), "
+        "webdataset:PATH (tar shards) and module:Class (your own)"
     )
 
 
@@ -152,7 +161,7 @@ def load_downstream(
     )
     train_cap = Cap(labels_per_class, "labels_per_class", TRAIN_CAP_STREAM)
     val_cap = Cap(val_per_class, "val_per_class", VAL_CAP_STREAM)
-    opened = _open(source, Request(Path(root), download, "downstream", split_seed))
+    opened = _open(source, Request(user_path(root), download, "downstream", split_seed))
     if not isinstance(opened, Source):
         sets = opened.downstream()
         if not isinstance(sets, DownstreamSets):
@@ -208,7 +217,7 @@ def load_pretext(
     `load_downstream`.
     """
     _check_numbers(split_seed, {"test_fraction": test_fraction}, {"limit": limit})
-    opened = _open(source, Request(Path(root), download, "pretext", split_seed), labelled=evaluated)
+    opened = _open(source, Request(user_path(root), download, "pretext", split_seed), labelled=evaluated)
     if not isinstance(opened, Source):
         images = opened.pretext()
         if not isinstance(images, ImageSet):

@@ -22,8 +22,8 @@ from .view_policy import ViewParameters, ViewPolicy
 SOLARIZE_THRESHOLD = 128 / 255
 LUMA = (0.2989, 0.587, 0.114)
 KERNEL_RADIUS = {"bicubic": 2.0, "bilinear": 1.0}
-CPU_CHUNK = 32
-"""Images at a time on a CPU: their buffers then stay in its caches."""
+CPU_PIXELS = 32 * 96**2
+"""Of the views that are made at a time on a CPU: their buffers then stay in its caches."""
 DEVICE_CHUNK = 1024
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, NOTHING = range(6)
@@ -159,7 +159,7 @@ class _FloatCrops:
 
     @classmethod
     def of(cls, policy: ViewPolicy, pictures: Tensor, parameters: ViewParameters) -> _FloatCrops:
-        box = boxes(parameters, policy.crop_ratio, *pictures.shape[-2:])
+        box = boxes(parameters.area, parameters.aspect, parameters.place, policy.crop_ratio, *pictures.shape[-2:])
         sides = [box.top, box.left, box.height, box.width]
         longest = [max(side.tolist(), default=0) for side in sides[2:]]
         return cls(policy, pictures, [*(side.float() for side in sides), parameters.flip.float()], longest)
@@ -299,7 +299,14 @@ def _write_views(
     first, (matrices, sigma, *values) = moved[: len(first)], moved[len(first) :]
     lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], out.device)
 
-    x = _as_rows(source.pixels(part, first))
+    x = source.pixels(part, first)
+    first_solarized, blurred, solarized = last.ends[:3]
+    if not rounds and not blurred and first_solarized == solarized:
+        views = x.permute(0, 2, 3, 1)
+        out.copy_(move(views, matrices) if moving else views)
+        normalize(out, policy.mean, policy.std)
+        return
+    x = _as_rows(x)
     if moving:
         x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()
     for step, chosen, value in zip(rounds, rows, values, strict=True):
@@ -307,7 +314,6 @@ def _write_views(
         for operation, affected in step.parts():
             _change(operation, x[affected], value[affected])
     x = x.index_select(0, lined_up)
-    first_solarized, blurred, solarized = last.ends[:3]
     views = x.new_empty(len(x), 3, policy.size, policy.size)
     views[blurred:] = x[blurred:].permute(0, 2, 3, 1)
     if blurred:
@@ -319,11 +325,16 @@ def _write_views(
     normalize(out, policy.mean, policy.std)
 
 
+def cpu_chunk(size: int) -> int:
+    """Views of `size` px that are made at a time on a CPU."""
+    return max(1, min(DEVICE_CHUNK, CPU_PIXELS // size**2))
+
+
 def _views(
     policy: ViewPolicy, source: _FloatCrops | _HostCrops, parameters: ViewParameters, device: torch.device
 ) -> Tensor:
     views = torch.empty(len(parameters), 3, policy.size, policy.size, device=device)
-    moving, chunk = moves(parameters), CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    moving, chunk = moves(parameters), cpu_chunk(policy.size) if device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(parameters), chunk):
         part = slice(start, start + chunk)
         _write_views(policy, source, part, parameters[part], views[part], moving)
@@ -380,7 +391,8 @@ def views_of_crops(policy: ViewPolicy, crops: Tensor, parameters: ViewParameters
         own = parameters[start:stop]
         return _views(policy, _HostCrops(crops, own.flip), own, crops.device)
     # Chunks as the whole batch has them, the other samples black: how a sum is rounded may hang on what lies around.
-    first, last = start - start % CPU_CHUNK, min(-(-stop // CPU_CHUNK) * CPU_CHUNK, len(parameters))
+    chunk = cpu_chunk(policy.size)
+    first, last = start - start % chunk, min(-(-stop // chunk) * chunk, len(parameters))
     filled = crops.new_zeros(last - first, *crops.shape[1:])
     filled[start - first : stop - first] = crops
     around = parameters[first:last]

@@ -45,10 +45,6 @@ class EvalView:
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {self.interpolation!r}")
 
-    def crop_of(self, picture: Tensor) -> Tensor:
-        """The central crop of one picture, uint8 [C, H, W]: uint8 [C, crop, crop]."""
-        return central_view(picture, self.resize, self.crop, self.interpolation)
-
     def finish(self, crops: Tensor) -> Tensor:
         """Crops uint8 [N, 1 or 3, crop, crop] as inputs: float32 [N, 3, crop, crop], on their device."""
         inputs = checked_images(crops).expand(-1, 3, -1, -1).to(torch.float32, memory_format=torch.contiguous_format)
@@ -56,4 +52,4 @@ class EvalView:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Inputs of pictures of one size, uint8 [N, 1 or 3, H, W] on a CPU. Raises ValueError on another type."""
-        return self.finish(torch.stack([self.crop_of(picture) for picture in checked_images(pictures)]))
+        return self.finish(central_view(checked_images(pictures), self.resize, self.crop, self.interpolation))

@@ -1,5 +1,8 @@
 """Weights in the naming of other libraries, and the pretext stage that starts from them."""
 
+import argparse
+import collections
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,8 @@ from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.plan import make_plan
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import ResNetBackbone, build_backbone, projector
-from recipes.vision.networks.foreign_weights import load_backbone, load_heads, read_weights
+from recipes.vision.networks.foreign_weights import load_backbone, load_heads
+from recipes.vision.networks.weight_files import read_weights
 from tests.support.recipes.small_runs import events, part, run_stage, small_config, small_pipeline
 
 State = dict[str, Tensor]
@@ -61,6 +65,23 @@ def as_children(network: nn.Module, *, only_with_weights: bool = False) -> State
     return {key: value.clone() for key, value in nn.Sequential(*children[:-1]).state_dict().items()}
 
 
+def other_network(network: nn.Module) -> nn.Module:
+    """The same one with other weights."""
+    changed = copy.deepcopy(network)
+    changed.load_state_dict({key: torch.zeros_like(value) for key, value in network.state_dict().items()})
+    return changed
+
+
+def optimizer_of(network: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer that has made a step: tensors of the weights' shapes by number."""
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in network.parameters()]
+    optimizer = torch.optim.Adam(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
 NAMINGS: dict[str, Callable[[nn.Module], Any]] = {
     "torchvision": lambda n: n.state_dict(),
     "torchvision, without counters": lambda n: {k: v for k, v in n.state_dict().items() if "num_batches" not in k},
@@ -96,6 +117,113 @@ NAMINGS: dict[str, Callable[[nn.Module], Any]] = {
     "authors, whole model": lambda n: {
         **under("module.backbone.", body(n.state_dict())),
         **under("module.head.projector.", HEAD),
+    },
+    "MoCo": lambda n: {
+        "epoch": 200,
+        "arch": "resnet18",
+        "state_dict": {
+            **under("module.encoder_q.", body(n.state_dict())),
+            **under("module.encoder_q.fc.", HEAD),
+            **under("module.encoder_k.", other(n.state_dict())),
+            **under("module.encoder_k.fc.", HEAD),
+            "module.queue": torch.zeros(4, 8),
+            "module.queue_ptr": torch.zeros(1, dtype=torch.int64),
+        },
+        "optimizer": optimizer_of(n),
+    },
+    "MoCo v3": lambda n: {
+        "state_dict": {
+            **under("module.base_encoder.", body(n.state_dict())),
+            **under("module.base_encoder.fc.", HEAD),
+            **under("module.momentum_encoder.", other(n.state_dict())),
+            **under("module.predictor.", HEAD),
+        },
+        "optimizer": optimizer_of(n),
+        "scaler": {"scale": 65536.0},
+    },
+    "SimSiam": lambda n: {
+        "state_dict": {
+            **under("module.encoder.", body(n.state_dict())),
+            **under("module.encoder.fc.", HEAD),
+            **under("module.predictor.", HEAD),
+        }
+    },
+    "lightly, teacher and student": lambda n: {
+        "state_dict": {
+            **under("student_backbone.", as_children(other_network(n))),
+            **under("student_head.layers.", HEAD),
+            **under("teacher_backbone.", as_children(n)),
+            **under("teacher_head.layers.", HEAD),
+            "criterion.center": torch.zeros(1, 4),
+        }
+    },
+    "lightly, student alone": lambda n: {
+        "state_dict": {**under("student_backbone.", as_children(n)), **under("student_projection_head.layers.", HEAD)}
+    },
+    "lightly, DINO's backbone and student": lambda n: {
+        "state_dict": {
+            **under("student_backbone.", as_children(other_network(n))),
+            **under("student_projection_head.layers.", HEAD),
+            **under("backbone.", as_children(n)),
+            **under("projection_head.layers.", HEAD),
+        }
+    },
+    "DINO": lambda n: {
+        "student": {**under("module.backbone.", other(n.state_dict())), **under("module.head.mlp.", HEAD)},
+        "teacher": {**under("backbone.", body(n.state_dict())), **under("head.mlp.", HEAD)},
+        "optimizer": optimizer_of(n),
+        "epoch": 100,
+        "dino_loss": {"center": torch.zeros(1, 4)},
+    },
+    "BYOL in PyTorch": lambda n: {
+        **under("net.", n.state_dict()),
+        **under("online_encoder.net.", n.state_dict()),
+        **under("online_encoder.projector.", HEAD),
+        **under("online_predictor.", HEAD),
+        **under("target_encoder.net.", other(n.state_dict())),
+        **under("target_encoder.projector.", HEAD),
+    },
+    "BYOL in PyTorch, online encoder": lambda n: {
+        **under("module.online_encoder.net.", n.state_dict()),
+        **under("module.online_encoder.projector.", HEAD),
+        **under("module.online_predictor.", HEAD),
+    },
+    "a plain net": lambda n: under("net.", n.state_dict()),
+    "Barlow Twins, VICReg": lambda n: {
+        "epoch": 1000,
+        "model": {
+            **under("module.backbone.", body(n.state_dict())),
+            **under("module.projector.", HEAD),
+            "module.bn.running_mean": torch.zeros(8),
+            "module.bn.running_var": torch.ones(8),
+            "module.bn.num_batches_tracked": torch.tensor(9),
+        },
+        "optimizer": optimizer_of(n),
+    },
+    "VISSL": lambda n: {
+        "phase_idx": 99,
+        "classy_state_dict": {
+            "train": True,
+            "base_model": {
+                "model": {
+                    "trunk": under("_feature_blocks.", body(n.state_dict())),
+                    "heads": under("0.clf.", HEAD),
+                },
+                "meters": {},
+            },
+            "optimizer": {"optim": optimizer_of(n)},
+            "loss": {"queue": torch.zeros(3)},
+        },
+    },
+    "VISSL, DDP": lambda n: {
+        "classy_state_dict": {
+            "base_model": {"model": {"trunk": under("module._feature_blocks.", body(n.state_dict())), "heads": {}}}
+        }
+    },
+    "an average beside it": lambda n: {
+        "model_ema": other(n.state_dict()),
+        "model": n.state_dict(),
+        "ema": under("module.", other(n.state_dict())),
     },
     "wrapped twice": lambda n: {"model": under("module._orig_mod.backbone.", body(n.state_dict()))},
 }
@@ -159,11 +287,119 @@ def test_misfits_are_named(resnet: nn.Module, tmp_path: Path) -> None:
     assert "missing: layer1.2.bn1" in refusal(state, "resnet34", tmp_path)
 
 
+def line_of(content: Any, folder: Path) -> str:
+    torch.save(content, folder / "weights.pt")
+    return load_backbone(read_weights(folder / "weights.pt"), build_backbone("resnet18"), "resnet18")
+
+
+def test_what_was_taken_of_several_copies_is_said(resnet: nn.Module, tmp_path: Path) -> None:
+    line = line_of(NAMINGS["lightly, teacher and student"](resnet), tmp_path)
+    assert "after 'state_dict.teacher_backbone.'" in line
+    assert "copies under 'state_dict.student_backbone.' left out" in line
+    line = line_of(NAMINGS["DINO"](resnet), tmp_path)
+    assert "after 'teacher.backbone.'" in line
+    assert "copies under 'student.module.backbone.' left out" in line
+    line = line_of(NAMINGS["VISSL"](resnet), tmp_path)
+    assert "after 'classy_state_dict.base_model.model.trunk._feature_blocks.'" in line
+    assert "copies" not in line
+    assert "copies under 'online_encoder.net.' left out" in line_of(NAMINGS["BYOL in PyTorch"](resnet), tmp_path)
+
+
+def test_no_table_of_several_fits(resnet: nn.Module, tmp_path: Path) -> None:
+    tables = {"student": {"a": torch.ones(1)}, "teacher": {"a": torch.ones(1), "b": torch.ones(1)}}
+    message = refusal(tables, "resnet18", tmp_path)
+    assert "it holds the tables ['teacher'] of 2 tensors, ['student'] of 1 tensors" in message
+    # A copy of another network is not passed over.
+    wide = models.get_model("resnet34", weights=None)
+    both = {**under("net.", resnet.state_dict()), **under("online_encoder.net.", wide.state_dict())}
+    assert "known kind of head: online_encoder.net.layer1.2" in refusal(both, "resnet18", tmp_path)
+
+
+BAD_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN": lambda x: torch.full_like(x, float("nan")),
+    "one NaN": lambda x: torch.cat((torch.tensor([float("nan")]), x.flatten()[1:])).view(x.shape),
+    "infinity": lambda x: torch.cat((x.flatten()[:-1], torch.tensor([float("inf")]))).view(x.shape),
+    "minus infinity": lambda x: torch.cat((x.flatten()[:-1], torch.tensor([float("-inf")]))).view(x.shape),
+    "in half precision": lambda x: x.half() * float("inf"),
+    "in bfloat16": lambda x: x.bfloat16() + float("nan"),
+    "in float64": lambda x: x.double() + float("nan"),
+    "beyond float32": lambda x: x.double() + 1e300,
+}
+
+
+@pytest.mark.parametrize("key", ["conv1.weight", "layer4.1.bn2.bias", "layer2.0.bn1.running_var"])
+@pytest.mark.parametrize("kind", BAD_NUMBERS)
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    kind: str, key: str, resnet: nn.Module, tmp_path: Path
+) -> None:
+    state = dict(resnet.state_dict())
+    state[key] = BAD_NUMBERS[kind](state[key])
+    message = refusal({"state_dict": under("module.", state)}, "resnet18", tmp_path)
+    assert f"{tmp_path / 'weights.pt'} holds NaN or infinity in {key} after 'state_dict.module.'" in message
+    if kind != "beyond float32":
+        save_file(state, tmp_path / "weights.safetensors")
+        with pytest.raises(ConfigError, match=rf"weights\.safetensors holds NaN or infinity in {re.escape(key)}"):
+            load_backbone(read_weights(tmp_path / "weights.safetensors"), build_backbone("resnet18"), "resnet18")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_finite_numbers_of_other_types_load(dtype: torch.dtype, resnet: nn.Module, tmp_path: Path) -> None:
+    # Their sum is beyond the largest number of the type.
+    state = {k: v if v.dtype == torch.int64 else v.to(dtype).fill_(60000.0) for k, v in resnet.state_dict().items()}
+    assert "120 tensors of resnet18 loaded" in line_of(state, tmp_path)
+
+
+def test_what_is_left_out_may_be_anything(resnet: nn.Module, tmp_path: Path) -> None:
+    state = {**resnet.state_dict(), "fc.weight": torch.full((1000, 512), float("nan"))}
+    assert "120 tensors of resnet18 loaded" in line_of(state, tmp_path)
+
+
+class Masked(nn.Module):
+    """A network with infinities of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.tensor([[0.0, float("-inf")], [0.0, 0.0]]))
+
+
+def test_infinities_by_design_load(tmp_path: Path) -> None:
+    given = Masked().state_dict()
+    torch.save(given, tmp_path / "weights.pt")
+    load_backbone(read_weights(tmp_path / "weights.pt"), Masked(), "masked")
+    torch.save({**given, "mask": given["mask"].flip(0)}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="NaN or infinity in mask"):
+        load_backbone(read_weights(tmp_path / "weights.pt"), Masked(), "masked")
+
+
+def test_tensors_that_hold_no_plain_numbers_are_refused(resnet: nn.Module, tmp_path: Path) -> None:
+    state = resnet.state_dict()
+    for odd in (state["conv1.weight"].to_sparse(), state["conv1.weight"].to(torch.complex64)):
+        message = refusal({**state, "conv1.weight": odd}, "resnet18", tmp_path)
+        assert "holds conv1.weight in sparse, quantized, complex or empty form" in message
+
+
+def test_heads_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    given = projector(512, (8, 8)).state_dict()
+    last = next(reversed([key for key in given if key.endswith("weight")]))
+    given[last] = torch.full_like(given[last], float("nan"))
+    torch.save(under("projector.", given), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=rf"weights.pt holds NaN or infinity in projector\.{last}"):
+        load_heads(read_weights(tmp_path / "weights.pt"), nn.ModuleDict({"projector": projector(512, (8, 8))}))
+
+
 class Payload:
     """Runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("harm.txt"),))
+
+
+class Settings:
+    """An object that a checkpoint holds beside its weights."""
+
+    def __init__(self) -> None:
+        self.rate = 0.1
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,15 +412,101 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("cut.safetensors").write_bytes(b"\x10")
     Path("empty.pt").touch()
     torch.save([1, 2], "list.pt")
+    torch.save({"epoch": 3, "args": [1]}, "numbers.pt")
     for name, message in (
         ("cut.pt", "no whole file|damaged"),
         ("empty.pt", "no whole file|damaged"),
         ("cut.safetensors", "no whole safetensors file"),
-        ("list.pt", "no table of weights"),
+        ("list.pt", "no table of weights by name .a state_dict.; it is of type list"),
+        ("numbers.pt", r"its keys are 'epoch' \(of type int\), 'args' \(of type list\)"),
         ("nowhere.pt", "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):
             read_weights(Path(name))
+
+
+STATE = {"conv1.weight": torch.ones(2, 3), "bn1.bias": torch.ones(2)}
+STEPS = {"state": {0: {"exp_avg": torch.ones(2)}, 1: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+UNREADABLE: dict[str, tuple[Any, str, str]] = {
+    # What the file holds, what is said of it, and what to save.
+    "teacher and student": (
+        {
+            "student": under("module.", STATE),
+            "teacher": STATE,
+            "optimizer": STEPS,
+            "args": argparse.Namespace(arch="r"),
+        },
+        "its keys are 'student' (a table of 2), 'teacher' (a table of 2), 'optimizer' (a table of 2), "
+        "'args' (an object of argparse.Namespace)",
+        "['teacher'], NEW)",
+    ),
+    "Lightning": (
+        {"epoch": 3, "state_dict": collections.OrderedDict(STATE), "hyper_parameters": Settings()},
+        "'state_dict' (a table of 2), 'hyper_parameters' (an object of tests.recipes.vision.test_foreign_weights.Set",
+        "['state_dict'], NEW)",
+    ),
+    "VISSL": (
+        {"classy_state_dict": {"base_model": {"model": {"trunk": STATE, "heads": {}}}}, "config": Settings()},
+        "its keys are 'classy_state_dict' (a table of 1)",
+        "['classy_state_dict']['base_model']['model']['trunk'], NEW)",
+    ),
+    "an average": ({"ema": dict(STATE), "model": STATE, "args": Settings()}, "'ema' (a table of 2)", "['model'], NEW)"),
+    "a table at once": (
+        {**STATE, "args": Settings()},
+        "'conv1.weight' (a tensor)",
+        "weights_only=False).items() if torch.is_tensor(v)}, NEW)",
+    ),
+    "a whole network": (
+        nn.Sequential(nn.Linear(2, 2)),
+        "it is an object of torch.nn.modules.container.Sequential",
+        "weights_only=False).state_dict(), NEW)",
+    ),
+    "a network by name": (
+        {"epoch": 1, "model": nn.Linear(2, 2)},
+        "'model' (an object of torch.nn.modules.linear.Linear)",
+        "['model'].state_dict(), NEW)",
+    ),
+    "no weights": ({"args": Settings()}, "'args' (an object of tests", "and no table of weights by name"),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_file_that_is_not_loaded_is_described_with_what_to_save(kind: str, zipped: bool, tmp_path: Path) -> None:
+    content, description, remedy = UNREADABLE[kind]
+    torch.save(content, tmp_path / "weights.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ConfigError) as caught:
+        read_weights(tmp_path / "weights.pt")
+    message = str(caught.value)
+    assert "could run code and are not loaded" in message
+    assert description in message
+    assert remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UNREADABLE if kind != "no weights"])
+def test_what_is_advised_can_be_done_and_loads(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(UNREADABLE[kind][0], "weights.pt")
+    with pytest.raises(ConfigError) as caught:
+        read_weights(Path("weights.pt"))
+    advice = str(caught.value).partition("weights alone: ")[2].replace("FILE", "'weights.pt'")
+    eval(advice.replace("NEW", "'new.pt'"), {"torch": torch})
+    assert set(STATE) <= set(next(iter(read_weights(Path("new.pt")).tables.values()))) or "network" in kind
+
+
+def test_mappings_that_hold_each_other_are_gone_through_once(tmp_path: Path) -> None:
+    around: dict[str, Any] = {"state_dict": dict(STATE)}
+    around["self"] = around
+    deep: dict[str, Any] = {"leaf": torch.ones(1)}
+    for _ in range(60):
+        # By way of names there are 2 ** 60 of them.
+        deep = {"a": deep, "b": deep}
+    torch.save({"around": around, "deep": deep}, tmp_path / "weights.pt")
+    assert len(read_weights(tmp_path / "weights.pt").tables) == 2
+    torch.save({"around": around, "deep": deep, "args": Settings()}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=r"\['around'\]\['state_dict'\], NEW"):
+        read_weights(tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from examples.masked_autoencoder import MaskedAutoencoder
 from examples.segmentation import Segmentation
 from recipes.bissl.settings.config import DOWNSTREAM_TASKS, PRETEXT_TASKS
 from recipes.vision import shards as shares
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.shards import on_shards, views_of_shard
 from recipes.vision.views.random_view import RandomView, apply_view, apply_view_batched
 from recipes.vision.views.view_policy import ViewPolicy, draw

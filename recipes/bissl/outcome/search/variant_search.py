@@ -15,6 +15,7 @@ from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
+from ....experiment.folder.paths import user_path
 from ....experiment.search.queue import TrialQueue
 from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
@@ -62,7 +63,7 @@ class Search:
     def image_cache(self) -> Path:
         """The folder of decoded images: one for all that decides which they are."""
         fields = self.config.data.model_dump(exclude={"download", "pretext", "pretext_limit"})
-        return cache_folder(self.artifacts, {**fields, "root": os.path.abspath(self.config.data.root)})
+        return cache_folder(self.artifacts, {**fields, "root": os.path.abspath(user_path(self.config.data.root))})
 
     def fields(self, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Section -> field -> value: what a trial's values stand for."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bilevel import AlternatingSchedule, Implicit, Level, Trainer
+from bilevel import AlternatingSchedule, Implicit, Level, Params, Trainer
 from bilevel.products import MicroBatched
 from bilevel.training import Callback, Diagnostics, derive_seed
 
@@ -85,8 +85,11 @@ def make_trainer(
     """The trainer of the section `bissl`."""
     c, chunk = settings.bissl, settings.compute.micro_batch
     upper, lower = problem.variables()
-    drawn = c.alternations * c.lower_batches
-    lower_data = batches.pretext(problem.pretext, LOWER_DATA, drawn, c.pretext_fraction)
+    method = make_method(settings, lower)
+    stored = method.stored_batches if c.upper_steps else 0
+    # Batches are stored for the Hessian also where no lower step is made on them.
+    each = c.lower_steps + stored if method.fresh_batches else max(c.lower_steps, stored)
+    lower_data = batches.pretext(problem.pretext, LOWER_DATA, c.alternations * each, c.pretext_fraction)
     upper_data = batches.labelled(problem.downstream, f"{STAGE} upper", c.alternations * c.upper_steps)
     lower_optimizer = problem.pretext.optimizer(lower.values(), c.lower_lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     upper_optimizer = torch.optim.SGD(
@@ -112,22 +115,26 @@ def make_trainer(
                 c.adaptation_strength,
                 adaptation_pairs={name: name for name in lower if name.startswith(BACKBONE)},
             ),
-            Implicit(
-                c.make_solver(),
-                hvp=c.make_hvp() if chunk is None else MicroBatched(chunk),
-                damping=c.damping,
-                # The head's block has no lambda I of its own, and null vectors (weights before a norm are
-                # scale-invariant).
-                tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)}
-                if c.implicit_head
-                else 0.0,
-                hessian_batches=c.hessian_batches,
-                fresh_batches=c.fresh_hessian_batches,
-                aggregate=c.aggregate,
-            ),
+            method,
             callbacks=callbacks,
             nonfinite_skips=settings.nonfinite_skips,
         )
+
+
+def make_method(settings: Config, lower: Params) -> Implicit:
+    """The hypergradient's method of the section `bissl`, for these lower variables."""
+    c, chunk = settings.bissl, settings.compute.micro_batch
+    return Implicit(
+        c.make_solver(),
+        hvp=c.make_hvp() if chunk is None else MicroBatched(chunk),
+        damping=c.damping,
+        # The head's block has no lambda I of its own, and null vectors (weights before a norm are
+        # scale-invariant).
+        tikhonov={name: c.head_tikhonov for name in lower if not name.startswith(BACKBONE)} if c.implicit_head else 0.0,
+        hessian_batches=c.hessian_batches,
+        fresh_batches=c.fresh_hessian_batches,
+        aggregate=c.aggregate,
+    )
 
 
 def _key(repeat: Repeat, parent: Artifact) -> str:

@@ -21,7 +21,8 @@ from ....experiment.workspace import Workspace
 from ....vision.losses import embedding_spread
 from ....vision.metrics import knn_accuracy
 from ....vision.networks.backbones import build_backbone
-from ....vision.networks.foreign_weights import ForeignWeights, load_backbone, load_heads
+from ....vision.networks.foreign_weights import load_backbone, load_heads
+from ....vision.networks.weight_files import ForeignWeights
 from ....vision.optimizers import schedule
 from ....vision.pipeline.loader import UnderWay
 from ....vision.pipeline.stream import PrefetchedStack

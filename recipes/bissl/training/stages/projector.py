@@ -14,7 +14,8 @@ from ....experiment.stage import Attempt, CachedStage
 from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
 from ....vision.networks.backbones import build_backbone
-from ....vision.networks.foreign_weights import ForeignWeights, load_backbone
+from ....vision.networks.foreign_weights import load_backbone
+from ....vision.networks.weight_files import ForeignWeights
 from ....vision.optimizers import schedule
 from ...tasks.base import PretextTask
 from ..compute import JoinBuffers

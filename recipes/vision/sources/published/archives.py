@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from torchvision.datasets.utils import download_url
 
-from ...imagesets import DataError
+from ...errors import DataError
 
 # RuntimeError is torchvision's word for another checksum and for too many redirections.
 ARCHIVE_ERRORS = (OSError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error)

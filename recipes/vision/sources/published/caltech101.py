@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets import Caltech101
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from ..splits import FIXED_TRAIN_STREAM, shuffled_strata, stream
 from .reading import file_source

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .reading import array_source, reading
 

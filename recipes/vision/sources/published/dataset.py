@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ....experiment.terminal import command_line
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .archives import Archive, fetch
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .reading import array_source, reading
 

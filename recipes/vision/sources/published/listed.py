@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import DTD, FGVCAircraft, Flowers102, Food101, StanfordCars
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .reading import file_source, reading
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .reading import file_source, lines
 

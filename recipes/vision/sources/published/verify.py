@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Purpose, Request, Source
 from .dataset import Dataset, open_dataset, remedy
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import VOCDetection
 
-from ...imagesets import DataError
+from ...errors import DataError
 from ..sources import Request, Source
 from .reading import check_files, file_source, reading
 

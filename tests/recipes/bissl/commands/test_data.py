@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes.bissl.commands.data import main
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.published import archives
 from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.verify import verify

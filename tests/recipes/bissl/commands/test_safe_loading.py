@@ -30,8 +30,8 @@ from recipes.bissl.training.costs import read_stage
 from recipes.experiment.artifacts import INFO, WEIGHTS, ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.terminal import printable
-from recipes.vision.imagesets import DataError
-from recipes.vision.networks.foreign_weights import read_weights
+from recipes.vision.errors import DataError
+from recipes.vision.networks.weight_files import read_weights
 from recipes.vision.sources.image_cache import read_cache
 from recipes.vision.sources.published.archives import unpack
 from recipes.vision.sources.published.catalog import DATASETS
@@ -213,9 +213,9 @@ def test_names_of_code_in_checkpoints_artifacts_and_data_are_not_imported(capsys
     weights = save(state, metadata={"backbone": name, "task": name})
     folder = artifact(Path("a"), weights, stage=name, task=name, backbone=name, initial_weights={"file": name})
     assert read_stage(folder).tensors()
-    assert read_weights(folder).tensors
+    assert read_weights(folder).tables
     Path("w.pt").write_bytes(saved({"state_dict": state, "task": name, "hyper_parameters": {"_target_": name}}))
-    assert read_weights(Path("w.pt")).tensors
+    assert read_weights(Path("w.pt")).tables
     save_checkpoint("steps", 1, {"task": name, "state": state})
     found = load_checkpoint("steps")
     assert found is not None

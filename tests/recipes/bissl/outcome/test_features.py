@@ -29,7 +29,7 @@ from recipes.bissl.outcome.features.scores import feature_scores, linear_probe, 
 from recipes.bissl.outcome.report import write_report
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.networks.backbones import build_backbone
 from tests.support.recipes.small_runs import batches_of, execute, files, small_config, small_pipeline
 

@@ -21,7 +21,7 @@ from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder.leases import LeaseLost
 from recipes.experiment.stage import Attempt
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import SMALL_OPTIONS, of_stage, run_stage, small_config, small_pipeline
 
 COUNT = 12

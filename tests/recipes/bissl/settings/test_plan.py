@@ -12,7 +12,7 @@ from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.bissl.settings.presets import PRESETS
 from recipes.bissl.training import datasets
 from recipes.experiment.errors import ConfigError
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import batches_of, small_config, small_pipeline
 
 

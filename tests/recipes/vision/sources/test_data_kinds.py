@@ -229,13 +229,14 @@ def test_folder_with_a_file_of_labels(tmp_path: Path) -> None:
     [
         (["file,a"], "needs a header"),
         (["file", "0.png"], "needs a header"),
+        ([], "needs a header"),
         (["file,a", "0.png,1,2"], "row 2 has 3 values"),
-        (["file,a", "0.png,1", "2.png,high"], "row 3 has a label that is no number"),
-        (["file,a", "0.png,nan"], "target 0 of image 0 is nan"),
+        (["file,a,b", "0.png,1,0", "2.png,high,1"], "row 3, column 'a': 'high' is no number"),
+        (["file,a", "0.png,nan"], "row 2, column 'a': nan stands for a missing value"),
         (["file,a", "0.png,1", "77.png,0"], r"row 3 names .*77\.png, which is missing"),
         (["file,a", "0.png,1", "0.png,0"], r"lists 0\.png twice"),
     ],
-    ids=["empty", "no-label", "width", "word", "nan", "missing", "twice"],
+    ids=["empty", "no-label", "nothing", "width", "word", "nan", "missing", "twice"],
 )
 def test_file_of_labels_that_is_wrong(rows: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=said):

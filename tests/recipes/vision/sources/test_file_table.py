@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.file_table import FileScan, FileTable
 
 ODD_NAMES = [

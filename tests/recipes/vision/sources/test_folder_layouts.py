@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.folders import (
     SUFFIXES,
     FolderListing,
@@ -118,6 +119,8 @@ def lacking(*tops: str) -> list[str]:
         [*pairs("part1", "part2"), "part1/stray.png"],
         pairs("amazon/images", "dslr/images"),
         pairs("bottle", "cable", inner=("train", "test")),
+        [*pairs("seg_train/seg_train", "seg_test/seg_test"), "seg_pred/seg_pred/1.png"],
+        [*pairs("learn/a/b"), *pairs("check"), "check/deep/x/1.png"],
     ],
 )
 def test_folders_of_the_same_subfolders_are_no_classes(files: list[str], tmp_path: Path) -> None:
@@ -136,6 +139,9 @@ def test_folders_of_the_same_subfolders_are_no_classes(files: list[str], tmp_pat
         [*pairs("benign/SOB", inner=("adenosis", "tubular")), *pairs("malignant/SOB", inner=("ductal", "lobular"))],
         [*pairs("cat", inner=("patient1", "patient2")), *pairs("dog", inner=("patient2", "patient3"))],
         [*pairs("cat"), "dog/1.png"],
+        [*pairs("crane", inner=("bird", "machine")), *pairs("kite", inner=("bird", "toy")), "elk/1.png", "fox/2.png"],
+        [*pairs("crane", "kite", inner=("bird", "machine")), "elk/1.png", "fox/2.png", "gnu/3.png"],
+        ["cat/1.png", "cat/old/2.png", "dog/old/3.png"],
         ["cat/1.png", "dog/2.png"],
         ["train/1.png", "plane/2.png"],
     ],
@@ -168,7 +174,7 @@ def test_a_path_that_is_a_level_too_high(files: list[str], deeper: str, inside: 
     "files", [["cat/1.png", "cat/2.png"], ["cat/deep/1.png"], pairs("train", "test", inner=("cat",))]
 )
 def test_a_single_class(files: list[str], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has a single class folder, cat, .*: add a folder with the images of another"):
+    with pytest.raises(DataError, match=r"has a single class folder, cat, .*; add a folder with the images of another"):
         downstream(f"folder:{empty(tmp_path, files)}")
 
 
@@ -259,7 +265,7 @@ def test_words_for_what_is_passed_over() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"labels_per_class": 30}, {"val_per_class": 30}], ids=["split", "train", "val"]
 )
-def test_too_few_images_tell_what_was_passed_over(options: dict[str, int], tmp_path: Path) -> None:
+def test_too_few_images_tell_what_was_passed_over(options: dict[str, Any], tmp_path: Path) -> None:
     tree(tmp_path, {"cat": 8, "dog": 8 if options else 2})
     empty(tmp_path, [f"dog/{i}.gif" for i in range(40)])
     with pytest.raises(DataError, match=r"too few images .*passed over 40 files \(\.gif 40\)"):

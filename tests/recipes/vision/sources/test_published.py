@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, OxfordIIITPet
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources import folders
 from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.dataset import open_dataset

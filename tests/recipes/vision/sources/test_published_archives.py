@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 import pytest
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from recipes.vision.sources.loading import load_downstream
 from recipes.vision.sources.published import archives
 from recipes.vision.sources.published.archives import Archive, fetch, unpack

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.io import loadmat, savemat
 
-from recipes.vision.imagesets import DataError
+from recipes.vision.errors import DataError
 from tests.support.recipes.dataset_trees import small
 from tests.support.recipes.image_trees import downstream
 
