@@ -306,7 +306,8 @@ def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest
     for names in ([], ["zero-init-residual"]):
         with pytest.raises(Made):
             run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
-    ones, zeros = ([block.bn2.weight for block in made.modules() if isinstance(block, BasicBlock)] for made in built)
+    blocks = [[block for block in made.modules() if isinstance(block, BasicBlock)] for made in built]
+    ones, zeros = ([block.get_parameter("bn2.weight") for block in found] for found in blocks)
     assert len(ones) == len(zeros) == 3
     assert all(bool((weight == 1.0).all()) for weight in ones)
     assert all(bool((weight == 0.0).all()) for weight in zeros)
