@@ -1,5 +1,6 @@
 """The engine of every training: steps whose numbers are finite, signals, callbacks, and what a checkpoint holds."""
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,11 +59,24 @@ class Training(ABC):
         self.skipped_last: Counter[str] = Counter()
         self.solves: Counter[str] = Counter()
         self.progress = 0
+        self._run_began = time.perf_counter(), 0.0
 
     @property
     @abstractmethod
     def total(self) -> int:
         """Units of the whole training."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches, at all levels."""
+        return sum(level.waited for level in self.levels.values())
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time since `run` began in which this process waited for batches, in [0, 1]."""
+        began, waited = self._run_began
+        elapsed = time.perf_counter() - began
+        return (self.waited - waited) / elapsed if elapsed > 0 else 0.0
 
     def advance(self) -> None:
         """Make one unit, or the rest of one that was interrupted; gradients are recorded under torch.no_grad too.
@@ -113,6 +127,7 @@ class Training(ABC):
                 level.check_planned(self.planned[name] - self.steps[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        self._run_began = time.perf_counter(), self.waited
         with interruption.deferred():
             for callback in self.callbacks:
                 callback.on_run_start(self)

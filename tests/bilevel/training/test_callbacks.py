@@ -16,9 +16,9 @@ from bilevel.checkpoint import load_checkpoint
 from bilevel.training import Callback
 
 
-def trainer(progress: int, total: int = 5, **skipped: int) -> Any:
-    state = {"progress": progress}
-    return SimpleNamespace(progress=progress, total=total, skipped=Counter(skipped), state_dict=lambda: state)
+def trainer(progress: int, total: int = 5, waiting: float = 0.0, **skipped: int) -> Any:
+    seen = {"waiting": waiting, "skipped": Counter(skipped), "state_dict": lambda: {"progress": progress}}
+    return SimpleNamespace(progress=progress, total=total, **seen)
 
 
 def test_a_callback_does_nothing_by_default() -> None:
@@ -86,11 +86,11 @@ def test_progress_shows_losses_and_the_last_solve() -> None:
     bar.on_run_start(trainer(1))
     bar.on_event(trainer(1), {"event": "lower", "loss": 0.25})
     bar.on_event(trainer(1), {"event": "upper", "loss": 0.5, "status": "NOT_CONVERGED", "residual": math.nan})
-    bar.on_progress(trainer(2))
+    bar.on_progress(trainer(2, waiting=0.374))
     bar.on_run_end(trainer(2))
     bar.on_run_end(trainer(2))
     text = output.getvalue()
-    for part in ("stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged"):
+    for part in ("waiting for data 37%", "stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged"):
         assert part in text
     assert "skipped" not in text
 
