@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import DataError
-from .rgb import to_rgb
+from .rgb import to_rgb, upright
 
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
@@ -40,9 +40,9 @@ def decode(content: bytes, name: str) -> Tensor:
             if image.format in JPEG and image.mode in ("L", "RGB"):
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB)
                 assert isinstance(decoded, Tensor), "one picture was given"
-                return decoded
+                return upright(decoded, image)
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise
