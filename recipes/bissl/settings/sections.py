@@ -58,6 +58,11 @@ class DataConfig(Section):
         default=2, ge=1, le=64, description="batches of each level that are made before they are used, while room lasts"
     )
     pretext_limit: int | None = Field(default=None, ge=1, description="use at most this many pretext images; null: all")
+    train_list: str | None = Field(
+        default=None,
+        description="text file that names the labelled images to train on, one a line, as the 1% and 10% lists of "
+        "ImageNet do; validation and test stay whole; null: all",
+    )
     labels_per_class: int | None = Field(default=None, ge=1, description="training images a class; null: all")
     val_per_class: int | None = Field(
         default=None, ge=1, description="validation images a class; null: all of the split"
