@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     folder = user_path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
-    data = Datasets(request.config.data)
+    data = Datasets(request.config)
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [

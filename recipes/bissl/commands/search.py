@@ -179,7 +179,7 @@ def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
     compute_device(search.config)
     check_installed(search.config.tracking)
     # Let go of when this is done: workers map the cache instead.
-    data = Datasets(search.config.data)
+    data = Datasets(search.config)
     if not (search.directory / MANIFEST).exists():
         check(search, parent, data, console)
     _open(search, given)

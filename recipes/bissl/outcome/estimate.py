@@ -129,7 +129,8 @@ def _solves(fields: BilevelConfig, products: int) -> str:
 
 def _sizes(config: Config) -> tuple[int, int, list[str]]:
     c, notes = config.data, []
-    data = Datasets(c.model_copy(update={"download": False}))
+    # Nothing is fetched or written.
+    data = Datasets(config.model_copy(update={"data": c.model_copy(update={"download": False, "cache": None})}))
     pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
     if pretext is None:
         images = len(data.pretext)

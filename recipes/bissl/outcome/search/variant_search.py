@@ -121,7 +121,7 @@ def work(search: Search, console: Console, *, only: int | None = None) -> None:
     Args:
         only: the one trial to do instead, or to wait for.
     """
-    data = Datasets(search.config.data, partial(read_cache, search.image_cache))
+    data = Datasets(search.config, partial(read_cache, search.image_cache))
     fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
     search.queue.work(fit, console, only=None if only is None else (only,))
 
