@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     folder = user_path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
-    data = dry_data(request.config.data) if request.dry_run else Datasets(request.config.data)
+    data = dry_data(request.config) if request.dry_run else Datasets(request.config)
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [

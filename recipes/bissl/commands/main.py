@@ -176,7 +176,7 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
     directory, artifacts = request.directory, request.artifacts or request.directory.path / CHECKPOINTS
     check_places(config.data, {"output-dir": directory.path, "--artifacts": artifacts})
     check_installed(config.tracking)
-    data = dry_data(config.data) if request.dry_run else None
+    data = dry_data(config) if request.dry_run else None
     pipeline = make_pipeline(config, directory.path, artifact_store(artifacts), data, ranks=ranks)
     check_same({"command": request.command, "arm": request.arm}, "was started for something else")
     parent = _parent(request)

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     check_places(search.config.data, {"output-dir": search.directory, "--artifacts": search.artifacts})
     if request.dry_run:
         parent = _checked(search, given)
-        check(search, parent, dry_data(search.config.data), console, published=True)
+        check(search, parent, dry_data(search.config), console, published=True)
         print(show_config(search.config))
         for trial in search.queue.trials:
             rate, decay = trial.values[LR], trial.values[WEIGHT_DECAY]
@@ -190,7 +190,7 @@ def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
     """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
     parent = _checked(search, given)
     # Let go of when this is done: workers map the cache instead.
-    data = Datasets(search.config.data)
+    data = Datasets(search.config)
     if not (search.directory / MANIFEST).exists():
         check(search, parent, data, console)
     _open(search, given)

@@ -180,6 +180,7 @@ def _published_size(config: DataConfig, dataset: Dataset) -> int:
     return round((train + val) * (1 - config.val_fraction))
 
 
-def dry_data(config: DataConfig) -> Datasets:
-    """The images of a dry run, which fetches nothing."""
-    return Datasets(config.model_copy(update={"download": False}))
+def dry_data(config: Config) -> Datasets:
+    """The images of a dry run, which fetches and writes nothing."""
+    section = config.data.model_copy(update={"download": False, "cache": None})
+    return Datasets(config.model_copy(update={"data": section}))

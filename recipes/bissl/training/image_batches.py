@@ -11,7 +11,8 @@ from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
 from ...vision.imagesets import ImageSet
-from ...vision.pipeline.loader import Loader, UnderWay, View
+from ...vision.pipeline.loader import Loader, UnderWay
+from ...vision.pipeline.reduction import View
 from ...vision.pipeline.stream import InOrder, PrefetchedStack, order_of
 from ...vision.shards import Rows, SharedTransform, evaluated_rows, of_all_ranks
 from ..tasks.base import DownstreamTask, PretextTask

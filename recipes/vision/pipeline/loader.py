@@ -12,14 +12,12 @@ from ..pictures.base import Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
+from .reduction import View
 from .work import Crops, EvaluationCrops, RandomCrops, Squares, Work, joined
 from .workers import Later, Pending, Workers
 
 SLICE = 64
 """Pictures at a time: a whole batch in one worker would be waited for while the others have nothing to do."""
-
-View = ViewPolicy | EvalView | int
-"""What is made of a picture: a random view, an evaluation's, or the central square of so many pixels, left uint8."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import multiprocessing
 
 from .work import Made, Work
 

@@ -212,7 +212,7 @@ def _light(x: Tensor) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turns: Tensor) -> None:
-    """Tikhonov the hue of HSV by `turns` [n, 1, 1, 1], in place; value and saturation stay.
+    """Turn the hue of HSV by `turns` [n, 1, 1, 1], in place; value and saturation stay.
 
     On the colour circle red, green and blue lie at 0, 1/3 and 2/3 turns; with the channels scaled to lowest 0 and
     highest 1, hue is (1 + green + blue - red) / 6 turns away from red, towards green where green exceeds blue. The

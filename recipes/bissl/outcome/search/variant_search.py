@@ -137,7 +137,7 @@ def work(search: Search, console: Console, *, only: int | None = None, processes
         only: the one trial to do instead, or to wait for.
     """
     workers = cores_to_spare(processes) if search.config.data.num_workers is None else None
-    data = Datasets(search.config.data, partial(_train_and_val, search), workers)
+    data = Datasets(search.config, partial(_train_and_val, search), workers)
     fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
     with closing(data.workers):
         search.queue.work(fit, console, only=None if only is None else (only,))
@@ -147,7 +147,7 @@ def _train_and_val(search: Search) -> TrainAndVal:
     """Images in memory from the cache, which all processes of a machine share; streamed ones by listing them again."""
     if search.image_cache.exists():
         return read_cache(search.image_cache)
-    sets = Datasets(search.config.data).downstream
+    sets = Datasets(search.config).downstream
     return TrainAndVal(sets.train, sets.val)
 
 

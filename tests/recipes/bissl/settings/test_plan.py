@@ -85,7 +85,7 @@ def test_baseline_may_have_its_own_length_and_rate() -> None:
 def describe(config: Config) -> str:
     """What a dry run says."""
     computing = Computing(config.compute, torch.device("cpu"))
-    return estimate.describe(config, check_data(config, dry_data(config.data), computing, published=True))
+    return estimate.describe(config, check_data(config, dry_data(config), computing, published=True))
 
 
 def test_estimate_prints_the_plan() -> None:
