@@ -27,6 +27,7 @@ from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.pipeline.workers import WorkerLost
+from ..outcome.checks import check_places, dry_data
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
@@ -60,7 +61,10 @@ def main(arguments: list[str]) -> int:
     request = parse(others)
     _check(given, request)
     search, console = _search(given, request), Console()
+    check_places(search.config.data, {"output-dir": search.directory, "--artifacts": search.artifacts})
     if request.dry_run:
+        parent = _checked(search, given)
+        check(search, parent, dry_data(search.config), console, published=True)
         print(show_config(search.config))
         for trial in search.queue.trials:
             rate, decay = trial.values[LR], trial.values[WEIGHT_DECAY]
@@ -174,13 +178,19 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     return artifact
 
 
-def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
-    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+def _checked(search: Search, given: argparse.Namespace) -> Artifact | None:
+    """The artifact of --from, after what costs nothing to check."""
     parent = _given_artifact(given, search)
     compute_device(search.config)
     check_installed(search.config.tracking)
+    return parent
+
+
+def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
+    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+    parent = _checked(search, given)
     # Let go of when this is done: workers map the cache instead.
-    data = Datasets(search.config.data)
+    data = Datasets(search.config)
     if not (search.directory / MANIFEST).exists():
         check(search, parent, data, console)
     _open(search, given)

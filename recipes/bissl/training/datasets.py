@@ -1,15 +1,19 @@
 """The images of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from ...vision.imagesets import ImageSet
+from ...experiment.folder.paths import user_path
+from ...vision.imagesets import DownstreamSets, ImageSet
+from ...vision.pictures.mapped import MappedImages
+from ...vision.pipeline.picture_cache import PictureCache
+from ...vision.pipeline.reduction import MARGIN, View
 from ...vision.pipeline.workers import Workers, cores_to_spare
 from ...vision.sources.loading import load_downstream, load_pretext
-from ..settings.sections import DataConfig
+from ..settings.config import Config
 from .compute import Computing
 
 
@@ -17,15 +21,17 @@ class Datasets:
     """A run's images, read once, when first needed.
 
     Args:
-        section: which images.
+        config: which images, and what will be made of them.
         read_labelled: reads the labelled sets in another way, such as from a cache.
         workers: processes that read streamed images, in place of the section's number.
     """
 
     def __init__(
-        self, section: DataConfig, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
+        self, config: Config, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
     ) -> None:
-        self.section, self._read_labelled = section, read_labelled or self._load_labelled
+        self.config, self._read_labelled = config, read_labelled or self._load_labelled
+        self.section = section = config.data
+        self._cache = None if section.cache is None else PictureCache(user_path(section.cache))
         count = section.num_workers if workers is None else workers
         self.workers = Workers(cores_to_spare() if count is None else count)
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
@@ -34,7 +40,7 @@ class Datasets:
     def pretext(self) -> ImageSet:
         """Images without labels."""
         c = self.section
-        return load_pretext(
+        images = load_pretext(
             c.pretext,
             root=c.root,
             download=c.download,
@@ -44,6 +50,7 @@ class Datasets:
             evaluated=c.pretext == c.downstream,
             storage=c.storage,
         )
+        return self._kept(images, self.config.pretext_views())
 
     @cached_property
     def downstream(self) -> Any:
@@ -63,7 +70,7 @@ class Datasets:
 
     def _load_labelled(self) -> Any:
         c = self.section
-        return load_downstream(
+        sets = load_downstream(
             c.downstream,
             root=c.root,
             download=c.download,
@@ -72,5 +79,25 @@ class Datasets:
             val_fraction=c.val_fraction,
             test_fraction=c.test_fraction,
             split_seed=c.split_seed,
+            train_list=c.train_list,
             storage=c.storage,
         )
+        if self._cache is None:
+            return sets
+        views = self.config.labelled_views(sets.train.classes)
+        train, val, test = (self._kept(images, views) for images in (sets.train, sets.val, sets.test))
+        return DownstreamSets(train, val, test, sets.indices)
+
+    def _kept(self, images: ImageSet, views: Sequence[View]) -> ImageSet:
+        """The same set with its pictures in the cache, if there is one and they are read from files."""
+        if self._cache is None:
+            return images
+        kept = self._cache.kept(images.images, views, images.name)
+        return ImageSet(kept, images.labels, images.classes, images.name)
+
+
+def resolution(*sets: ImageSet) -> dict[str, float]:
+    """What belongs to the key of a stage that reads these sets: that pictures come reduced from a cache, if they do."""
+    kept = [images.images for images in sets]
+    reduced = any(isinstance(images, MappedImages) and images.reduced for images in kept)
+    return {"cache_margin": MARGIN} if reduced else {}

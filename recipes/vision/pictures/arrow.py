@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import EncodedItem, Images
+from .files import of_parts
 
 OPEN_FILES = 1024
 
@@ -100,3 +102,10 @@ class ArrowImages(Images):
     @property
     def nbytes(self) -> int | None:
         return None if (self.sizes < 0).any() else int(self.sizes.sum())
+
+    def fingerprint(self) -> str | None:
+        """None where pictures lie in files of their own, which a table only names."""
+        return None if (self.sizes < 0).any() else of_parts(self.paths, self.file, self.rows)
+
+    def folders(self) -> tuple[str, ...]:
+        return tuple(sorted({os.path.dirname(path) for path in self.paths}))

@@ -7,7 +7,9 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -15,9 +17,17 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from ..errors import DataError
 from .rgb import to_rgb, upright
 
+RULES = 1
+"""Version of what becomes of a file: the turn of EXIF, white behind transparency, three channels of eight bits."""
+
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 JPEG = ("JPEG", "MPO")
+
+
+def decoders() -> dict[str, str]:
+    """What decides a file's pixels besides its bytes: our rules and the versions of the packages that decode."""
+    return {"rules": str(RULES), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
 
 def decode(content: bytes, name: str) -> Tensor:

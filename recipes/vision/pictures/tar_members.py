@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import EncodedItem, Images
+from .files import of_parts
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -87,3 +89,9 @@ class TarImages(Images):
     @property
     def nbytes(self) -> int:
         return int(self.sizes.sum())
+
+    def fingerprint(self) -> str:
+        return of_parts(self.shards, self.shard, self.starts, self.sizes)
+
+    def folders(self) -> tuple[str, ...]:
+        return tuple(sorted({os.path.dirname(shard) for shard in self.shards}))

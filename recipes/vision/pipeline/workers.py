@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import multiprocessing
 
 from .work import Made, Work
 
@@ -52,6 +51,10 @@ class Pending(Protocol):
         """
         ...
 
+    def cancel(self) -> Any:
+        """Nobody will ask for it: what is not begun yet is left undone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Later:
@@ -61,6 +64,9 @@ class Later:
 
     def result(self) -> Made:
         return self.work.run()
+
+    def cancel(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,9 @@ class Elsewhere:
         except BrokenProcessPool as error:
             raise WorkerLost(LOST) from error
         return _as_tensors(made)
+
+    def cancel(self) -> bool:
+        return self.future.cancel()
 
 
 class _Process(ForkServerProcess):

@@ -1,7 +1,6 @@
 """Tasks as a user might write them, in a file of their own: neither is bundled, neither is a classification."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from pydantic import Field
@@ -24,13 +23,10 @@ class Colour(PretextTask):
         heads["target"].requires_grad_(False)
         return heads
 
-    def transform(self) -> Callable[[Tensor, torch.Generator], dict[str, Tensor]]:
-        def view(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-            clean = images.expand(-1, 3, -1, -1) / 255
-            noise = self.noise * torch.randn(clean.shape, generator=generator)
-            return {"noisy": clean + noise, "mean": clean.mean(dim=(2, 3))}
-
-        return view
+    def transform(self, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        clean = images.expand(-1, 3, -1, -1) / 255
+        noise = self.noise * torch.randn(clean.shape, generator=generator)
+        return {"noisy": clean + noise.to(clean.device), "mean": clean.mean(dim=(2, 3))}
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: dict[str, Tensor]) -> Tensor:
         features = backbone(batch["noisy"])
@@ -58,12 +54,11 @@ class Brightness(DownstreamTask):
         features = int(backbone.num_features)  # type: ignore[arg-type]
         return nn.Sequential(nn.BatchNorm1d(features), nn.Linear(features, 1))
 
-    def transform(self, train: bool) -> Callable[[Tensor, Any, torch.Generator], tuple[dict[str, Tensor], Tensor]]:
-        def view(images: Tensor, targets: Any, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-            image = images.expand(-1, 3, -1, -1) / 255
-            return {"image": image}, image.mean(dim=(1, 2, 3))
-
-        return view
+    def transform(
+        self, images: Tensor, targets: Tensor, generator: torch.Generator, train: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        image = images.expand(-1, 3, -1, -1) / 255
+        return {"image": image}, image.mean(dim=(1, 2, 3))
 
     def forward(self, backbone: Bound, head: Bound, inputs: dict[str, Tensor]) -> Tensor:
         return head(backbone(inputs["image"], feature_map=True).mean(dim=(2, 3))).squeeze(1)
@@ -80,9 +75,6 @@ class Unfinished(PretextTask):
 
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
         return nn.ModuleDict()
-
-    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
-        return lambda images, generator: images
 
 
 not_a_class = 3

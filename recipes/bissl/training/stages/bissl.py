@@ -22,7 +22,7 @@ from ...settings.plan import lower_warmup
 from ...settings.sections import HOW_READ
 from ..compute import Computing
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import LOWER_DATA, Batches
 from ..problem import BACKBONE, BiSSLProblem
 from ..repeat import Repeat
@@ -53,7 +53,7 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
         )
         return problem.modules(), {**costs.facts(), **repeat.facts(), "solves": dict(trainer.solves)}
 
-    return CachedStage(workspace.store, STAGE, _key(repeat, parent)).run(fit)
+    return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(fit)
 
 
 def make_problem(settings: Config, classes: tuple[str, ...], parent: Artifact, computing: Computing) -> BiSSLProblem:
@@ -140,13 +140,14 @@ def make_method(settings: Config, lower: Params) -> Implicit:
     )
 
 
-def _key(repeat: Repeat, parent: Artifact) -> str:
+def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
     settings = repeat.settings
     return make_key(
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ),
+        settings.data.model_dump(exclude=HOW_READ)
+        | resolution(data.pretext, data.downstream.train, data.downstream.val),
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.bissl.model_dump(exclude={"checkpoint_every"}),

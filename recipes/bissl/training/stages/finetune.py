@@ -17,6 +17,7 @@ from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
 from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
+from ....vision.imagesets import DownstreamSets
 from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
@@ -25,7 +26,7 @@ from ...settings.sections import HOW_READ
 from ...tasks.base import DownstreamTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
@@ -71,7 +72,7 @@ def run(
         facts = {**costs.facts(), "solves": solves, **repeat.facts(), **fitted.facts}
         return dict(fitted.modules.items()), {**facts, "test": fitted.supervised.measure(test)}
 
-    key = _key(repeat, len(data.downstream.train), parent)
+    key = _key(repeat, data.downstream, parent)
     return CachedStage(workspace.store, STAGE, key).run(made)
 
 
@@ -139,14 +140,15 @@ def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.
     return modules
 
 
-def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
+def _key(repeat: Repeat, sets: DownstreamSets, parent: Artifact | None) -> str:
     settings = repeat.settings
-    steps = finetune_steps(settings, repeat.variant, labelled_images)
+    steps = finetune_steps(settings, repeat.variant, len(sets.train))
     return make_key(
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
+        | resolution(sets.train, sets.val, sets.test),
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, *settings.finetune.rates(repeat.variant)],

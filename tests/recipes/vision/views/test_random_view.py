@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as V1
 
 from recipes.vision.views.batched_views import views_of_pictures
