@@ -4,6 +4,7 @@ import errno
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from signal import SIG_IGN, Signals, signal
 from typing import NoReturn
 
@@ -24,8 +25,9 @@ from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
 from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
-from ...vision.networks.backbones import build_backbone
-from ..outcome import estimate
+from ...vision.pipeline.workers import WorkerLost
+from ..outcome import checks, estimate
+from ..outcome.checks import Checked, check_parent, check_places, dry_data
 from ..outcome.console_table import comparison_lines, results_table
 from ..outcome.open_run import begin, compute_device, crops_on, make_pipeline, run_whole
 from ..outcome.pipeline import Pipeline
@@ -38,7 +40,7 @@ from ..training.costs import artifact_store, read_stage
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
-BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 2, 130, 3, 74, 75
+BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 2, 130, 3, 74, 75, 76
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """A file system that takes no more, or does not answer."""
 TOOLS: dict[str, Callable[[list[str]], int]] = {
@@ -56,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; the process's exit code.
 
     0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
-    76 another rank is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3 and 74, the same
-    command with --resume continues.
+    76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3
+    and 74, the same command with --resume continues.
     """
     with Interruption():
         return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
@@ -94,6 +96,8 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
         return BAD_INPUT, f"error: {error}"
     except NonFiniteError as error:
         return DIVERGED, f"stopped: {error}"
+    except WorkerLost as error:
+        return LOST, f"stopped: {error}; the same command with --resume continues"
     except CollectiveError as error:
         with deferred():
             message, code = ranks.explain(error)
@@ -141,23 +145,17 @@ def _execute(request: Request, ranks: Ranks) -> int:
         return 0
     if request.dry_run:
         ranks.refuse_several("--dry-run")
-        description = estimate.describe(config)
-        directory.open(config, resume=request.resume, overwrite=False)
+    pipeline, parent, checked = _checked(request, config, ranks)
+    if request.dry_run:
+        _save_config(request, config)
         print(show_config(config))
-        print(description)
+        print(estimate.describe(config, checked))
         return 0
-    store = artifact_store(request.artifacts or directory.path / CHECKPOINTS)
-    pipeline = make_pipeline(config, directory.path, store, ranks=ranks)
     data, console = pipeline.data, pipeline.workspace.console
-    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
-    # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
-    parent = _parent(request)
-    with first_on_each_machine(ranks.launch):
-        data.read()
-    check_data(data)
-    estimate.check_data(config, data, pipeline.computing)
-    check_installed(config.tracking)
-    with directory.leased(config, resume=request.resume, overwrite=request.overwrite):
+    with (
+        closing(data.workers),
+        directory.leased(config, resume=request.resume, overwrite=request.overwrite),
+    ):
         if request.command != "all":
             begin(data, directory)
             run_stage(pipeline, request, parent)
@@ -168,6 +166,37 @@ def _execute(request: Request, ranks: Ranks) -> int:
         _say(console, line)
     _say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
+
+
+def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, Artifact | None, Checked]:
+    """The pipeline, what a single stage starts from, and what was read, after all that a run checks before it writes.
+
+    What cannot be read must leave nothing behind, and nothing lost. A dry run checks the same, but fetches no data.
+    """
+    directory, artifacts = request.directory, request.artifacts or request.directory.path / CHECKPOINTS
+    check_places(config.data, {"output-dir": directory.path, "--artifacts": artifacts})
+    check_installed(config.tracking)
+    data = dry_data(config) if request.dry_run else None
+    pipeline = make_pipeline(config, directory.path, artifact_store(artifacts), data, ranks=ranks)
+    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
+    parent = _parent(request)
+    if not request.dry_run:
+        with first_on_each_machine(ranks.launch):
+            pipeline.data.read()
+        check_data(pipeline.data)
+    checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
+    if parent is not None:
+        check_parent(parent, request.command, config, checked.classes)
+    return pipeline, parent, checked
+
+
+def _save_config(request: Request, config: Config) -> None:
+    """Leave the config in the folder, unless a run is there that --overwrite would replace."""
+    directory = request.directory
+    directory.check(config, resume=request.resume, overwrite=request.overwrite)
+    if not (request.overwrite and directory.started):
+        with directory.leased(config, resume=request.resume, overwrite=False):
+            pass
 
 
 def _settled(config: Config, directory: RunDirectory, ranks: Ranks) -> Config:
@@ -183,7 +212,7 @@ def _say(console: Console, line: str) -> None:
 
 
 def _parent(request: Request) -> Artifact | None:
-    """The artifact that the command line names, verified."""
+    """The artifact that the command line names, of the stage that is needed."""
     if request.parent is None:
         return None
     artifact = read_stage(request.parent)
@@ -196,8 +225,6 @@ def _parent(request: Request) -> Artifact | None:
             f"--from: {request.command} of the arm {request.arm!r} starts from a {expected} artifact, {request.parent} "
             f"is of {artifact.stage}; name another one, or another --arm"
         )
-    config = request.config
-    artifact.load_into({"backbone": build_backbone(config.model.backbone, image_size=config.data.image_size)})
     return artifact
 
 

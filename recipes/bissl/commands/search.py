@@ -26,6 +26,8 @@ from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
+from ...vision.pipeline.workers import WorkerLost
+from ..outcome.checks import check_places, dry_data
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
@@ -59,7 +61,10 @@ def main(arguments: list[str]) -> int:
     request = parse(others)
     _check(given, request)
     search, console = _search(given, request), Console()
+    check_places(search.config.data, {"output-dir": search.directory, "--artifacts": search.artifacts})
     if request.dry_run:
+        parent = _checked(search, given)
+        check(search, parent, dry_data(search.config), console, published=True)
         print(show_config(search.config))
         for trial in search.queue.trials:
             rate, decay = trial.values[LR], trial.values[WEIGHT_DECAY]
@@ -173,11 +178,17 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
     return artifact
 
 
-def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
-    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+def _checked(search: Search, given: argparse.Namespace) -> Artifact | None:
+    """The artifact of --from, after what costs nothing to check."""
     parent = _given_artifact(given, search)
     compute_device(search.config)
     check_installed(search.config.tracking)
+    return parent
+
+
+def _begin(search: Search, console: Console, given: argparse.Namespace) -> None:
+    """Find what is wrong before the folder is touched, then make what all trials start from, or wait for it."""
+    parent = _checked(search, given)
     # Let go of when this is done: workers map the cache instead.
     data = Datasets(search.config)
     if not (search.directory / MANIFEST).exists():
@@ -223,18 +234,18 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
     if count == 1:
         work(search, console, only=given.trial)
         return
-    codes = run_workers(_worker, search, count)
+    codes = run_workers(_worker, (search, count), count)
     if codes:
         died = f"{len(codes)} of {count} workers ended early, with {', '.join(map(str, codes))}"
         print(f"{command_name()} search: {died}", file=sys.stderr)
 
 
-def _worker(search: Search) -> None:
-    """One worker process; bad input is one line, as in the first."""
+def _worker(given: tuple[Search, int]) -> None:
+    """One of so many worker processes; bad input is one line, as in the first."""
     try:
         with Interruption():
-            work(search, Console())
-    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
+            work(given[0], Console(), processes=given[1])
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError, WorkerLost) as error:
         print(f"{command_name()} search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

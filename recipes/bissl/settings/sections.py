@@ -32,7 +32,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where images come from and how they are split."""
 
-    pretext: str = Field(description='source of pretext images: "digits", "stl10", "folder:PATH" or "module:Class"')
+    pretext: str = Field(
+        description='source of pretext images: "digits", "stl10", "folder:PATH", "hf:PATH", "webdataset:PATH" or '
+        '"module:Class" (docs/datasets.md)'
+    )
     downstream: str = Field(description="source of labelled images, as for pretext")
     root: str = Field(default="data", description="folder of downloaded sets")
     download: bool = Field(default=True, description="fetch a set that is not below root, where the network allows it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,14 @@ from .files import of_parts
 OPEN_FILES = 1024
 
 
+def optional_package(name: str) -> Any:
+    """A module that the extra `hf` brings. Raises DataError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"hf:PATH needs the package {name.partition('.')[0]}: pip install 'bilevel[hf]'") from error
+
+
 @lru_cache(maxsize=OPEN_FILES)
 def arrow_table(path: str) -> Any:
     """The table in an Arrow stream file, mapped into memory; opened once a process.
@@ -25,10 +34,7 @@ def arrow_table(path: str) -> Any:
     Raises:
         DataError: the file is missing or damaged, or pyarrow is not installed.
     """
-    try:
-        import pyarrow  # comes with the extra `hf`
-    except ImportError as error:
-        raise DataError("Arrow files are read by pyarrow: install it by pip install 'bilevel[hf]'") from error
+    pyarrow = optional_package("pyarrow")
     try:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
     except (OSError, pyarrow.ArrowException) as error:

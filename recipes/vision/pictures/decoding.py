@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import DataError
-from .rgb import to_rgb
+from .rgb import to_rgb, upright
 
 RULES = 1
 """Version of what becomes of a file: the turn of EXIF, white behind transparency, three channels of eight bits."""
@@ -50,9 +50,9 @@ def decode(content: bytes, name: str) -> Tensor:
             if image.format in JPEG and image.mode in ("L", "RGB"):
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB)
                 assert isinstance(decoded, Tensor), "one picture was given"
-                return decoded
+                return upright(decoded, image)
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise

@@ -13,12 +13,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import multiprocessing
 
 from .work import Made, Work
 
@@ -75,6 +75,17 @@ class Elsewhere:
         return _as_tensors(made)
 
 
+class _Process(ForkServerProcess):
+    """A worker. Where one is lost the executor terminates the others and waits for them; SIGTERM they do not hear."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
+
+
 class Workers:
     """`count` worker processes, started when they are first needed; none with a count of 0.
 
@@ -116,10 +127,8 @@ class Workers:
         if self._pool is None:
             free = shared_memory()
             self._by_pipe = free is not None and free < 2 * self.budget
-            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            context = multiprocessing.get_context(method)
-            if method == "forkserver":
-                context.set_forkserver_preload(PRELOADED)
+            context = _Context()
+            context.set_forkserver_preload(PRELOADED)
             self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(),))
         return self._pool
 

@@ -63,7 +63,7 @@ def _custom(source: str) -> CustomSource:
 
 
 def _open(source: str, request: Request, labelled: bool = True) -> Source | CustomSource:
-    """The source by its name; of a folder the images alone unless `labelled`.
+    """The source by its name; the images alone unless `labelled`, where it goes by that.
 
     Raises DataError, with all the forms there are, on an unknown one.
     """
@@ -76,11 +76,11 @@ def _open(source: str, request: Request, labelled: bool = True) -> Source | Cust
         if os.path.isfile(Path(path) / LABEL_FILE):
             return open_label_file(path)
         return open_folder(path) if labelled else open_images(path)
-    prefix, _, path = source.partition(":")
-    if prefix in FOREIGN and path:
-        return FOREIGN[prefix](path, request)
-    if ":" in source and f"{prefix}:" != FOLDER_PREFIX and prefix not in FOREIGN:
-        return _custom(source) if gives_sets(source) else open_map_style(source, request)
+    kind, _, path = source.partition(":")
+    if kind in FOREIGN and path:
+        return FOREIGN[kind](path, request, labelled)
+    if ":" in source and kind not in FOREIGN and not source.startswith(FOLDER_PREFIX):
+        return _custom(source) if gives_sets(source) else open_map_style(source, request, labelled)
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
         "folder:PATH (class folders of images, or images with labels.csv), hf:PATH (Hugging Face datasets on a disk), "

@@ -47,7 +47,10 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
             checkpoint_every=repeat.settings.bissl.checkpoint_every,
             callbacks=(Diagnostics(workspace.console, every=None),),
         )
-        costs = before + Costs(trainer.steps["lower"], trainer.steps["upper"], seconds)
+        costs = before + Costs(
+            *(trainer.steps["lower"], trainer.steps["upper"], seconds),
+            *(trainer.skipped["lower"], trainer.skipped["upper"]),
+        )
         return problem.modules(), {**costs.facts(), **repeat.facts(), "solves": dict(trainer.solves)}
 
     return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(fit)

@@ -135,7 +135,7 @@ def _fit(
     optimizer = task.optimizer(list(variables.values()), length.lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
     events = repeat.events(stage, workspace)
-    _, seconds = run_training(
+    trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             _derivatives(modules, variables, computing),
             Level(variables, optimizer, stack, scheduler=scheduler),
@@ -151,7 +151,8 @@ def _fit(
         checkpoint_every=settings.pretext.checkpoint_every * len(stack),
         callbacks=(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
     )
-    costs, weights = before + Costs(pretext_steps=length.steps, seconds=seconds), start.weights
+    skipped, weights = trainer.skipped.total(), start.weights
+    costs = before + Costs(pretext_steps=length.steps, seconds=seconds, skipped_pretext_steps=skipped)
     initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
     facts = {**costs.facts(), **repeat.facts(), "initial_weights": initial}
     return {"backbone": backbone, "heads": heads}, facts
