@@ -25,9 +25,6 @@ LOWER_DATA = "bissl lower"
 PRETEXT_IMAGES = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
 """Fields of the section `data` that decide which the pretext images are."""
 
-AHEAD = 2
-"""Batches under way besides the one that is used."""
-
 
 class Batches:
     """The batches of one repeat, on the device: a function of its settings and its seed."""
@@ -131,7 +128,7 @@ class Batches:
         self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int
     ) -> PrefetchedStack[UnderWay]:
         order = order_of(count, size, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
-        ahead = 0 if loader.images.in_memory else AHEAD
+        ahead = 0 if loader.images.in_memory else self.settings.data.prefetch_factor
         return PrefetchedStack(order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room)
 
     def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:

@@ -51,6 +51,10 @@ class Pending(Protocol):
         """
         ...
 
+    def cancel(self) -> Any:
+        """Nobody will ask for it: what is not begun yet is left undone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Later:
@@ -60,6 +64,9 @@ class Later:
 
     def result(self) -> Made:
         return self.work.run()
+
+    def cancel(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class Elsewhere:
         except BrokenProcessPool as error:
             raise WorkerLost(LOST) from error
         return _as_tensors(made)
+
+    def cancel(self) -> bool:
+        return self.future.cancel()
 
 
 class _Process(ForkServerProcess):
