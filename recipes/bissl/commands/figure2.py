@@ -15,7 +15,7 @@ from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.terminal import command_name
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines
-from ..outcome.open_run import make_pipeline, run_whole
+from ..outcome.open_run import check_images, make_pipeline, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
 from ..outcome.wording import shown_name
@@ -104,6 +104,9 @@ def _run(points: list[Point], request: Request, folder: Path, data: Datasets) ->
     if len(finished) < len(points):
         # Before anything is written; lengths share data and batch sizes.
         first = make_pipeline(points[0].config, points[0].directory.path, store, data)
+        for point in points:
+            if point.epochs not in finished:
+                check_images(data, point.directory, first.workspace.console)
         estimate.check_data(first.config, data, first.computing)
     for point in points:
         point.directory.open(point.config, resume=request.resume, overwrite=False)

@@ -10,7 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from bilevel.checkpoint import CheckpointError
-from bilevel.distributed import CollectiveError
+from bilevel.distributed import CollectiveError, rank
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
 from bilevel.training import NonFiniteError
 
@@ -27,7 +27,15 @@ from ...vision.errors import DataError
 from ...vision.networks.backbones import build_backbone
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines, results_table
-from ..outcome.open_run import begin, compute_device, crops_on, make_pipeline, run_whole
+from ..outcome.open_run import (
+    begin,
+    check_images,
+    check_parent_images,
+    compute_device,
+    crops_on,
+    make_pipeline,
+    run_whole,
+)
 from ..outcome.pipeline import Pipeline
 from ..outcome.rank_checks import check_data
 from ..outcome.wording import number_text
@@ -155,6 +163,10 @@ def _execute(request: Request, ranks: Ranks) -> int:
     with first_on_each_machine(ranks.launch):
         data.read()
     check_data(data)
+    if rank() == 0:
+        directory.check(config, resume=request.resume, overwrite=request.overwrite)
+    check_images(data, directory, console, overwrite=request.overwrite)
+    check_parent_images(parent, config, data)
     estimate.check_data(config, data, pipeline.computing)
     check_installed(config.tracking)
     with directory.leased(config, resume=request.resume, overwrite=request.overwrite):

@@ -132,7 +132,7 @@ def _sizes(config: Config) -> tuple[int, int, list[str]]:
     data = Datasets(c.model_copy(update={"download": False}))
     pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
     if pretext is None:
-        images = len(data.pretext)
+        images = len(data.pretext if downstream is None else data.read_pretext())
     else:
         images = pretext.pretext
         notes.append(f"note: the size of {c.pretext}, the pretext images, is its published one; no file was opened")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .base import EncodedItem, Images
+from .base import EncodedImages, EncodedItem, Numbers, below, modified
 
 OPEN_FILES = 1024
 
@@ -64,7 +64,7 @@ class ArrowItem(EncodedItem):
 
 
 @dataclass(frozen=True, eq=False)
-class ArrowImages(Images):
+class ArrowImages(EncodedImages):
     """Rows of Arrow files, decoded when they are read.
 
     Attributes:
@@ -94,3 +94,18 @@ class ArrowImages(Images):
     @property
     def nbytes(self) -> int | None:
         return None if (self.sizes < 0).any() else int(self.sizes.sum())
+
+    @cached_property
+    def _file_names(self) -> list[str]:
+        return below(self.paths)
+
+    def file_name(self, position: int) -> str:
+        return f"{self._file_names[self.file[position]]}: row {self.rows[position]}"
+
+    @property
+    def file_sizes(self) -> Numbers:
+        return self.sizes
+
+    @property
+    def mtimes(self) -> Numbers:
+        return modified(self.paths, self.file)

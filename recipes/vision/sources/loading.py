@@ -190,7 +190,7 @@ def load_downstream(
 
     def images(positions: Tensor) -> ImageSet:
         chosen = stored(opened.images.subset(positions), storage)
-        return ImageSet(chosen, labels[positions], opened.classes, opened.name)
+        return ImageSet(chosen, labels[positions], opened.classes, opened.name, opened.passed_over)
 
     indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
     return DownstreamSets(images(train), images(val), images(test), indices)
@@ -228,7 +228,8 @@ def load_pretext(
     positions = _for_pretext(opened, evaluated, test_fraction, split_seed)
     if limit is not None:
         positions = positions[limited(len(positions), limit, split_seed)]
-    return ImageSet(stored(opened.images.subset(positions), storage), None, opened.classes, opened.name)
+    images = stored(opened.images.subset(positions), storage)
+    return ImageSet(images, None, opened.classes, opened.name, opened.passed_over)
 
 
 def _for_pretext(source: Source, evaluated: bool, test_fraction: float, split_seed: int) -> Tensor:

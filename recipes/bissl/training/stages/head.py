@@ -61,9 +61,13 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         warmed = fit(repeat, data, computing, workspace, parent, attempt)
         costs = before + Costs(label_steps=warmed.steps, seconds=warmed.seconds)
-        return warmed.modules, {**costs.facts(), "seed": repeat.seed}
+        return warmed.modules, {
+            **costs.facts(),
+            "seed": repeat.seed,
+            **data.facts(parent, pretext=False, labelled=True),
+        }
 
-    return CachedStage(workspace.store, STAGE, _key(repeat, parent)).run(made)
+    return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(made)
 
 
 def fit(
@@ -134,13 +138,14 @@ class _Validation(Callback):
         self.values = dict(state["values"])
 
 
-def _key(repeat: Repeat, parent: Artifact) -> str:
+def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
     settings = repeat.settings
     return make_key(
         STAGE,
         repeat.seed,
         parent,
         settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        data.identity.labelled,
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
         settings.compute.model_dump(exclude={"micro_batch"}),

@@ -22,6 +22,7 @@ from ..compute import JoinBuffers
 from ..costs import Costs
 from ..global_loss import pretext_loss
 from ..image_batches import PRETEXT_IMAGES, Batches
+from ..keep_record import KeepRecord
 from ..problem import trainable
 from ..repeat import Repeat
 
@@ -46,6 +47,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         seconds = _fit(repeat, batches, workspace, task, backbone, heads, steps, attempt)
         task.after_fitting(backbone, heads)
         facts = {**Costs(pretext_steps=steps, seconds=seconds).facts(), "seed": repeat.seed}
+        facts |= batches.data.facts(None, pretext=True, labelled=False)
         return {"backbone": backbone, "heads": heads}, facts
 
     key = make_key(
@@ -53,6 +55,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         repeat.seed,
         None,
         settings.data.model_dump(include=PRETEXT_IMAGES),
+        batches.data.identity.pretext,
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [weights.sha256, steps, settings.pretext.lr],
@@ -109,6 +112,9 @@ def _fit(
         attempt=attempt,
         workspace=workspace,
         checkpoint_every=section.checkpoint_every * len(stack),
-        callbacks=(JoinBuffers(computing, backbone, heads), _AfterStep(task, backbone, heads)),
+        callbacks=(
+            *(JoinBuffers(computing, backbone, heads), _AfterStep(task, backbone, heads)),
+            KeepRecord(batches.data.identity),
+        ),
     )
     return seconds
