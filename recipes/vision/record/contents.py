@@ -121,7 +121,7 @@ def pixel_digests(images: Images, positions: Sequence[int]) -> list[bytes]:
     for item in items:
         picture = item.picture().cpu().contiguous()
         hashed = hashlib.sha256(repr(tuple(picture.shape)).encode())
-        hashed.update(memoryview(picture.numpy()).cast("B"))
+        hashed.update(picture.numpy().tobytes())
         found.append(hashed.digest()[:DIGEST])
     return found
 

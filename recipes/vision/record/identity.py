@@ -126,7 +126,8 @@ class Identity:
             self._save()
 
     def _save(self) -> None:
-        assert self._record is not None and self._path is not None, "set by `keep`"
+        assert self._record is not None, "made by `keep`"
+        assert self._path is not None, "set by `keep`"
         for contents in self._contents.values():
             contents.changed = False
         if rank() == 0:

@@ -132,7 +132,7 @@ class Record:
     def save(self, path: Path) -> None:
         """Write it; the file is the old or the new one at any time."""
         meta = json.dumps({"format": FORMAT, "versions": self.versions}).encode()
-        arrays = {META: np.frombuffer(meta, dtype=np.uint8)}
+        arrays: dict[str, Any] = {META: np.frombuffer(meta, dtype=np.uint8)}
         for part, listing in self.listings.items():
             arrays |= {f"{part}-{name}": array for name, array in listing.arrays().items()}
         buffer = io.BytesIO()
@@ -183,7 +183,7 @@ class Record:
             same = (new.sizes[here] == old.sizes[there]) & (new.mtimes[here] == old.mtimes[there])
             # Those of unknown size lie elsewhere than the file whose time is known.
             same &= new.sizes[here] >= 0
-            own.add(here[same], [row.tobytes() for row in old.digests[there[same]]])
+            own.add(here[same].tolist(), [row.tobytes() for row in old.digests[there[same]]])
             own.look(here[~same & (new.sizes[here] == old.sizes[there])].tolist())
 
 

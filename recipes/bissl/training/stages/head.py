@@ -61,11 +61,8 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         warmed = fit(repeat, data, computing, workspace, parent, attempt)
         costs = before + Costs(label_steps=warmed.steps, seconds=warmed.seconds)
-        return warmed.modules, {
-            **costs.facts(),
-            "seed": repeat.seed,
-            **data.facts(parent, pretext=False, labelled=True),
-        }
+        images = data.facts(parent, pretext=False, labelled=True)
+        return warmed.modules, {**costs.facts(), "seed": repeat.seed, **images}
 
     return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(made)
 
