@@ -100,11 +100,11 @@ def restored(state: Mapping[str, Any], level: Level, steps: int) -> Alternation:
     level.data.begin_stage(steps)
     last = max((saved["place"] for saved in state["recorded"]), default=-1)
     are_first = state["stored_from"] is None
-    batches = [level.data.next() for _ in range(max(state["stored"] if are_first else 0, last + 1))]
+    batches = [level.next_batch() for _ in range(max(state["stored"] if are_first else 0, last + 1))]
     recorded = [(saved["place"], _loaded(saved, batches[saved["place"]], level)) for saved in state["recorded"]]
     if not are_first:
         level.data.load_state_dict(state["stored_from"])
-        batches = [level.data.next() for _ in range(state["stored"])]
+        batches = [level.next_batch() for _ in range(state["stored"])]
     return Alternation(
         state["began"],
         state["drawn"],

@@ -137,7 +137,9 @@ class JSONLWriter(Callback):
 
 
 class ProgressBar(Callback):
-    """A bar over the training's units with the losses and the state of the last solve, on the first rank."""
+    """A bar over the training's units with the losses, the state of the last solve, how many steps were left out, and
+    the share of the time in which the training waited for data where that is 1% or more; on the first rank.
+    """
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
         _check_console("ProgressBar: console", console)
@@ -166,8 +168,14 @@ class ProgressBar(Callback):
             self._latest["solve"] = f"{record['status'].lower()}{residual}"
 
     def on_progress(self, trainer: Any) -> None:
+        share = trainer.waiting
+        self._latest["waiting"] = f"waiting for data {share:.0%}" if share >= 0.01 else ""
+        if trainer.skipped.total():
+            self._latest["skipped"] = f"{trainer.skipped.total()} skipped"
         if self._bar is not None:
-            self._bar.update(self._task, completed=trainer.progress, status="  ".join(self._latest.values()))
+            self._bar.update(
+                self._task, completed=trainer.progress, status="  ".join(filter(None, self._latest.values()))
+            )
 
     def on_run_end(self, trainer: Any) -> None:
         if self._bar is not None:

@@ -1,5 +1,6 @@
 """The engine of every training: steps whose numbers are finite, signals, callbacks, and what a checkpoint holds."""
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +20,15 @@ from bilevel.training.callbacks import Callback, Record
 from bilevel.training.level import Level
 from bilevel.tree import Params
 
+LAST_STEPS = 10
+"""A training of which this many steps of a level, or all where they are fewer, were left out last has not ended."""
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient was NaN or infinite; raised before the optimizer's step, so that no variable has changed.
+
+    Also raised at the end of a training whose last steps were all left out for that, or whose last step has made a
+    variable infinite.
 
     Buffers that the pass writes, such as running statistics, are put back only where `nonfinite_skips` is above 0.
     """
@@ -34,7 +41,7 @@ class Training(ABC):
     Attributes:
         levels: by name.
         steps: made so far, by level.
-        skipped: steps left out, by level.
+        skipped: steps left out, by level; `skipped_last` counts those of them since the last step that was not.
         solves: linear systems solved, by the name of the `Status` that they ended with.
         progress: units made.
     """
@@ -49,13 +56,27 @@ class Training(ABC):
         self.levels, self.callbacks, self.nonfinite_skips = dict(levels), tuple(callbacks), nonfinite_skips
         self.steps = dict.fromkeys(self.levels, 0)
         self.skipped: Counter[str] = Counter()
+        self.skipped_last: Counter[str] = Counter()
         self.solves: Counter[str] = Counter()
         self.progress = 0
+        self._run_began = time.perf_counter(), 0.0
 
     @property
     @abstractmethod
     def total(self) -> int:
         """Units of the whole training."""
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches, at all levels."""
+        return sum(level.waited for level in self.levels.values())
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time since `run` began in which this process waited for batches, in [0, 1]."""
+        began, waited = self._run_began
+        elapsed = time.perf_counter() - began
+        return (self.waited - waited) / elapsed if elapsed > 0 else 0.0
 
     def advance(self) -> None:
         """Make one unit, or the rest of one that was interrupted; gradients are recorded under torch.no_grad too.
@@ -91,7 +112,8 @@ class Training(ABC):
         """Make the units that are left.
 
         Raises:
-            NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others.
+            NonFiniteError: a loss or gradient was not finite, after `nonfinite_skips` others; or those of the last
+                `LAST_STEPS` steps of a level, or of all where it has fewer, were not; or a variable is not in the end.
             Interrupted: a signal asked for it; the callbacks have been told.
             RuntimeError: under torch.inference_mode.
             ValueError: ranks have other variables, a level's schedule ends before its steps do, or variables are frozen
@@ -105,6 +127,7 @@ class Training(ABC):
                 level.check_planned(self.planned[name] - self.steps[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        self._run_began = time.perf_counter(), self.waited
         with interruption.deferred():
             for callback in self.callbacks:
                 callback.on_run_start(self)
@@ -114,6 +137,7 @@ class Training(ABC):
                     self.advance()
                     for callback in self.callbacks:
                         callback.on_progress(self)
+                self._check_end()
             except Interrupted:
                 for callback in self.callbacks:
                     callback.on_interrupt(self)
@@ -123,6 +147,22 @@ class Training(ABC):
                     level.data.close()
                 for callback in self.callbacks:
                     callback.on_run_end(self)
+
+    def _check_end(self) -> None:
+        """Refuse to end as if all were well."""
+        for name, planned in self.planned.items():
+            if planned and self.skipped_last[name] >= min(LAST_STEPS, planned):
+                raise NonFiniteError(
+                    f"{name}: the last {self.skipped_last[name]} of {self.steps[name]} steps were left out, as their "
+                    f"loss or gradient was not finite ({self.skipped[name]} in all); what was trained is not of use. "
+                    "Lower the learning rate, or check the data and the weights that it began with"
+                )
+            for variable, leaf in self.levels[name].params.items():
+                if not bool(torch.isfinite(leaf).all()):
+                    raise NonFiniteError(
+                        f"{name}: {variable} is not finite after the last of {self.steps[name]} steps; lower the "
+                        "learning rate"
+                    )
 
     def resume(self, directory: str | Path) -> bool:
         """Continue from the newest checkpoint in `directory`; whether there was one.
@@ -180,6 +220,7 @@ class Training(ABC):
         if abs(value) < float("inf") and norm < float("inf") and all_sound:
             before()
             level.descend(gradient, norm, limit_scale=limit_scale)
+            self.skipped_last[name] = 0
         else:
             undo()
             reasons = [reason] if reason else []
@@ -198,6 +239,7 @@ class Training(ABC):
                 f"({record['lr']:g}), or check the data of this batch"
             )
         self.skipped[name] += 1
+        self.skipped_last[name] += 1
         return record
 
     def place(self, name: str) -> str:
@@ -215,6 +257,7 @@ class Training(ABC):
             "progress": self.progress,
             "steps": dict(self.steps),
             "skipped": dict(self.skipped),
+            "skipped_last": dict(self.skipped_last),
             "levels": {name: level.state_dict() for name, level in self.levels.items()},
             "data": {name: level.data.state_dict() for name, level in self.levels.items()},
             "kept": self.kept(),
@@ -236,7 +279,7 @@ class Training(ABC):
         for callback, saved in self._pairs(state)[0]:
             callback.load_state_dict(saved)
         self.progress, self.steps = state["progress"], dict(state["steps"])
-        self.skipped = Counter(state["skipped"])
+        self.skipped, self.skipped_last = Counter(state["skipped"]), Counter(state["skipped_last"])
         set_random_state(state["random"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:

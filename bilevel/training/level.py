@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import pickle
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
@@ -49,6 +50,9 @@ class Level:
             Problem must define `lower_outputs` and `lower_output_loss`). None passes the batch at once. Solves are
             chunked by ``hvp=MicroBatched(...)``.
 
+    Attributes:
+        waited: seconds that this process has waited for batches of the data, since the level was made.
+
     Raises:
         TypeError: an argument of another kind.
         ValueError: no variables or batches, variables of the meta device or with entries that share memory, frozen
@@ -84,6 +88,15 @@ class Level:
             _check_scheduler(scheduler, optimizer)
         self.params, self.optimizer, self.data = params, optimizer, as_source("Level: data", data)
         self.scheduler, self.max_grad_norm, self.micro_batch = scheduler, max_grad_norm, micro_batch
+        self.waited = 0.0
+
+    def next_batch(self) -> Any:
+        """The data's next batch; `waited` counts the seconds that it took."""
+        began = time.perf_counter()
+        try:
+            return self.data.next()
+        finally:
+            self.waited += time.perf_counter() - began
 
     @property
     def rate(self) -> float:

@@ -75,7 +75,7 @@ class SingleLevelTrainer(Training):
 
     def _advance(self) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
-        loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].data.next()))
+        loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].next_batch()))
 
         @torch.no_grad()
         def undo() -> None:

@@ -153,7 +153,7 @@ class Trainer(Training):
         return Counter({**failed, "FLAGGED": self._flagged} if self._flagged else failed)
 
     def _advance(self) -> None:
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self.waited
         now = self._now = self._now or self._begin()
         self._lower_stage(now)
         if self.schedule.adapts(self.progress + 1) and not now.adapted:
@@ -163,7 +163,9 @@ class Trainer(Training):
         self._upper_stage(now)
         self._now = None
         self.progress += 1
-        self.emit({"event": "alternation", "step": self.progress, "seconds": time.perf_counter() - began})
+        seconds = time.perf_counter() - began
+        share = (self.waited - waited) / seconds
+        self.emit({"event": "alternation", "step": self.progress, "seconds": seconds, "waiting": share})
 
     def _begin(self) -> Alternation:
         start = self.problem.reset_lower(self.upper.params)
@@ -194,7 +196,7 @@ class Trainer(Training):
             self._next_lower_batch(now)
 
     def _next_lower_batch(self, now: Alternation) -> Any:
-        batch = self.lower.data.next()
+        batch = self.lower.next_batch()
         now.drawn += 1
         waits = self.method.fresh_batches and now.stored_from is None
         if len(now.stored) < self._stored_batches and not waits:
@@ -261,7 +263,7 @@ class Trainer(Training):
                 lambda: self.method.prepare(self._view(now, None), self._method_state),
                 always=self.problem.curvature_depends_on_upper,
             )
-            batch = upper.data.next()
+            batch = upper.next_batch()
             proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
         proposal = check_proposal(self.method, proposal, upper.params)
         now.proposed = now.proposed or proposal.result is not None

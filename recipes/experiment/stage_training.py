@@ -31,6 +31,22 @@ class Seconds(Callback):
         self._before, self._began = state["seconds"], time.perf_counter()
 
 
+class _Waiting(Callback):
+    """Notes at the end how much of the time since the start, or since the last resume, went by waiting for data."""
+
+    def __init__(self, events: StageEvents) -> None:
+        self.events, self._began = events, time.perf_counter()
+
+    def on_run_start(self, trainer: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_progress(self, trainer: Any) -> None:
+        if trainer.progress == trainer.total:
+            seconds = time.perf_counter() - self._began
+            record = {"event": "waiting", "step": trainer.progress, "seconds": seconds, "waiting": trainer.waiting}
+            self.events.write(record)
+
+
 class _Check(Callback):
     """Stops, before anything is written, where another process has taken the work over."""
 
@@ -71,6 +87,7 @@ def run_training(
     trainer = make(
         [
             _Check(attempt),
+            _Waiting(events),
             events,
             seconds,
             ProgressBar(workspace.console, title),

@@ -4,6 +4,7 @@ import errno
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from signal import SIG_IGN, Signals, signal
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.networks.backbones import build_backbone
+from ...vision.pipeline.workers import WorkerLost
 from ..outcome import estimate
 from ..outcome.console_table import comparison_lines, results_table
 from ..outcome.open_run import (
@@ -46,7 +48,7 @@ from ..training.costs import artifact_store, read_stage
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
-BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED = 2, 130, 3, 74, 75
+BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 2, 130, 3, 74, 75, 76
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """A file system that takes no more, or does not answer."""
 TOOLS: dict[str, Callable[[list[str]], int]] = {
@@ -64,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; the process's exit code.
 
     0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
-    76 another rank is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3 and 74, the same
-    command with --resume continues.
+    76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3
+    and 74, the same command with --resume continues.
     """
     with Interruption():
         return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
@@ -102,6 +104,8 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
         return BAD_INPUT, f"error: {error}"
     except NonFiniteError as error:
         return DIVERGED, f"stopped: {error}"
+    except WorkerLost as error:
+        return LOST, f"stopped: {error}; the same command with --resume continues"
     except CollectiveError as error:
         with deferred():
             message, code = ranks.explain(error)
@@ -169,7 +173,10 @@ def _execute(request: Request, ranks: Ranks) -> int:
     check_parent_images(parent, config, data)
     estimate.check_data(config, data, pipeline.computing)
     check_installed(config.tracking)
-    with directory.leased(config, resume=request.resume, overwrite=request.overwrite):
+    with (
+        closing(data.workers),
+        directory.leased(config, resume=request.resume, overwrite=request.overwrite),
+    ):
         if request.command != "all":
             begin(data, directory)
             run_stage(pipeline, request, parent)

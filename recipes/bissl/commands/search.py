@@ -26,6 +26,7 @@ from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
+from ...vision.pipeline.workers import WorkerLost
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
@@ -223,18 +224,18 @@ def _run(search: Search, console: Console, given: argparse.Namespace) -> None:
     if count == 1:
         work(search, console, only=given.trial)
         return
-    codes = run_workers(_worker, search, count)
+    codes = run_workers(_worker, (search, count), count)
     if codes:
         died = f"{len(codes)} of {count} workers ended early, with {', '.join(map(str, codes))}"
         print(f"{command_name()} search: {died}", file=sys.stderr)
 
 
-def _worker(search: Search) -> None:
-    """One worker process; bad input is one line, as in the first."""
+def _worker(given: tuple[Search, int]) -> None:
+    """One of so many worker processes; bad input is one line, as in the first."""
     try:
         with Interruption():
-            work(search, Console())
-    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError) as error:
+            work(given[0], Console(), processes=given[1])
+    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, NonFiniteError, WorkerLost) as error:
         print(f"{command_name()} search: a worker stopped: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,13 +11,13 @@ from ...experiment.terminal import printable
 from .wording import (
     arms_in_order,
     comparison_numbers,
-    count_text,
     mean_and_std,
     metric_direction,
     metric_names,
     p_text,
     repeats_sentence,
     seconds_text,
+    steps_text,
 )
 
 
@@ -39,7 +39,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for arm, entry in arms_in_order(results).items():
         scores = [mean_and_std(entry.get(metric)) for metric in metrics]
-        costs = [count_text(entry.get("pretext_steps")), count_text(entry.get("label_steps"))]
+        costs = [steps_text(entry, "pretext_steps"), steps_text(entry, "label_steps")]
         table.add_row(*(_text(cell) for cell in (arm, *scores, *costs, seconds_text(entry.get("seconds")))))
     return table
 

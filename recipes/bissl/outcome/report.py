@@ -21,7 +21,6 @@ from .stage_curves import finetune_curves, head_curves, levels_curves, pretext_c
 from .wording import (
     arms_in_order,
     comparison_numbers,
-    count_text,
     mean_and_std,
     metric_direction,
     metric_names,
@@ -29,6 +28,7 @@ from .wording import (
     p_text,
     repeats_sentence,
     seconds_text,
+    steps_text,
 )
 
 
@@ -114,8 +114,8 @@ def _results(results: Mapping[str, Any] | None) -> list[Block]:
     rows = []
     for arm, entry in arms_in_order(results).items():
         costs = [
-            count_text(entry.get("pretext_steps")),
-            count_text(entry.get("label_steps")),
+            steps_text(entry, "pretext_steps"),
+            steps_text(entry, "label_steps"),
             seconds_text(entry.get("seconds")),
         ]
         for metric in metric_names(results):

@@ -31,7 +31,11 @@ def summarise(
         # Where only fine-tuning is repeated, all start from the one bilevel stage of the first seed.
         stages = infos[: config.pipeline_seeds or 1]
         solves = {info["seed"]: info["solves"] for info in stages if info["solves"]}
-        arms[arm] = ArmResult(metrics, costs[0].pretext_steps, costs[0].label_steps, seconds, solves)
+        arms[arm] = ArmResult(
+            *(metrics, costs[0].pretext_steps, costs[0].label_steps, seconds, solves),
+            skipped_pretext_steps=max(cost.skipped_pretext_steps for cost in costs),
+            skipped_label_steps=max(cost.skipped_label_steps for cost in costs),
+        )
     results = assemble(
         config.preset,
         [artifact.info["seed"] for artifact in tested[METHOD]],

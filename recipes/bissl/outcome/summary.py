@@ -20,7 +20,8 @@ from ..settings.arms import METHOD, REQUIRED, SCRATCH, in_order
 
 Repeats = Literal["finetune", "pipeline"]
 
-_COUNTS = ("pretext_steps", "label_steps", "seconds")
+_SKIPPED = ("skipped_pretext_steps", "skipped_label_steps")
+_COUNTS = ("pretext_steps", "label_steps", "seconds", *_SKIPPED)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class ArmResult:
         seconds: Wall-clock seconds of the arm.
         solves: By seed of the bilevel stage, how many of its linear solves ended with which `Status`, by name; empty
             for an arm without that stage.
+        skipped_pretext_steps, skipped_label_steps: How many of the steps were left out, as their loss or gradient was
+            not finite; the most of any repeat.
     """
 
     metrics: Mapping[str, Sequence[float]]
@@ -41,6 +44,8 @@ class ArmResult:
     label_steps: int
     seconds: float
     solves: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    skipped_pretext_steps: int = 0
+    skipped_label_steps: int = 0
 
 
 def assemble(
@@ -60,7 +65,8 @@ def assemble(
     whole pipeline was repeated, and Welch's when only fine-tuning was, in which case it measures fine-tuning noise
     alone and says so. ``p_holm`` is the p-value after Holm's correction over the comparisons in the same metric. What
     is undefined is None: the spread and the test of a single seed, and whatever a value that is not finite enters.
-    "solver" counts, for each arm that solved linear systems, the solves and by status those that failed.
+    Skipped steps stand in an arm's entry where there are any. "solver" counts, for each arm that solved linear systems,
+    the solves and by status those that failed.
 
     Args:
         preset: Name of the configuration.
@@ -136,7 +142,9 @@ def _check(
 
 def _arm(arm: ArmResult, higher_is_better: Mapping[str, bool]) -> dict[str, Any]:
     metrics = {name: _summary(values, higher_is_better[name]) for name, values in arm.metrics.items()}
-    return {**metrics, "pretext_steps": arm.pretext_steps, "label_steps": arm.label_steps, "seconds": arm.seconds}
+    counts = {"pretext_steps": arm.pretext_steps, "label_steps": arm.label_steps, "seconds": arm.seconds}
+    skipped = {name: count for name in _SKIPPED if (count := getattr(arm, name))}
+    return {**metrics, **counts, **skipped}
 
 
 def _solver(solves: Mapping[int, Mapping[str, int]]) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def count_text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else number_text(value)
 
 
+def steps_text(entry: Mapping[str, Any], name: str) -> str:
+    """An arm's "pretext_steps" or "label_steps", by `name`, with how many of them were skipped where any were."""
+    skipped = entry.get(f"skipped_{name}")
+    return count_text(entry.get(name)) + (f" ({count_text(skipped)} skipped)" if skipped else "")
+
+
 def seconds_text(value: Any) -> str:
     return f"{value:,.1f}" if isinstance(value, int | float) else number_text(value)
 

@@ -96,7 +96,9 @@ class Computing:
         return under_autocast
 
     def sent(self, tensor: Tensor) -> Tensor:
-        """The same tensor on the device, where the host does not wait for the copy if its memory is pinned."""
+        """The same tensor on the device; the host does not wait for the copy, which is from pinned memory."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def on_device(self, images: ImageSet) -> Tensor | None:

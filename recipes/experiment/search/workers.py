@@ -22,15 +22,20 @@ def run_workers(work: Callable[[T], None], argument: T, count: int) -> list[int]
     # Not forked from this process, whose CUDA and threads would not survive it, but from one that only has imported.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([work.__module__])
-    processes = [server.Process(target=work, args=(argument,), daemon=True) for _ in range(count)]
+    # No daemons, which may not start processes of their own.
+    processes = [server.Process(target=work, args=(argument,)) for _ in range(count)]
     for process in processes:
         process.start()
-    with interruption.deferred():
+    try:
+        with interruption.deferred():
+            for process in processes:
+                while process.exitcode is None:
+                    process.join(1.0)
+                    _pass_on_signals(processes)
+            interruption.check()
+    finally:
         for process in processes:
-            while process.exitcode is None:
-                process.join(1.0)
-                _pass_on_signals(processes)
-        interruption.check()
+            process.terminate()
     return [process.exitcode for process in processes if process.exitcode]
 
 

@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     # Not ImageOps.exif_transpose, which writes the data anew and fails where they are damaged.
     try:
-        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         # Whatever bytes that are no EXIF data make the reader stumble over.
         return None

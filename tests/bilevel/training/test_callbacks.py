@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from bilevel.checkpoint import load_checkpoint
 from bilevel.training import Callback
 
 
-def trainer(progress: int, total: int = 5) -> Any:
-    return SimpleNamespace(progress=progress, total=total, state_dict=lambda: {"progress": progress})
+def trainer(progress: int, total: int = 5, waiting: float = 0.0, **skipped: int) -> Any:
+    seen = {"waiting": waiting, "skipped": Counter(skipped), "state_dict": lambda: {"progress": progress}}
+    return SimpleNamespace(progress=progress, total=total, **seen)
 
 
 def test_a_callback_does_nothing_by_default() -> None:
@@ -84,9 +86,19 @@ def test_progress_shows_losses_and_the_last_solve() -> None:
     bar.on_run_start(trainer(1))
     bar.on_event(trainer(1), {"event": "lower", "loss": 0.25})
     bar.on_event(trainer(1), {"event": "upper", "loss": 0.5, "status": "NOT_CONVERGED", "residual": math.nan})
-    bar.on_progress(trainer(2))
+    bar.on_progress(trainer(2, waiting=0.374))
     bar.on_run_end(trainer(2))
     bar.on_run_end(trainer(2))
     text = output.getvalue()
-    for part in ("stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged"):
+    for part in ("waiting for data 37%", "stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged"):
         assert part in text
+    assert "skipped" not in text
+
+
+def test_progress_shows_skipped_steps_where_there_are_any() -> None:
+    output = io.StringIO()
+    bar = ProgressBar(Console(file=output, force_terminal=True, width=200))
+    bar.on_run_start(trainer(1))
+    bar.on_progress(trainer(2, lower=2, upper=1))
+    bar.on_run_end(trainer(2))
+    assert "3 skipped" in output.getvalue()

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from bilevel import CG, AlternatingSchedule, BatchStack, Implicit, Level, Params, Trainer
 from bilevel.linear import Dense
 from bilevel.products import ReverseOverReverse
-from bilevel.training import Callback, NonFiniteError
+from bilevel.training import BatchSource, Callback, NonFiniteError, SingleLevelTrainer, gradient_of
 from tests.support.cases import joined
 from tests.support.small_net import DATA, Net
 from tests.support.two_heads import (
@@ -215,6 +217,7 @@ def test_records_carry_the_numbers_of_the_step() -> None:
     assert step["min_curvature"] > 1.0
     assert step["stationarity"] > 0.0
     assert last["seconds"] > 0.0
+    assert 0.0 <= last["waiting"] <= 1.0
     json.dumps(records, allow_nan=False)
 
 
@@ -291,3 +294,26 @@ def test_trained_variables_may_be_a_modules_own_parameters() -> None:
     assert all(p is lower[name] for name, p in problem.net.named_parameters())
     # Four lower steps and their targets; no pass of the upper level counts.
     assert int(problem.net.get_buffer("1.num_batches_tracked")) == 8
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_known() -> None:
+    class Slow(BatchSource):
+        def begin_stage(self, steps: int) -> None:
+            return None
+
+        def next(self) -> Tensor:
+            time.sleep(0.02)
+            return torch.ones(2)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            return None
+
+    weight = torch.zeros(2, requires_grad=True)
+    level = Level({"w": weight}, torch.optim.SGD([weight], lr=0.1), Slow())
+    training = SingleLevelTrainer(gradient_of(lambda batch: ((weight - batch) ** 2).sum(), {"w": weight}), level, 5)
+    training.run()
+    assert level.waited == training.waited >= 5 * 0.02
+    assert 0.0 < training.waiting <= 1.0

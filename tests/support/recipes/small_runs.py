@@ -118,7 +118,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def without(values: Any, names: Iterable[str] = ("seconds",)) -> Any:
+def without(values: Any, names: Iterable[str] = ("seconds", "waiting")) -> Any:
     """The same JSON value without the fields that measure time."""
     if isinstance(values, dict):
         return {key: without(value, names) for key, value in values.items() if key not in names}

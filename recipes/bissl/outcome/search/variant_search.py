@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,12 @@ from ....experiment.search.queue import TrialQueue
 from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
 from ....experiment.workspace import Workspace
-from ....vision.sources.image_cache import cache_folder, read_cache, write_cache
+from ....vision.pipeline.workers import cores_to_spare
+from ....vision.sources.image_cache import TrainAndVal, cache_folder, read_cache, write_cache
 from ...settings.arms import arm_of
 from ...settings.config import Config
 from ...settings.run_directory import PROJECT
+from ...settings.sections import HOW_READ
 from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
 from ...training.repeat import Repeat
@@ -62,7 +65,7 @@ class Search:
     @property
     def image_cache(self) -> Path:
         """The folder of decoded images: one for all that decides which they are."""
-        fields = self.config.data.model_dump(exclude={"download", "pretext", "pretext_limit"})
+        fields = self.config.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
         return cache_folder(self.artifacts, {**fields, "root": os.path.abspath(user_path(self.config.data.root))})
 
     def fields(self, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -102,28 +105,45 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
         pipeline = search.pipeline(data, console)
         # Before the artifact: what is wrong with labelled data must not be found after pre-training.
         check_labelled(search.config, data, pipeline.computing)
-        if not search.image_cache.exists():
+        if _is_cached(data) and not search.image_cache.exists():
             write_cache(search.image_cache, data.downstream)
         if not path.exists():
             made = given if given is not None else _pretrained(search, pipeline)
             where = None if made is None else str(made.directory.resolve())
             write_atomic(path, json.dumps({"directory": where}).encode())
 
-    search.queue.prepare(lambda: path.exists() and search.image_cache.exists(), make)
+    search.queue.prepare(lambda: path.exists() and (search.image_cache.exists() or not _is_cached(data)), make)
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")
 
 
-def work(search: Search, console: Console, *, only: int | None = None) -> None:
+def _is_cached(data: Datasets) -> bool:
+    """Whether the labelled images lie in memory, which the processes of a search then share."""
+    sets = data.downstream
+    return sets.train.images.in_memory and sets.val.images.in_memory
+
+
+def work(search: Search, console: Console, *, only: int | None = None, processes: int = 1) -> None:
     """Do trials until none is left, as `TrialQueue.work`.
 
     Args:
+        processes: of the search on this machine, which share its cores.
         only: the one trial to do instead, or to wait for.
     """
-    data = Datasets(search.config.data, partial(read_cache, search.image_cache))
+    workers = cores_to_spare(processes) if search.config.data.num_workers is None else None
+    data = Datasets(search.config.data, partial(_train_and_val, search), workers)
     fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
-    search.queue.work(fit, console, only=None if only is None else (only,))
+    with closing(data.workers):
+        search.queue.work(fit, console, only=None if only is None else (only,))
+
+
+def _train_and_val(search: Search) -> TrainAndVal:
+    """Images in memory from the cache, which all processes of a machine share; streamed ones by listing them again."""
+    if search.image_cache.exists():
+        return read_cache(search.image_cache)
+    sets = Datasets(search.config.data).downstream
+    return TrainAndVal(sets.train, sets.val)
 
 
 def _fit(
@@ -142,17 +162,17 @@ def _fit(
         warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
         metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
-        found, steps, seconds = warmed.values, warmed.steps, warmed.seconds
+        found, costs = warmed.values, warmed.costs
     else:
         fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         found = dict(fitted.facts["best"])
         metric, epoch = fitted.facts["primary_metric"], int(found.pop("epoch"))
-        higher, steps, seconds = fitted.facts["higher_is_better"][metric], fitted.steps, fitted.seconds
+        higher, costs = fitted.facts["higher_is_better"][metric], fitted.costs
     score, loss = found[metric], found["loss"]
     if not (math.isfinite(score) and math.isfinite(loss)):
         raise NonFiniteError(f"validation: {metric} {score}, loss {loss}")
     finite = {name: value if math.isfinite(value) else None for name, value in found.items()}
-    return Scores(epoch, metric, higher, score, loss, finite, steps, seconds)
+    return Scores(epoch, metric, higher, score, loss, finite, costs.label_steps, costs.seconds)
 
 
 def _pretrained(search: Search, pipeline: Pipeline) -> Artifact | None:

@@ -48,7 +48,10 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
             checkpoint_every=repeat.settings.bissl.checkpoint_every,
             callbacks=(Diagnostics(workspace.console, every=None), KeepRecord(data.identity)),
         )
-        costs = before + Costs(trainer.steps["lower"], trainer.steps["upper"], seconds)
+        costs = before + Costs(
+            *(trainer.steps["lower"], trainer.steps["upper"], seconds),
+            *(trainer.skipped["lower"], trainer.skipped["upper"]),
+        )
         images = data.facts(parent, pretext=True, labelled=True)
         return problem.modules(), {**costs.facts(), **repeat.facts(), **images, "solves": dict(trainer.solves)}
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bilevel import Level
-from bilevel.training import Callback, SingleLevelTrainer, derive_seed, gradient_of
+from bilevel.training import Callback, NonFiniteError, SingleLevelTrainer, derive_seed, gradient_of
 
 from ....experiment.artifacts import Artifact, make_key
 from ....experiment.events import StageEvents
@@ -42,14 +42,13 @@ class Fitted:
         modules: "backbone" and "head" with the weights of the best validation epoch.
         supervised: the same modules under the task.
         facts: which epoch that was, by which metric, and its validation values.
-        steps, seconds: what it took.
+        costs: what it took.
     """
 
     modules: nn.ModuleDict
     supervised: SupervisedModel
     facts: dict[str, Any]
-    steps: int
-    seconds: float
+    costs: Costs
 
 
 def run(
@@ -58,14 +57,15 @@ def run(
     """Fine-tune the parent's "backbone" (theta_P and its buffers), or random weights where there is no parent.
 
     The weights of the best validation epoch by the task's primary metric (where epochs tie, the one that finetune.ties
-    names) are evaluated on the test split; only that is called test.
+    names) are evaluated on the test split; only that is called test. An epoch whose loss there is finite is better than
+    any other.
     """
     before = costs_of(parent)
 
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         fitted = fit(repeat, data, computing, workspace, parent, attempt)
         test = Batches(repeat, data, computing).evaluation(data.downstream.test, fitted.supervised.task)
-        costs = before + Costs(label_steps=fitted.steps, seconds=fitted.seconds)
+        costs = before + fitted.costs
         # Linear solves by status: those of a bilevel stage before.
         solves = {} if parent is None else parent.info.get("solves", {})
         images = data.facts(parent, pretext=False, labelled=True)
@@ -87,7 +87,7 @@ def fit(
     """Train as `run` does, up to the best validation epoch; the test split is not touched, and only checkpoints stay.
 
     Raises:
-        NonFiniteError: a training loss or gradient is not finite.
+        NonFiniteError: a training loss or gradient is not finite, or no validation loss is.
     """
     settings, sets, batches = repeat.settings, data.downstream, Batches(repeat, data, computing)
     torch.manual_seed(derive_seed(repeat.seed, STAGE))
@@ -104,7 +104,7 @@ def fit(
     validation = _Validation(
         supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
     )
-    _, seconds = run_training(
+    trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             gradient_of(supervised.loss, variables),
             Level(variables, optimizer, stack, scheduler=scheduler),
@@ -120,8 +120,14 @@ def fit(
         checkpoint_every=settings.finetune.checkpoint_every * len(stack),
         callbacks=(JoinBuffers(computing, model), validation),
     )
+    if not math.isfinite(best.values["loss"]):
+        raise NonFiniteError(
+            f"{STAGE}: the loss on the validation set was not finite after any of {best.offers} evaluations, so that "
+            "none gives weights to test. Lower the learning rate, or check the data and the weights that it began with"
+        )
     best.restore()
-    return Fitted(model, supervised, best.facts(), total, seconds)
+    costs = Costs(label_steps=total, seconds=seconds, skipped_label_steps=trainer.skipped.total())
+    return Fitted(model, supervised, best.facts(), costs)
 
 
 def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.ModuleDict:
@@ -198,12 +204,13 @@ class _Best:
     def __init__(self, model: nn.Module, metrics: Mapping[str, Metric], ties: Literal["first", "lower-loss"]) -> None:
         self.model, self.metrics, self.ties, self.primary = model, metrics, ties, next(iter(metrics))
         self.sign = 1.0 if metrics[self.primary].higher_is_better else -1.0
-        self.epoch = 0
+        self.epoch, self.offers = 0, 0
         self.values: dict[str, float] = {}
         self.weights: dict[str, Any] = {}
 
     def offer(self, epoch: int, values: dict[str, float]) -> None:
         """Keep the model as it is now if `values` beat the best so far."""
+        self.offers += 1
         if not self.values or self._rank(values) > self._rank(self.values):
             self.epoch, self.values = epoch, dict(values)
             self.weights = copy.deepcopy(self.model.state_dict())
@@ -221,13 +228,14 @@ class _Best:
         }
 
     def _rank(self, values: dict[str, float]) -> list[float]:
-        """A value that is not a number is worse than any that is."""
+        """A value that is not a number is worse than any that is, and so is a network whose loss is not finite."""
         ranked = [self.sign * values[self.primary]] + ([-values["loss"]] if self.ties == "lower-loss" else [])
-        return [-math.inf if math.isnan(value) else value for value in ranked]
+        sound = float(math.isfinite(values["loss"]))
+        return [sound, *(-math.inf if math.isnan(value) else value for value in ranked)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "values": self.values, "weights": self.weights}
+        return {"epoch": self.epoch, "offers": self.offers, "values": self.values, "weights": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.values = state["epoch"], dict(state["values"])
+        self.epoch, self.offers, self.values = state["epoch"], state["offers"], dict(state["values"])
         self.weights = dict(state["weights"])

@@ -38,7 +38,7 @@ class Warmed:
         modules: what the artifact holds, by name.
         primary_metric, higher_is_better: how `values` compare.
         values: validation metrics and loss after the last epoch.
-        epochs, steps, seconds: what it took.
+        epochs, costs: what it took.
     """
 
     modules: dict[str, nn.Module]
@@ -46,8 +46,7 @@ class Warmed:
     higher_is_better: bool
     values: dict[str, float]
     epochs: int
-    steps: int
-    seconds: float
+    costs: Costs
 
 
 def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspace, parent: Artifact) -> Artifact:
@@ -60,7 +59,7 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
 
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         warmed = fit(repeat, data, computing, workspace, parent, attempt)
-        costs = before + Costs(label_steps=warmed.steps, seconds=warmed.seconds)
+        costs = before + warmed.costs
         images = data.facts(parent, pretext=False, labelled=True)
         return warmed.modules, {**costs.facts(), "seed": repeat.seed, **images}
 
@@ -93,7 +92,7 @@ def fit(
     backbone.train(section.batch_norm == "train")
     model = SupervisedModel(task, backbone, head, computing)
     validation = _Validation(model, batches.evaluation(sets.val, task), len(stack), events)
-    _, seconds = run_training(
+    trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             gradient_of(model.loss, variables),
             Level(variables, optimizer, stack, scheduler=scheduler),
@@ -111,7 +110,8 @@ def fit(
     )
     modules = {"backbone": original, "heads": heads, "upper_backbone": backbone, "head": head}
     metric, measure = next(iter(model.metrics.items()))
-    return Warmed(modules, metric, measure.higher_is_better, validation.values, section.epochs, total, seconds)
+    costs = Costs(label_steps=total, seconds=seconds, skipped_label_steps=trainer.skipped.total())
+    return Warmed(modules, metric, measure.higher_is_better, validation.values, section.epochs, costs)
 
 
 class _Validation(Callback):

@@ -136,7 +136,7 @@ def _fit(
     optimizer = task.optimizer(list(variables.values()), length.lr, settings.pretext.weight_decay)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, total_steps=max(1, length.steps), warmup_steps=length.warmup, floor=floor)
     events = repeat.events(stage, workspace)
-    _, seconds = run_training(
+    trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             _derivatives(modules, variables, computing),
             Level(variables, optimizer, stack, scheduler=scheduler),
@@ -155,7 +155,8 @@ def _fit(
             KeepRecord(batches.data.identity),
         ),
     )
-    costs, weights = before + Costs(pretext_steps=length.steps, seconds=seconds), start.weights
+    skipped, weights = trainer.skipped.total(), start.weights
+    costs = before + Costs(pretext_steps=length.steps, seconds=seconds, skipped_pretext_steps=skipped)
     initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
     images = batches.data.facts(start.parent, pretext=True, labelled=False)
     facts = {**costs.facts(), **repeat.facts(), **images, "initial_weights": initial}

@@ -44,10 +44,10 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         backbone = build_backbone(settings.model.backbone, image_size=settings.data.image_size)
         load_backbone(weights, backbone, settings.model.backbone)
         heads = task.build(backbone)
-        seconds = _fit(repeat, batches, workspace, task, backbone, heads, steps, attempt)
+        costs = _fit(repeat, batches, workspace, task, backbone, heads, steps, attempt)
         task.after_fitting(backbone, heads)
-        facts = {**Costs(pretext_steps=steps, seconds=seconds).facts(), "seed": repeat.seed}
-        facts |= batches.data.facts(None, pretext=True, labelled=False)
+        images = batches.data.facts(None, pretext=True, labelled=False)
+        facts = {**costs.facts(), "seed": repeat.seed, **images}
         return {"backbone": backbone, "heads": heads}, facts
 
     key = make_key(
@@ -83,8 +83,8 @@ def _fit(
     heads: nn.ModuleDict,
     steps: int,
     attempt: Attempt,
-) -> float:
-    """Train `heads`; the seconds it took."""
+) -> Costs:
+    """Train `heads`; what it took."""
     section, computing = repeat.settings.pretext, batches.computing
     computing.place(backbone).eval()
     computing.place(heads).train()
@@ -98,7 +98,7 @@ def _fit(
         return functional_call(backbone, constants, (x,), {"feature_map": feature_map})
 
     loss = computing.first_order(lambda batch: pretext_loss(task, frozen, dict(heads.items()), batch))
-    _, seconds = run_training(
+    trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             gradient_of(loss, variables),
             Level(variables, optimizer, stack, scheduler=scheduler),
@@ -117,4 +117,4 @@ def _fit(
             KeepRecord(batches.data.identity),
         ),
     )
-    return seconds
+    return Costs(pretext_steps=steps, seconds=seconds, skipped_pretext_steps=trainer.skipped.total())

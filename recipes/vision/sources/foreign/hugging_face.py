@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ....experiment.folder.paths import user_path
 from ...errors import DataError
 from ...pictures.arrow import ArrowImages, arrow_table
 from ..file_table import FileScan
@@ -154,7 +155,7 @@ def open_hugging_face(text: str, request: Request) -> Source:
     path, options = split_options(text)
     check_options(options, OPTIONS, name)
     wanted = {part: options[part] for part in PARTS if part in options}
-    parts = _parts(os.path.expanduser(path), wanted, request, name)
+    parts = _parts(str(user_path(path)), wanted, request, name)
     splits = list(parts.values())
     features = splits[0].features
     column = image_column(features, options.get("image"), name)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ....experiment.folder.paths import user_path
 from ...errors import DataError
 from ...pictures.tar_members import TarImages
 from ..file_table import FileScan
@@ -69,7 +70,7 @@ def _shards(path: str, name: str) -> tuple[Path, list[Path]]:
     """
     if REMOTE.match(path):
         raise DataError(f"{name}: pipes and addresses are not read: copy the shards to a disk and give their folder")
-    path = os.path.expanduser(path)
+    path = str(user_path(path))
     if os.path.isdir(path):
         base = Path(path)
         scan = FileScan(base, ARCHIVES)

@@ -62,7 +62,7 @@ def test_a_training_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     # Two steps an epoch, and a checkpoint each: the sixth is in the third epoch, which begins anew.
     again: list[None] = []
     resumed = fit(pipeline, lambda: again.append(None))
-    assert len(again) == whole.steps - 4
+    assert len(again) == whole.costs.label_steps - 4
     assert resumed.facts == whole.facts
     for name, value in whole.modules.state_dict().items():
         assert torch.equal(value, resumed.modules.state_dict()[name])
