@@ -11,6 +11,7 @@ from ...vision.imagesets import ImageSet
 from ...vision.pipeline.workers import Workers, cores_to_spare
 from ...vision.record.copies import without_copies
 from ...vision.record.identity import Identity
+from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
 from ..settings.sections import DataConfig
 from .compute import Computing
@@ -77,6 +78,12 @@ class Datasets:
     def read(self) -> None:
         """Read all of them now."""
         _ = self.downstream, self.pretext
+
+    def reading(self) -> dict[str, Any]:
+        """What is read, as JSON values: see `vision.record.reading`."""
+        sets = self.downstream
+        parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
+        return reading(parts, {**self.copies, **self.identity.copies()})
 
     def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
         """What an artifact says about the images that it was made from, those of the stages before it included.

@@ -113,22 +113,23 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     Raises:
         DataError: there is not as much memory.
     """
-    rows, taken = list[Tensor](), 0
+    pixels, shapes = bytearray(), list[tuple[int, ...]]()
     try:
         for picture in pictures:
-            rows.append(picture.contiguous())
-            taken += picture.numel()
-        shapes = np.asarray([tuple(row.shape) for row in rows], dtype=np.int64).reshape(-1, 3)
-        sizes = shapes.prod(axis=1)
-        pixels = torch.cat([row.flatten() for row in rows]) if rows else torch.empty(0, dtype=torch.uint8)
+            # Grown in place: two copies of all pictures at a time would halve what fits.
+            pixels += memoryview(picture.contiguous().numpy().reshape(-1))
+            shapes.append(tuple(picture.shape))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise DataError(
-            f"there is no memory left after {len(rows):,} pictures of {taken / 2**30:.1f} GiB; set data.storage to "
-            "stream, which reads pictures when they are needed"
+            f"there is no memory left after {len(shapes):,} pictures of {len(pixels) / 2**30:.1f} GiB; set "
+            "data.storage to stream, which reads pictures when they are needed"
         ) from error
-    return PackedImages(pixels, np.cumsum(sizes) - sizes, shapes)
+    rows = np.asarray(shapes, dtype=np.int64).reshape(-1, 3)
+    sizes = rows.prod(axis=1)
+    held = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
+    return PackedImages(held, np.cumsum(sizes) - sizes, rows)
 
 
 def read_all(images: Images) -> Images:
