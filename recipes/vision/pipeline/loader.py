@@ -99,7 +99,8 @@ class Loader:
             made = [part.result() for part in begun.parts]
         finally:
             self.workers.in_flight -= begun.nbytes
-        crops = [joined([self.move(part.crops[index]) for part in made]) for index in range(len(self.views))]
+        moved = [[self.move(crops) for crops in part.crops] for part in made]
+        crops = moved[0] if len(moved) == 1 else [joined(parts) for parts in zip(*moved, strict=True)]
         views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
         return views, self._masks([part.masks for part in made], begun)
 
