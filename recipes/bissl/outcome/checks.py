@@ -71,7 +71,8 @@ def check_data(config: Config, data: Datasets, computing: Computing, *, publishe
             size = config.pretext.batch_size
             check_batch_size("pretext.batch_size", size, round(fraction * count), "pretext images")
     labelled = check_labelled(config, data, computing, published=published)
-    return Checked(count, labelled.labelled, labelled.classes, tuple(dict.fromkeys((*notes, *labelled.notes))))
+    told = dict.fromkeys((*notes, *labelled.notes, *data.planned))
+    return Checked(count, labelled.labelled, labelled.classes, tuple(told))
 
 
 def check_labelled(config: Config, data: Datasets, computing: Computing, *, published: bool = False) -> Checked:
@@ -121,7 +122,8 @@ def check_places(config: DataConfig, places: Mapping[str, Path]) -> None:
     Raises:
         ConfigError: one lies in a folder of images, by whatever way its path leads there, or is a file.
     """
-    for option, place in places.items():
+    cache = {} if config.cache is None else {"data.cache": user_path(config.cache)}
+    for option, place in {**places, **cache}.items():
         if place.exists() and not place.is_dir():
             raise ConfigError(f"{option}: {place} is a file; name a folder")
         for field, source in (("data.pretext", config.pretext), ("data.downstream", config.downstream)):
@@ -182,5 +184,5 @@ def _published_size(config: DataConfig, dataset: Dataset) -> int:
 
 def dry_data(config: Config) -> Datasets:
     """The images of a dry run, which fetches and writes nothing."""
-    section = config.data.model_copy(update={"download": False, "cache": None})
-    return Datasets(config.model_copy(update={"data": section}))
+    section = config.data.model_copy(update={"download": False})
+    return Datasets(config.model_copy(update={"data": section}), dry=True)

@@ -24,14 +24,21 @@ class Datasets:
         config: which images, and what will be made of them.
         read_labelled: reads the labelled sets in another way, such as from a cache.
         workers: processes that read streamed images, in place of the section's number.
+        dry: write no cache, but say in `planned` what it would take.
     """
 
     def __init__(
-        self, config: Config, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
+        self,
+        config: Config,
+        read_labelled: Callable[[], Any] | None = None,
+        workers: int | None = None,
+        *,
+        dry: bool = False,
     ) -> None:
         self.config, self._read_labelled = config, read_labelled or self._load_labelled
         self.section = section = config.data
         self._cache = None if section.cache is None else PictureCache(user_path(section.cache))
+        self._dry, self.planned = dry, list[str]()
         count = section.num_workers if workers is None else workers
         self.workers = Workers(cores_to_spare() if count is None else count)
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
@@ -91,6 +98,10 @@ class Datasets:
     def _kept(self, images: ImageSet, views: Sequence[View]) -> ImageSet:
         """The same set with its pictures in the cache, if there is one and they are read from files."""
         if self._cache is None:
+            return images
+        if self._dry:
+            plan = self._cache.plan(images.images, views, images.name)
+            self.planned += [] if plan is None else [f"note: data.cache: {plan}"]
             return images
         kept = self._cache.kept(images.images, views, images.name)
         return ImageSet(kept, images.labels, images.classes, images.name)

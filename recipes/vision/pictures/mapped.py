@@ -48,7 +48,7 @@ class PixelFile:
         if position >= len(self._checked):
             self._checked.extend(bytes(position + 1 - len(self._checked)))
         if not self._checked[position]:
-            if len(row) != channels * height * width or zlib.crc32(memoryview(row.numpy())) != check:
+            if len(row) != channels * height * width or zlib.crc32(row.numpy().tobytes()) != check:
                 raise DataError(f"{self.path} is damaged at picture {position}: {remedy(self.path)}")
             self._checked[position] = 1
         return row.view(height, width, channels).permute(2, 0, 1)

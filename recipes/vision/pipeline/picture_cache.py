@@ -75,11 +75,9 @@ class PictureCache:
                 set's own folder.
             Interrupted: the run was asked to stop meanwhile.
         """
-        fingerprint = None if images.in_memory or not len(images) else images.fingerprint()
-        if fingerprint is None:
+        kept = self._place(images, views)
+        if kept is None:
             return images
-        self._check_place(images)
-        kept = self.folder / f"pictures-{_key(fingerprint, views)}"
         try:
             self._make(kept, images, views, name)
         except OSError as error:
@@ -87,11 +85,36 @@ class PictureCache:
             raise DataError(f"data.cache: {kept} cannot be written ({cause}); name another folder") from error
         return read_pictures(kept)
 
+    def plan(self, images: Images, views: Sequence[View], name: str) -> str | None:
+        """What `kept` would write, in words; None for nothing, since it is there or nothing is kept of such pictures.
+
+        Raises:
+            DataError: as `kept`.
+        """
+        kept = self._place(images, views)
+        if kept is None or kept.exists():
+            return None
+        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        size, free = self.size(images, views), shutil.disk_usage(there).free
+        nearly = "about " if len(images) > SAMPLE else ""
+        about = f"{len(images):,} decoded pictures of {name} take {nearly}{_told(size)}"
+        if size + SPARE > free:
+            raise DataError(f"data.cache: {about}, but {self.folder} has {_told(free)} free; name a larger disk")
+        return f"{about} in {kept} ({_told(free)} free)"
+
     def size(self, images: Images, views: Sequence[View]) -> int:
         """Bytes that the pictures will take, from a sample of them."""
         chosen = torch.linspace(0, len(images) - 1, min(SAMPLE, len(images))).long().tolist()
         sizes = [3 * int(np.prod(kept_size(_size(item.picture()), views))) for item in images.items(chosen)]
         return round(sum(sizes) / len(sizes) * len(images))
+
+    def _place(self, images: Images, views: Sequence[View]) -> Path | None:
+        """The folder of these pictures; None where nothing is kept of such ones."""
+        fingerprint = None if images.in_memory or not len(images) else images.fingerprint()
+        if fingerprint is None:
+            return None
+        self._check_place(images)
+        return self.folder / f"pictures-{_key(fingerprint, views)}"
 
     def _make(self, kept: Path, images: Images, views: Sequence[View], name: str) -> None:
         """See that the folder is there: by this process, or by another one, for which this one waits."""
@@ -118,13 +141,7 @@ class PictureCache:
         for left in self.folder.glob(f".{kept.name}.*"):
             # Of a process that was killed: this one holds the lease.
             shutil.rmtree(left)
-        size, free = self.size(images, views), shutil.disk_usage(self.folder).free
-        about = (
-            f"{len(images):,} decoded pictures of {name} take {'about ' if len(images) > SAMPLE else ''}{_told(size)}"
-        )
-        if size + SPARE > free:
-            raise DataError(f"data.cache: {about}, but {self.folder} has {_told(free)} free; name a larger disk")
-        self.say(f"{about} in {kept} ({_told(free)} free); decoding them once")
+        self.say(f"data.cache: {self.plan(images, views, name)}; decoding them once")
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{kept.name}."))
         try:
             _write_pictures(temporary, images, views)

@@ -7,7 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recipes.bissl.tasks.base import Bound, DownstreamTask, PretextTask
+from recipes.vision.losses import nt_xent
 from recipes.vision.metrics import Metric, State
+from recipes.vision.views.view_policy import ViewPolicy
 
 
 class Colour(PretextTask):
@@ -68,6 +70,32 @@ class Brightness(DownstreamTask):
 
     def metrics(self) -> dict[str, Metric]:
         return {"error": Metric(_accumulate, lambda state: float(state[0] / state[1]), higher_is_better=False)}
+
+
+class MultiCrop(PretextTask):
+    """Four small crops of an image near two large ones, among those of other images; some crops' brightness changes."""
+
+    small: int = Field(default=16, ge=1, description="side of a small crop (px)")
+
+    def build(self, backbone: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"projector": nn.Linear(int(backbone.num_features), 16)})  # type: ignore[arg-type]
+
+    def random_views(self) -> tuple[ViewPolicy, ...]:
+        large = ViewPolicy(size=self.image_size, crop_scale=(0.4, 1.0))
+        return (large,) * 2 + (ViewPolicy(size=self.small, crop_scale=(0.05, 0.4), blur_probability=0.5),) * 4
+
+    def transform(
+        self, images: tuple[Tensor, ...], generator: torch.Generator, *, rows: slice, count: int
+    ) -> tuple[Tensor, ...]:
+        factors = 0.5 + torch.rand(count, len(images), generator=generator)[rows]
+        return tuple(view * factors[:, i, None, None, None].to(view.device) for i, view in enumerate(images))
+
+    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, ...]) -> Tensor:
+        found = [heads["projector"](backbone(view)) for view in batch]
+        return nt_xent(torch.stack(found[:2]).mean(dim=0), torch.stack(found[2:]).mean(dim=0), temperature=0.5)
+
+    def embed(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, ...]) -> Tensor:
+        return heads["projector"](backbone(batch[0]))
 
 
 class Unfinished(PretextTask):

@@ -81,7 +81,7 @@ def test_views_of_reduced_pictures_are_those_of_originals_nearly(
     scale: float, interpolation: Any, least: float, tmp_path: Path
 ) -> None:
     """The mean error of a training view is below 1/255; of an evaluation's and of a working size too."""
-    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    plain: Any = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     size = round(32 * scale)
     random = ViewPolicy(
         size=size,
@@ -149,7 +149,8 @@ def test_the_size_is_told_before_anything_is_written(photographs: FileImages, tm
 
     told = PictureCache(tmp_path, say)
     found = told.kept(photographs, SMALL, "folder:p")
-    assert lines and "24 decoded pictures of folder:p take 3 MiB in" in lines[0]
+    assert lines
+    assert "24 decoded pictures of folder:p take 3 MiB in" in lines[0]
     assert isinstance(found, MappedImages)
     assert told.size(photographs, SMALL) == found.nbytes == Path(found.path).stat().st_size
     told.kept(photographs, SMALL, "folder:p")
@@ -242,7 +243,7 @@ def test_damage_is_refused_by_name(damage: Callable[[Path], None], photographs: 
     damage(folder)
     # The folder is moved, as another process would see it that has mapped none of its files.
     moved = folder.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="moved.* damaged.*delete the folder .*moved"):
+    with pytest.raises(DataError, match=r"moved.* damaged.*delete the folder .*moved"):
         made(read_pictures(moved), SMALL)
 
 
@@ -290,5 +291,6 @@ def test_of_several_processes_one_writes_and_all_read(photographs: FileImages, t
         process.join(120)
     assert said.count("wrote") == 1
     results = [line for line in said if line != "wrote"]
-    assert len(set(results)) == 1 and results[0][0] == 24
+    assert len(set(results)) == 1
+    assert results[0][0] == 24
     assert len(list(tmp_path.iterdir())) == 1

@@ -44,8 +44,8 @@ def test_the_smallest_crop_of_a_reduced_picture_is_long_enough(size, ratio, leas
     ],
 )
 def test_sizes_by_hand(views: list[View], expected: tuple[int, int]) -> None:
-    """Of 1000 x 2000: four times what its shorter side, or the smallest crop, becomes (eight times for whole squares); half the
-    pixels or nothing.
+    """Of 1000 x 2000: four times what its shorter side, or the smallest crop, becomes, eight times for whole
+    squares; half the pixels or nothing.
 
     A quarter of the area as a square has sides of sqrt(500,000) = 707 px, which become 100: 0.1414 of the sides.
     """
