@@ -119,7 +119,8 @@ class Loader:
         if self.digests is not None:
             for indices, part in zip(begun.hashed, made, strict=True):
                 self.digests.add(indices, part.digests)
-        crops = [joined([self.move(part.crops[index]) for part in made]) for index in range(len(self.views))]
+        moved = [[self.move(crops) for crops in part.crops] for part in made]
+        crops = moved[0] if len(moved) == 1 else [joined(parts) for parts in zip(*moved, strict=True)]
         views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
         return views, self._masks([part.masks for part in made], begun)
 

@@ -219,7 +219,7 @@ def test_a_picture_of_too_many_pixels_is_named(monkeypatch: pytest.MonkeyPatch) 
             decode(bomb, "bomb")
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-            with pytest.raises(DataError, match="^fits is too large"):
+            with pytest.raises(DataError, match=r"^fits is too large"):
                 decode(fits, "fits")
 
 
@@ -267,12 +267,15 @@ def test_damaged_bytes_raise_nothing_but_a_sentence(kind: str, monkeypatch: pyte
     refused = 0
     for _ in range(300):
         damaged = changed(content, chance)
+        said = None
         try:
             decoded = decode(damaged, "a.jpg")
         except DataError as error:
+            said = str(error)
+        if said is not None:
             refused += 1
-            assert str(error).startswith("a.jpg ")
-            assert "\n" not in str(error)
+            assert said.startswith("a.jpg ")
+            assert "\n" not in said
         else:
             assert decoded.dtype == torch.uint8
             assert decoded.ndim == 3
