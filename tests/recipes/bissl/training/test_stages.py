@@ -318,8 +318,9 @@ METRICS = {"high": top_k(1), "low": Metric(top_k(1).accumulate, top_k(1).compute
         ("high", [(50.0, 1.0), (50.0, 1.0)], 1, 1),
         ("high", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
         ("low", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
-        ("high", [(50.0, float("nan")), (50.0, 3.0)], 1, 2),
-        ("high", [(50.0, 1.0), (float("nan"), 0.1), (60.0, float("nan"))], 3, 3),
+        # A network whose loss is not finite is worse than any other, whatever its score.
+        ("high", [(50.0, float("nan")), (50.0, 3.0)], 2, 2),
+        ("high", [(50.0, 1.0), (float("nan"), 0.1), (60.0, float("nan"))], 1, 1),
     ],
 )
 @pytest.mark.parametrize("ties", ["first", "lower-loss"])
