@@ -4,71 +4,21 @@ import time
 
 import torch
 
-from ...vision.errors import DataError
 from ...vision.networks.backbones import build_backbone
-from ...vision.sources.published.catalog import DATASETS
-from ...vision.torch_metrics import as_metrics
-from ..settings.arms import METHOD
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
-from ..training.compute import Computing
-from ..training.datasets import Datasets
-from ..training.given_weights import check_initial_weights
-from ..training.image_batches import Batches, check_batch_size
-from ..training.repeat import Repeat
+from .checks import Checked
 
 PROBE = {"cpu": 16, "cuda": 256}
 """Images that the time of one is measured on: enough to fill the device."""
-
-KNOWN_VAL_FRACTION = 0.2
-"""The validation share that the known sizes are for, where a set has no validation part of its own."""
 
 HVP_COST = 4.0
 """Gradients that a Hessian-vector product costs: about 3 in operations, 4 to 5 on a CPU."""
 
 
-def check_data(config: Config, data: Datasets, computing: Computing) -> None:
-    """Read both data sets and make the first batches, so that whatever is wrong is found before anything is written.
-
-    Raises:
-        DataError, ConfigError: naming what is wrong.
-    """
-    check_initial_weights(config.model, config.data.image_size)
-    batches = Batches(Repeat(config, METHOD, config.seed), data, computing)
-    for fraction in _fractions(config):
-        batches.pretext(config.pretext_task(), "check", 0, fraction)
-    check_labelled(config, data, computing)
-
-
-def check_labelled(config: Config, data: Datasets, computing: Computing) -> None:
-    """Read the labelled sets alone, and make a stack of batches of them, as `check_data` does; check the metrics.
-
-    Raises:
-        DataError, ConfigError, PluginError: naming what is wrong.
-    """
-    sets = data.downstream
-    task = config.downstream_task(sets.train.classes)
-    if task.labels not in (None, sets.train.kind):
-        raise DataError(
-            f"data.downstream: {config.data.downstream!r} has {sets.train.kind} labels, but downstream.task "
-            f"{config.downstream.task!r} takes {task.labels} ones; choose another task or source"
-        )
-    as_metrics(task.metrics())
-    Batches(Repeat(config, METHOD, config.seed), data, computing).labelled(task, "check", 0)
-
-
-def describe(config: Config) -> str:
-    """Steps of each arm and a rough time on this machine; of a set of known size no file is opened.
-
-    Raises:
-        DataError: data of unknown size are not there.
-        ConfigError: a batch is larger than the data.
-    """
-    images, labelled, notes = _sizes(config)
-    check_batch_size("downstream.batch_size", config.downstream.batch_size, labelled, "labelled images")
-    for fraction in _fractions(config):
-        count = round(fraction * images)
-        check_batch_size("pretext.batch_size", config.pretext.batch_size, count, "pretext images")
+def describe(config: Config, checked: Checked) -> str:
+    """Steps of each arm and a rough time on this machine, for as many images as were `checked`."""
+    images, labelled = checked.pretext, checked.labelled
     device = _device(config)
     unit = _seconds_per_image(config, device)
     lines = [
@@ -91,12 +41,7 @@ def describe(config: Config) -> str:
         f"{'CPU' if device.type == 'cpu' else 'GPU'} in float32, {HVP_COST:g} gradients a Hessian-vector product "
         "assumed"
     )
-    return "\n".join(lines + notes)
-
-
-def _fractions(config: Config) -> list[float]:
-    """Shares of the pretext images that stages draw batches from: all of them, and the bilevel stage's in each arm."""
-    return [1.0, *(config.for_arm(arm).bissl.pretext_fraction for arm in config.arms)]
+    return "\n".join([*lines, *checked.notes])
 
 
 def _gradients(config: Config, plan: Plan, products: int, images: int, labelled: int) -> float:
@@ -125,22 +70,6 @@ def _solves(fields: BilevelConfig, products: int) -> str:
         return ""
     bound = "" if fields.solver_rtol is None else "at most "
     return f"; {bound}{products} Hessian-vector products on single batches"
-
-
-def _sizes(config: Config) -> tuple[int, int, list[str]]:
-    c, notes = config.data, []
-    data = Datasets(c.model_copy(update={"download": False}))
-    pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
-    if pretext is None:
-        images = len(data.pretext)
-    else:
-        images = pretext.pretext
-        notes.append(f"note: the size of {c.pretext}, the pretext images, is its published one; no file was opened")
-    images = min(images, c.pretext_limit or images)
-    if downstream is None or (c.val_fraction != KNOWN_VAL_FRACTION and "val" not in downstream.counts):
-        return images, len(data.downstream.train), notes
-    notes.append(f"note: the size of {c.downstream}, the labelled images, is its published one; no file was opened")
-    return images, downstream.split[0] if c.labels_per_class is None else c.labels_per_class * downstream.classes, notes
 
 
 def _device(config: Config) -> torch.device:

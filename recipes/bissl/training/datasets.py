@@ -1,40 +1,78 @@
 """The images of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from ...vision.imagesets import ImageSet
+from ...experiment.artifacts import Artifact
+from ...experiment.folder.paths import user_path
+from ...vision.imagesets import DownstreamSets, ImageSet
+from ...vision.pictures.mapped import MappedImages
+from ...vision.pipeline.picture_cache import PictureCache
+from ...vision.pipeline.reduction import MARGIN, View
 from ...vision.pipeline.workers import Workers, cores_to_spare
+from ...vision.record.copies import without_copies
+from ...vision.record.identity import Identity
+from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
-from ..settings.sections import DataConfig
+from ..settings.config import Config
 from .compute import Computing
+
+MADE_FROM = ("pretext_images", "labelled_images")
+"""Facts of artifacts: source, digest and number of the images that a stage and those before it have read."""
 
 
 class Datasets:
     """A run's images, read once, when first needed.
 
     Args:
-        section: which images.
+        config: which images, and what will be made of them.
         read_labelled: reads the labelled sets in another way, such as from a cache.
         workers: processes that read streamed images, in place of the section's number.
+        dry: write no cache, but say in `planned` what it would take.
     """
 
     def __init__(
-        self, section: DataConfig, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
+        self,
+        config: Config,
+        read_labelled: Callable[[], Any] | None = None,
+        workers: int | None = None,
+        *,
+        dry: bool = False,
     ) -> None:
-        self.section, self._read_labelled = section, read_labelled or self._load_labelled
+        self.config, self._read_labelled = config, read_labelled or self._load_labelled
+        self.section = section = config.data
+        self._cache = None if section.cache is None else PictureCache(user_path(section.cache))
+        self._dry, self.planned = dry, list[str]()
         count = section.num_workers if workers is None else workers
         self.workers = Workers(cores_to_spare() if count is None else count)
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
 
     @cached_property
+    def identity(self) -> Identity:
+        """Which images they are."""
+        return Identity(lambda part: self.pretext if part == "pretext" else getattr(self.downstream, part))
+
+    @property
     def pretext(self) -> ImageSet:
-        """Images without labels."""
+        """Images without labels, none of which is a copy of a test image."""
+        return self._without_copies[0]
+
+    @property
+    def copies(self) -> dict[str, int]:
+        """Pretext images that are copies of "test" images, which are left out, and of "val" images alone."""
+        return self._without_copies[1]
+
+    @cached_property
+    def _without_copies(self) -> tuple[ImageSet, dict[str, int]]:
+        return without_copies(self.read_pretext(), self.downstream)
+
+    def read_pretext(self) -> ImageSet:
+        """Images without labels, read anew, with those that are copies of test images."""
         c = self.section
-        return load_pretext(
+        images = load_pretext(
             c.pretext,
             root=c.root,
             download=c.download,
@@ -44,6 +82,7 @@ class Datasets:
             evaluated=c.pretext == c.downstream,
             storage=c.storage,
         )
+        return self._kept(images, self.config.pretext_views())
 
     @cached_property
     def downstream(self) -> Any:
@@ -52,7 +91,29 @@ class Datasets:
 
     def read(self) -> None:
         """Read all of them now."""
-        _ = self.pretext, self.downstream
+        _ = self.downstream, self.pretext
+
+    def reading(self) -> dict[str, Any]:
+        """What is read, as JSON values: see `vision.record.reading`."""
+        sets = self.downstream
+        parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
+        return reading(parts, {**self.copies, **self.identity.copies()})
+
+    def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
+        """What an artifact says about the images that it was made from, those of the stages before it included.
+
+        Args:
+            pretext, labelled: whether the stage itself reads them.
+        """
+        made = {} if parent is None else {name: parent.info[name] for name in MADE_FROM if name in parent.info}
+        if pretext:
+            facts = {"digest": self.identity.pretext, "images": len(self.pretext)}
+            made[MADE_FROM[0]] = {"source": self.section.pretext, **facts}
+        if labelled:
+            count = sum(map(len, (self.downstream.train, self.downstream.val, self.downstream.test)))
+            facts = {"digest": self.identity.labelled, "images": count}
+            made[MADE_FROM[1]] = {"source": self.section.downstream, **facts}
+        return made
 
     def on_device(self, images: ImageSet, computing: Computing) -> Tensor | None:
         """The pictures on the device where crops are made there, moved once; else None."""
@@ -63,7 +124,7 @@ class Datasets:
 
     def _load_labelled(self) -> Any:
         c = self.section
-        return load_downstream(
+        sets = load_downstream(
             c.downstream,
             root=c.root,
             download=c.download,
@@ -72,5 +133,29 @@ class Datasets:
             val_fraction=c.val_fraction,
             test_fraction=c.test_fraction,
             split_seed=c.split_seed,
+            train_list=c.train_list,
             storage=c.storage,
         )
+        if self._cache is None:
+            return sets
+        views = self.config.labelled_views(sets.train.classes)
+        train, val, test = (self._kept(images, views) for images in (sets.train, sets.val, sets.test))
+        return DownstreamSets(train, val, test, sets.indices)
+
+    def _kept(self, images: ImageSet, views: Sequence[View]) -> ImageSet:
+        """The same set with its pictures in the cache, if there is one and they are read from files."""
+        if self._cache is None:
+            return images
+        if self._dry:
+            plan = self._cache.plan(images.images, views, images.name)
+            self.planned += [] if plan is None else [f"note: data.cache: {plan}"]
+            return images
+        kept = self._cache.kept(images.images, views, images.name)
+        return ImageSet(kept, images.labels, images.classes, images.name)
+
+
+def resolution(*sets: ImageSet) -> dict[str, float]:
+    """What belongs to the key of a stage that reads these sets: that pictures come reduced from a cache, if they do."""
+    kept = [images.images for images in sets]
+    reduced = any(isinstance(images, MappedImages) and images.reduced for images in kept)
+    return {"cache_margin": MARGIN} if reduced else {}

@@ -11,8 +11,10 @@ from bilevel.training import derive_seed
 
 from ...experiment.errors import ConfigError
 from ...vision.imagesets import ImageSet
-from ...vision.pipeline.loader import Loader, UnderWay, View
+from ...vision.pipeline.loader import Loader, UnderWay
+from ...vision.pipeline.reduction import View
 from ...vision.pipeline.stream import InOrder, PrefetchedStack, order_of
+from ...vision.record.contents import Contents
 from ...vision.shards import Rows, SharedTransform, evaluated_rows, of_all_ranks
 from ..tasks.base import DownstreamTask, PretextTask
 from .compute import Computing
@@ -24,9 +26,6 @@ LOWER_DATA = "bissl lower"
 
 PRETEXT_IMAGES = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
 """Fields of the section `data` that decide which the pretext images are."""
-
-AHEAD = 2
-"""Batches under way besides the one that is used."""
 
 
 class Batches:
@@ -49,7 +48,7 @@ class Batches:
         self._check_shards("pretext.batch_size", size, count, self.settings.compute.micro_batch)
         order = torch.Generator().manual_seed(derive_seed(self.settings.data.split_seed, "pretext fraction"))
         members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
-        loader = self._loader(images, views or (task.image_size,))
+        loader = self._pretext_loader(task)
         transform = _shared(task)
 
         def begin(indices: Tensor, seed: int) -> UnderWay:
@@ -66,7 +65,7 @@ class Batches:
     def pretext_sample(self, task: PretextTask, count: int) -> Any:
         """A batch of the first images: always the same images and the same draws."""
         images, views = self.data.pretext, task.random_views()
-        loader = self._loader(images, views or (task.image_size,))
+        loader = self._pretext_loader(task)
         chosen = torch.arange(min(count, len(images)))
         made, whole = loader.make(chosen), slice(0, len(chosen))
         batch = _shared(task).of(whole, len(chosen), made if views else made[0], _generator(0))
@@ -123,16 +122,23 @@ class Batches:
         labels = images.labels[begun.indices[begun.rows]]
         return views[0], masks[0] if masks else self.computing.move(labels)
 
-    def _loader(self, images: ImageSet, views: tuple[View, ...], on_device: bool = True) -> Loader:
+    def _pretext_loader(self, task: PretextTask) -> Loader:
+        views = task.random_views() or (task.image_size,)
+        return self._loader(self.data.pretext, views, digests=self.data.identity.contents("pretext"))
+
+    def _loader(
+        self, images: ImageSet, views: tuple[View, ...], on_device: bool = True, digests: Contents | None = None
+    ) -> Loader:
         masks = images.labels if images.kind == "segmentation" else None
         array = self.data.on_device(images, self.computing) if on_device and masks is None else None
-        return Loader(images.images, views, self.data.workers, move=self.computing.sent, masks=masks, array=array)
+        move = self.computing.sent
+        return Loader(images.images, views, self.data.workers, move=move, masks=masks, array=array, digests=digests)
 
     def _stack(
         self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int
     ) -> PrefetchedStack[UnderWay]:
         order = order_of(count, size, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
-        ahead = 0 if loader.images.in_memory else AHEAD
+        ahead = 0 if loader.images.in_memory else self.settings.data.prefetch_factor
         return PrefetchedStack(order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room)
 
     def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:

@@ -25,7 +25,7 @@ from ...settings.sections import HOW_READ
 from ...tasks.base import DownstreamTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
@@ -68,10 +68,11 @@ def run(
         costs = before + fitted.costs
         # Linear solves by status: those of a bilevel stage before.
         solves = {} if parent is None else parent.info.get("solves", {})
-        facts = {**costs.facts(), "solves": solves, **repeat.facts(), **fitted.facts}
+        images = data.facts(parent, pretext=False, labelled=True)
+        facts = {**costs.facts(), "solves": solves, **repeat.facts(), **images, **fitted.facts}
         return dict(fitted.modules.items()), {**facts, "test": fitted.supervised.measure(test)}
 
-    key = _key(repeat, len(data.downstream.train), parent)
+    key = _key(repeat, data, parent)
     return CachedStage(workspace.store, STAGE, key).run(made)
 
 
@@ -139,14 +140,16 @@ def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.
     return modules
 
 
-def _key(repeat: Repeat, labelled_images: int, parent: Artifact | None) -> str:
+def _key(repeat: Repeat, data: Datasets, parent: Artifact | None) -> str:
     settings = repeat.settings
-    steps = finetune_steps(settings, repeat.variant, labelled_images)
+    steps = finetune_steps(settings, repeat.variant, len(data.downstream.train))
     return make_key(
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
+        | resolution(data.downstream.train, data.downstream.val, data.downstream.test),
+        data.identity.labelled,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, *settings.finetune.rates(repeat.variant)],

@@ -21,7 +21,7 @@ from ...settings.plan import batches_per_epoch
 from ...settings.sections import HOW_READ
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
@@ -60,9 +60,10 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         warmed = fit(repeat, data, computing, workspace, parent, attempt)
         costs = before + warmed.costs
-        return warmed.modules, {**costs.facts(), "seed": repeat.seed}
+        images = data.facts(parent, pretext=False, labelled=True)
+        return warmed.modules, {**costs.facts(), "seed": repeat.seed, **images}
 
-    return CachedStage(workspace.store, STAGE, _key(repeat, parent)).run(made)
+    return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(made)
 
 
 def fit(
@@ -134,13 +135,15 @@ class _Validation(Callback):
         self.values = dict(state["values"])
 
 
-def _key(repeat: Repeat, parent: Artifact) -> str:
+def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
     settings = repeat.settings
     return make_key(
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
+        | resolution(data.downstream.train, data.downstream.val),
+        data.identity.labelled,
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
         settings.compute.model_dump(exclude={"micro_batch"}),

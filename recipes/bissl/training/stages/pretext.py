@@ -32,10 +32,11 @@ from ...settings.plan import lower_warmup, make_plan
 from ...tasks.base import PretextTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..given_weights import initial_weights
 from ..global_loss import pretext_loss, pretext_output_loss
 from ..image_batches import LOWER_DATA, PRETEXT_IMAGES, Batches
+from ..keep_record import KeepRecord
 from ..problem import bind_lower, lower_variables
 from ..repeat import Repeat
 from . import projector
@@ -87,7 +88,7 @@ def run(
     length = _Length(steps or plan.pretext, plan.pretext_lr, plan.warmup, plan.projector)
     stack = batches.pretext(settings.pretext_task(), STAGE, length.steps)
     start = _Start(weights=initial_weights(settings.model))
-    key = _key(repeat, STAGE, start, length)
+    key = _key(repeat, STAGE, start, length, data)
     return CachedStage(workspace.store, STAGE, key).run(
         lambda attempt: _fit(repeat, STAGE, start, length, stack, batches, workspace, attempt)
     )
@@ -100,7 +101,7 @@ def restart(repeat: Repeat, data: Datasets, computing: Computing, workspace: Wor
     stack = batches.pretext(repeat.settings.pretext_task(), LOWER_DATA, steps, c.pretext_fraction)
     length = _Length(steps, c.lower_lr, lower_warmup(repeat.settings, len(stack)))
     start = _Start(parent=parent)
-    key = _key(repeat, RESTART, start, length)
+    key = _key(repeat, RESTART, start, length, data)
     return CachedStage(workspace.store, RESTART, key).run(
         lambda attempt: _fit(repeat, RESTART, start, length, stack, batches, workspace, attempt)
     )
@@ -149,12 +150,16 @@ def _fit(
         attempt=attempt,
         workspace=workspace,
         checkpoint_every=settings.pretext.checkpoint_every * len(stack),
-        callbacks=(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
+        callbacks=(
+            *(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
+            KeepRecord(batches.data.identity),
+        ),
     )
     skipped, weights = trainer.skipped.total(), start.weights
     costs = before + Costs(pretext_steps=length.steps, seconds=seconds, skipped_pretext_steps=skipped)
     initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
-    facts = {**costs.facts(), **repeat.facts(), "initial_weights": initial}
+    images = batches.data.facts(start.parent, pretext=True, labelled=False)
+    facts = {**costs.facts(), **repeat.facts(), **images, "initial_weights": initial}
     return {"backbone": backbone, "heads": heads}, facts
 
 
@@ -174,7 +179,7 @@ def _modules(settings: Config, start: _Start, workspace: Workspace) -> tuple[_Mo
     return _Modules(task, backbone, heads), fit
 
 
-def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
+def _key(repeat: Repeat, stage: str, start: _Start, length: _Length, data: Datasets) -> str:
     settings, weights = repeat.settings, start.weights
     shared = [] if stage == STAGE else [settings.bissl.pretext_fraction]
     # By its content: the same file elsewhere makes the same artifact. Any arm fits heads at the warm-up's rate.
@@ -183,7 +188,8 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length) -> str:
         stage,
         repeat.seed,
         start.parent,
-        settings.data.model_dump(include=PRETEXT_IMAGES),
+        settings.data.model_dump(include=PRETEXT_IMAGES) | resolution(data.pretext),
+        data.identity.pretext,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],

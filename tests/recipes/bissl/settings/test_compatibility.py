@@ -28,6 +28,7 @@ from recipes.experiment.artifacts import Artifact
 from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.pipeline.stream import PrefetchedStack
 from recipes.vision.views.random_view import RandomView
 from tests.support.paths import ROOT
 from tests.support.recipes.small_runs import batches_of, part, run_all, run_stage, small_config, small_pipeline
@@ -272,9 +273,15 @@ def test_the_code_warms_the_lower_level_up_for_200_steps_and_the_paper_for_980()
 
 
 def test_fresh_batches_reach_the_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder, names in (("paper", []), ("code", ["fresh-hessian-batches"])):
-        method = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch).method
-        assert (method.fresh_batches, method.stored_batches) == (bool(names), 2)
+    for folder, names, drawn in (("paper", [], 4), ("code", ["fresh-hessian-batches"], 8)):
+        trainer = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch)
+        assert (trainer.method.fresh_batches, trainer.method.stored_batches) == (bool(names), 2)
+        # Two alternations of two steps, and two batches for the Hessian besides.
+        data = trainer.lower.data
+        assert isinstance(data, PrefetchedStack)
+        assert data.total == drawn
+        trainer.run()
+        assert data.state_dict()["drawn"] == drawn
 
 
 def test_official_runs_through_all_stages(tmp_path: Path) -> None:
@@ -299,7 +306,8 @@ def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest
     for names in ([], ["zero-init-residual"]):
         with pytest.raises(Made):
             run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
-    ones, zeros = ([block.bn2.weight for block in made.modules() if isinstance(block, BasicBlock)] for made in built)
+    blocks = [[block for block in made.modules() if isinstance(block, BasicBlock)] for made in built]
+    ones, zeros = ([block.get_parameter("bn2.weight") for block in found] for found in blocks)
     assert len(ones) == len(zeros) == 3
     assert all(bool((weight == 1.0).all()) for weight in ones)
     assert all(bool((weight == 0.0).all()) for weight in zeros)

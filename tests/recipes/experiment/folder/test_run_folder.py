@@ -119,6 +119,7 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
         "data.download": True,
         "data.storage": "stream",
         "data.num_workers": 3,
+        "data.cache": "kept",
         "data.prefetch_factor": 4,
         "downstream.eval_batch_size": 7,
         "pretext.monitor_every": 3,
