@@ -16,6 +16,8 @@ from ..training.datasets import Datasets
 from ..training.given_weights import check_initial_weights
 from ..training.image_batches import Batches, check_batch_size
 from ..training.repeat import Repeat
+from .loading_cost import loaded_images, measure_loading
+from .reading_words import start_lines
 
 PROBE = {"cpu": 16, "cuda": 256}
 """Images that the time of one is measured on: enough to fill the device."""
@@ -64,7 +66,7 @@ def describe(config: Config) -> str:
         DataError: data of unknown size are not there.
         ConfigError: a batch is larger than the data.
     """
-    images, labelled, notes = _sizes(config)
+    images, labelled, data, notes = _sizes(config)
     check_batch_size("downstream.batch_size", config.downstream.batch_size, labelled, "labelled images")
     for fraction in _fractions(config):
         count = round(fraction * images)
@@ -75,23 +77,49 @@ def describe(config: Config) -> str:
         f"pretext images {images}, batches an epoch {batches_per_epoch(images, config.pretext.batch_size)}; labelled "
         f"images {labelled}, batches an epoch {batches_per_epoch(labelled, config.downstream.batch_size)}"
     ]
-    total = 0.0
+    total, loaded = 0.0, (0, 0)
     for arm in config.arms:
         plan = make_plan(config, arm, images, labelled)
         products = _products(config.for_arm(arm).bissl) if plan.upper else 0
         total += unit * _gradients(config, plan, products, images, labelled)
+        more = loaded_images(config, plan, images, labelled)
+        loaded = loaded[0] + more[0], loaded[1] + more[1]
         lines.append(
             f"{arm}: pretext {plan.pretext} + lower {plan.lower} = {plan.pretext_steps} pretext steps "
             f"(lr {plan.pretext_lr:g}); head {plan.head} + upper {plan.upper} + fine-tuning {plan.finetune} = "
             f"{plan.label_steps} labelled steps" + _solves(config.for_arm(arm).bissl, products)
         )
-    lines.append(
-        f"about {_duration(total * (config.pipeline_seeds or 1))} of computing on this machine, augmentation left out: "
+    measured = (
         f"{unit * 1e3:.3g} ms an image and gradient measured on {PROBE[device.type]} images on the "
         f"{'CPU' if device.type == 'cpu' else 'GPU'} in float32, {HVP_COST:g} gradients a Hessian-vector product "
         "assumed"
     )
-    return "\n".join(lines + notes)
+    repeats = config.pipeline_seeds or 1
+    if data is None:
+        lines.append(f"about {_duration(total * repeats)} of computing on this machine, loading left out: {measured}")
+        return "\n".join(lines + notes)
+    cost = measure_loading(config, data, device)
+    beside, added = (repeats * seconds for seconds in cost.seconds(*loaded))
+    computing = total * repeats + added
+    lines.append(
+        f"about {_duration(max(beside, computing))} on this machine{_bottleneck(beside, computing)}: {measured}"
+    )
+    return "\n".join([*lines, cost.line(), *start_lines(data), *notes])
+
+
+def _bottleneck(loading: float, computing: float) -> str:
+    """Which of the two a run waits for, where images are loaded beside computing."""
+    if not loading:
+        return ""
+    waits, words = (
+        ("loading", "more workers, smaller files or data.storage memory help")
+        if loading > computing
+        else ("computing", "workers have time to spare")
+    )
+    return (
+        f", which is {waits}, the longer of {_duration(loading)} of loading by workers and {_duration(computing)} of "
+        f"computing ({words})"
+    )
 
 
 def _fractions(config: Config) -> list[float]:
@@ -127,20 +155,27 @@ def _solves(fields: BilevelConfig, products: int) -> str:
     return f"; {bound}{products} Hessian-vector products on single batches"
 
 
-def _sizes(config: Config) -> tuple[int, int, list[str]]:
+def _sizes(config: Config) -> tuple[int, int, Datasets | None, list[str]]:
+    """Pretext and labelled images, the data where all of them were opened, and notes on those that were not."""
     c, notes = config.data, []
     data = Datasets(c.model_copy(update={"download": False}))
     pretext, downstream = DATASETS.get(c.pretext), DATASETS.get(c.downstream)
+    if downstream is not None and c.val_fraction != KNOWN_VAL_FRACTION and "val" not in downstream.counts:
+        downstream = None
     if pretext is None:
         images = len(data.pretext if downstream is None else data.read_pretext())
     else:
-        images = pretext.pretext
-        notes.append(f"note: the size of {c.pretext}, the pretext images, is its published one; no file was opened")
-    images = min(images, c.pretext_limit or images)
-    if downstream is None or (c.val_fraction != KNOWN_VAL_FRACTION and "val" not in downstream.counts):
-        return images, len(data.downstream.train), notes
-    notes.append(f"note: the size of {c.downstream}, the labelled images, is its published one; no file was opened")
-    return images, downstream.split[0] if c.labels_per_class is None else c.labels_per_class * downstream.classes, notes
+        images = min(pretext.pretext, c.pretext_limit or pretext.pretext)
+        notes.append(_published(c.pretext, "pretext"))
+    if downstream is None:
+        return images, len(data.downstream.train), data if pretext is None else None, notes
+    notes.append(_published(c.downstream, "labelled"))
+    labelled = downstream.split[0] if c.labels_per_class is None else c.labels_per_class * downstream.classes
+    return images, labelled, None, notes
+
+
+def _published(name: str, what: str) -> str:
+    return f"note: the size of {name}, the {what} images, is its published one; no file was opened"
 
 
 def _device(config: Config) -> torch.device:

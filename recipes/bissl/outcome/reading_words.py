@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...vision.pictures.space import available_memory
+from ..training.datasets import Datasets
 
 ALL_CLASSES = 20
 FIRST, LAST = 4, 2
@@ -12,6 +13,17 @@ COPIES = {
     "test": "{} pretext {} of test images, byte for byte, and {} left out",
     "val": "{} pretext {} of validation images, and {} kept: the choice of epochs sees them",
 }
+
+
+def start_lines(data: Datasets) -> list[str]:
+    """What a run will read, by whom, and what that takes of this machine's memory."""
+    facts = data.reading()
+    lines = reading_lines(facts)
+    if any(facts[part]["storage"] == "stream" for part in ("pretext", "train", "val", "test")):
+        count = data.workers.count
+        by = "this process" if count == 0 else f"{count} worker process{'' if count == 1 else 'es'}"
+        lines.append(f"images are read and cropped by {by}")
+    return lines + [line for line in (memory_line(facts), data.workers.describe()) if line is not None]
 
 
 def reading_lines(facts: Mapping[str, Any]) -> list[str]:

@@ -47,13 +47,9 @@ class Datasets:
         """Images without labels, none of which is a copy of a test image."""
         return self._without_copies[0]
 
-    @property
-    def copies(self) -> dict[str, int]:
-        """Pretext images that are copies of "test" images, which are left out, and of "val" images alone."""
-        return self._without_copies[1]
-
     @cached_property
     def _without_copies(self) -> tuple[ImageSet, dict[str, int]]:
+        """Those, and how many are copies of "test" images, which are left out, and of "val" images alone."""
         return without_copies(self.read_pretext(), self.downstream)
 
     def read_pretext(self) -> ImageSet:
@@ -83,7 +79,11 @@ class Datasets:
         """What is read, as JSON values: see `vision.record.reading`."""
         sets = self.downstream
         parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
-        return reading(parts, {**self.copies, **self.identity.copies()})
+        copies = self._without_copies[1]
+        if self.section.pretext == self.section.downstream:
+            # Validation images are pretext images there.
+            copies = {"test": copies["test"]}
+        return reading(parts, {**copies, **self.identity.copies()})
 
     def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
         """What an artifact says about the images that it was made from, those of the stages before it included.
