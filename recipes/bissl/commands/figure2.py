@@ -7,13 +7,16 @@ from typing import Any
 
 from bilevel.checkpoint import write_atomic
 
+from ...experiment.artifacts import ArtifactStore
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.folder_lease import leased
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CONFIG, RESULTS
 from ...experiment.terminal import command_name
+from ...experiment.tracking import check_installed
 from ..outcome import estimate
+from ..outcome.checks import check_data, check_places, dry_data
 from ..outcome.console_table import comparison_lines
 from ..outcome.open_run import check_images, make_pipeline, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
@@ -48,19 +51,25 @@ def main(arguments: list[str]) -> int:
     folder = user_path(given.output_dir)
     request = parse([*others, f"--output-dir={folder}"])
     _check(request, folder)
-    data = Datasets(request.config.data)
+    data = dry_data(request.config) if request.dry_run else Datasets(request.config)
     cut = warmup_cut(request.config, lambda: len(data.pretext))
     # All of them are made before anything is run: a length that is too short is no surprise after days.
     points = [
         Point(epochs, config_at(request.config, epochs, cut), run_directory(folder / f"epochs-{epochs}"))
         for epochs in _lengths(given.epochs)
     ]
+    store = request.artifacts or folder / ARTIFACTS
+    check_places(request.config.data, {"output-dir": folder, "--artifacts": store})
+    check_installed(request.config.tracking)
     if request.dry_run:
         for point in points:
-            print(f"{point.directory.path}: {point.epochs} pretext epochs\n{estimate.describe(point.config)}")
+            pipeline = make_pipeline(point.config, point.directory.path, artifact_store(store), data)
+            checked = check_data(pipeline.config, data, pipeline.computing, published=True)
+            described = estimate.describe(pipeline.config, checked, data)
+            print(f"{point.directory.path}: {point.epochs} pretext epochs\n{described}")
         return 0
     with leased(folder, "output-dir"):
-        results = _run(points, request, folder, data)
+        results = _run(points, request, folder, artifact_store(store), data)
         content = summary([(point, results[point.epochs]) for point in points], cut)
         write_figure(folder, content)
     print(f"{folder / FIGURE}, {folder / SUMMARY}, {folder / TABLE}")
@@ -95,19 +104,20 @@ def write_figure(folder: Path, content: dict[str, Any]) -> None:
         raise ConfigError(f"{FIGURE} was not written: {error}") from error
 
 
-def _run(points: list[Point], request: Request, folder: Path, data: Datasets) -> dict[int, dict[str, Any]]:
+def _run(
+    points: list[Point], request: Request, folder: Path, store: ArtifactStore, data: Datasets
+) -> dict[int, dict[str, Any]]:
     """The content of each point's results.json, by epochs."""
     finished = {point.epochs for point in points if is_finished(point)}
     if finished and not request.resume:
         raise ConfigError(f"output-dir: {folder} holds finished runs already; go on with --resume, or name another one")
-    store = artifact_store(request.artifacts or folder / ARTIFACTS)
     if len(finished) < len(points):
         # Before anything is written; lengths share data and batch sizes.
         first = make_pipeline(points[0].config, points[0].directory.path, store, data)
+        check_data(first.config, data, first.computing)
         for point in points:
             if point.epochs not in finished:
                 check_images(data, point.directory, first.workspace.console)
-        estimate.check_data(first.config, data, first.computing)
     for point in points:
         point.directory.open(point.config, resume=request.resume, overwrite=False)
     results = {}

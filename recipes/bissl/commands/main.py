@@ -25,9 +25,9 @@ from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
 from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
-from ...vision.networks.backbones import build_backbone
 from ...vision.pipeline.workers import WorkerLost
-from ..outcome import estimate
+from ..outcome import checks, estimate
+from ..outcome.checks import Checked, check_parent, check_places, dry_data
 from ..outcome.console_table import comparison_lines, results_table
 from ..outcome.open_run import (
     begin,
@@ -153,26 +153,13 @@ def _execute(request: Request, ranks: Ranks) -> int:
         return 0
     if request.dry_run:
         ranks.refuse_several("--dry-run")
-        description = estimate.describe(config)
-        directory.open(config, resume=request.resume, overwrite=False)
+    pipeline, parent, checked = _checked(request, config, ranks)
+    if request.dry_run:
+        _save_config(request, config)
         print(show_config(config))
-        print(description)
+        print(estimate.describe(config, checked, pipeline.data))
         return 0
-    store = artifact_store(request.artifacts or directory.path / CHECKPOINTS)
-    pipeline = make_pipeline(config, directory.path, store, ranks=ranks)
     data, console = pipeline.data, pipeline.workspace.console
-    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
-    # Read before the folder is touched: what cannot be read must leave nothing behind, and nothing lost.
-    parent = _parent(request)
-    with first_on_each_machine(ranks.launch):
-        data.read()
-    check_data(data)
-    if rank() == 0:
-        directory.check(config, resume=request.resume, overwrite=request.overwrite)
-    check_images(data, directory, console, overwrite=request.overwrite)
-    check_parent_images(parent, config, data)
-    estimate.check_data(config, data, pipeline.computing)
-    check_installed(config.tracking)
     with (
         closing(data.workers),
         directory.leased(config, resume=request.resume, overwrite=request.overwrite),
@@ -189,6 +176,41 @@ def _execute(request: Request, ranks: Ranks) -> int:
     return 0
 
 
+def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, Artifact | None, Checked]:
+    """The pipeline, what a single stage starts from, and what was read, after all that a run checks before it writes.
+
+    What cannot be read must leave nothing behind, and nothing lost. A dry run checks the same, but fetches no data.
+    """
+    directory, artifacts = request.directory, request.artifacts or request.directory.path / CHECKPOINTS
+    check_places(config.data, {"output-dir": directory.path, "--artifacts": artifacts})
+    check_installed(config.tracking)
+    data = dry_data(config) if request.dry_run else None
+    pipeline = make_pipeline(config, directory.path, artifact_store(artifacts), data, ranks=ranks)
+    check_same({"command": request.command, "arm": request.arm}, "was started for something else")
+    parent = _parent(request)
+    if not request.dry_run:
+        with first_on_each_machine(ranks.launch):
+            pipeline.data.read()
+        check_data(pipeline.data)
+        if rank() == 0:
+            directory.check(config, resume=request.resume, overwrite=request.overwrite)
+        check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
+        check_parent_images(parent, config, pipeline.data)
+    checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
+    if parent is not None:
+        check_parent(parent, request.command, config, checked.classes)
+    return pipeline, parent, checked
+
+
+def _save_config(request: Request, config: Config) -> None:
+    """Leave the config in the folder, unless a run is there that --overwrite would replace."""
+    directory = request.directory
+    directory.check(config, resume=request.resume, overwrite=request.overwrite)
+    if not (request.overwrite and directory.started):
+        with directory.leased(config, resume=request.resume, overwrite=False):
+            pass
+
+
 def _settled(config: Config, directory: RunDirectory, ranks: Ranks) -> Config:
     """The config without an open choice: a run goes on as it began, also on another device."""
     saved = directory.saved_config() if directory.started else None
@@ -202,7 +224,7 @@ def _say(console: Console, line: str) -> None:
 
 
 def _parent(request: Request) -> Artifact | None:
-    """The artifact that the command line names, verified."""
+    """The artifact that the command line names, of the stage that is needed."""
     if request.parent is None:
         return None
     artifact = read_stage(request.parent)
@@ -215,8 +237,6 @@ def _parent(request: Request) -> Artifact | None:
             f"--from: {request.command} of the arm {request.arm!r} starts from a {expected} artifact, {request.parent} "
             f"is of {artifact.stage}; name another one, or another --arm"
         )
-    config = request.config
-    artifact.load_into({"backbone": build_backbone(config.model.backbone, image_size=config.data.image_size)})
     return artifact
 
 

@@ -141,7 +141,9 @@ def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check, print and write the config, estimate steps and time"
+        "--dry-run",
+        action="store_true",
+        help="check what the run checks, print and write the config, estimate steps and time",
     )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and what they are for")
     return parser
@@ -170,7 +172,7 @@ def _check_options(given: argparse.Namespace, config: Config) -> None:
     if given.command == "finetune" and arm_of(_arm(given)).start == "random":
         if given.from_artifact is not None:
             raise ConfigError(f"--from: the arm {given.arm!r} starts from random weights; leave out one of the two")
-    elif given.command not in ("all", "pretext") and given.from_artifact is None and not given.dry_run:
+    elif given.command not in ("all", "pretext") and given.from_artifact is None:
         remedy = f" (or --arm {SCRATCH}, from random weights)" if given.command == "finetune" else ""
         raise ConfigError(f"{given.command}: needs --from ARTIFACT, the folder of an earlier stage's artifact{remedy}")
 

@@ -105,7 +105,7 @@ def make_pipeline(
     computing = Computing(config.compute, device)
     computing.set_up()
     workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking, PROJECT)
-    return Pipeline(config, Datasets(config.data) if data is None else data, computing, workspace)
+    return Pipeline(config, Datasets(config) if data is None else data, computing, workspace)
 
 
 def check_images(data: Datasets, directory: RunDirectory, console: Console, *, overwrite: bool = False) -> None:

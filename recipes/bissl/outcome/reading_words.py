@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...vision.pictures.space import available_memory
+from ...vision.pictures.space import available_memory, size_text
 from ..training.datasets import Datasets
 
 ALL_CLASSES = 20
@@ -47,14 +47,6 @@ def memory_line(facts: Mapping[str, Any]) -> str | None:
         return None
     left = "" if there is None else f"; {size_text(there)} are left"
     return f"images in memory take {size_text(taken)}{left}"
-
-
-def size_text(count: float) -> str:
-    """A number of bytes with three digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 _PARTS = {"train": "to train on", "val": "to validate on", "test": "to test on"}

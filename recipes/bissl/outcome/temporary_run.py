@@ -21,5 +21,5 @@ def results_of(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path, device = Path(folder), torch.device("cpu")
         workspace = Workspace(path, artifact_store(path), Console(quiet=True))
-        pipeline = Pipeline(config, Datasets(config.data), Computing(config.compute, device), workspace)
+        pipeline = Pipeline(config, Datasets(config), Computing(config.compute, device), workspace)
         return summarise(pipeline.run(), config, pipeline.data, device)

@@ -6,7 +6,10 @@ from pathlib import PurePath
 from typing import Any
 
 from ...experiment.records import NOT_RECORDED
+from ...vision.sources.foreign.options import split_options
 from ..settings.arms import in_order
+
+WITH_PATHS = ("folder", "hf", "webdataset")
 
 FINETUNE_NOISE = (
     "Only fine-tuning was repeated, from one pre-trained backbone an arm: intervals and p-values measure fine-tuning "
@@ -93,8 +96,9 @@ def comparison_numbers(comparison: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def shown_name(source: str) -> str:
-    """A data source's name for a picture: of a folder, its last part."""
-    return PurePath(source.removeprefix("folder:")).name if source.startswith("folder:") else source
+    """A data source's name for a picture: of a path, its last part."""
+    kind, _, path = source.partition(":")
+    return PurePath(split_options(path)[0]).name if kind in WITH_PATHS else source
 
 
 def _signed(value: Any) -> str:

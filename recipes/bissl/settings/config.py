@@ -11,6 +11,7 @@ from ...experiment.configuration import check_values, explain, merge
 from ...experiment.errors import ConfigError
 from ...experiment.plugins import PluginError, resolve
 from ...vision.networks.backbones import check_backbone, check_view
+from ...vision.pipeline.reduction import View
 from ..tasks.base import DownstreamTask, PretextTask, Task
 from ..tasks.byol import BYOL
 from ..tasks.classification import Classification
@@ -179,6 +180,15 @@ class Config(Section):
         if self.compute.crops != "auto":
             return self
         return self.model_copy(update={"compute": self.compute.model_copy(update={"crops": crops})})
+
+    def pretext_views(self) -> tuple[View, ...]:
+        """What is made of a pretext image."""
+        return self.pretext_task().random_views() or (self.data.image_size,)
+
+    def labelled_views(self, classes: tuple[str, ...]) -> tuple[View, ...]:
+        """What is made of a labelled image, in training and in evaluation."""
+        task = self.downstream_task(classes)
+        return task.train_view() or self.data.image_size, task.evaluation_view() or self.data.image_size
 
     def pretext_task(self) -> PretextTask:
         """The pretext task with its options."""

@@ -28,6 +28,7 @@ SAFE_TO_CHANGE = frozenset(
         "data.download",
         "data.storage",
         "data.num_workers",
+        "data.cache",
         "data.prefetch_factor",
         "downstream.eval_batch_size",
         "pretext.monitor_every",

@@ -32,7 +32,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where images come from and how they are split."""
 
-    pretext: str = Field(description='source of pretext images: "digits", "stl10", "folder:PATH" or "module:Class"')
+    pretext: str = Field(
+        description='source of pretext images: "digits", "stl10", "folder:PATH", "hf:PATH", "webdataset:PATH" or '
+        '"module:Class" (docs/datasets.md)'
+    )
     downstream: str = Field(description="source of labelled images, as for pretext")
     root: str = Field(default="data", description="folder of downloaded sets")
     download: bool = Field(default=True, description="fetch a set that is not below root, where the network allows it")
@@ -54,7 +57,17 @@ class DataConfig(Section):
     prefetch_factor: int = Field(
         default=2, ge=1, le=64, description="batches of each level that are made before they are used, while room lasts"
     )
+    cache: str | None = Field(
+        default=None,
+        description="folder of decoded pictures, one for all runs, written before the stages of sets that are streamed "
+        "and read from then on; large pictures are reduced there as far as their views allow; null: none",
+    )
     pretext_limit: int | None = Field(default=None, ge=1, description="use at most this many pretext images; null: all")
+    train_list: str | None = Field(
+        default=None,
+        description="text file that names the labelled images to train on, one a line, as the 1% and 10% lists of "
+        "ImageNet do; validation and test stay whole; null: all",
+    )
     labels_per_class: int | None = Field(default=None, ge=1, description="training images a class; null: all")
     val_per_class: int | None = Field(
         default=None, ge=1, description="validation images a class; null: all of the split"
@@ -68,8 +81,8 @@ class DataConfig(Section):
     split_seed: int = Field(default=0, ge=0, description="seed of the splits")
 
 
-HOW_READ = {"root", "download", "storage", "num_workers", "prefetch_factor"}
-"""Fields of the section `data` that change no batch."""
+HOW_READ = {"root", "download", "storage", "num_workers", "prefetch_factor", "cache"}
+"""Fields of the section `data` that change no batch; a cache of reduced pictures does, see `datasets.resolution`."""
 
 
 class ModelConfig(Section):

@@ -1,19 +1,25 @@
 """The images of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from ...experiment.artifacts import Artifact
-from ...vision.imagesets import ImageSet
+from ...experiment.folder.paths import user_path
+from ...vision.errors import DataError
+from ...vision.imagesets import DownstreamSets, ImageSet
+from ...vision.pictures.mapped import MappedImages
+from ...vision.pipeline.picture_cache import PictureCache
+from ...vision.pipeline.reduction import MARGIN, View
 from ...vision.pipeline.workers import Workers, cores_to_spare
 from ...vision.record.copies import without_copies
 from ...vision.record.identity import Identity
 from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
-from ..settings.sections import DataConfig
+from ...vision.sources.published.catalog import DATASETS
+from ..settings.config import Config
 from .compute import Computing
 
 MADE_FROM = ("pretext_images", "labelled_images")
@@ -24,15 +30,24 @@ class Datasets:
     """A run's images, read once, when first needed.
 
     Args:
-        section: which images.
+        config: which images, and what will be made of them.
         read_labelled: reads the labelled sets in another way, such as from a cache.
         workers: processes that read streamed images, in place of the section's number.
+        dry: write no cache, but say in `planned` what it would take.
     """
 
     def __init__(
-        self, section: DataConfig, read_labelled: Callable[[], Any] | None = None, workers: int | None = None
+        self,
+        config: Config,
+        read_labelled: Callable[[], Any] | None = None,
+        workers: int | None = None,
+        *,
+        dry: bool = False,
     ) -> None:
-        self.section, self._read_labelled = section, read_labelled or self._load_labelled
+        self.config, self._read_labelled = config, read_labelled or self._load_labelled
+        self.section = section = config.data
+        self._cache = None if section.cache is None else PictureCache(user_path(section.cache))
+        self._dry, self.planned = dry, list[str]()
         count = section.num_workers if workers is None else workers
         self.workers = Workers(cores_to_spare() if count is None else count)
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
@@ -50,12 +65,19 @@ class Datasets:
     @cached_property
     def _without_copies(self) -> tuple[ImageSet, dict[str, int]]:
         """Those, and how many are copies of "test" images, which are left out, and of "val" images alone."""
-        return without_copies(self.read_pretext(), self.downstream)
+        try:
+            sets = self.downstream
+        except DataError:
+            # A dry run goes without a published set that is still to be fetched.
+            if not self._dry or self.section.downstream not in DATASETS:
+                raise
+            return self.read_pretext(), {"test": 0, "val": 0}
+        return without_copies(self.read_pretext(), sets)
 
     def read_pretext(self) -> ImageSet:
         """Images without labels, read anew, with those that are copies of test images."""
         c = self.section
-        return load_pretext(
+        images = load_pretext(
             c.pretext,
             root=c.root,
             download=c.download,
@@ -65,6 +87,7 @@ class Datasets:
             evaluated=c.pretext == c.downstream,
             storage=c.storage,
         )
+        return self._kept(images, self.config.pretext_views())
 
     @cached_property
     def downstream(self) -> Any:
@@ -110,7 +133,7 @@ class Datasets:
 
     def _load_labelled(self) -> Any:
         c = self.section
-        return load_downstream(
+        sets = load_downstream(
             c.downstream,
             root=c.root,
             download=c.download,
@@ -119,5 +142,29 @@ class Datasets:
             val_fraction=c.val_fraction,
             test_fraction=c.test_fraction,
             split_seed=c.split_seed,
+            train_list=c.train_list,
             storage=c.storage,
         )
+        if self._cache is None:
+            return sets
+        views = self.config.labelled_views(sets.train.classes)
+        train, val, test = (self._kept(images, views) for images in (sets.train, sets.val, sets.test))
+        return DownstreamSets(train, val, test, sets.indices)
+
+    def _kept(self, images: ImageSet, views: Sequence[View]) -> ImageSet:
+        """The same set with its pictures in the cache, if there is one and they are read from files."""
+        if self._cache is None:
+            return images
+        if self._dry:
+            plan = self._cache.plan(images.images, views, images.name)
+            self.planned += [] if plan is None else [f"note: data.cache: {plan}"]
+            return images
+        kept = self._cache.kept(images.images, views, images.name)
+        return ImageSet(kept, images.labels, images.classes, images.name, images.passed_over)
+
+
+def resolution(*sets: ImageSet) -> dict[str, float]:
+    """What belongs to the key of a stage that reads these sets: that pictures come reduced from a cache, if they do."""
+    kept = [images.images for images in sets]
+    reduced = any(isinstance(images, MappedImages) and images.reduced for images in kept)
+    return {"cache_margin": MARGIN} if reduced else {}

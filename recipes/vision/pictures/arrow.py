@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -12,8 +14,17 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import EncodedImages, EncodedItem, Numbers, below, modified
+from .files import of_parts
 
 OPEN_FILES = 1024
+
+
+def optional_package(name: str) -> Any:
+    """A module that the extra `hf` brings. Raises DataError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(f"hf:PATH needs the package {name.partition('.')[0]}: pip install 'bilevel[hf]'") from error
 
 
 @lru_cache(maxsize=OPEN_FILES)
@@ -23,10 +34,7 @@ def arrow_table(path: str) -> Any:
     Raises:
         DataError: the file is missing or damaged, or pyarrow is not installed.
     """
-    try:
-        import pyarrow  # comes with the extra `hf`
-    except ImportError as error:
-        raise DataError("Arrow files are read by pyarrow: install it by pip install 'bilevel[hf]'") from error
+    pyarrow = optional_package("pyarrow")
     try:
         return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()
     except (OSError, pyarrow.ArrowException) as error:
@@ -94,6 +102,13 @@ class ArrowImages(EncodedImages):
     @property
     def nbytes(self) -> int | None:
         return None if (self.sizes < 0).any() else int(self.sizes.sum())
+
+    def fingerprint(self) -> str | None:
+        """None where pictures lie in files of their own, which a table only names."""
+        return None if (self.sizes < 0).any() else of_parts(self.paths, self.file, self.rows)
+
+    def folders(self) -> tuple[str, ...]:
+        return tuple(sorted({os.path.dirname(path) for path in self.paths}))
 
     @cached_property
     def _file_names(self) -> list[str]:

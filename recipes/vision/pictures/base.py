@@ -23,6 +23,10 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 class Item(ABC):
     """Where one picture is read from: a small value that travels to a worker process, which alone reads it."""
 
+    original: tuple[int, int] | None = None
+    """Height and width (px) of the picture that this one was reduced from, by which boxes are found; None: it is whole.
+    """
+
     @abstractmethod
     def picture(self) -> Tensor:
         """The whole picture at its own size: uint8 [1 or 3, H, W].
@@ -92,6 +96,17 @@ class Images(ABC):
     def nbytes(self) -> int | None:
         """Bytes that they take where they lie, as files or in memory; None where nobody has counted."""
         return None
+
+    def fingerprint(self) -> str | None:
+        """What stands for their contents without reading them: paths, sizes and times of modification, hashed.
+
+        None where nobody can tell, as of somebody's Dataset. Raises DataError where a file is missing.
+        """
+        return None
+
+    def folders(self) -> tuple[str, ...]:
+        """The folders that they lie in; none for those in memory."""
+        return ()
 
     def at(self, position: int) -> Tensor:
         """The picture at one position, read now: uint8 [1 or 3, H, W]."""

@@ -7,17 +7,27 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import DataError
-from .rgb import to_rgb
+from .rgb import to_rgb, upright
+
+RULES = 1
+"""Version of what becomes of a file: the turn of EXIF, white behind transparency, three channels of eight bits."""
 
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 JPEG = ("JPEG", "MPO")
+
+
+def decoders() -> dict[str, str]:
+    """What decides a file's pixels besides its bytes: our rules and the versions of the packages that decode."""
+    return {"rules": str(RULES), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
 
 
 def decode(content: bytes, name: str) -> Tensor:
@@ -40,9 +50,9 @@ def decode(content: bytes, name: str) -> Tensor:
             if image.format in JPEG and image.mode in ("L", "RGB"):
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB)
                 assert isinstance(decoded, Tensor), "one picture was given"
-                return decoded
+                return upright(decoded, image)
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise

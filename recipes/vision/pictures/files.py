@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
 from ..sources.file_table import FileTable
 from .base import END, EncodedImages, EncodedItem, Numbers
+
+
+def of_parts(paths: Sequence[str], *arrays: np.ndarray) -> str:
+    """A fingerprint of pictures that are parts of files: SHA-256 of these, their sizes and times, and of what is where.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    content = hashlib.sha256(FileTable.of(os.sep, map(os.path.abspath, paths)).fingerprint().encode())
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,12 @@ class FileImages(EncodedImages):
     @property
     def nbytes(self) -> int:
         return int(self.files.sizes.sum())
+
+    def fingerprint(self) -> str:
+        return self.files.fingerprint()
+
+    def folders(self) -> tuple[str, ...]:
+        return (self.files.root,)
 
     def file_name(self, position: int) -> str:
         return self.files.relative(position)

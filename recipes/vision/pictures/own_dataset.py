@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from torch.utils.data import IterableDataset
 from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
 from .base import Images, Item
-from .decoding import DECODE_ERRORS, to_rgb
+from .decoding import DECODE_ERRORS
+from .rgb import to_rgb
 
 SEED = 1
 CONSTRUCTION = 0
 INSTANCES = 16
+SEEDING = RLock()
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,22 @@ class OwnDataset:
 
 @contextmanager
 def seeded(number: int) -> Iterator[None]:
-    """Seeds torch's generator of the CPU, NumPy's and Python's by (`SEED`, number); afterwards they are as before."""
+    """Seeds torch's generator of the CPU, NumPy's and Python's by (`SEED`, number); afterwards they are as before.
+
+    One thread at a time, as all threads draw from the same three.
+    """
     words = np.random.SeedSequence([SEED, number]).generate_state(3).tolist()
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(words[0])
-        np.random.seed(words[1])
-        random.seed(words[2])
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)
+    with SEEDING:
+        of_python, of_numpy = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(words[0])
+            np.random.seed(words[1])
+            random.seed(words[2])
+            try:
+                yield
+            finally:
+                random.setstate(of_python)
+                np.random.set_state(of_numpy)
 
 
 @lru_cache(maxsize=INSTANCES)
@@ -77,7 +84,7 @@ def _instance(dataset: OwnDataset) -> Any:
     except PluginError as error:
         raise DataError(f"the data source {error}") from error
     arguments = json.loads(dataset.arguments)
-    made = found
+    made: Any = found
     if not _is_map_style(found) and callable(found):
         try:
             with seeded(CONSTRUCTION):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 from PIL import ExifTags, Image
+from torch import Tensor
 
 # Pillow warns of odd metadata, palettes and sizes. What is wrong with a picture is said in a DataError that names its
 # file; `warnings.catch_warnings` around a decoder would not be safe beside other threads.
@@ -20,6 +22,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What puts a picture upright, by the number that EXIF gives to the place of its first pixel."""
+
+_TURNED: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
+    Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels.flip(2),
+    Image.Transpose.ROTATE_180: lambda pixels: pixels.flip(1, 2),
+    Image.Transpose.FLIP_TOP_BOTTOM: lambda pixels: pixels.flip(1),
+    Image.Transpose.TRANSPOSE: lambda pixels: pixels.transpose(1, 2),
+    Image.Transpose.ROTATE_270: lambda pixels: pixels.flip(1).transpose(1, 2),
+    Image.Transpose.TRANSVERSE: lambda pixels: pixels.flip(1, 2).transpose(1, 2),
+    Image.Transpose.ROTATE_90: lambda pixels: pixels.flip(2).transpose(1, 2),
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -39,6 +51,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def upright(pixels: Tensor, image: Image.Image) -> Tensor:
+    """The pixels [3, H, W] of an opened file, decoded elsewhere, turned as its EXIF data ask."""
+    turn = _turn(image)
+    return pixels if turn is None else _TURNED[turn](pixels)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .base import END, EncodedImages, EncodedItem, below, modified
+from .files import of_parts
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -96,6 +98,12 @@ class TarImages(EncodedImages):
     @property
     def nbytes(self) -> int:
         return int(self.sizes.sum())
+
+    def fingerprint(self) -> str:
+        return of_parts(self.shards, self.shard, self.starts, self.sizes)
+
+    def folders(self) -> tuple[str, ...]:
+        return tuple(sorted({os.path.dirname(shard) for shard in self.shards}))
 
     @cached_property
     def _shard_names(self) -> list[str]:

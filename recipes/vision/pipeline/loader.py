@@ -9,18 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..pictures.base import Images
+from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
+from .reduction import View
 from .work import Crops, EvaluationCrops, RandomCrops, Squares, Work, joined
 from .workers import Later, Pending, Workers
 
 SLICE = 64
 """Pictures at a time: a whole batch in one worker would be waited for while the others have nothing to do."""
-
-View = ViewPolicy | EvalView | int
-"""What is made of a picture: a random view, an evaluation's, or the central square of so many pixels, left uint8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +76,7 @@ class Loader:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
-        self.digests = None if images.in_memory else digests
+        self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
@@ -128,6 +126,8 @@ class Loader:
     def give_up(self, begun: UnderWay) -> None:
         """Forget a batch that nobody will ask for."""
         self.workers.in_flight -= begun.nbytes
+        for part in begun.parts:
+            part.cancel()
 
     def room(self, indices: Tensor) -> bool:
         """Whether those pictures may be begun before they are needed."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..pictures.base import EncodedItem, Item
 from ..pictures.decoding import decode
-from ..views.crops import box_of, boxes, central_square, central_view, cropped
+from ..views.crops import Size, box_of, box_within, boxes, central_square, central_view, cropped
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy
 
@@ -31,8 +31,11 @@ class Crops(Protocol):
         """Of what comes out (px)."""
         ...
 
-    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        """That of picture `index`, uint8 [1, C, H, W]: uint8 [1, C, side, side]; another interpolation is for masks."""
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None, original: Size | None = None) -> Tensor:
+        """That of picture `index`, uint8 [1, C, H, W]: uint8 [1, C, side, side].
+
+        Another interpolation is for masks; `original` is the size that a reduced picture had.
+        """
         ...
 
     def of_all(self, pictures: Tensor) -> Tensor:
@@ -57,9 +60,10 @@ class RandomCrops:
         numbers = (part.numpy() for part in (parameters.area, parameters.aspect, parameters.place))
         return cls(policy.size, policy.interpolation, policy.crop_ratio, *numbers)
 
-    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None, original: Size | None = None) -> Tensor:
         area, aspect, place = (part[index].tolist() for part in (self.areas, self.aspects, self.places))
-        box = box_of(area, aspect, place, self.ratio, picture.shape[2], picture.shape[3])
+        size = original or (picture.shape[2], picture.shape[3])
+        box = box_within(box_of(area, aspect, place, self.ratio, *size), size, picture)
         return cropped(picture, box, self.side, interpolation or self.interpolation)
 
     def of_all(self, pictures: Tensor) -> Tensor:
@@ -83,8 +87,9 @@ class EvaluationCrops:
     def side(self) -> int:
         return self.view.crop
 
-    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        return central_view(picture, self.view.resize, self.view.crop, interpolation or self.view.interpolation)
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None, original: Size | None = None) -> Tensor:
+        view = self.view
+        return central_view(picture, view.resize, view.crop, interpolation or view.interpolation, original)
 
     def of_all(self, pictures: Tensor) -> Tensor:
         return self.of(0, pictures)
@@ -96,8 +101,8 @@ class Squares:
 
     side: int
 
-    def of(self, index: int, picture: Tensor, interpolation: str | None = None) -> Tensor:
-        return central_square(picture, self.side, interpolation or "bicubic")
+    def of(self, index: int, picture: Tensor, interpolation: str | None = None, original: Size | None = None) -> Tensor:
+        return central_square(picture, self.side, interpolation or "bicubic", original)
 
     def of_all(self, pictures: Tensor) -> Tensor:
         return self.of(0, pictures)
@@ -149,7 +154,7 @@ class Work:
             else:
                 picture = item.picture()
             for row, crops in zip(rows, self.crops, strict=True):
-                row.append(crops.of(index, picture.unsqueeze(0)))
+                row.append(crops.of(index, picture.unsqueeze(0), original=item.original))
         return Made(tuple(map(joined, rows)), masks, tuple(digests))
 
     def _masks(self, masks: Tensor, crops: Crops) -> Tensor:

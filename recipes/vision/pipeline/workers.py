@@ -8,17 +8,18 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import multiprocessing
 
 from .work import Made, Work
 
@@ -50,6 +51,10 @@ class Pending(Protocol):
         """
         ...
 
+    def cancel(self) -> Any:
+        """Nobody will ask for it: what is not begun yet is left undone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Later:
@@ -59,6 +64,9 @@ class Later:
 
     def result(self) -> Made:
         return self.work.run()
+
+    def cancel(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,20 @@ class Elsewhere:
         except BrokenProcessPool as error:
             raise WorkerLost(LOST) from error
         return _as_tensors(made)
+
+    def cancel(self) -> bool:
+        return self.future.cancel()
+
+
+class _Process(ForkServerProcess):
+    """A worker. Where one is lost the executor terminates the others and waits for them; SIGTERM they do not hear."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
 
 
 class Workers:
@@ -116,11 +138,11 @@ class Workers:
         if self._pool is None:
             free = shared_memory()
             self._by_pipe = free is not None and free < 2 * self.budget
-            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            context = multiprocessing.get_context(method)
-            if method == "forkserver":
-                context.set_forkserver_preload(PRELOADED)
+            context = _Context()
+            context.set_forkserver_preload(PRELOADED)
             self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(),))
+            # Also at the interpreter's end, which an executor that is forgotten until then does not survive silently.
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         return self._pool
 
     def describe(self) -> str | None:
@@ -196,7 +218,17 @@ def _alive(process: int) -> bool:
 
 def _run(work: Work, by_pipe: bool) -> Made:
     made = work.run()
-    return _as_arrays(made) if by_pipe else made
+    return _as_arrays(made) if by_pipe or not _shared(made) else made
+
+
+def _shared(made: Made) -> bool:
+    """Move what was made to shared memory, if there is room left; another program may have taken it."""
+    try:
+        for tensor in (*made.crops, *made.masks):
+            tensor.share_memory_()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _as_arrays(made: Made) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -72,6 +73,18 @@ class FileTable:
     def mtimes(self) -> np.ndarray:
         """int64 [N], the times of the last modification in nanoseconds. Raises DataError as `sizes` does."""
         return self._known()[:, 1]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the root, and of each file's relative path, size and time of modification, in this order.
+
+        Raises DataError if a file that was not looked at before is missing.
+        """
+        content = hashlib.sha256(os.fsencode(os.path.realpath(self.root)))
+        for start, length in zip(self._starts.tolist(), self._lengths.tolist(), strict=True):
+            # No path holds this byte.
+            content.update(self._names[start : start + length] + b"\0")
+        content.update(np.ascontiguousarray(self._known()).tobytes())
+        return content.hexdigest()
 
     def _known(self) -> np.ndarray:
         if self._facts is None:

@@ -192,13 +192,6 @@ def _check_there(folder: Path) -> None:
         raise DataError(f"there is no folder {folder}: give the path of a folder that holds images")
 
 
-def is_labelled(folder: Path) -> bool:
-    """Whether there are two or more class folders, or split folders, in `folder`; what they hold is not looked at."""
-    _check_there(folder)
-    names = _subfolders(folder)
-    return len(names) > 1 or bool(_split_folders(folder, names))
-
-
 def list_folder(folder: Path) -> FolderListing:
     """The images below `folder` with labels: class folders, or a train folder and val and test ones with class folders.
 

@@ -13,6 +13,9 @@ from torch.nn.functional import interpolate
 Box = tuple[int, int, int, int]
 """Top, left, height and width of a crop (px)."""
 
+Size = tuple[int, int]
+"""Height and width of a picture (px)."""
+
 LONGEST = 8
 """A picture that is longer than this many times its shorter side is cut to that before an evaluation's resize, where
 the longer side would grow without bound; its central crop stays."""
@@ -94,24 +97,36 @@ def cropped(pictures: Tensor, box: Box, size: int, interpolation: str) -> Tensor
     return resized(pictures[:, :, top : top + height, left : left + width], size, size, interpolation)
 
 
-def central_view(pictures: Tensor, resize: int, crop: int, interpolation: str) -> Tensor:
+def box_within(box: Box, size: Size, pictures: Tensor) -> Box:
+    """A box of pictures of `size` in the same ones reduced, [N, C, h, w], to the nearest pixel."""
+    if size == tuple(pictures.shape[2:]):
+        return box
+    top, left, height, width = box
+    down, across = pictures.shape[2] / size[0], pictures.shape[3] / size[1]
+    first, start = round(top * down), round(left * across)
+    return first, start, round((top + height) * down) - first, round((left + width) * across) - start
+
+
+def central_view(pictures: Tensor, resize: int, crop: int, interpolation: str, original: Size | None = None) -> Tensor:
     """uint8 pictures [N, C, H, W] with their shorter side at `resize` px, of which the central squares of `crop` px.
 
-    As torchvision's Resize and CenterCrop: the longer side is rounded down, the offset to the nearest pixel.
+    As torchvision's Resize and CenterCrop: the longer side is rounded down, the offset to the nearest pixel. `original`
+    is the size that reduced pictures had.
     """
-    height, width = pictures.shape[2:]
+    height, width = original or pictures.shape[2:]
     if max(height, width) > LONGEST * min(height, width):
-        top, left, height, width = central_box((1 / LONGEST, LONGEST), height, width)
-        pictures = pictures[:, :, top : top + height, left : left + width]
+        box = central_box((1 / LONGEST, LONGEST), height, width)
+        top, left, rows, columns = box_within(box, (height, width), pictures)
+        pictures, (height, width) = pictures[:, :, top : top + rows, left : left + columns], box[2:]
     sides = (resize, int(resize * width / height)) if height <= width else (int(resize * height / width), resize)
     whole = resized(pictures, *sides, interpolation)
     top, left = (round((side - crop) / 2.0) for side in sides)
     return whole[:, :, top : top + crop, left : left + crop]
 
 
-def central_square(pictures: Tensor, side: int, interpolation: str) -> Tensor:
+def central_square(pictures: Tensor, side: int, interpolation: str, original: Size | None = None) -> Tensor:
     """The largest central squares of uint8 pictures [N, C, H, W] at `side` px."""
-    height, width = pictures.shape[2:]
+    height, width = original or pictures.shape[2:]
     short = min(height, width)
     box = round((height - short) / 2), round((width - short) / 2), short, short
-    return cropped(pictures, box, side, interpolation)
+    return cropped(pictures, box_within(box, (height, width), pictures), side, interpolation)

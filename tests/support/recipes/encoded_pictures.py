@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from recipes.vision.pictures.base import Item
 from recipes.vision.sources.sources import Purpose, Request
 from tests.support.recipes.image_trees import picture
 
@@ -38,8 +40,13 @@ def by_pillow(content: bytes) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def picture_and_packages(item: Item) -> tuple[np.ndarray, set[str]]:
+    """An item's pixels, and which packages of `hf:PATH` this process has then. No tensor: it would need a socket."""
+    return item.picture().numpy(), {"datasets", "pandas", "pyarrow"} & set(sys.modules)
+
+
 def request(purpose: Purpose = "downstream") -> Request:
-    return Request(image_size=8, root=Path(), download=False, purpose=purpose)
+    return Request(root=Path(), download=False, purpose=purpose)
 
 
 @pytest.fixture(autouse=True)

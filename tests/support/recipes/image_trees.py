@@ -26,16 +26,16 @@ def tree(root: Path, sizes: dict[str, int], suffix: str = ".png", seed: int = 0)
     return root
 
 
-def downstream(source: str, root: Path = Path("."), image_size: int = 8, **options: Any) -> DownstreamSets:
-    return load_downstream(source, image_size=image_size, root=root, download=False, **options)
+def downstream(source: str, root: Path = Path("."), **options: Any) -> DownstreamSets:
+    return load_downstream(source, root=root, download=False, **options)
 
 
-def pretext(source: str, root: Path = Path("."), image_size: int = 8, **options: Any) -> ImageSet:
-    return load_pretext(source, image_size=image_size, root=root, download=False, **options)
+def pretext(source: str, root: Path = Path("."), **options: Any) -> ImageSet:
+    return load_pretext(source, root=root, download=False, **options)
 
 
 def rows(images: ImageSet) -> set[bytes]:
-    return {image.numpy().tobytes() for image in images.images}
+    return {images.images.at(position).numpy().tobytes() for position in range(len(images))}
 
 
 def counts(images: ImageSet) -> list[int]:

@@ -68,7 +68,7 @@ def small_config(*arguments: str) -> Config:
 def small_pipeline(folder: Path, config: Config) -> Pipeline:
     computing = Computing(config.compute, compute_device(config))
     workspace = Workspace(folder, artifact_store(folder / "checkpoints"), Console(quiet=True), config.tracking, PROJECT)
-    return Pipeline(config, Datasets(config.data), computing, workspace)
+    return Pipeline(config, Datasets(config), computing, workspace)
 
 
 def batches_of(pipeline: Pipeline) -> Batches:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as V1
 
+from recipes.vision.views.crops import box_of
 from recipes.vision.views.view_policy import ViewParameters, ViewPolicy
 
 PLAIN: dict[str, Any] = dict(
@@ -39,10 +40,10 @@ def policy_of(**fields: Any) -> ViewPolicy:
 
 
 def reference_view(policy: ViewPolicy, image: Tensor, parameters: ViewParameters, index: int) -> Tensor:
-    """The view of one image [3, H, W]."""
+    """The view of one image uint8 [3, H, W], in float throughout."""
     at = {field.name: getattr(parameters, field.name)[index].tolist() for field in dataclasses.fields(parameters)}
     mode = InterpolationMode(policy.interpolation)
-    box = at["top"], at["left"], at["height"], at["width"]
+    box = box_of(at["area"], at["aspect"], at["place"], policy.crop_ratio, *image.shape[-2:])
     out = V1.resized_crop(image.float() / 255, *box, [policy.size] * 2, mode, antialias=True).clamp(0, 1)
     if at["flip"]:
         out = V1.hflip(out)

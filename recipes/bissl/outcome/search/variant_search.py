@@ -30,7 +30,7 @@ from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
 from ...training.repeat import Repeat
 from ...training.stages import finetune, head
-from ..estimate import check_data, check_labelled
+from ..checks import check_data, check_labelled, check_parent
 from ..open_run import make_pipeline
 from ..pipeline import Pipeline
 from .space import SearchStage, decided, with_values
@@ -75,15 +75,20 @@ class Search:
         return make_pipeline(self.config, self.directory, artifact_store(self.artifacts), data, console=console)
 
 
-def check(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
+def check(search: Search, given: Artifact | None, data: Datasets, console: Console, *, published: bool = False) -> None:
     """Read the data of a search that is not begun yet; what is wrong must leave nothing behind.
 
+    Args:
+        published: as for `check_data`.
+
     Raises:
-        DataError, ConfigError: naming what is wrong.
+        DataError, ConfigError, ArtifactError: naming what is wrong.
     """
     computing = search.pipeline(data, console).computing
     pretrains = given is None and arm_of(search.variant).start != "random"
-    (check_data if pretrains else check_labelled)(search.config, data, computing)
+    found = (check_data if pretrains else check_labelled)(search.config, data, computing, published=published)
+    if given is not None:
+        check_parent(given, search.stage, search.config, found.classes)
 
 
 def prepare(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
@@ -143,7 +148,7 @@ def work(search: Search, console: Console, *, only: int | None = None, processes
         only: the one trial to do instead, or to wait for.
     """
     workers = cores_to_spare(processes) if search.config.data.num_workers is None else None
-    data = Datasets(search.config.data, partial(_train_and_val, search), workers)
+    data = Datasets(search.config, partial(_train_and_val, search), workers)
     fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
     with closing(data.workers):
         search.queue.work(fit, console, only=None if only is None else (only,))
@@ -154,7 +159,7 @@ def _train_and_val(search: Search) -> TrainAndVal:
     images = _begun(search)["images"]
     if images is not None:
         return read_cache(search.image_cache(images))
-    sets = Datasets(search.config.data).downstream
+    sets = Datasets(search.config).downstream
     return TrainAndVal(sets.train, sets.val)
 
 

@@ -22,7 +22,7 @@ from ...settings.plan import lower_warmup
 from ...settings.sections import HOW_READ
 from ..compute import Computing
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import LOWER_DATA, Batches
 from ..keep_record import KeepRecord
 from ..problem import BACKBONE, BiSSLProblem
@@ -148,7 +148,8 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ),
+        settings.data.model_dump(exclude=HOW_READ)
+        | resolution(data.pretext, data.downstream.train, data.downstream.val),
         [data.identity.pretext, data.identity.labelled],
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),

@@ -25,7 +25,7 @@ from ...settings.sections import HOW_READ
 from ...tasks.base import DownstreamTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
@@ -147,7 +147,8 @@ def _key(repeat: Repeat, data: Datasets, parent: Artifact | None) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
+        | resolution(data.downstream.train, data.downstream.val, data.downstream.test),
         data.identity.labelled,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),

@@ -21,7 +21,7 @@ from ...settings.plan import batches_per_epoch
 from ...settings.sections import HOW_READ
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..image_batches import Batches
 from ..problem import trainable
 from ..repeat import Repeat
@@ -141,7 +141,8 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         STAGE,
         repeat.seed,
         parent,
-        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"}),
+        settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
+        | resolution(data.downstream.train, data.downstream.val),
         data.identity.labelled,
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),

@@ -32,7 +32,7 @@ from ...settings.plan import lower_warmup, make_plan
 from ...tasks.base import PretextTask
 from ..compute import Computing, JoinBuffers
 from ..costs import Costs, costs_of
-from ..datasets import Datasets
+from ..datasets import Datasets, resolution
 from ..given_weights import initial_weights
 from ..global_loss import pretext_loss, pretext_output_loss
 from ..image_batches import LOWER_DATA, PRETEXT_IMAGES, Batches
@@ -188,7 +188,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length, data: Datas
         stage,
         repeat.seed,
         start.parent,
-        settings.data.model_dump(include=PRETEXT_IMAGES),
+        settings.data.model_dump(include=PRETEXT_IMAGES) | resolution(data.pretext),
         data.identity.pretext,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),

@@ -20,6 +20,7 @@ from ....vision.optimizers import schedule
 from ...tasks.base import PretextTask
 from ..compute import JoinBuffers
 from ..costs import Costs
+from ..datasets import resolution
 from ..global_loss import pretext_loss
 from ..image_batches import PRETEXT_IMAGES, Batches
 from ..keep_record import KeepRecord
@@ -54,7 +55,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         STAGE,
         repeat.seed,
         None,
-        settings.data.model_dump(include=PRETEXT_IMAGES),
+        settings.data.model_dump(include=PRETEXT_IMAGES) | resolution(batches.data.pretext),
         batches.data.identity.pretext,
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ...errors import DataError
+from ...pictures.arrow import optional_package
 from .labels import Labels, by_value
 
 # By their names, so that the package is imported only where a data set is opened.
@@ -75,8 +76,7 @@ def image_sizes(table: Any, column: str, where: str) -> npt.NDArray[np.int64]:
 
     Raises DataError, naming the row, where there is neither.
     """
-    import pyarrow.compute as pc  # comes with the extra `hf`
-
+    pc = optional_package("pyarrow.compute")
     held = table.column(column)
     is_struct = hasattr(held.type, "num_fields") and held.type.num_fields > 0
     lengths = pc.binary_length(pc.struct_field(held, "bytes") if is_struct else held)
@@ -140,8 +140,7 @@ def labels_of(tables: Sequence[Any], features: Mapping[str, Any], columns: Seque
 
 def _joined(tables: Sequence[Any], column: str) -> Any:
     """A column of all tables as one array."""
-    import pyarrow  # comes with the extra `hf`
-
+    pyarrow = optional_package("pyarrow")
     chunks = [chunk for table in tables for chunk in table.column(column).chunks]
     return pyarrow.concat_arrays(chunks) if chunks else pyarrow.array([])
 

@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ....experiment.folder.paths import user_path
 from ...errors import DataError
-from ...pictures.arrow import ArrowImages, arrow_table
+from ...pictures.arrow import ArrowImages, arrow_table, optional_package
 from ..file_table import FileScan
 from ..sources import Request, Source
 from .columns import image_column, image_sizes, label_columns, labels_of
@@ -34,15 +33,6 @@ class Split:
     features: Mapping[str, Any]
 
 
-def _datasets() -> ModuleType:
-    """The package. Raises DataError where it is not installed."""
-    try:
-        import datasets  # an optional dependency, which the other sources do without
-    except ImportError as error:
-        raise DataError("hf:PATH is read by the package datasets: pip install 'bilevel[hf]'") from error
-    return datasets
-
-
 def _split(dataset: Any, name: str) -> Split:
     """Where a Dataset lies. Raises DataError unless its rows are those of its files."""
     paths = tuple(str(file["filename"]) for file in dataset.cache_files)
@@ -53,7 +43,7 @@ def _split(dataset: Any, name: str) -> Split:
 
 def _saved(path: str, wanted: Mapping[str, str], request: Request, name: str) -> dict[str, Split]:
     """The parts to open of what `save_to_disk` wrote."""
-    datasets = _datasets()
+    datasets = optional_package("datasets")
     try:
         loaded = datasets.load_from_disk(path, keep_in_memory=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,7 +63,7 @@ def _chosen(splits: Mapping[str, Any], wanted: Mapping[str, str], name: str) -> 
 
 def _parquet(base: Path, files: Sequence[str], request: Request, name: str) -> dict[str, Split]:
     """The parts to open of parquet files, copied to Arrow files in the cache folder where they were not before."""
-    datasets = _datasets()
+    datasets = optional_package("datasets")
     groups = wanted_parts(files_by_part(files, name), request.purpose, name)
     parts = {}
     for part, positions in groups.items():
@@ -139,13 +129,14 @@ def _images(splits: Sequence[Split], column: str, name: str) -> ArrowImages:
     return ArrowImages(tuple(paths), column, file, np.concatenate(rows), np.concatenate(sizes))
 
 
-def open_hugging_face(text: str, request: Request) -> Source:
+def open_hugging_face(text: str, request: Request, labelled: bool = True) -> Source:
     """The images of `PATH`, or of `PATH?image=COLUMN&label=COLUMN&train=SPLIT&test=SPLIT`.
 
     PATH is what `save_to_disk` wrote (a Dataset, or a DatasetDict whose splits are the parts), a folder of parquet
     files at any depth whose names say the parts, or one such file. Parquet is copied to Arrow files in the cache folder
     once; the console tells where and how large. Rows are mapped into memory, and labels are read without the images.
-    Nothing is looked up in a network. Columns are chosen by `image_column` and `labels_of`.
+    Nothing is looked up in a network. Without `labelled` the labels are left alone. Columns are chosen by
+    `image_column` and `labels_of`.
 
     Raises:
         DataError: `datasets` is not installed; nothing of the kind at PATH, or damaged; splits of unknown names,
@@ -159,7 +150,7 @@ def open_hugging_face(text: str, request: Request) -> Source:
     splits = list(parts.values())
     features = splits[0].features
     column = image_column(features, options.get("image"), name)
-    columns = [] if "unlabelled" in parts else label_columns(features, options.get("label"), name)
+    columns = [] if "unlabelled" in parts or not labelled else label_columns(features, options.get("label"), name)
     _check_alike(parts, [column, *columns], name)
     labels = labels_of([arrow_table(path) for split in splits for path in split.paths], features, columns, name)
     images = _images(splits, column, name)

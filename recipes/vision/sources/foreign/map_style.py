@@ -171,15 +171,16 @@ def _parts(made: Any, name: str) -> dict[str, Tensor]:
     return found
 
 
-def open_map_style(text: str, request: Request) -> Source:
+def open_map_style(text: str, request: Request, labelled: bool = True) -> Source:
     """The items of the Dataset that `module:Class`, or `module:function`, makes; `?key=value&...` are its arguments.
 
     Values are JSON, or else texts. An item is an image (see `to_picture`) or a tuple that begins with one and its
     label. Labels come from a method `label(index)`, or from `targets`, `labels`, `_labels`, `samples` or `imgs` of the
-    Dataset's length; where there is none of these, every item is read once, and the console tells so. Classes are its
-    `classes`, or the labels that occur. `parts`, an attribute or a method, may give indices of train, val, test and
-    unlabelled items. Each item is made with torch's, NumPy's and Python's generators seeded by its index, so that it is
-    the same each time and in every process; each process makes an instance of its own.
+    Dataset's length; where there is none of these, every item is read once, and the console tells so; without
+    `labelled` they are left alone. Classes are its `classes`, or the labels that occur. `parts`, an attribute or a
+    method, may give indices of train, val, test and unlabelled items. Each item is made with torch's, NumPy's and
+    Python's generators seeded by its index, so that it is the same each time and in every process; each process makes
+    an instance of its own.
 
     Raises:
         DataError: the name leads nowhere, or to nothing map-style; it raises; images or labels of other kinds.
@@ -193,7 +194,7 @@ def open_map_style(text: str, request: Request) -> Source:
     to_picture(
         first[0] if isinstance(first, tuple | list) and first else first, f"{text}: the image of item {indices[0]}"
     )
-    needed = "unlabelled" not in parts and (request.purpose == "downstream" or "test" not in parts)
+    needed = labelled and "unlabelled" not in parts and (request.purpose == "downstream" or "test" not in parts)
     values = _values(dataset, tuple(indices.tolist())) if needed else None
     labels = None if values is None else _labels(values, _classes(made), text)
     positions = consecutive({part: len(held) for part, held in parts.items()})

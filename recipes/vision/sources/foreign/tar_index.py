@@ -88,7 +88,7 @@ def members(shard: Path) -> Iterator[Member]:
             _refuse_compressed(shard, file)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # which would grow by a kilobyte a member
+                    archive.members.clear()  # type: ignore[attr-defined]  # it would grow by a kilobyte a member
                     folder, _, base = member.name.rpartition("/")
                     stem, dot, suffix = base.partition(".")
                     if member.isdir() or not (stem and dot) or META.match(member.name):

@@ -163,13 +163,14 @@ def _labels(arrays: Mapping[str, Any]) -> Labels | None:
     return by_value(arrays["codes"], texts)
 
 
-def open_web_dataset(text: str, request: Request) -> Source:
+def open_web_dataset(text: str, request: Request, labelled: bool = True) -> Source:
     """The images of `PATH` or `PATH?image=SUFFIX&label=SUFFIX`: tar files in the layout of WebDataset.
 
-    PATH is a folder of .tar files at any depth, or a pattern with braces or wildcards. The members whose names agree
-    up to the first dot of the last part are a sample: one image, and its class as a number or a name in `.cls`, or in
-    the member whose suffix `label` gives; `image` chooses among several images. Classes are the values that occur,
-    sorted. Words in the names of folders and files (`train/`, `val-000.tar`) say the parts.
+    PATH is a folder of .tar files at any depth, or a pattern with braces or wildcards. The members whose names agree up
+    to the first dot of the last part are a sample: one image, and its class as a number or a name in `.cls`, or in the
+    member whose suffix `label` gives; `image` chooses among several images. Classes are the values that occur, sorted;
+    without `labelled` they are left alone. Words in the names of folders and files (`train/`, `val-000.tar`) say the
+    parts.
 
     Raises:
         DataError: naming shard and sample: what is not local, is compressed, damaged, cut short or missing, samples
@@ -191,7 +192,7 @@ def open_web_dataset(text: str, request: Request) -> Source:
     counts = np.bincount(arrays["shard"], minlength=len(shards))
     ends = np.cumsum([len(positions) for positions in groups.values()])
     of_part = {part: int(held.sum()) for part, held in zip(groups, np.split(counts, ends[:-1]), strict=True)}
-    labels = _labels(arrays)
-    if "label" in options and labels is None:
+    labels = _labels(arrays) if labelled else None
+    if "label" in options and labelled and labels is None:
         raise DataError(f"{name}: no sample has a member with the suffix .{options['label']}")
     return assembled(name, images, consecutive(of_part), labels)

@@ -261,6 +261,7 @@ _ALL = (
             Archive(f"{VOC}/VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
             Archive(f"{VOC}/VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
         ),
+        labels="multi-label",
     ),
 )
 

@@ -10,6 +10,7 @@ import torch
 
 from ....experiment.terminal import command_line
 from ...errors import DataError
+from ...imagesets import LabelKind
 from ..sources import Request, Source
 from .archives import Archive, fetch
 
@@ -21,6 +22,7 @@ class Dataset:
     `counts`: images in each part that the set itself fixes; `split`: images for train, val and test of a downstream
     task; `pretext`: images for the pretext task. `needs`: files and folders below the root, `archives`: where they
     come from, empty where `page` is all there is. `by_hand`: how to place them; `terms`: the licence, in short.
+    `labels`: what they are.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Dataset:
     terms: str
     archives: tuple[Archive, ...] = ()
     by_hand: str = ""
+    labels: LabelKind = "single-label"
 
     @property
     def has_unlabelled(self) -> bool:

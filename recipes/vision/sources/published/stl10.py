@@ -42,7 +42,8 @@ def _read(files: list[Path]) -> ArrayImages:
     first = 0
     for part in stored:
         for start in range(0, len(part), CHUNK):
-            chunk = torch.from_numpy(part[start : start + CHUNK].transpose(0, 1, 3, 2))
+            # A copy: torch takes no memory that may not be written to.
+            chunk = torch.from_numpy(part[start : start + CHUNK].transpose(0, 1, 3, 2).copy())
             images[first + start : first + start + len(chunk)] = chunk
         first += len(part)
     return ArrayImages(images)

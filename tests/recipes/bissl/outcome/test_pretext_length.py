@@ -144,7 +144,15 @@ def test_bad_options_write_nothing(case: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_shown_by_its_last_part() -> None:
-    assert [shown_name(name) for name in ("folder:/a/b/c", "folder:c/", "flowers")] == ["c", "c", "flowers"]
+    names = (
+        "folder:/a/b/c",
+        "folder:c/",
+        "hf:/a/b?image=photo",
+        "webdataset:/a/x-{0..9}.tar",
+        "flowers",
+        "own.set:Own",
+    )
+    assert [shown_name(name) for name in names] == ["c", "c", "b", "x-{0..9}.tar", "flowers", "own.set:Own"]
 
 
 def test_a_runs_folder_is_refused(tmp_path: Path) -> None:

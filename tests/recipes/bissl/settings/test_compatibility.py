@@ -28,6 +28,8 @@ from recipes.experiment.artifacts import Artifact
 from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.pipeline.stream import PrefetchedStack
+from recipes.vision.views.random_view import RandomView
 from tests.support.paths import ROOT
 from tests.support.recipes.small_runs import batches_of, part, run_all, run_stage, small_config, small_pipeline
 
@@ -111,7 +113,7 @@ def test_unscaled_pretext_images_are_those_of_0_to_255() -> None:
     plain = build_config(PRESETS["images"]("v2"), {"pretext": {"options": views}})
     config = apply(plain, ["unscaled-pretext"])
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    first, _ = config.pretext_task().transform()(images, torch.Generator().manual_seed(0))
+    first = RandomView(config.pretext_task().random_views()[0])(images, torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(first, (images.float() - mean) / std, rtol=1e-4, atol=0.5)
     assert changed(plain, config).keys() > {"pretext.options.view1.mean", "pretext.options.view1.std"}
@@ -271,9 +273,15 @@ def test_the_code_warms_the_lower_level_up_for_200_steps_and_the_paper_for_980()
 
 
 def test_fresh_batches_reach_the_method(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder, names in (("paper", []), ("code", ["fresh-hessian-batches"])):
-        method = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch).method
-        assert (method.fresh_batches, method.stored_batches) == (bool(names), 2)
+    for folder, names, drawn in (("paper", [], 4), ("code", ["fresh-hessian-batches"], 8)):
+        trainer = untrained_trainer(apply(small_config(), names), tmp_path / folder, monkeypatch)
+        assert (trainer.method.fresh_batches, trainer.method.stored_batches) == (bool(names), 2)
+        # Two alternations of two steps, and two batches for the Hessian besides.
+        data = trainer.lower.data
+        assert isinstance(data, PrefetchedStack)
+        assert data.total == drawn
+        trainer.run()
+        assert data.state_dict()["drawn"] == drawn
 
 
 def test_official_runs_through_all_stages(tmp_path: Path) -> None:
@@ -298,7 +306,8 @@ def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest
     for names in ([], ["zero-init-residual"]):
         with pytest.raises(Made):
             run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
-    ones, zeros = ([block.bn2.weight for block in made.modules() if isinstance(block, BasicBlock)] for made in built)
+    blocks = [[block for block in made.modules() if isinstance(block, BasicBlock)] for made in built]
+    ones, zeros = ([block.get_parameter("bn2.weight") for block in found] for found in blocks)
     assert len(ones) == len(zeros) == 3
     assert all(bool((weight == 1.0).all()) for weight in ones)
     assert all(bool((weight == 0.0).all()) for weight in zeros)

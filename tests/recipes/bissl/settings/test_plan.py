@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from recipes.bissl.outcome.estimate import describe
+from recipes.bissl.outcome import estimate
+from recipes.bissl.outcome.checks import check_data, dry_data
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.bissl.settings.presets import PRESETS
 from recipes.bissl.training import datasets
+from recipes.bissl.training.compute import Computing
 from recipes.experiment.errors import ConfigError
 from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import batches_of, small_config, small_pipeline
@@ -55,8 +58,8 @@ def test_the_stacks_have_as_many_batches_as_planned(tmp_path: Path) -> None:
     for limit, size in ((48, 24), (49, 24), (50, 24), (50, 50)):
         config = small_config("--data.pretext-limit", str(limit), "--pretext.batch-size", str(size))
         batches = batches_of(small_pipeline(tmp_path, config))
-        assert len(batches.pretext(config.pretext_task(), "x")) == batches_per_epoch(limit, size)
-        labelled = batches.labelled(config.downstream_task(batches.data.downstream.train.classes), "x")
+        assert len(batches.pretext(config.pretext_task(), "x", 1)) == batches_per_epoch(limit, size)
+        labelled = batches.labelled(config.downstream_task(batches.data.downstream.train.classes), "x", 1)
         assert len(labelled) == batches_per_epoch(30, 16)
 
 
@@ -77,6 +80,12 @@ def test_baseline_may_have_its_own_length_and_rate() -> None:
     plan = make_plan(config, "baseline", 1000, 30)
     assert (plan.pretext, plan.pretext_lr) == (70, 0.25)
     assert make_plan(config, "bissl", 1000, 30).pretext_lr == config.pretext.lr
+
+
+def describe(config: Config) -> str:
+    """What a dry run says."""
+    computing = Computing(config.compute, torch.device("cpu"))
+    return estimate.describe(config, check_data(config, dry_data(config), computing, published=True))
 
 
 def test_estimate_prints_the_plan() -> None:
@@ -104,7 +113,8 @@ def test_estimate_of_a_known_set_opens_no_file(tmp_path: Path, monkeypatch: pyte
     assert "49000 + lower 10000 = 59000 pretext steps" in text
     assert "58800 + lower 0 = 58800 pretext steps" in text
     assert "labelled images 4000" in text
-    assert text.count("is its published one; no file was opened") == 2
+    assert text.count("note: stl10 is not on the disk") == 1
+    assert text.endswith("the sizes here are its published ones, and the run will fetch it")
     assert not list(tmp_path.iterdir())
     # 7 of each of 10 classes; half of the 100,000.
     fewer = build_config(
@@ -113,13 +123,28 @@ def test_estimate_of_a_known_set_opens_no_file(tmp_path: Path, monkeypatch: pyte
     assert "pretext images 50000, batches an epoch 49; labelled images 70, batches an epoch 1" in describe(fewer)
 
 
-def test_estimate_reads_the_data_where_the_split_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_sizes_of_other_splits_and_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.bissl.outcome.estimate._seconds_per_image", lambda config, device: 0.01)
-    data = {"root": str(tmp_path), "val_fraction": 0.3}
-    with pytest.raises(DataError, match="STL-10 cannot be read"):
-        describe(preset("paper-stl10", data=data))
+    data = {"root": str(tmp_path), "val_fraction": 0.3, "download": False}
+    text = describe(preset("paper-stl10", data=data))
+    assert "labelled images 3500" in text
+    assert "and the run will be refused: `data verify stl10` says what to do" in text
     # Flowers have a validation part of their own.
     assert "labelled images 1020" in describe(preset("paper-flowers", data=data))
+    with pytest.raises(DataError, match=r"has multi-label labels, but downstream.task 'classification' takes single"):
+        describe(preset("paper-stl10", data={**data, "downstream": "voc2007"}))
+
+
+def test_a_published_set_that_is_there_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.bissl.outcome.estimate._seconds_per_image", lambda config, device: 0.01)
+    (tmp_path / "flowers-102" / "jpg").mkdir(parents=True)
+    for name in ("imagelabels.mat", "setid.mat"):
+        (tmp_path / "flowers-102" / name).write_bytes(b"damaged")
+    config = preset("paper-flowers", data={"root": str(tmp_path), "download": False})
+    with pytest.raises(DataError, match=r"Oxford 102 Flowers cannot be read: .*\.mat"):
+        describe(config)
+    fetched = build_config(config, {"data": {"download": True}})
+    assert "note: flowers is not whole on the disk" in describe(fetched)
 
 
 def test_estimate_bounds_the_products_of_each_solver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from recipes.vision.errors import DataError
 from recipes.vision.sources.folders import (
     SUFFIXES,
     FolderListing,
-    is_labelled,
     list_folder,
     list_images,
     part_of,
     passed_over_line,
     passed_over_words,
 )
-from recipes.vision.sources.sources import Request, open_images
+from recipes.vision.sources.sources import open_images
 from tests.support.recipes.image_trees import counts, downstream, pretext, rows, tree
 
 
@@ -199,13 +199,14 @@ def test_unlabelled_images_at_any_depth(layout: str, tmp_path: Path) -> None:
     assert listing.passed_over == {".txt": 1, "hidden": 1}
 
 
-def test_unlabelled_images_are_read_without_a_hold_out(tmp_path: Path) -> None:
+def test_unlabelled_images_are_all_taken(tmp_path: Path) -> None:
     tree(tmp_path, {"p1": 1, "p2": 2, "p3": 1})
-    source = open_images(str(tmp_path), Request(20, tmp_path, False, "pretext"))
-    assert source.labels is None
-    images = source.read(source.parts["unlabelled"])
-    assert len({image.numpy().tobytes() for image in images}) == 4
-    assert torch.equal(source.read(torch.tensor([3, 0])), images[[3, 0]])
+    source = open_images(str(tmp_path))
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1, 2, 3])
+    files = sorted(tmp_path.rglob("*.png"))
+    for position, file in enumerate(files):
+        expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+        assert torch.equal(source.images.at(position), expected)
 
 
 @pytest.mark.parametrize("folder", ["", "all", "all/deeper"], ids=["flat", "all", "all/deeper"])
@@ -213,18 +214,16 @@ def test_pretext_images_without_class_folders(folder: str, tmp_path: Path) -> No
     tree(tmp_path / "a", {"x": 6})
     (tmp_path / "b" / folder).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "a" / "x").rename(tmp_path / "b" / folder)
-    assert not is_labelled(tmp_path / "b")
-    images = pretext(f"folder:{tmp_path / 'b'}", limit=None)
+    images = pretext(f"folder:{tmp_path / 'b'}", evaluated=False)
     assert (len(images), images.labels) == (6, None)
-    assert len(pretext(f"folder:{tmp_path / 'b'}", limit=4)) == 4
+    assert len(pretext(f"folder:{tmp_path / 'b'}", limit=4, evaluated=False)) == 4
 
 
-def test_folders_with_labels_are_told_from_those_without(tmp_path: Path) -> None:
-    assert is_labelled(empty(tmp_path / "classes", ["a/1.png", "b/1.png"]))
-    assert is_labelled(empty(tmp_path / "parts", ["training/a/1.png"]))
-    assert not is_labelled(empty(tmp_path / "single", ["a/1.png", ".git/x.png"]))
-    with pytest.raises(DataError, match=r"no folder .*nowhere"):
-        is_labelled(tmp_path / "nowhere")
+def test_class_folders_lose_their_test_images_only_where_they_are_evaluated(tmp_path: Path) -> None:
+    source = f"folder:{tree(tmp_path, {'cat': 8, 'dog': 8})}"
+    sets = downstream(source)
+    assert rows(pretext(source)) == rows(sets.train) | rows(sets.val)
+    assert len(rows(pretext(source, evaluated=False))) == 16
 
 
 def test_unlabelled_folder_without_images(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from recipes.vision.errors import DataError
 from recipes.vision.sources.label_file import open_label_file
-from recipes.vision.sources.sources import Request, Source
+from recipes.vision.sources.sources import Source
 from tests.support.recipes.image_trees import counts, downstream, picture, pretext
 
 NAMES = [f"{i}.png" for i in range(6)] + [f"deep/{i}.png" for i in range(6, 12)]
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 def opened(folder: Path, table: str | bytes) -> Source:
     content = table if isinstance(table, bytes) else table.encode()
     (folder / "labels.csv").write_bytes(content)
-    return open_label_file(str(folder), Request(8, folder, False, "downstream"))
+    return open_label_file(str(folder))
 
 
 def refused(folder: Path, table: str | bytes) -> str:
@@ -247,7 +247,7 @@ def test_values_that_are_no_classes(table: str, said: str, folder: Path) -> None
 def test_images_that_are_not_there(name: str, said: str, folder: Path) -> None:
     (folder / "labels.csv").write_text(f"file,a\n{name},1\n1.png,0\n")
     with pytest.raises(DataError, match=said):
-        open_label_file(str(folder), Request(8, folder, False, "downstream"))
+        open_label_file(str(folder))
 
 
 def test_a_backslash_that_belongs_to_the_name_is_kept(folder: Path) -> None:
@@ -308,7 +308,7 @@ def test_one_class_is_refused(tmp_path: Path) -> None:
 def test_table_that_cannot_be_read(folder: Path) -> None:
     (folder / "labels.csv").mkdir()
     with pytest.raises(DataError, match=r"labels\.csv cannot be read \(Is a directory\)"):
-        open_label_file(str(folder), Request(8, folder, False, "downstream"))
+        open_label_file(str(folder))
 
 
 def test_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

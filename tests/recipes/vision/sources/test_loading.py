@@ -23,12 +23,12 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
     for part in ("train", "val", "test"):
         images: ImageSet = getattr(sets, part)
         chosen = sets.indices[part]
-        assert images.images.shape[1:] == (1, 8, 8)
-        assert np.array_equal(images.images[:, 0].numpy(), np.rint(DIGITS.images[chosen] / 16 * 255))
+        pixels = images.images.stacked()
+        assert pixels.shape[1:] == (1, 8, 8)
+        assert np.array_equal(pixels[:, 0].numpy(), np.rint(DIGITS.images[chosen] / 16 * 255))
         assert same_labels(images, DIGITS.target[chosen])
         assert images.classes == tuple("0123456789")
-    assert int(sets.train.images.max()) == 255
-    assert downstream("digits", image_size=12).test.images.shape[1:] == (1, 12, 12)
+    assert int(sets.train.images.stacked().max()) == 255
 
 
 def test_splits_are_disjoint_complete_stratified_and_seeded() -> None:
@@ -56,7 +56,7 @@ def test_pretext_holds_everything_but_the_test_images() -> None:
         assert len(images) == 1797 - len(sets.test)
         used = sorted(set(range(1797)) - set(sets.indices["test"]))
         reference = np.rint(DIGITS.images[used] / 16 * 255)
-        assert np.array_equal(images.images[:, 0].numpy(), reference)
+        assert np.array_equal(images.images.stacked()[:, 0].numpy(), reference)
 
 
 def test_limit_keeps_a_random_nested_choice(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_limit_keeps_a_random_nested_choice(tmp_path: Path) -> None:
     assert (len(few), len(more), len(pretext(source, limit=999))) == (6, 15, len(full))
     assert rows(few) < rows(more) < full
     assert rows(pretext(source, limit=6, split_seed=0)) == rows(few)
-    firsts = rows(ImageSet(pretext(source).images[:6], None, (), ""))
+    firsts = rows(pretext(source).subset(range(6)))
     assert rows(few) != firsts
 
 
@@ -100,7 +100,6 @@ def test_class_with_too_few_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        dict(image_size=0),
         dict(labels_per_class=0),
         dict(val_per_class=-1),
         dict(val_fraction=0.0),
@@ -160,7 +159,7 @@ def test_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", os.getcwd())])
     sets = downstream("own_images_plugin:Own", labels_per_class=2)
     assert counts(sets.train) == [2, 2, 2]
-    assert [100 + int(image[0, 0, 0]) for image in sets.train.images] == sets.indices["train"]
+    assert [100 + int(image[0, 0, 0]) for image in sets.train.images.stacked()] == sets.indices["train"]
     assert len(sets.val) == 6
     images = pretext("own_images_plugin:Own", limit=7)
     assert len(images) == 7
@@ -195,7 +194,7 @@ def test_subset_takes_images_and_labels_together() -> None:
     whole = ImageSet(images, torch.tensor([0, 1, 2, 1, 0]), ("a", "b", "c"), "set")
     part = whole.subset([3, 0])
     assert len(part) == 2
-    assert part.images.flatten().tolist() == [3, 0]
+    assert part.images.stacked().flatten().tolist() == [3, 0]
     assert part.labels is not None
     assert part.labels.tolist() == [1, 0]
     assert (part.classes, part.name) == (whole.classes, whole.name)
@@ -234,3 +233,28 @@ def test_one_class_is_nothing_to_tell_apart(labels: list[int], classes: tuple[st
     for other in (torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 2, 2, dtype=torch.uint8)):
         single = ImageSet(images.images, other, ("red",), "set")
         assert DownstreamSets(single, single, single, indices).train is single
+
+
+def test_a_list_keeps_the_training_images_that_it_names(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "images", {"train/a": 6, "train/b": 6, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "train").rglob("*.png"))
+    chosen = [names[0], names[3], names[7]]
+    listed = tmp_path / "percent.txt"
+    listed.write_text("\n".join(chosen) + "\n")
+    whole, some = (downstream(f"folder:{folder}", train_list=given) for given in (None, listed))
+    positions = [names.index(name) for name in chosen]
+    assert rows(some.train) == rows(whole.train.subset(positions))
+    assert counts(some.train) == [2, 1]
+    assert rows(some.val) == rows(whole.val)
+    assert rows(some.test) == rows(whole.test)
+
+
+def test_a_list_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "images", {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    listed = tmp_path / "percent.txt"
+    held_out = next(path.relative_to(folder).as_posix() for path in (folder / "test").rglob("*.png"))
+    listed.write_text(held_out)
+    with pytest.raises(DataError, match="only held-out ones"):
+        downstream(f"folder:{folder}", train_list=listed)
+    with pytest.raises(DataError, match="digits are none; use labels_per_class"):
+        downstream("digits", train_list=listed)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, OxfordIIITPet
 
 from recipes.vision.errors import DataError
-from recipes.vision.sources import folders
+from recipes.vision.pictures import base
 from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.dataset import open_dataset
 from recipes.vision.sources.sources import Request, Source
@@ -21,8 +22,8 @@ from tests.support.recipes.dataset_trees import MAKERS, cifar, fashion_mnist, md
 from tests.support.recipes.image_trees import downstream, pretext, rows
 
 
-def opened(name: str, root: Path, *, image_size: int = 10, split_seed: int = 0) -> Source:
-    return open_dataset(DATASETS[name], Request(image_size, root, False, "downstream", split_seed))
+def opened(name: str, root: Path, *, split_seed: int = 0) -> Source:
+    return open_dataset(DATASETS[name], Request(root, False, "downstream", split_seed))
 
 
 def names_of(source: Source, position: int) -> tuple[str, ...]:
@@ -33,11 +34,14 @@ def names_of(source: Source, position: int) -> tuple[str, ...]:
     return tuple(sorted(source.classes[i] for i in label.nonzero().flatten().tolist()))
 
 
-def decoded(file: Path, side: int) -> np.ndarray:
-    """The central square by PIL, as uint8 [3, side, side]; the trees' images are 14 x 11 px."""
+def decoded(file: Path) -> np.ndarray:
+    """The picture by PIL, as uint8 [3, H, W]."""
     with Image.open(file) as image:
-        square = image.convert("RGB").crop((2, 0, 13, 11))
-        return np.asarray(square.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def read(source: Source, positions: Tensor) -> Tensor:
+    return source.images.subset(positions).stacked()
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "caltech101"])
@@ -49,11 +53,11 @@ def test_files_labels_and_parts_are_those_of_the_tree(
     assert list(source.parts) == list(expected)
     for part, entries in expected.items():
         positions = source.parts[part]
-        images = source.read(positions)
+        images = read(source, positions)
         assert len(positions) == len(entries)
         for position, image, (file, classes) in zip(positions.tolist(), images, entries, strict=True):
             assert names_of(source, position) == classes
-            assert np.array_equal(image.numpy(), decoded(file, 10)), file
+            assert np.array_equal(image.numpy(), decoded(file)), file
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -87,14 +91,14 @@ def test_caltech101_draws_thirty_of_each_class_by_the_seed(tmp_path: Path, monke
     assert source.labels is not None
     assert torch.bincount(source.labels[source.parts["train"]]).tolist() == [30, 30]
     assert torch.bincount(source.labels[source.parts["test"]]).tolist() == [4, 1]
-    truth = {decoded(file, 10).tobytes(): classes for file, classes in expected["train"]}
-    images = source.read(torch.arange(65))
+    truth = {decoded(file).tobytes(): classes for file, classes in expected["train"]}
+    images = read(source, torch.arange(65))
     assert [truth.pop(image.numpy().tobytes()) for image in images] == [names_of(source, i) for i in range(65)]
     assert truth == {}
-    train = source.read(source.parts["train"])
+    train = read(source, source.parts["train"])
     again, other = opened("caltech101", tmp_path), opened("caltech101", tmp_path, split_seed=1)
-    assert torch.equal(again.read(again.parts["train"]), train)
-    assert not torch.equal(other.read(other.parts["train"]), train)
+    assert torch.equal(read(again, again.parts["train"]), train)
+    assert not torch.equal(read(other, other.parts["train"]), train)
     # The test images stay out of the pretext set for every seed.
     for seed in (0, 1):
         kept = rows(pretext("caltech101", tmp_path, split_seed=seed))
@@ -126,15 +130,15 @@ def test_voc_counts_difficult_objects_and_is_multi_label(tmp_path: Path, monkeyp
 
 def test_only_what_a_cap_leaves_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small("cars", tmp_path, monkeypatch)
-    read: list[Path] = []
+    seen: list[str] = []
 
-    def noted(file: Path, side: int) -> np.ndarray:
-        read.append(file)
-        return np.zeros((side, side, 3), dtype=np.uint8)
+    def noted(content: bytes, name: str) -> Tensor:
+        seen.append(name)
+        return torch.zeros(3, 2, 2, dtype=torch.uint8)
 
-    monkeypatch.setattr(folders, "decode", noted)
+    monkeypatch.setattr(base, "decode", noted)
     downstream("cars", tmp_path, labels_per_class=1, val_per_class=1)
-    assert len(read) == len(set(read)) == 3 + 3 + 8
+    assert len(seen) == len(set(seen)) == 3 + 3 + 8
 
 
 @pytest.mark.parametrize(("name", "published"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
@@ -151,17 +155,16 @@ def test_cifar_is_read_as_torchvision_reads_it(
         monkeypatch.setattr(published, files, listed)
     meta = published.meta
     monkeypatch.setattr(published, "meta", {**meta, "md5": md5(folder / meta["filename"])})
-    source = opened(name, tmp_path, image_size=32)
+    source = opened(name, tmp_path)
     assert source.labels is not None
     for part, (images, labels) in stored.items():
         positions = source.parts[part]
         reference = published(tmp_path, train=part == "train")
         assert list(source.classes) == reference.classes
-        assert np.array_equal(source.read(positions).permute(0, 2, 3, 1).numpy(), reference.data)
-        assert np.array_equal(source.read(positions).numpy(), images)
+        assert np.array_equal(read(source, positions).permute(0, 2, 3, 1).numpy(), reference.data)
+        assert np.array_equal(read(source, positions).numpy(), images)
         assert source.labels[positions].tolist() == reference.targets == labels.tolist()
-    assert source.read(torch.tensor([3, 1])).shape == (2, 3, 32, 32)
-    assert opened(name, tmp_path, image_size=16).read(torch.tensor([3])).shape == (1, 3, 16, 16)
+    assert read(source, torch.tensor([3, 1])).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +191,11 @@ def test_cifar_batches_that_are_something_else(content: bytes, said: str, tmp_pa
 def test_fashion_mnist_is_read_as_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = fashion_mnist(tmp_path, {"train": 50, "test": 20})
     monkeypatch.setitem(DATASETS, "fashion-mnist", scaled("fashion-mnist", {"train": 50, "test": 20}, 10))
-    source = opened("fashion-mnist", tmp_path, image_size=28)
+    source = opened("fashion-mnist", tmp_path)
     assert list(source.classes) == FashionMNIST.classes
     assert source.labels is not None
     for part, (images, labels) in stored.items():
-        assert np.array_equal(source.read(source.parts[part]).numpy(), images)
+        assert np.array_equal(read(source, source.parts[part]).numpy(), images)
         assert source.labels[source.parts[part]].tolist() == labels.tolist()
     assert [len(part) for part in downstream("fashion-mnist", tmp_path).indices.values()] == [40, 10, 20]
     file = tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"

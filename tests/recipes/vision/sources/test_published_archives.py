@@ -147,5 +147,5 @@ def test_set_is_fetched_where_it_is_missing_and_read(tmp_path: Path, monkeypatch
     monkeypatch.setitem(DATASETS, "cub200", replace(dataset, archives=(own,)))
     with pytest.raises(DataError, match=r"images\.txt is missing"):
         downstream("cub200", root)
-    sets = load_downstream("cub200", image_size=8, root=root, download=True)
+    sets = load_downstream("cub200", root=root, download=True)
     assert len(sets.test) == dataset.counts["test"]

@@ -9,7 +9,6 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
-import torch
 from torchvision.datasets import STL10
 
 from recipes.vision.sources.loading import DataError, ImageSet, load_downstream, load_pretext
@@ -50,32 +49,29 @@ def torchvision_stl10(root: Path, split: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_stl10_is_read_as_torchvision_reads_it(stl10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stl10_reader, "CHUNK", 7)
-    sets = downstream("stl10", stl10, image_size=96)
+    sets = downstream("stl10", stl10)
     reference = {split: torchvision_stl10(stl10, split, monkeypatch) for split in ("train", "test", "unlabeled")}
     offsets = {"train": ("train", 0), "val": ("train", 0), "test": ("test", COUNTS["train"])}
     for part, (split, offset) in offsets.items():
         images: ImageSet = getattr(sets, part)
         chosen = np.asarray(sets.indices[part]) - offset
-        assert np.array_equal(images.images.numpy(), reference[split].data[chosen])
+        assert np.array_equal(images.images.stacked().numpy(), reference[split].data[chosen])
         assert same_labels(images, np.asarray(reference[split].labels)[chosen])
     assert sorted(sets.indices["train"] + sets.indices["val"]) == list(range(50))
     assert [len(sets.train), len(sets.val), len(sets.test)] == [40, 10, 30]
     assert counts(sets.val) == [1] * 10
-    unlabelled = pretext("stl10", stl10, image_size=96)
+    unlabelled = pretext("stl10", stl10)
     assert unlabelled.labels is None
-    assert np.array_equal(unlabelled.images.numpy(), reference["unlabeled"].data)
-    few = pretext("stl10", stl10, image_size=96, limit=5)
+    assert np.array_equal(unlabelled.images.stacked().numpy(), reference["unlabeled"].data)
+    few = pretext("stl10", stl10, limit=5)
     assert len(few) == 5
     assert rows(few) < rows(unlabelled)
 
 
-def test_stl10_resized_and_capped(stl10: Path) -> None:
-    sets = downstream("stl10", stl10, image_size=32, labels_per_class=2)
-    assert sets.train.images.shape == (20, 3, 32, 32)
-    full = downstream("stl10", stl10, image_size=96, labels_per_class=2)
-    pixels = full.train.images.float()
-    expected = torch.nn.functional.interpolate(pixels, (32, 32), mode="bicubic", antialias=True)
-    assert torch.equal(sets.train.images.float(), expected.round().clamp(0, 255))
+def test_stl10_capped(stl10: Path) -> None:
+    full, few = downstream("stl10", stl10), downstream("stl10", stl10, labels_per_class=2)
+    assert few.train.images.stacked().shape == (20, 3, 96, 96)
+    assert rows(few.train) < rows(full.train)
 
 
 def test_stl10_files_that_are_missing_or_cut_short(stl10: Path) -> None:
@@ -106,13 +102,13 @@ def test_stl10_download_only_when_asked_and_needed(stl10: Path, monkeypatch: pyt
         raise URLError("no network")
 
     monkeypatch.setattr(archives, "download_url", failing)
-    load_pretext("stl10", image_size=96, root=stl10, download=True)
+    load_pretext("stl10", root=stl10, download=True)
     assert calls == []
     (stl10 / "stl10_binary" / "train_y.bin").unlink()
     with pytest.raises(
         DataError, match=r"train_y\.bin is missing; the download of STL-10 failed.*no network.*unpack it inside"
     ):
-        load_downstream("stl10", image_size=96, root=stl10, download=True)
+        load_downstream("stl10", root=stl10, download=True)
     assert calls == [(STL10.url, stl10, "stl10_binary.tar.gz", STL10.tgz_md5)]
 
 

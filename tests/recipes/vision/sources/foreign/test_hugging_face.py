@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import shutil
 import socket
@@ -18,7 +19,7 @@ from recipes.vision.pictures.arrow import ArrowImages, ArrowItem
 from recipes.vision.sources.foreign.hugging_face import open_hugging_face
 from recipes.vision.sources.loading import load_downstream
 from recipes.vision.sources.sources import Source
-from tests.support.recipes.encoded_pictures import ON_ITS_SIDE, by_pillow, cache, encoded, request
+from tests.support.recipes.encoded_pictures import ON_ITS_SIDE, by_pillow, cache, encoded, picture_and_packages, request
 
 datasets: Any = pytest.importorskip("datasets")
 pyarrow: Any = pytest.importorskip("pyarrow")
@@ -440,10 +441,20 @@ def test_items_name_what_they_need_alone(tmp_path: Path) -> None:
         ArrowItem(str(tmp_path / "elsewhere.arrow"), item.column, 0).content()
 
 
+def test_another_process_reads_the_same_and_needs_pyarrow_alone(tmp_path: Path) -> None:
+    images = pictures(open_hugging_face(str(saved(tmp_path / "set", dataset(rows(4)))), request("pretext")))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.map(picture_and_packages, images.items([2, 0]))
+    assert all(
+        np.array_equal(pixels, by_pillow(encoded(number))) for (pixels, _), number in zip(there, (2, 0), strict=True)
+    )
+    assert there[0][1] == {"pyarrow"}
+
+
 def test_a_run_takes_a_saved_set_by_its_name(tmp_path: Path) -> None:
     values = [number % 3 for number in range(30)]
     path = saved(tmp_path / "set", dataset(rows(30), label=(classes("a", "b", "c"), values)))
-    sets = load_downstream(f"hf:{path}", image_size=8, root=tmp_path, download=False)
+    sets = load_downstream(f"hf:{path}", root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("a", "b", "c")
 
@@ -452,3 +463,10 @@ def test_minus_one_in_a_plain_column_is_no_label(tmp_path: Path) -> None:
     path = saved(tmp_path / "set", dataset(rows(3), label=(value("int64"), [4, -1, 2])))
     with pytest.raises(DataError, match=r"image 1 of its train part has no label"):
         open_hugging_face(str(path), request())
+
+
+def test_labels_that_nobody_wants_are_left_alone(tmp_path: Path) -> None:
+    two = dataset(rows(3), a=(classes("x", "y"), [0, 1, 0]), b=(classes("x", "y"), [0, 1, 0]))
+    path = saved(tmp_path / "set", datasets.DatasetDict({"train": two, "test": two}))
+    source = open_hugging_face(str(path), request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1, 2])

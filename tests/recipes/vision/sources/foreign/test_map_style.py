@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,7 @@ def test_names_that_lead_to_no_dataset(module: Any, name: str, message: str) -> 
         "number = 3\nmade = Base()\n"
     )
     with pytest.raises(DataError, match=message):
-        load_downstream(name.format(module=written), image_size=8, root=".", download=False)
+        load_downstream(name.format(module=written), root=".", download=False)
 
 
 def test_classes_functions_and_instances_with_arguments(module: Any, tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ class Bare(Base):
     bare = open_map_style(f"{name}:Bare", request("pretext"))
     assert (bare.labels, bare.parts["unlabelled"].tolist()) == (None, list(range(6)))
     with pytest.raises(DataError, match="needs labels"):
-        load_downstream(f"{name}:Bare", image_size=8, root=".", download=False)
+        load_downstream(f"{name}:Bare", root=".", download=False)
 
 
 RANDOM = """
@@ -404,10 +405,35 @@ def test_another_process_makes_an_instance_of_its_own_and_the_same_pictures(modu
     assert all(torch.equal(picture, item.picture()) for picture, item in zip(there, items, strict=True))
 
 
+def test_threads_that_read_at_once_do_not_disturb_each_other(module: Any) -> None:
+    name = module(
+        RANDOM.replace("draws =", "time.sleep(0.001); draws =").replace("class Own", "import time\nclass Own")
+    )
+    images = pictures(open_map_style(f"{name}:Own", request()))
+    alone = [item.picture() for item in images.items(range(6))]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(OwnItem.picture, images.items([*range(6)] * 5)))
+    assert all(torch.equal(picture, alone[at % 6]) for at, picture in enumerate(together))
+
+
+def test_labels_that_nobody_wants_are_left_alone(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name = module(
+        "class Own(Base):\n    def given(self, index): return {'no': 'label'}\n"
+        "    parts = {'train': [1, 2], 'test': [3]}"
+    )
+    source = open_map_style(f"{name}:Own", request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1])
+    name = module("class Own(Base):\n    count = 40")
+    assert open_map_style(f"{name}:Own", request("pretext"), labelled=False).labels is None
+    assert sys.modules[name].Own.reads == 1
+    assert capsys.readouterr().err == ""
+
+
 def test_an_item_that_raises_later_is_named_and_leaves_the_generators_alone(module: Any) -> None:
     name = module(
         "class Own(Base):\n    def __getitem__(self, i):\n        random.seed(0)\n"
-        "        return drawn(i), [0, 1][i % 2] if i < 4 else drawn(i).nothing\n    targets = [0, 1] * 3\n    parts = {'train': [0, 1, 2, 4, 3]}"
+        "        return drawn(i), [0, 1][i % 2] if i < 4 else drawn(i).nothing\n"
+        "    targets = [0, 1] * 3\n    parts = {'train': [0, 1, 2, 4, 3]}"
     )
     images = pictures(open_map_style(f"{name}:Own", request()))
     state = random.getstate()
@@ -420,7 +446,7 @@ def test_an_item_that_raises_later_is_named_and_leaves_the_generators_alone(modu
 
 def test_a_run_takes_a_dataset_by_its_name(module: Any) -> None:
     name = module("class Own(Base):\n    count = 30\n    targets = [index % 3 for index in range(30)]")
-    options: dict[str, Any] = dict(image_size=8, root=".", download=False)
+    options: dict[str, Any] = dict(root=".", download=False)
     sets = load_downstream(f"{name}:Own", **options)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert len(load_pretext(f"{name}:Own", **options)) == 22

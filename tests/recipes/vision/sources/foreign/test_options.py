@@ -88,20 +88,20 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"the package datasets: pip install 'bilevel\[hf\]'"):
+    with pytest.raises(DataError, match=r"needs the package datasets: pip install 'bilevel\[hf\]'"):
         open_hugging_face(str(tmp_path), request())
-    with pytest.raises(DataError, match=r"pyarrow: install it by pip install 'bilevel\[hf\]'"):
+    with pytest.raises(DataError, match=r"needs the package pyarrow: pip install 'bilevel\[hf\]'"):
         ArrowItem(str(tmp_path / "x.arrow"), "image", 0).content()
 
 
 @pytest.mark.parametrize("name", ["hf:", "webdataset:", "hf", "webdataset"])
 def test_a_kind_without_a_path_is_refused(name: str) -> None:
     with pytest.raises(DataError, match=r"no data source .*hf:PATH .*webdataset:PATH .*module:Class"):
-        load_pretext(name, image_size=8, root=".", download=False)
+        load_pretext(name, root=".", download=False)
 
 
 @pytest.mark.parametrize("kind", ["hf", "webdataset"])
 def test_the_home_folder_may_be_written_short(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(DataError, match=rf"there is no (folder|file) {tmp_path}/nowhere"):
-        load_pretext(f"{kind}:~/nowhere", image_size=8, root=".", download=False)
+        load_pretext(f"{kind}:~/nowhere", root=".", download=False)

@@ -169,7 +169,7 @@ def test_unlabelled_shards_are_for_the_pretext_task_alone(tmp_path: Path) -> Non
         shard(tmp_path / f"data/{part}.tar", content[::2] if part == "unlabelled" else content)
     pretext = open_web_dataset(str(tmp_path / "data"), request("pretext"))
     assert pretext.labels is None
-    assert [pictures(pretext).member(at) for at in pretext.parts["unlabelled"]] == ["000020.png", "000021.png"]
+    assert [pictures(pretext).member(at) for at in pretext.parts["unlabelled"].tolist()] == ["000020.png", "000021.png"]
     downstream = open_web_dataset(str(tmp_path / "data"), request())
     assert {part: len(held) for part, held in downstream.parts.items()} == {"train": 2, "test": 2}
 
@@ -178,7 +178,7 @@ def test_a_pretext_source_without_labels_leaves_the_test_part_out(tmp_path: Path
     for number, part in enumerate(("train", "val", "test")):
         shard(tmp_path / f"data/{part}.tar", samples([0, 1], 10 * number)[::2])
     source = open_web_dataset(str(tmp_path / "data"), request("pretext"))
-    members = [pictures(source).member(at) for at in source.parts["unlabelled"]]
+    members = [pictures(source).member(at) for at in source.parts["unlabelled"].tolist()]
     assert members == ["000000.png", "000001.png", "000010.png", "000011.png"]
 
 
@@ -380,6 +380,13 @@ def test_the_parent_keeps_few_bytes_a_picture_and_an_item_is_small(tmp_path: Pat
 
 def test_a_run_takes_shards_by_their_name(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", samples([n % 3 for n in range(30)]))
-    sets = load_downstream(f"webdataset:{tmp_path}/a.tar", image_size=8, root=tmp_path, download=False)
+    sets = load_downstream(f"webdataset:{tmp_path}/a.tar", root=tmp_path, download=False)
     assert (len(sets.train), len(sets.val), len(sets.test)) == (18, 4, 8)
     assert sets.train.classes == ("0", "1", "2")
+
+
+def test_labels_that_nobody_wants_are_left_alone(tmp_path: Path) -> None:
+    shard(tmp_path / "data/train.tar", samples([0, 1]))
+    shard(tmp_path / "data/test.tar", samples([2, 1], 10))
+    source = open_web_dataset(str(tmp_path / "data"), request("pretext"), labelled=False)
+    assert (source.labels, source.parts["unlabelled"].tolist()) == (None, [0, 1])

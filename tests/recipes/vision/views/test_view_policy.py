@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
+from recipes.vision.views.crops import boxes
 from recipes.vision.views.view_policy import ViewPolicy, draw
 
 
@@ -34,7 +35,8 @@ def p_value(result: Any) -> float:
 def test_crops_are_distributed_as_random_resized_crop(scale: Any, ratio: Any, height: int, width: int) -> None:
     count = 3000
     policy = ViewPolicy(size=8, crop_scale=scale, crop_ratio=ratio)
-    ours = draw(policy, count, height, width, generator(5))
+    drawn = draw(policy, count, generator(5))
+    ours = boxes(drawn.area, drawn.aspect, drawn.place, ratio, height, width)
     torch.manual_seed(6)
     blank = torch.empty(3, height, width)
     theirs = torch.tensor([RandomResizedCrop.get_params(blank, list(scale), list(ratio)) for _ in range(count)]).T
@@ -54,7 +56,8 @@ def test_crops_are_distributed_as_random_resized_crop(scale: Any, ratio: Any, he
 def test_crop_that_never_fits_is_torchvisions_central_one(height: int, width: int) -> None:
     ratio = (0.9, 1.1) if height != width else (3.0, 4.0)
     policy = ViewPolicy(size=8, crop_scale=(0.9, 1.0), crop_ratio=ratio)
-    ours = draw(policy, 50, height, width, generator())
+    drawn = draw(policy, 50, generator())
+    ours = boxes(drawn.area, drawn.aspect, drawn.place, ratio, height, width)
     theirs = RandomResizedCrop.get_params(torch.empty(3, height, width), [0.9, 1.0], list(ratio))
     for row in zip(ours.top, ours.left, ours.height, ours.width, strict=True):
         assert tuple(int(value) for value in row) == theirs
@@ -62,7 +65,7 @@ def test_crop_that_never_fits_is_torchvisions_central_one(height: int, width: in
 
 def test_continuous_values_are_uniform_over_their_ranges() -> None:
     policy = ViewPolicy(size=32, contrast=1.5, rotation=30, translation=0.2, zoom=(0.5, 2.0), blur_sigma=(0.1, 2.0))
-    drawn = draw(policy, 5000, 32, 32, generator(8))
+    drawn = draw(policy, 5000, generator(8))
     ranges = [
         (drawn.brightness, 0.6, 1.4),
         (drawn.contrast, 0.0, 2.5),
@@ -81,7 +84,7 @@ def test_continuous_values_are_uniform_over_their_ranges() -> None:
 
 
 def test_order_is_uniform_over_all_permutations() -> None:
-    orders = draw(ViewPolicy(size=32), 12000, 32, 32, generator(9)).order
+    orders = draw(ViewPolicy(size=32), 12000, generator(9)).order
     seen, counts = np.unique(orders.numpy(), axis=0, return_counts=True)
     assert {tuple(row) for row in seen.tolist()} == set(itertools.permutations(range(4)))
     assert stats.chisquare(counts).pvalue > 1e-3
@@ -96,21 +99,21 @@ def test_rates_of_the_operations() -> None:
         blur_probability=0.1,
         solarize_probability=0.3,
     )
-    drawn = draw(policy, 10000, 32, 32, generator(10))
+    drawn = draw(policy, 10000, generator(10))
     for name, expected in [("flip", 0.5), ("jitter", 0.8), ("grey", 0.2), ("blur", 0.1), ("solarize", 0.3)]:
         hits = int(getattr(drawn, name).sum())
         assert stats.binomtest(hits, 10000, expected).pvalue > 1e-3, name
-    always = draw(policy.model_copy(update=dict(flip_probability=1.0, blur_probability=0.0)), 200, 8, 8, generator())
+    always = draw(policy.model_copy(update=dict(flip_probability=1.0, blur_probability=0.0)), 200, generator())
     assert always.flip.all()
     assert not always.blur.any()
 
 
 def test_every_sample_has_its_own_parameters() -> None:
-    drawn = draw(ViewPolicy(size=32, rotation=10, translation=0.1, zoom=(0.5, 2)), 64, 500, 500, generator())
+    drawn = draw(ViewPolicy(size=32, rotation=10, translation=0.1, zoom=(0.5, 2)), 64, generator())
     for name in ("brightness", "contrast", "saturation", "hue", "sigma", "angle", "zoom"):
         assert len(getattr(drawn, name).unique()) == 64, name
     assert len(drawn.order.unique(dim=0)) > 15
-    assert len(torch.stack((drawn.top, drawn.left, drawn.height, drawn.width)).unique(dim=1).T) == 64
+    assert len(torch.cat((drawn.area, drawn.aspect, drawn.place), dim=1).unique(dim=0)) == 64
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(8, 3), (32, 3), (96, 9), (224, 23)])

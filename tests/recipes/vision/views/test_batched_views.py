@@ -1,7 +1,6 @@
 """Views of a whole batch at once, against torchvision sample by sample, and the draws behind them, against its draws.
 
-Two paths make the same views: both read the parameters that `draw` gives, so that one set of tests fixes the
-distribution and another the pixels.
+Both read the parameters that `draw` gives, so that one set of tests fixes the distribution and another the pixels.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
-from recipes.vision.views.batched_views import CPU_CHUNK, apply_view_batched
-from recipes.vision.views.random_view import RandomView, apply_view
+from recipes.vision.views.batched_views import cpu_chunk, views_of_crops, views_of_pictures
+from recipes.vision.views.crops import boxes
+from recipes.vision.views.random_view import RandomView
 from recipes.vision.views.view_policy import ViewParameters, ViewPolicy, draw
 from tests.support.recipes.view_reference import PLAIN, generator, photographs, policy_of, reference_views
 
@@ -66,7 +66,7 @@ def noise(count: int, height: int, width: int, channels: int = 3, seed: int = 1)
 
 def errors(policy: ViewPolicy, images: Tensor, parameters: ViewParameters) -> Tensor:
     """Distance of every pixel from torchvision's, [N, 3, size, size], in units of the range."""
-    return (apply_view_batched(policy, images, parameters) - reference_views(policy, images, parameters)).abs()
+    return (views_of_pictures(policy, images, parameters) - reference_views(policy, images, parameters)).abs()
 
 
 def assert_equal_views(errors: Tensor, solarized: bool) -> None:
@@ -80,7 +80,7 @@ def assert_equal_views(errors: Tensor, solarized: bool) -> None:
 def test_each_operation_alone_equals_torchvisions(operation: str, height: int, width: int, size: int) -> None:
     policy = policy_of(**PLAIN | dict(size=size) | ALONE[operation])
     images = torch.cat((photographs(COUNT // 2, height, width), noise(COUNT // 2, height, width)))
-    parameters = draw(policy, COUNT, height, width, generator(2))
+    parameters = draw(policy, COUNT, generator(2))
     assert_equal_views(errors(policy, images, parameters), operation == "solarize")
 
 
@@ -91,7 +91,7 @@ def test_all_operations_together_equal_torchvisions(channels: int, interpolation
     geometry = CROP | dict(size=24, interpolation=interpolation) | (ALONE["move"] if moved else {})
     policy = policy_of(**PLAIN | geometry | EVERYTHING)
     images = torch.cat((photographs(60, 40, 52, channels), noise(20, 40, 52, channels)))
-    parameters = draw(policy, 80, 40, 52, generator(3))
+    parameters = draw(policy, 80, generator(3))
     assert len(parameters.order.unique(dim=0)) > 15
     assert_equal_views(errors(policy, images, parameters), solarized=True)
 
@@ -102,7 +102,7 @@ def test_hue_of_pure_colours_and_greys(turn: float) -> None:
     levels = torch.tensor([0, 1, 127, 128, 254, 255], dtype=torch.uint8)
     image = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18)
     policy = policy_of(**PLAIN | STILL | dict(size=12, hue=0.5))
-    still = draw(policy, 1, 12, 12, generator())
+    still = draw(policy, 1, generator())
     parameters = dataclasses.replace(still, hue=torch.tensor([turn]))
     for part in (image[..., :12], image[..., 6:]):
         assert errors(policy, part.contiguous(), parameters).max() < REACHED
@@ -110,28 +110,20 @@ def test_hue_of_pure_colours_and_greys(turn: float) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["top", "left", "height", "width", "flip", "brightness", "contrast", "saturation", "hue", "order", "sigma", "blur"],
+    ["area", "aspect", "place", "flip", "brightness", "contrast", "saturation", "hue", "order", "sigma", "blur"],
 )
 def test_one_samples_parameters_do_not_serve_another(field: str) -> None:
     """Values that belong to the neighbour, as of one draw for the batch, are found out in most samples."""
     policy = policy_of(**PLAIN | CROP | EVERYTHING | dict(size=24, jitter_probability=1, solarize_probability=0))
     images = noise(COUNT, 60, 60)
-    parameters = draw(policy, COUNT, 60, 60, generator(4))
-    # One box for all fits every image, whatever the other three numbers are.
-    small = dataclasses.replace(
-        parameters,
-        top=parameters.top.clamp_max(20),
-        left=parameters.left.clamp_max(20),
-        height=parameters.height.clamp_max(40),
-        width=parameters.width.clamp_max(40),
-        grey=torch.zeros(COUNT, dtype=torch.bool),
-    )
+    parameters = draw(policy, COUNT, generator(4))
+    small = dataclasses.replace(parameters, grey=torch.zeros(COUNT, dtype=torch.bool))
     values = getattr(small, field)
     other = values.roll(1, 0)
     rows = (values != other).view(COUNT, -1).any(dim=1)
     if field == "sigma":
         rows &= small.blur
-    wrong = apply_view_batched(policy, images, dataclasses.replace(small, **{field: other}))
+    wrong = views_of_pictures(policy, images, dataclasses.replace(small, **{field: other}))
     worst = (wrong - reference_views(policy, images, small)).abs().amax(dim=(1, 2, 3))
     assert rows.sum() >= 10
     # Some orders differ by changes that commute.
@@ -140,11 +132,12 @@ def test_one_samples_parameters_do_not_serve_another(field: str) -> None:
 
 def test_a_view_does_not_depend_on_its_batch() -> None:
     policy = policy_of(size=16, **EVERYTHING)
-    images = photographs(2 * CPU_CHUNK + 5, 24, 20)
-    parameters = draw(policy, len(images), 24, 20, generator())
-    together = apply_view_batched(policy, images, parameters)
-    for i in (0, CPU_CHUNK - 1, CPU_CHUNK, 2 * CPU_CHUNK + 4):
-        alone = apply_view_batched(policy, images[i : i + 1], parameters[i : i + 1])
+    chunk = cpu_chunk(16)
+    images = photographs(2 * chunk + 5, 24, 20)
+    parameters = draw(policy, len(images), generator())
+    together = views_of_pictures(policy, images, parameters)
+    for i in (0, chunk - 1, chunk, 2 * chunk + 4):
+        alone = views_of_pictures(policy, images[i : i + 1], parameters[i : i + 1])
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
 
 
@@ -152,34 +145,31 @@ def test_no_value_is_read_back_from_the_device() -> None:
     """Tensors on the meta device have no values: whatever made the host wait for a GPU would raise."""
     policy = policy_of(size=16, rotation=10, **EVERYTHING)
     images = torch.empty(50, 3, 24, 20, dtype=torch.uint8, device="meta")
-    views = apply_view_batched(policy, images, draw(policy, 50, 24, 20, generator()))
+    views = views_of_pictures(policy, images, draw(policy, 50, generator()))
     assert views.device.type == "meta"
     assert views.shape == (50, 3, 16, 16)
     assert RandomView(policy)(images, generator()).device.type == "meta"
 
 
-def test_random_view_by_either_path() -> None:
-    policy = ViewPolicy(size=24, blur_probability=0.5)
-    images = photographs(8, 30, 30)
-    one_by_one, batched = (
-        RandomView(policy)(images, generator(5)),
-        RandomView(policy, batched=True)(images, generator(5)),
-    )
-    torch.testing.assert_close(batched, one_by_one, atol=1e-4, rtol=0)
-    assert not torch.equal(batched, RandomView(policy, batched=True)(images, generator(6)))
-    assert torch.equal(one_by_one, apply_view(policy, images, draw(policy, 8, 30, 30, generator(5))))
-    assert batched.dtype == torch.float32
-    assert batched.is_contiguous()
-
-
 def test_wrong_batches_are_refused() -> None:
     policy = ViewPolicy(size=8)
-    parameters = draw(policy, 2, 8, 8, generator())
+    parameters = draw(policy, 2, generator())
     for wrong in (torch.rand(2, 3, 8, 8), photographs(2, 8, 8)[0], photographs(2, 8, 8, channels=2)):
         with pytest.raises(ValueError, match="uint8"):
-            apply_view_batched(policy, wrong, parameters)
+            views_of_pictures(policy, wrong, parameters)
     with pytest.raises(ValueError, match="2 views"):
-        apply_view_batched(policy, photographs(3, 8, 8), parameters)
+        views_of_pictures(policy, photographs(3, 8, 8), parameters)
+    for wrong in (torch.rand(2, 3, 8, 8), photographs(2, 8, 8, channels=2)):
+        with pytest.raises(ValueError, match="uint8"):
+            views_of_crops(policy, wrong, parameters)
+    for wrong, rows in (
+        (photographs(3, 8, 8), None),
+        (photographs(2, 8, 9), None),
+        (photographs(2, 8, 8), slice(1)),
+        (photographs(1, 8, 8), slice(2, 3)),
+    ):
+        with pytest.raises(ValueError, match="of 8 px"):
+            views_of_crops(policy, wrong, parameters, rows)
 
 
 DRAWS = 4000
@@ -207,13 +197,14 @@ def test_every_parameter_has_its_stated_distribution() -> None:
         zoom=(0.5, 2),
     )
     side = 4000
-    drawn = draw(policy, DRAWS, side, side, generator(11))
+    drawn = draw(policy, DRAWS, generator(11))
+    box = boxes(drawn.area, drawn.aspect, drawn.place, policy.crop_ratio, side, side)
     values: dict[str, tuple[Tensor, float, float]] = {
         # Boxes of half the area at most fit always, so that nothing is drawn again.
-        "area": (drawn.height * drawn.width / side**2, 0.2, 0.5),
-        "aspect": ((drawn.width / drawn.height).log(), math.log(3 / 4), math.log(4 / 3)),
-        "top": (drawn.top / (side - drawn.height), 0, 1),
-        "left": (drawn.left / (side - drawn.width), 0, 1),
+        "area": (box.height * box.width / side**2, 0.2, 0.5),
+        "aspect": ((box.width / box.height).log(), math.log(3 / 4), math.log(4 / 3)),
+        "top": (box.top / (side - box.height), 0, 1),
+        "left": (box.left / (side - box.width), 0, 1),
         "brightness": (drawn.brightness, 0.6, 1.4),
         "contrast": (drawn.contrast, 0, 2.5),
         "saturation": (drawn.saturation, 0.8, 1.2),
@@ -240,20 +231,22 @@ def test_every_parameter_has_its_stated_distribution() -> None:
 
 def test_draws_are_distributed_as_torchvisions() -> None:
     policy = ViewPolicy(size=96, crop_scale=(0.08, 1.0))
-    drawn = draw(policy, DRAWS, 96, 120, generator(12))
+    drawn = draw(policy, DRAWS, generator(12))
+    box = boxes(drawn.area, drawn.aspect, drawn.place, policy.crop_ratio, 96, 120)
+    ours = {**vars(drawn), **vars(box)}
     torch.manual_seed(13)
     blank = torch.empty(3, 96, 120)
-    boxes = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(DRAWS)]
+    their_boxes = [RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(DRAWS)]
     jitter = [
         ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))  # pyright: ignore
         for _ in range(DRAWS)
     ]
     orders, *factors = zip(*jitter, strict=True)
-    theirs: dict[str, Any] = dict(zip(("top", "left", "height", "width"), zip(*boxes, strict=True), strict=True))
+    theirs: dict[str, Any] = dict(zip(("top", "left", "height", "width"), zip(*their_boxes, strict=True), strict=True))
     theirs |= dict(zip(("brightness", "contrast", "saturation", "hue"), factors, strict=True))
     theirs["sigma"] = [GaussianBlur.get_params(0.1, 2.0) for _ in range(DRAWS)]
     p_values = {
-        name: p_value(stats.ks_2samp(getattr(drawn, name).double().numpy(), np.array(sample, dtype=float)))
+        name: p_value(stats.ks_2samp(ours[name].double().numpy(), np.array(sample, dtype=float)))
         for name, sample in theirs.items()
     }
     codes = [np.array(order) @ [64, 16, 4, 1] for order in (drawn.order.numpy(), torch.stack(orders).numpy())]
@@ -264,7 +257,7 @@ def test_draws_are_distributed_as_torchvisions() -> None:
 
 def test_order_and_chances() -> None:
     policy = ViewPolicy(size=96, blur_probability=0.1, solarize_probability=0.2)
-    drawn = draw(policy, 3 * DRAWS, 96, 96, generator(14))
+    drawn = draw(policy, 3 * DRAWS, generator(14))
     seen, counts = np.unique(drawn.order.numpy(), axis=0, return_counts=True)
     assert {tuple(row) for row in seen.tolist()} == set(itertools.permutations(range(4)))
     chances = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur": 0.1, "solarize": 0.2}

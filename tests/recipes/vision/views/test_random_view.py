@@ -1,4 +1,4 @@
-"""Random and deterministic views, against torchvision's own functions and PIL's."""
+"""Random views, against torchvision's own functions and PIL's."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as V1
 
-from recipes.vision.views.random_view import (
-    EvalView,
-    RandomView,
-    ViewParameters,
-    ViewPolicy,
-    apply_view,
-    draw,
-    eval_resize,
-)
+from recipes.vision.views.batched_views import views_of_pictures
+from recipes.vision.views.crops import box_of
+from recipes.vision.views.random_view import RandomView
+from recipes.vision.views.view_policy import ViewParameters, ViewPolicy, draw
 from tests.support.recipes.view_reference import PLAIN, generator, photographs, policy_of, reference_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,8 +37,8 @@ def test_views_equal_torchvision_sample_by_sample(interpolation: Any) -> None:
         solarize_probability=0.5,
     )
     images = photographs(40, 36, 44)
-    parameters = draw(policy, 40, 36, 44, generator())
-    views = apply_view(policy, images, parameters)
+    parameters = draw(policy, 40, generator())
+    views = views_of_pictures(policy, images, parameters)
     expected = reference_views(policy, images, parameters)
     assert views.dtype == torch.float32
     assert views.shape == (40, 3, 32, 32)
@@ -53,9 +47,7 @@ def test_views_equal_torchvision_sample_by_sample(interpolation: Any) -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "size", "channels"), [(8, 8, 8, 1), (12, 12, 8, 3), (10, 14, 8, 1)])
-def test_whole_batch_path_equals_torchvision_sample_by_sample(
-    height: int, width: int, size: int, channels: int
-) -> None:
+def test_moved_views_equal_torchvision_sample_by_sample(height: int, width: int, size: int, channels: int) -> None:
     policy = ViewPolicy(
         size=size,
         crop_scale=(1, 1),
@@ -68,18 +60,18 @@ def test_whole_batch_path_equals_torchvision_sample_by_sample(
         zoom=(0.7, 1.4),
     )
     images = photographs(60, height, width, channels)
-    parameters = draw(policy, 60, height, width, generator(3))
+    parameters = draw(policy, 60, generator(3))
     expected = reference_views(policy, images, parameters)
-    torch.testing.assert_close(apply_view(policy, images, parameters), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(views_of_pictures(policy, images, parameters), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_quarter_turn_is_clockwise_and_shift_moves_right_and_down() -> None:
     policy = policy_of(size=8, **PLAIN)
     images = photographs(3, 8, 8)
-    still = draw(policy, 3, 8, 8, generator())
-    turned = apply_view(policy, images, repeated(still, angle=torch.full((3,), 90.0)))
+    still = draw(policy, 3, generator())
+    turned = views_of_pictures(policy, images, repeated(still, angle=torch.full((3,), 90.0)))
     torch.testing.assert_close(turned, torch.rot90(images, -1, (2, 3)) / 255, atol=1e-5, rtol=0)
-    moved = apply_view(policy, images, repeated(still, translate=torch.tensor([[0.25, 0.125]]).expand(3, 2)))
+    moved = views_of_pictures(policy, images, repeated(still, translate=torch.tensor([[0.25, 0.125]]).expand(3, 2)))
     expected = torch.zeros(3, 3, 8, 8)
     expected[:, :, 1:, 2:] = images[:, :, :-1, :-2] / 255
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=0)
@@ -88,11 +80,11 @@ def test_quarter_turn_is_clockwise_and_shift_moves_right_and_down() -> None:
 def test_one_image_equals_the_same_image_in_a_batch() -> None:
     policy = ViewPolicy(size=16, blur_probability=0.5)
     images = photographs(6, 20, 20)
-    parameters = draw(policy, 6, 20, 20, generator())
-    together = apply_view(policy, images, parameters)
+    parameters = draw(policy, 6, generator())
+    together = views_of_pictures(policy, images, parameters)
     for i in range(6):
         rows = {f.name: getattr(parameters, f.name)[i : i + 1] for f in dataclasses.fields(parameters)}
-        alone = apply_view(policy, images[i : i + 1], ViewParameters(**rows))
+        alone = views_of_pictures(policy, images[i : i + 1], ViewParameters(**rows))
         torch.testing.assert_close(alone[0], together[i], atol=1e-6, rtol=0)
 
 
@@ -100,9 +92,15 @@ def test_each_operation_follows_the_eight_bit_pipeline_of_pil() -> None:
     """PIL rounds to 8 bits after each operation, so that up to three levels may differ."""
     image = photographs(1, 40, 48)
     picture = Image.fromarray(image[0].permute(1, 2, 0).numpy())
-    still = draw(policy_of(size=24, **PLAIN), 1, 40, 48, generator())
+    still = draw(policy_of(size=24, **PLAIN), 1, generator())
     on, off = torch.tensor([True]), torch.tensor([False])
-    box = dict(top=torch.tensor([3]), left=torch.tensor([5]), height=torch.tensor([30]), width=torch.tensor([36]))
+    # Of 40 x 48 px, a crop of 30 x 36 at (3, 5).
+    box = dict(
+        area=torch.full((1, 10), 30 * 36 / (40 * 48), dtype=torch.float64),
+        aspect=torch.full((1, 10), 36 / 30, dtype=torch.float64),
+        place=torch.tensor([[3.5 / 11, 5.5 / 13]], dtype=torch.float64),
+    )
+    assert box_of(*(value[0].tolist() for value in box.values()), (1, 2), 40, 48) == (3, 5, 30, 36)
     small = picture.crop((5, 3, 41, 33)).resize((24, 24), Image.Resampling.BICUBIC)
 
     def factors(**changed: float) -> dict[str, Tensor]:
@@ -121,7 +119,7 @@ def test_each_operation_follows_the_eight_bit_pipeline_of_pil() -> None:
     ]
     policy = policy_of(size=24, **PLAIN)
     for changes, expected in cases:
-        view = apply_view(policy, image, repeated(still, **box, **changes))
+        view = views_of_pictures(policy, image, repeated(still, **box, **changes))
         levels = torch.from_numpy(np.array(expected)).permute(2, 0, 1).float()
         difference = (view[0] * 255 - levels).abs()
         # PIL holds the hue itself in 8 bits: a step of 1/256 turn moves a channel by 6 levels, and it rounds twice.
@@ -132,7 +130,7 @@ def test_each_operation_follows_the_eight_bit_pipeline_of_pil() -> None:
 
 def test_values_are_in_the_unit_range_before_mean_and_std() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 4, 4)
-    plain = apply_view(policy_of(size=4, **PLAIN), images, draw(policy_of(size=4, **PLAIN), 3, 4, 4, generator()))
+    plain = views_of_pictures(policy_of(size=4, **PLAIN), images, draw(policy_of(size=4, **PLAIN), 3, generator()))
     torch.testing.assert_close(plain[:, 0, 0, 0], torch.tensor([0.0, 0.2, 1.0]))
     policy = policy_of(size=4, **(PLAIN | dict(mean=MEAN, std=STD)))
     views = RandomView(policy)(images, generator())
@@ -155,8 +153,8 @@ def test_same_generator_state_same_views_and_probabilities_shift_no_other_draw()
     assert not torch.equal(first, RandomView(policy)(images, generator(5)))
     state = generator(4)
     assert not torch.equal(RandomView(policy)(images, state), RandomView(policy)(images, state))
-    before = draw(policy, 8, 24, 24, generator(4))
-    after = draw(policy.model_copy(update=dict(jitter_probability=0.0)), 8, 24, 24, generator(4))
+    before = draw(policy, 8, generator(4))
+    after = draw(policy.model_copy(update=dict(jitter_probability=0.0)), 8, generator(4))
     assert not after.jitter.any()
     assert torch.equal(before.sigma, after.sigma)
     assert torch.equal(before.order, after.order)
@@ -182,43 +180,16 @@ def test_blur_at_96_px_reaches_the_sigma_asked_for() -> None:
 
 def test_views_refuse_wrong_batches() -> None:
     policy = ViewPolicy(size=8)
-    parameters = draw(policy, 2, 8, 8, generator())
+    parameters = draw(policy, 2, generator())
     for wrong in (torch.rand(2, 3, 8, 8), photographs(2, 8, 8)[0], photographs(2, 8, 8, channels=2)):
         with pytest.raises(ValueError, match="uint8"):
-            apply_view(policy, wrong, parameters)
+            views_of_pictures(policy, wrong, parameters)
         with pytest.raises(ValueError, match="uint8"):
             RandomView(policy)(wrong, generator())
-        with pytest.raises(ValueError, match="uint8"):
-            EvalView(8, 8)(wrong)
     with pytest.raises(ValueError, match="2 views"):
-        apply_view(policy, photographs(3, 8, 8), parameters)
+        views_of_pictures(policy, photographs(3, 8, 8), parameters)
     with pytest.raises(ValueError, match="count"):
-        draw(policy, 0, 8, 8, generator())
-
-
-def test_eval_view_is_torchvisions_resize_and_centre_crop() -> None:
-    assert [eval_resize(side) for side in (96, 224, 32, 8)] == [109, 256, 36, 9]
-    images = photographs(5, 120, 150)
-    view = EvalView(eval_resize(96), 96)
-    views = view(images)
-    for image, ours in zip(images, views, strict=True):
-        resized = V1.resize(image.float() / 255, [109], InterpolationMode.BILINEAR, antialias=True)
-        expected = V1.normalize(V1.center_crop(resized, [96, 96]), list(MEAN), list(STD))
-        torch.testing.assert_close(ours, expected)
-    assert torch.equal(view(images), views)
-
-
-def test_eval_view_at_the_same_size_only_normalises() -> None:
-    images = photographs(4, 8, 8, channels=1)
-    views = EvalView(8, 8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.2))(images)
-    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.4), (0.3, 0.2)]):
-        torch.testing.assert_close(views[:, channel], (images[:, 0] / 255 - mean) / std)
-
-
-@pytest.mark.parametrize("arguments", [(8, 9), (8, 0), (8, 8, MEAN, (1, 0, 1)), (8, 8, MEAN, STD, "nearest")])
-def test_eval_view_refuses_bad_values(arguments: Any) -> None:
-    with pytest.raises(ValueError, match=r"crop|std|interpolation"):
-        EvalView(*arguments)
+        draw(policy, 0, generator())
 
 
 def test_equal_images_become_different_views() -> None:
