@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..pictures.base import Images
+from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
@@ -76,7 +76,7 @@ class Loader:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
-        self.digests = None if images.in_memory else digests
+        self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
