@@ -56,7 +56,8 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class PackedImages(Images):
-    """Pictures of any sizes, one behind the other.
+    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing wants
+    them.
 
     Attributes:
         pixels: uint8 [bytes of all of them]; may be a file that is mapped into memory.
@@ -76,8 +77,9 @@ class PackedImages(Images):
         return [MemoryItem(self._pixels(position)) for position in positions]
 
     def _pixels(self, position: int) -> Tensor:
-        start, shape = int(self.starts[position]), self.shapes[position].tolist()
-        return self.pixels[start : start + shape[0] * shape[1] * shape[2]].view(shape)
+        start, (channels, height, width) = int(self.starts[position]), self.shapes[position].tolist()
+        row = self.pixels[start : start + channels * height * width]
+        return row.view(height, width, channels).permute(2, 0, 1)
 
     def subset(self, positions: Tensor) -> PackedImages:
         """Shares the pixels."""
@@ -89,11 +91,12 @@ class PackedImages(Images):
         """A view of the pixels where all sizes are one and nothing lies between."""
         if not len(self) or (self.shapes != self.shapes[0]).any():
             return None
-        each = int(self.shapes[0].prod())
+        each, (channels, height, width) = int(self.shapes[0].prod()), self.shapes[0].tolist()
         if (np.diff(self.starts) != each).any():
             return None
         first = int(self.starts[0])
-        return self.pixels[first : first + each * len(self)].view(len(self), *self.shapes[0].tolist())
+        rows = self.pixels[first : first + each * len(self)].view(len(self), height, width, channels)
+        return rows.permute(0, 3, 1, 2)
 
     @property
     def nbytes(self) -> int:
@@ -106,13 +109,12 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     Raises:
         DataError: there is not as much memory.
     """
-    rows, taken = list[Tensor](), 0
+    rows, shapes, taken = list[Tensor](), list[tuple[int, ...]](), 0
     try:
         for picture in pictures:
-            rows.append(picture.contiguous())
+            rows.append(picture.permute(1, 2, 0).contiguous())
+            shapes.append(tuple(picture.shape))
             taken += picture.numel()
-        shapes = np.asarray([tuple(row.shape) for row in rows], dtype=np.int64).reshape(-1, 3)
-        sizes = shapes.prod(axis=1)
         pixels = torch.cat([row.flatten() for row in rows]) if rows else torch.empty(0, dtype=torch.uint8)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -121,7 +123,9 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
             f"there is no memory left after {len(rows):,} pictures of {taken / 2**30:.1f} GiB; set data.storage to "
             "stream, which reads pictures when they are needed"
         ) from error
-    return PackedImages(pixels, np.cumsum(sizes) - sizes, shapes)
+    table = np.asarray(shapes, dtype=np.int64).reshape(-1, 3)
+    sizes = table.prod(axis=1)
+    return PackedImages(pixels, np.cumsum(sizes) - sizes, table)
 
 
 def read_all(images: Images) -> Images:
