@@ -4,13 +4,15 @@
     python benchmarks/pretext.py --json benchmarks/results/pretext.json
     python benchmarks/pretext.py --device cuda --bf16 --channels-last --json benchmarks/results/pretext-cuda.json
 
-An image counts once, though two views are made of it. Images are synthetic, uint8, of the size of the views, and lie on
-the device. Measured, in turns:
+An image counts once, though two views are made of it. Images are synthetic, uint8, of the size of the views, and lie in
+memory. Measured, in turns:
 
-- the input pipeline: both views of a batch by the per-image path (always on the CPU) and by the batched path;
+- the input pipeline: both views of a batch, crops in uint8 on the host and the rest on the device (`compute.crops=uint8`,
+  as for files once they are decoded), and all of it on the device, which holds the images (`compute.crops=float`);
 - the step: two forward passes, loss, backward pass and optimizer (LARS), on views that are ready; ours and lightly's
   (its projection head, NTXentLoss and LARS) with the same backbone, widths, batch and views;
-- the whole: drawing, views and step, each side with its own input pipeline; lightly's is SimCLRTransform on PIL images,
+- the whole: drawing, views and step, each side with its own input pipeline, ours as `compute.crops=auto` has it (float
+  on a GPU, uint8 on a CPU); lightly's is SimCLRTransform on PIL images,
   in this process, with the nearest values that it has (bilinear crop, the same blur chance for both views, no
   solarisation).
 
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,9 @@ from torch import Tensor, nn
 from benchmarks import measuring
 from recipes.bissl.tasks.simclr import SimCLR
 from recipes.vision.networks.backbones import BACKBONES, build_backbone
-from recipes.vision.views.random_view import RandomView
+from recipes.vision.pictures.memory import ArrayImages
+from recipes.vision.pipeline.loader import Loader
+from recipes.vision.pipeline.workers import Workers
 
 Views = tuple[Tensor, Tensor]
 Figures = dict[str, Any]
@@ -47,7 +52,7 @@ LEARNING_RATE, WEIGHT_DECAY = 0.1, 1e-6
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, on what. `images` lie on the device, `batch` of them make a step, `pipeline_batch` a draw."""
+    """What is measured, on what: of `images`, `batch` make a step and `pipeline_batch` a draw."""
 
     backbone: str
     size: int
@@ -68,24 +73,32 @@ class Setting:
 
 
 class Source:
-    """Synthetic uint8 images on the device, and views of random batches of them."""
+    """Synthetic uint8 images, and views of random batches of them, by either way of cropping."""
 
     def __init__(self, setting: Setting, task: SimCLR) -> None:
         self.setting, self.task = setting, task
         self.generator = torch.Generator().manual_seed(0)
-        noise = torch.Generator(setting.device).manual_seed(0)
         shape = (setting.images, 3, setting.size, setting.size)
-        self.images = torch.randint(256, shape, dtype=torch.uint8, device=setting.device, generator=noise)
+        self.images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        arrays = {"uint8": None, "float": self.images.to(setting.device)}
+        self.loaders = {crops: self._loader(array) for crops, array in arrays.items()}
 
     def batch(self, count: int) -> Tensor:
-        rows = torch.randint(len(self.images), (count,), generator=self.generator)
-        if self.images.device.type == "cuda":
-            rows = rows.pin_memory().to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, rows)
+        """Positions of images."""
+        return torch.randint(len(self.images), (count,), generator=self.generator)
 
-    def views(self, images: Tensor, *, batched: bool = True) -> Views:
-        first, second = (RandomView(policy, batched) for policy in (self.task.view1, self.task.view2))
-        return first(images, self.generator), second(images, self.generator)
+    def views(self, rows: Tensor, crops: str | None = None) -> Views:
+        """Both views of the images at `rows`; without a way of cropping by the device's own."""
+        own = "float" if self.setting.device.type == "cuda" else "uint8"
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        first, second = self.loaders[crops or own].make(rows, seed)
+        return first, second
+
+    def _loader(self, array: Tensor | None) -> Loader:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(self.setting.device, non_blocking=True)
+
+        return Loader(ArrayImages(self.images), self.task.random_views(), Workers(0), move=move, array=array)
 
 
 @dataclass(frozen=True)
@@ -134,10 +147,10 @@ def lightly_side(setting: Setting, task: SimCLR, backbone: nn.Module) -> Side:
     return Side(setting, network, lambda views: criterion(network(views[0]), network(views[1])), optimizer)
 
 
-def lightly_views(setting: Setting, task: SimCLR) -> Callable[[Tensor], Views]:
-    """lightly's transform of every image, as PIL images on the CPU, then both batches on the device."""
+def lightly_views(setting: Setting, source: Source) -> Callable[[Tensor], Views]:
+    """lightly's transform of the images at some rows, as PIL images on the CPU, then both batches on the device."""
     module = importlib.import_module("lightly.transforms.simclr_transform")
-    policy = task.view1
+    task, policy = source.task, source.task.view1
     transform = module.SimCLRTransform(
         input_size=setting.size,
         cj_prob=policy.jitter_probability,
@@ -152,8 +165,8 @@ def lightly_views(setting: Setting, task: SimCLR) -> Callable[[Tensor], Views]:
         sigmas=policy.blur_sigma,
     )
 
-    def views(images: Tensor) -> Views:
-        pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy())
+    def views(rows: Tensor) -> Views:
+        pictures = (Image.fromarray(image) for image in source.images[rows].permute(0, 2, 3, 1).numpy())
         first, second = zip(*(transform(picture) for picture in pictures), strict=True)
         return torch.stack(first).to(setting.device), torch.stack(second).to(setting.device)
 
@@ -172,15 +185,11 @@ def speeds(timings: Mapping[str, measuring.Timing], images: int, base: str) -> F
 
 
 def measure_pipeline(setting: Setting, source: Source) -> Figures:
-    """Both views of one batch by either path, the per-image one from the CPU."""
+    """Both views of one batch by either way of cropping."""
     batch = source.batch(setting.pipeline_batch)
-    on_cpu = batch.cpu()
-    functions = {
-        "per image": lambda: source.views(on_cpu, batched=False),
-        "batched": lambda: source.views(batch),
-    }
+    functions = {f"{crops} crops": partial(source.views, batch, crops) for crops in source.loaders}
     timings = measuring.interleaved(functions, setting.repeats)
-    return speeds(timings, setting.pipeline_batch, "per image")
+    return speeds(timings, setting.pipeline_batch, "uint8 crops")
 
 
 def measure_steps(setting: Setting, source: Source) -> Figures:
@@ -192,7 +201,7 @@ def measure_steps(setting: Setting, source: Source) -> Figures:
     missing = None
     try:
         sides["lightly"] = lightly_side(setting, source.task, backbone)
-        transforms["lightly"] = lightly_views(setting, source.task)
+        transforms["lightly"] = lightly_views(setting, source)
     except ImportError as error:
         missing = str(error)
     ready = source.views(source.batch(setting.batch))
@@ -257,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of images and views in px (default: 96)")
     parser.add_argument("--batch", type=int, help="images a step (default: 64 on the CPU, 1024 on a GPU)")
     parser.add_argument("--pipeline-batch", type=int, help="images a draw of the input pipeline (default: 256, 1024)")
-    parser.add_argument("--images", type=int, help="images on the device (default: 512, 100000)")
+    parser.add_argument("--images", type=int, help="images in memory (default: 512, 100000)")
     parser.add_argument("--repeats", type=int, help="repeats of each measurement (default: 7, 20)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 in the forward passes, both sides")
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory, both sides")

@@ -2,16 +2,15 @@
 
     python examples/masked_autoencoder.py [--quick]
 
-No file of the recipe knows the class; from the repository's root its command line takes it by name:
+No file of the recipe knows the class. Here a Config is made from the digits preset with overrides and goes through the
+stages, 3 labels a digit; from the repository's root the command line takes the class by name:
 
     python recipes/bissl/run.py --pretext.task examples.masked_autoencoder:MaskedAutoencoder \
         --pretext.lr 0.003 --bissl.lower-lr 0.001 --pretext.epochs 20 --bissl.aggregate true
-
-Here a Config is made from the digits preset with overrides and goes through the stages, 3 labels a digit.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from bilevel.recipes.bissl.outcome.temporary_run import results_of
 from bilevel.recipes.bissl.settings.config import build_config
 from bilevel.recipes.bissl.settings.presets import digits
 from bilevel.recipes.bissl.tasks import Bound, PretextTask
+from bilevel.recipes.vision.views.view_policy import ViewPolicy
 
 
 class Token(nn.Module):
@@ -45,6 +45,7 @@ class MaskedAutoencoder(PretextTask):
 
     patch_size: int = Field(default=2, ge=1, description="side of a patch (px); divides image_size")
     mask_ratio: float = Field(default=0.75, gt=0, lt=1, description="share of the patches that are hidden")
+    smallest_crop: float = Field(default=1.0, gt=0, le=1, description="smallest area of a crop (share of the image's)")
     learned_token: bool = Field(default=True, description="learn what stands in hidden places; false: mid-grey")
     normalise: bool = Field(default=False, description="scale every target patch to mean 0 and variance 1")
     decoder_width: int = Field(default=64, ge=1, description="channels of the decoder's hidden layer")
@@ -66,15 +67,16 @@ class MaskedAutoencoder(PretextTask):
         decoder = nn.Sequential(nn.Upsample(self.grid, mode="bilinear"), *layers)
         return nn.ModuleDict({"decoder": decoder, "token": Token(self.patch_size, self.grid, self.learned_token)})
 
-    def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        count = min(max(1, round(self.mask_ratio * self.grid**2)), self.grid**2 - 1)
+    def random_views(self) -> tuple[ViewPolicy]:
+        crop = {"crop_scale": (self.smallest_crop, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
+        still, half = {"jitter_probability": 0.0, "grey_probability": 0.0}, (0.5, 0.5, 0.5)
+        return (ViewPolicy.model_validate({"size": self.image_size, **crop, **still, "mean": half, "std": half}),)
 
-        def hide(images: Tensor, generator: torch.Generator, *, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-            # Drawn here, not in the loss, so that a stored batch keeps its masks throughout a linear solve.
-            order = torch.rand(len(images), self.grid**2, generator=generator).argsort(dim=1)
-            return images[rows].expand(-1, 3, -1, -1).float() / 127.5 - 1.0, order[rows, :count].to(images.device)
-
-        return hide
+    def transform(self, images: tuple[Tensor], generator: torch.Generator, *, rows: slice, count: int) -> Any:
+        # Drawn here, not in the loss, so that a stored batch keeps its masks throughout a linear solve.
+        hidden = min(max(1, round(self.mask_ratio * self.grid**2)), self.grid**2 - 1)
+        order = torch.rand(count, self.grid**2, generator=generator).argsort(dim=1)
+        return images[0], order[rows, :hidden].to(images[0].device)
 
     def outputs(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         """Errors of the hidden patches, [n, hidden patches, 3 * patch_size**2]."""
@@ -99,8 +101,7 @@ class MaskedAutoencoder(PretextTask):
 
 
 FULL = {"seeds": 4, "pretext": {"epochs": 20}, "bissl": {"alternations": 5}, "finetune": {"epochs": 60}}
-ONE = {"epochs": 1}
-QUICK = {"seeds": 2, "pretext": ONE, "head": ONE, "bissl": {"alternations": 1}, "finetune": ONE}
+QUICK = {"seeds": 2, **{key: {"epochs": 1} for key in ("pretext", "head", "finetune")}, "bissl": {"alternations": 1}}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -110,8 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     task = {"task": f"{module}:MaskedAutoencoder", "batch_size": 128, "lr": 0.003}
     base = {"data": {"split_seed": 2}, "pretext": task, "bissl": {"lower_lr": 0.001, "damping": 5.0, "aggregate": True}}
     length = QUICK if parser.parse_args(arguments).quick else FULL
-    config = build_config(digits(), base, {"arms": ("bissl", "baseline", "scratch")}, length)
-    results = results_of(config)
+    results = results_of(build_config(digits(), base, {"arms": ("bissl", "baseline", "scratch")}, length))
     print("\n".join(plain_lines(results)))
     return results
 

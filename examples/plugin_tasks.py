@@ -10,7 +10,7 @@ Here a Config is made from the digits preset with overrides and goes through the
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,12 @@ class Uncover(PretextTask):
         first = nn.Linear(int(backbone.num_features), 64)  # type: ignore[arg-type]
         return nn.ModuleDict({"decoder": nn.Sequential(first, nn.ReLU(), nn.Linear(64, self.image_size**2))})
 
-    def transform(self) -> Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        def cover(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            # Drawn here, not in the loss, so that a stored batch keeps its squares throughout a linear solve.
-            first = torch.randint(self.image_size - self.side + 1, (2, len(images), 1), generator=generator)
-            inside = (torch.arange(self.image_size) >= first) & (torch.arange(self.image_size) < first + self.side)
-            covered = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-            return plain(images).masked_fill(covered, 0.0), plain(images)[:, 0].flatten(1)
-
-        return cover
+    def transform(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        # Drawn here, not in the loss, so that a stored batch keeps its squares throughout a linear solve.
+        first = torch.randint(self.image_size - self.side + 1, (2, len(images), 1), generator=generator)
+        inside = (torch.arange(self.image_size) >= first) & (torch.arange(self.image_size) < first + self.side)
+        covered = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        return plain(images).masked_fill(covered.to(images.device), 0.0), plain(images)[:, 0].flatten(1)
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return mse_loss(heads["decoder"](backbone(batch[0])), batch[1])
@@ -57,12 +54,11 @@ class Parity(DownstreamTask):
     def build(self, backbone: nn.Module) -> nn.Module:
         return nn.Linear(int(backbone.num_features), 1)  # type: ignore[arg-type]
 
-    def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        def view(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            shift = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
-            return plain(images.roll(shift, (2, 3))), (labels % 2).float()
-
-        return view
+    def transform(
+        self, images: Tensor, targets: Tensor, generator: torch.Generator, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        shift = torch.randint(-1, 2, (2,), generator=generator).tolist() if train else [0, 0]
+        return plain(images.roll(shift, (2, 3))), (targets % 2).float()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs.squeeze(1), targets)

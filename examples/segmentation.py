@@ -9,7 +9,6 @@ No file of the recipe knows the task or its images; from the repository's root i
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ import torch
 from pydantic import Field
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
+from torch.nn.functional import cross_entropy, interpolate
 
 from bilevel.recipes.bissl.outcome.console_table import plain_lines
 from bilevel.recipes.bissl.outcome.temporary_run import results_of
@@ -27,8 +26,11 @@ from bilevel.recipes.bissl.tasks import Bound, DownstreamTask
 from bilevel.recipes.vision.imagesets import IGNORED, DownstreamSets, ImageSet, LabelKind
 from bilevel.recipes.vision.mean_iou import mean_iou
 from bilevel.recipes.vision.metrics import Metric
+from bilevel.recipes.vision.views.evaluation_view import EvalView
+from bilevel.recipes.vision.views.view_policy import ViewPolicy
 
 SIDE, CLASSES = 20, ("background", "0", "1", "2", "3")
+HALF = (0.5, 0.5, 0.5)
 PARTS = {"train": (0, 40), "val": (40, 60), "test": (60, 260), "pretext": (260, 500)}
 
 
@@ -60,7 +62,7 @@ class Segmentation(DownstreamTask):
     """A 1x1 convolution on the feature map, brought to the image's size; cross-entropy and mean IoU over pixels."""
 
     labels: ClassVar[LabelKind] = "segmentation"
-    smallest_crop: float = Field(default=0.8, gt=0, le=1, description="smallest side of a crop (share of the image's)")
+    smallest_crop: float = Field(default=0.64, gt=0, le=1, description="smallest area of a crop (share of the image's)")
     flip_probability: float = Field(default=0.0, ge=0, le=1, description="share of images mirrored left to right")
 
     def build(self, backbone: nn.Module) -> nn.Module:
@@ -70,25 +72,19 @@ class Segmentation(DownstreamTask):
     def forward(self, backbone: Bound, head: Bound, inputs: Tensor) -> Tensor:
         return head(backbone(inputs, feature_map=True))
 
-    def transform(self, train: bool) -> Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]:
-        def view(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            inputs, targets = images.expand(-1, 3, -1, -1).float() / 127.5 - 1.0, masks[:, None].float()
-            if train:  # One grid for both. A mean of two classes is no class: masks take the nearest pixel.
-                grid = affine_grid(self.crops(len(images), generator).to(images.device), list(inputs.shape), False)
-                inputs = grid_sample(inputs, grid, "bilinear", "border", False)
-                targets = grid_sample(targets, grid, "nearest", "border", False)
-            return inputs, targets[:, 0].long()
+    # Masks take the same box and flip as their images, the nearest pixel: a mean of two classes is no class.
+    def train_view(self) -> ViewPolicy:
+        crop = {"crop_scale": (self.smallest_crop, 1.0), "crop_ratio": (1.0, 1.0), "interpolation": "bilinear"}
+        rest = {"flip_probability": self.flip_probability, "jitter_probability": 0.0, "grey_probability": 0.0}
+        return ViewPolicy.model_validate({"size": self.image_size, **crop, **rest, "mean": HALF, "std": HALF})
 
-        return view
+    def evaluation_view(self) -> EvalView:
+        return EvalView(self.image_size, self.image_size, mean=HALF, std=HALF)
 
-    def crops(self, count: int, generator: torch.Generator) -> Tensor:
-        """Square crops inside the image, maybe mirrored, for `affine_grid`: [count, 2, 3]."""
-        draws = torch.rand(4, count, generator=generator)
-        side = 1.0 - (1.0 - self.smallest_crop) * draws[0]
-        mirror = torch.where(draws[3] < self.flip_probability, -1.0, 1.0)
-        middle, zero = (1.0 - side) * (2.0 * draws[1:3] - 1.0), torch.zeros(count)
-        rows = [side * mirror, zero, middle[0]], [zero, side, middle[1]]
-        return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    def transform(
+        self, images: Tensor, targets: Tensor, generator: torch.Generator, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        return images, targets.long()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(outputs, targets, ignore_index=IGNORED)

@@ -14,7 +14,10 @@ from recipes.bissl.training.compute import Computing
 from recipes.bissl.training.problem import BiSSLProblem
 from recipes.vision.imagesets import ImageSet
 from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.pipeline.loader import Loader
+from recipes.vision.pipeline.workers import Workers
 from recipes.vision.sources.loading import load_downstream, load_pretext
+from recipes.vision.views.view_policy import ViewPolicy
 
 SIDE = 32
 C, GAMMA, LAMBDA = 10.001, 0.01, 0.001
@@ -67,13 +70,19 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
     heads, head = pretext.build(lower), downstream.build(upper)
     for module in (lower, upper, heads, head):
         module.to(device).train()
-    move = Computing(ComputeConfig(), device).move
-    generator = torch.Generator().manual_seed(1)
-    views = pretext.transform()
+    computing, generator = Computing(ComputeConfig(), device), torch.Generator().manual_seed(1)
+
+    def loader(images: ImageSet, *views: ViewPolicy) -> Loader:
+        return Loader(images.images, views, Workers(0), move=computing.sent)
+
+    def drawn(loader: Loader, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        rows = torch.randint(len(loader.images), (count,), generator=generator)
+        return rows, computing.move(loader.make(rows, int(torch.randint(2**31, (), generator=generator))))
+
+    unlabelled = loader(pretext_images, *pretext.random_views())
 
     def batch() -> Any:
-        rows = torch.randint(len(pretext_images), (sizes.lower_batch,), generator=generator)
-        return move(views(pretext_images.images[rows], generator))
+        return drawn(unlabelled, sizes.lower_batch)[1]
 
     optimizer = torch.optim.SGD([*lower.parameters(), *heads.parameters()], lr=0.05, momentum=0.9)
     for _ in range(sizes.warm_up):
@@ -81,11 +90,10 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
         pretext.loss(lower, dict(heads.items()), batch()).backward()
         optimizer.step()
     upper.load_state_dict(lower.state_dict())
-    transform = downstream.transform(train=True)
-    upper_batches = []
+    training, upper_batches = loader(labelled, downstream.train_view()), []
     for _ in range(sizes.upper_steps):
-        rows = torch.randint(len(labelled), (sizes.upper_batch,), generator=generator)
-        upper_batches.append(move(transform(labelled.images[rows], labelled.labels[rows], generator)))
+        rows, views = drawn(training, sizes.upper_batch)
+        upper_batches.append((*views, computing.move(labelled.labels[rows])))
     problem = BiSSLProblem(pretext, downstream, lower, upper, heads, head, regularization_weight=LAMBDA, gamma=GAMMA)
     return Setup(
         problem,
@@ -100,7 +108,7 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
 def _images(source: str) -> tuple[ImageSet, ImageSet]:
     if source == "photographs":
         return _crops()
-    common: dict[str, Any] = {"image_size": SIDE, "root": "data", "download": False}
+    common: dict[str, Any] = {"root": "data", "download": False}
     pretext = load_pretext(source, limit=3000, **common)
     return pretext, load_downstream(source, labels_per_class=50, val_per_class=10, val_fraction=0.2, **common).train
 

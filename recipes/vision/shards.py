@@ -38,11 +38,19 @@ class SharedTransform:
     @property
     def takes_rows(self) -> bool:
         """Whether the share's images are all it is given."""
-        return self.changes_nothing or inspect.signature(self.transform).parameters.keys() >= ROWS
+        return self.changes_nothing or self._has_keywords
 
     def rows(self, count: int) -> slice:
         """The rows of a batch of `count` that are to be made."""
         return shard(count) if world_size() > 1 and self.takes_rows else slice(0, count)
+
+    def of(self, rows: slice, count: int, *arguments: Any) -> Any:
+        """What it makes of `rows` of a batch of `count`, given those alone."""
+        return self.transform(*arguments, rows=rows, count=count) if self._has_keywords else self.transform(*arguments)
+
+    @property
+    def _has_keywords(self) -> bool:
+        return inspect.signature(self.transform).parameters.keys() >= ROWS
 
     def __call__(self, count: int, *arguments: Any) -> Any:
         """The batch, or the share of it.
@@ -50,10 +58,8 @@ class SharedTransform:
         Raises:
             DataError: it cannot be cut: a tensor of it has not `count` rows.
         """
-        if self.changes_nothing or (world_size() == 1 and not self.takes_rows):
-            return self.transform(*arguments)
-        if self.takes_rows:
-            return self.transform(*arguments, rows=self.rows(count), count=count)
+        if world_size() == 1 or self.takes_rows:
+            return self.of(self.rows(count), count, *arguments)
         remedy = "return one row an image in every tensor, or give transform the keywords rows and count"
         own, what = shard(count), f"the batch that {self.task} transforms"
         # Copies: a view would keep the whole batch in memory.

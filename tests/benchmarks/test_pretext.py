@@ -19,7 +19,7 @@ def test_quick_run_without_lightly(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "figures.json"
     assert pretext.main([*ARGUMENTS, "--json", str(path)]) == 0
     figures = json.loads(path.read_text(encoding="utf-8"))
-    assert set(figures["pipeline"]) == {"per image", "batched"}
+    assert set(figures["pipeline"]) == {"uint8 crops", "float crops"}
     assert set(figures["step"]) == set(figures["whole"]) == set(figures["peak_memory_mib"]) == {"bilevel"}
     assert "lightly" in figures["missing"]
     assert figures["setting"]["batch"] == 4

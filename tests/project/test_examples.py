@@ -248,8 +248,7 @@ def test_plugin_metric_is_the_area_under_the_roc_curve(monkeypatch: pytest.Monke
 def test_plugin_covers_one_square_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("plugin_tasks", monkeypatch)
     images = torch.randint(1, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    cover = example.Uncover(image_size=8, side=3).transform()
-    seen, target = cover(images, torch.Generator().manual_seed(1))
+    seen, target = example.Uncover(image_size=8, side=3).transform(images, torch.Generator().manual_seed(1))
     assert torch.allclose(target, images.float().flatten(1) / 127.5 - 1.0)
     covered = seen[:, 0] == 0.0
     assert torch.equal(seen[:, 0].flatten(1)[~covered.flatten(1)], target[~covered.flatten(1)])

@@ -14,6 +14,10 @@ from bilevel.products import ForwardOverReverse, HVPProvider, ReverseOverReverse
 from examples.masked_autoencoder import MaskedAutoencoder
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
+from recipes.vision.shards import SharedTransform
+from recipes.vision.views.crops import boxes
+from recipes.vision.views.random_view import RandomView
+from recipes.vision.views.view_policy import draw
 from tests.support.cases import vector
 from tests.support.recipes.pretext_cases import (
     check_micro_batches,
@@ -34,8 +38,10 @@ def photographs(count: int = 5, side: int = 8, channels: int = 3) -> Tensor:
     return torch.randint(256, (count, channels, side, side), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def batch_of(task: MaskedAutoencoder, seed: int = 1) -> tuple[Tensor, Tensor]:
-    return task.transform()(photographs(), torch.Generator().manual_seed(seed))
+def batch_of(task: MaskedAutoencoder, seed: int = 1, channels: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    views = tuple(RandomView(view)(photographs(channels=channels), generator) for view in task.random_views())
+    return SharedTransform(task.transform, "masked autoencoder")(5, views, generator)
 
 
 class Map(nn.Module):
@@ -73,8 +79,29 @@ def test_masks_hide_a_share_of_the_patches_each_at_random(ratio: float, hidden: 
         assert len({tuple(sorted(row)) for row in places.tolist()}) == 5
 
 
+def test_a_share_of_a_batch_hides_what_the_whole_batch_does() -> None:
+    task, whole = make_task(), batch_of(make_task())
+    for rows in (slice(0, 2), slice(2, 5)):
+        generator = torch.Generator().manual_seed(1)
+        views = RandomView(task.random_views()[0])(photographs(), generator)
+        images, places = task.transform((views[rows],), generator, rows=rows, count=5)
+        assert torch.equal(images, whole[0][rows])
+        assert torch.equal(places, whole[1][rows])
+
+
+def test_crops_are_squares_of_at_least_the_given_share() -> None:
+    (view,) = make_task(smallest_crop=0.25).random_views()
+    drawn = draw(view, 200, torch.Generator().manual_seed(0))
+    found = boxes(drawn.area, drawn.aspect, drawn.place, view.crop_ratio, 40, 40)
+    assert torch.equal(found.height, found.width)
+    assert 20 <= int(found.height.min()) < 24 < 36 < int(found.height.max()) <= 40
+    assert make_task(smallest_crop=0.25).describe_views() == [
+        "pretext view 1: random crop of 0.25 to 1 of the image's area, width / height 1 to 1, resized to 8 px"
+    ]
+
+
 def test_grey_images_become_three_channels() -> None:
-    images, _ = make_task().transform()(photographs(channels=1), torch.Generator())
+    images, _ = batch_of(make_task(), channels=1)
     assert images.shape == (5, 3, 8, 8)
     assert torch.equal(images[:, 0], images[:, 2])
 

@@ -14,7 +14,12 @@ from recipes.bissl.commands.main import main
 from recipes.bissl.tasks.classification import Classification
 from recipes.vision.imagesets import IGNORED, DataError, DownstreamSets, ImageSet
 from recipes.vision.mean_iou import mean_iou
+from recipes.vision.pictures.memory import ArrayImages
+from recipes.vision.pipeline.loader import Loader
+from recipes.vision.pipeline.workers import Workers
 from recipes.vision.sources.loading import load_downstream, load_pretext
+from recipes.vision.views.crops import boxes
+from recipes.vision.views.view_policy import draw
 from tests.support.recipes.small_runs import SMALL_OPTIONS, execute, refused, results
 
 SOURCE = "examples.segmentation:PastedDigits"
@@ -41,11 +46,14 @@ def checkers(count: int = 6) -> Tensor:
 
 def view(task: Segmentation, masks: Tensor, train: bool = True, seed: int = 3) -> tuple[Tensor, Tensor]:
     """Of images that are white where the mask is 1 and black where it is 0."""
-    return task.transform(train)(255 * masks[:, None], masks, torch.Generator().manual_seed(seed))
+    declared = task.train_view() if train else task.evaluation_view()
+    loader = Loader(ArrayImages(255 * masks[:, None]), (declared,), Workers(0), masks=masks)
+    (inputs,), (targets,) = loader.finish(loader.begin(torch.arange(len(masks)), seed))
+    return task.transform(inputs, targets, torch.Generator(), train)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-@pytest.mark.parametrize(("crop", "flip"), [(0.6, 0.5), (1.0, 0.5), (0.8, 0.0)])
+@pytest.mark.parametrize(("crop", "flip"), [(0.36, 0.5), (1.0, 0.5), (0.64, 0.0)])
 def test_image_and_mask_stay_aligned(crop: float, flip: float, axis: int) -> None:
     # Stripes along one axis, so that the image passes through grey exactly where the nearest pixel changes.
     stripes = checkers(6).select(axis, 0).unsqueeze(axis).expand(-1, SIDE, SIDE)
@@ -69,12 +77,14 @@ def test_flips_are_left_to_right_of_some_images() -> None:
 
 
 def test_crops_lie_inside_the_image() -> None:
-    crops = make_task(smallest_crop=0.5, flip_probability=0.5).crops(200, torch.Generator().manual_seed(0))
-    reach = crops[:, :, :2].abs().sum(dim=2) + crops[:, :, 2].abs()
-    assert reach.max() <= 1.0 + 1e-6
-    sides = crops[:, 1, 1]
-    assert 0.5 <= sides.min() < 0.55 < 0.95 < sides.max() <= 1.0
-    assert torch.equal(crops[:, 0, 0].abs(), sides)
+    view = make_task(smallest_crop=0.25, flip_probability=0.5).train_view()
+    drawn = draw(view, 200, torch.Generator().manual_seed(0))
+    crops = boxes(drawn.area, drawn.aspect, drawn.place, view.crop_ratio, SIDE, SIDE)
+    assert torch.equal(crops.height, crops.width)
+    assert SIDE // 2 <= int(crops.height.min()) < 12 < 18 < int(crops.height.max()) <= SIDE
+    for start in (crops.top, crops.left):
+        assert int(start.min()) == 0
+        assert int((start + crops.height).max()) == SIDE
 
 
 def test_evaluation_changes_nothing_and_unknown_pixels_stay_unknown() -> None:
@@ -146,9 +156,9 @@ def test_the_head_scores_every_pixel_of_the_feature_map() -> None:
 
 
 def test_the_images_are_digits_on_a_texture_and_the_masks_where_they_are() -> None:
-    sets = load_downstream(SOURCE, image_size=SIDE, root=".", download=False)
+    sets = load_downstream(SOURCE, root=".", download=False)
     assert (len(sets.train), len(sets.val), len(sets.test), sets.kind) == (40, 20, 200, "segmentation")
-    images, masks = sets.train.images[:, 0], sets.train.labels
+    images, masks = sets.train.images.stacked()[:, 0], sets.train.labels
     assert masks is not None
     assert set(masks.unique().tolist()) == {0, 1, 2, 3, 4, IGNORED}
     assert images[(masks != 0) & (masks != IGNORED)].min() > 127
@@ -157,10 +167,10 @@ def test_the_images_are_digits_on_a_texture_and_the_masks_where_they_are() -> No
         assert len(set(mask.unique().tolist()) - {0, IGNORED}) == 1
         rows, columns = (mask != 0).any(1).nonzero(), (mask != 0).any(0).nonzero()
         assert rows.max() - rows.min() < 16 > columns.max() - columns.min()
-    pretext = load_pretext(SOURCE, image_size=SIDE, root=".", download=False)
+    pretext = load_pretext(SOURCE, root=".", download=False)
     assert (len(pretext), pretext.labels) == (240, None)
-    held_out = {image.numpy().tobytes() for image in sets.test.images}
-    assert not held_out & {image.numpy().tobytes() for image in pretext.images}
+    held_out = {image.numpy().tobytes() for image in sets.test.images.stacked()}
+    assert not held_out & {image.numpy().tobytes() for image in pretext.images.stacked()}
     assert len(PastedDigits().part("val")) == 20
 
 
@@ -195,7 +205,7 @@ class Masks:
 
 def test_masks_have_no_classes_of_images_to_cap() -> None:
     with pytest.raises(DataError, match="labels_per_class = 1 needs classes, but these are masks of a segmentation"):
-        load_downstream(f"{__name__}:Masks", image_size=4, root=".", download=False, labels_per_class=1)
+        load_downstream(f"{__name__}:Masks", root=".", download=False, labels_per_class=1)
     assert Classification.labels != Segmentation.labels == "segmentation"
 
 

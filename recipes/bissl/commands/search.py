@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
     check_places(search.config.data, {"output-dir": search.directory, "--artifacts": search.artifacts})
     if request.dry_run:
         parent = _checked(search, given)
+        _check_folder(search, _content(search, given))
         check(search, parent, dry_data(search.config), console, published=True)
         print(show_config(search.config))
         for trial in search.queue.trials:
@@ -203,23 +204,37 @@ def _open(search: Search, given: argparse.Namespace) -> None:
     Raises:
         ConfigError: it is another one, or the folder cannot be written to.
     """
-    path = search.directory / MANIFEST
+    path, content = search.directory / MANIFEST, _content(search, given)
+    _check_folder(search, content)
+    try:
+        if not path.exists():
+            search.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        raise ConfigError(f"output-dir: {search.directory} cannot be written to ({error.strerror})") from error
+    # Another worker may have begun one in between.
+    _check_folder(search, content)
+
+
+def _content(search: Search, given: argparse.Namespace) -> dict[str, Any]:
+    """What decides the search, for its manifest."""
     settings: dict[str, Any] = {"stage": search.stage, "arm": search.variant}
     if search.stage == "finetune":
         ranges = {"lr_range": list(given.lr_range), "weight_decay_range": list(given.weight_decay_range)}
         settings |= {"search_seed": given.search_seed, **ranges}
     else:
         settings |= {"grid_side": given.grid_side, "grid_factor": given.grid_factor}
-    content = {"search": settings, "config": json.loads(search.config.model_dump_json())}
-    try:
-        if not path.exists():
-            # Hidden files may be those that another worker is just writing.
-            if search.directory.exists() and any(file.name[0] != "." for file in search.directory.iterdir()):
-                raise ConfigError(f"output-dir: {search.directory} holds other files, but no {MANIFEST}; name another")
-            search.directory.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(content, indent=1).encode())
-    except OSError as error:
-        raise ConfigError(f"output-dir: {search.directory} cannot be written to ({error.strerror})") from error
+    return {"search": settings, "config": json.loads(search.config.model_dump_json())}
+
+
+def _check_folder(search: Search, content: dict[str, Any]) -> None:
+    """Refuse a folder with another search, or with other files."""
+    path = search.directory / MANIFEST
+    if not path.exists():
+        # Hidden files may be those that another worker is just writing.
+        if search.directory.is_dir() and any(file.name[0] != "." for file in search.directory.iterdir()):
+            raise ConfigError(f"output-dir: {search.directory} holds other files, but no {MANIFEST}; name another")
+        return
     changed = differences(read_config_file(path), content)
     refused = [line for line in changed if line.partition(":")[0].removeprefix("config.") not in SAFE_TO_CHANGE]
     if refused:

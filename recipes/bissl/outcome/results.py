@@ -60,8 +60,9 @@ def notes(config: Config, data: Datasets) -> list[str]:
     ]
     controls = [arm for arm in config.arms if arm not in (*REQUIRED, SCRATCH)]
     lines += [f"arm {arm}: {_meaning(config, arm)}" for arm in controls]
-    tasks = config.pretext_task().describe() + config.downstream_task(sets.train.classes).describe()
-    return lines + tasks + compatibility.describe(config)
+    tasks = config.pretext_task(), config.downstream_task(sets.train.classes)
+    of_tasks = [line for task in tasks for line in task.describe_views() + task.describe()]
+    return lines + of_tasks + compatibility.describe(config)
 
 
 def _meaning(config: Config, arm: str) -> str:

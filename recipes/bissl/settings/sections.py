@@ -63,6 +63,11 @@ class DataConfig(Section):
         "and read from then on; large pictures are reduced there as far as their views allow; null: none",
     )
     pretext_limit: int | None = Field(default=None, ge=1, description="use at most this many pretext images; null: all")
+    train_list: str | None = Field(
+        default=None,
+        description="text file that names the labelled images to train on, one a line, as the 1% and 10% lists of "
+        "ImageNet do; validation and test stay whole; null: all",
+    )
     labels_per_class: int | None = Field(default=None, ge=1, description="training images a class; null: all")
     val_per_class: int | None = Field(
         default=None, ge=1, description="validation images a class; null: all of the split"

@@ -32,13 +32,20 @@ class Task(BaseModel):
 
     image_size: int = Field(ge=1, description="side of the square input (px); filled in from data.image_size")
 
+    @abstractmethod
     def view_sizes(self) -> set[int]:
         """Sides of the images that the backbone is given (px); some backbones take one size alone."""
-        return {self.image_size}
 
     def describe(self) -> list[str]:
-        """Sentences for the report on choices that a reader of the results must know, such as what a crop means."""
+        """Sentences for the report on choices of the task that a reader of the results must know."""
         return []
+
+    @abstractmethod
+    def describe_views(self) -> list[str]:
+        """Sentences for the report on what becomes of an image before the task sees it."""
+
+    def _working_size(self, what: str) -> str:
+        return f"{what}: images at a working size of {self.image_size} px (central squares): the task declares no view"
 
 
 class PretextTask(Task, ABC):
@@ -63,6 +70,14 @@ class PretextTask(Task, ABC):
         device. Without any, `transform` is given the images themselves, as central squares of `image_size` px.
         """
         return ()
+
+    def view_sizes(self) -> set[int]:
+        return {view.size for view in self.random_views()} or {self.image_size}
+
+    def describe_views(self) -> list[str]:
+        views = self.random_views()
+        declared = [f"pretext view {number}: {view.describe_crop()}" for number, view in enumerate(views, 1)]
+        return declared or [self._working_size("pretext")]
 
     def transform(self, images: Any, generator: torch.Generator) -> Any:
         """The batch, on the compute device; everything random in it that is no view is drawn here.
@@ -139,6 +154,20 @@ class DownstreamTask(Task, ABC):
     def evaluation_view(self) -> EvalView | None:
         """The view of an image in validation and test; None: `transform` is given the image."""
         return None
+
+    def view_sizes(self) -> set[int]:
+        train, evaluation = self.train_view(), self.evaluation_view()
+        return {train.size if train else self.image_size, evaluation.crop if evaluation else self.image_size}
+
+    def describe_views(self) -> list[str]:
+        train, evaluation = self.train_view(), self.evaluation_view()
+        names = "downstream training view", "downstream evaluation"
+        return [
+            self._working_size(names[0]) if train is None else f"{names[0]}: {train.describe_crop()}",
+            self._working_size(names[1])
+            if evaluation is None
+            else f"{names[1]}: shorter side to {evaluation.resize} px, central {evaluation.crop} px",
+        ]
 
     def transform(self, images: Tensor, targets: Any, generator: torch.Generator, train: bool) -> tuple[Any, Any]:
         """(inputs, targets) of a batch, on the compute device; unchanged by default.

@@ -68,4 +68,4 @@ class BYOL(TwoViewTask):
 
     def describe(self) -> list[str]:
         decay = f"the target network keeps {self.target_decay:g} of itself at every pretext step"
-        return [*super().describe(), f"BYOL: {decay}, of the bilevel stage too, and stands still in upper steps"]
+        return [f"BYOL: {decay}, of the bilevel stage too, and stands still in upper steps"]

@@ -39,16 +39,6 @@ class LinearTask(DownstreamTask):
             raise ValueError(f"eval_resize={self.eval_resize} px is smaller than the crop of {self.image_size} px")
         return self
 
-    def view_sizes(self) -> set[int]:
-        return {self.view.size, self.image_size}
-
-    def describe(self) -> list[str]:
-        resize = self.eval_resize or self.image_size
-        return [
-            f"downstream training view: {self.view.describe_crop()}",
-            f"downstream evaluation: shorter side to {resize} px, central {self.image_size} px",
-        ]
-
     def build(self, backbone: nn.Module) -> nn.Module:
         return linear_head(int(backbone.num_features), len(self.classes))  # type: ignore[arg-type]
 

@@ -40,4 +40,4 @@ class MultiLabel(LinearTask):
 
     def describe(self) -> list[str]:
         names = {"bce": "binary cross-entropy, mean over classes", "softmax": "softmax cross-entropy, multi-hot target"}
-        return [*super().describe(), f"downstream loss: {names[self.loss_function]}"]
+        return [f"downstream loss: {names[self.loss_function]}"]

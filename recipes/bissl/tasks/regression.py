@@ -79,10 +79,7 @@ class Regression(LinearTask):
         scaled = self.target_mean is not None or self.target_std is not None
         units = "of targets scaled by the given mean and deviation" if scaled else "of targets as they are"
         names = {"mse": "squared error", "smooth_l1": "smooth absolute error", "l1": "absolute error"}
-        return [
-            *super().describe(),
-            f"downstream loss: {names[self.loss_function]} {units}; mae is in the targets' units, r2 at most 1",
-        ]
+        return [f"downstream loss: {names[self.loss_function]} {units}; mae is in the targets' units, r2 at most 1"]
 
 
 def _like(outputs: Tensor, values: tuple[float, ...] | None, default: float) -> Any:

@@ -47,12 +47,6 @@ class TwoViewTask(PretextTask):
             )
         return self
 
-    def view_sizes(self) -> set[int]:
-        return {self.view1.size, self.view2.size}
-
-    def describe(self) -> list[str]:
-        return [f"pretext view {i}: {view.describe_crop()}" for i, view in enumerate((self.view1, self.view2), 1)]
-
     def random_views(self) -> tuple[ViewPolicy, ViewPolicy]:
         return self.view1, self.view2
 

@@ -86,6 +86,7 @@ class Datasets:
             val_fraction=c.val_fraction,
             test_fraction=c.test_fraction,
             split_seed=c.split_seed,
+            train_list=c.train_list,
             storage=c.storage,
         )
         if self._cache is None:

@@ -26,9 +26,6 @@ LOWER_DATA = "bissl lower"
 PRETEXT_IMAGES = {"pretext", "image_size", "pretext_limit", "test_fraction", "split_seed"}
 """Fields of the section `data` that decide which the pretext images are."""
 
-AHEAD = 2
-"""Batches under way besides the one that is used."""
-
 
 class Batches:
     """The batches of one repeat, on the device: a function of its settings and its seed."""
@@ -51,7 +48,7 @@ class Batches:
         order = torch.Generator().manual_seed(derive_seed(self.settings.data.split_seed, "pretext fraction"))
         members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
         loader = self._loader(images, views or (task.image_size,))
-        transform = SharedTransform(task.transform, type(task).__name__, type(task).transform is PretextTask.transform)
+        transform = _shared(task)
 
         def begin(indices: Tensor, seed: int) -> UnderWay:
             chosen = indices if members is None else members[indices]
@@ -68,8 +65,10 @@ class Batches:
         """A batch of the first images: always the same images and the same draws."""
         images, views = self.data.pretext, task.random_views()
         loader = self._loader(images, views or (task.image_size,))
-        made = loader.make(torch.arange(min(count, len(images))))
-        return self.computing.move(task.transform(made if views else made[0], _generator(0)))
+        chosen = torch.arange(min(count, len(images)))
+        made, whole = loader.make(chosen), slice(0, len(chosen))
+        batch = _shared(task).of(whole, len(chosen), made if views else made[0], _generator(0))
+        return self.computing.move(batch)
 
     def labelled(self, task: DownstreamTask, purpose: str, total: int) -> PrefetchedStack[UnderWay]:
         """`total` batches of the labelled training images."""
@@ -78,9 +77,7 @@ class Batches:
         size = check_batch_size("downstream.batch_size", wanted, count, "labelled images")
         self._check_shards("downstream.batch_size", size, count, None)
         loader = self._loader(images, (task.train_view() or task.image_size,))
-        transform = SharedTransform(
-            partial(task.transform, train=True), type(task).__name__, type(task).transform is DownstreamTask.transform
-        )
+        transform = _shared(task, train=True)
 
         def begin(indices: Tensor, seed: int) -> UnderWay:
             return loader.begin(indices, seed, transform.rows(len(indices)))
@@ -104,14 +101,15 @@ class Batches:
 
     def _evaluated(self, images: ImageSet, task: DownstreamTask) -> tuple[Loader, Any, Any]:
         loader = self._loader(images, (task.evaluation_view() or task.image_size,), on_device=False)
+        transform = _shared(task, train=False)
 
         def begin(indices: Tensor) -> UnderWay:
             return loader.begin(indices, rows=evaluated_rows(len(indices)))
 
         def finish(begun: UnderWay) -> tuple[Rows, Any]:
             count = len(begun.indices)
-            batch = task.transform(*self._labelled(loader, begun, images), torch.Generator(), train=False)
-            inputs, targets = self.computing.move(batch)
+            given = *self._labelled(loader, begun, images), torch.Generator()
+            inputs, targets = self.computing.move(transform.of(begun.rows, count, *given))
             return Rows(inputs, count), of_all_ranks(targets, count, "evaluation targets")
 
         return loader, begin, finish
@@ -132,7 +130,7 @@ class Batches:
         self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int
     ) -> PrefetchedStack[UnderWay]:
         order = order_of(count, size, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
-        ahead = 0 if loader.images.in_memory else AHEAD
+        ahead = 0 if loader.images.in_memory else self.settings.data.prefetch_factor
         return PrefetchedStack(order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room)
 
     def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
@@ -155,6 +153,12 @@ class Batches:
                 f"compute.micro_batch: chunks of {chunk} leave a single image of a batch of {size} or of an epoch's "
                 f"last one, of {rest or size}; BatchNorm needs two, choose another size"
             )
+
+
+def _shared(task: PretextTask | DownstreamTask, **fixed: bool) -> SharedTransform:
+    """The task's transform with some of its arguments."""
+    plain = {PretextTask.transform, DownstreamTask.transform}
+    return SharedTransform(partial(task.transform, **fixed), type(task).__name__, type(task).transform in plain)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -106,6 +106,8 @@ class Loader:
     def give_up(self, begun: UnderWay) -> None:
         """Forget a batch that nobody will ask for."""
         self.workers.in_flight -= begun.nbytes
+        for part in begun.parts:
+            part.cancel()
 
     def room(self, indices: Tensor) -> bool:
         """Whether those pictures may be begun before they are needed."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import BatchStack
 from bilevel.training import BatchSource
+from bilevel.training.batches import check_fields
 
 Begun = TypeVar("Begun")
 Drawn = tuple[Tensor, int]
@@ -82,7 +83,8 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        self.stack.check_state({name: state[name] for name in self.stack.state_dict() if name in state})
+        check_fields(self, state)
+        self.stack.check_state({name: state[name] for name in self.stack.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_state(state)
@@ -144,11 +146,10 @@ class InOrder(Generic[Begun]):
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
-        waiting = iter(torch.arange(self.size).split(self.batch_size))
         under_way = deque[Begun]()
         try:
-            for indices in waiting:
-                under_way.append(self._begin(indices))
+            for first in range(0, self.size, self.batch_size):
+                under_way.append(self._begin(torch.arange(first, min(first + self.batch_size, self.size))))
                 if len(under_way) > self.ahead:
                     yield self._finish(under_way.popleft())
             while under_way:

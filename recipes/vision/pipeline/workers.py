@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -50,6 +51,10 @@ class Pending(Protocol):
         """
         ...
 
+    def cancel(self) -> Any:
+        """Nobody will ask for it: what is not begun yet is left undone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Later:
@@ -59,6 +64,9 @@ class Later:
 
     def result(self) -> Made:
         return self.work.run()
+
+    def cancel(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class Elsewhere:
         except BrokenProcessPool as error:
             raise WorkerLost(LOST) from error
         return _as_tensors(made)
+
+    def cancel(self) -> bool:
+        return self.future.cancel()
 
 
 class _Process(ForkServerProcess):
@@ -130,6 +141,8 @@ class Workers:
             context = _Context()
             context.set_forkserver_preload(PRELOADED)
             self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(),))
+            # Also at the interpreter's end, which an executor that is forgotten until then does not survive silently.
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         return self._pool
 
     def describe(self) -> str | None:
@@ -205,7 +218,17 @@ def _alive(process: int) -> bool:
 
 def _run(work: Work, by_pipe: bool) -> Made:
     made = work.run()
-    return _as_arrays(made) if by_pipe else made
+    return _as_arrays(made) if by_pipe or not _shared(made) else made
+
+
+def _shared(made: Made) -> bool:
+    """Move what was made to shared memory, if there is room left; another program may have taken it."""
+    try:
+        for tensor in (*made.crops, *made.masks):
+            tensor.share_memory_()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _as_arrays(made: Made) -> Made:

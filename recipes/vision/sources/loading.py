@@ -14,6 +14,7 @@ from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
 from ..pictures.base import Images
+from ..pictures.files import FileImages
 from ..pictures.memory import read_all
 from .foreign.hugging_face import open_hugging_face
 from .foreign.map_style import gives_sets, open_map_style
@@ -23,6 +24,7 @@ from .published.catalog import DATASETS
 from .published.dataset import open_dataset
 from .sources import Request, Source, open_digits, open_folder, open_images
 from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
+from .subset_list import read_subset
 
 __all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
 
@@ -141,6 +143,7 @@ def load_downstream(
     val_fraction: float = 0.2,
     test_fraction: float = 0.25,
     split_seed: int = 0,
+    train_list: Path | str | None = None,
     storage: Storage = "auto",
 ) -> DownstreamSets:
     """The labelled sets of `source`, split once and for all by `split_seed`; images are the originals.
@@ -149,7 +152,8 @@ def load_downstream(
     "folder:PATH" (class folders of images; or train/ and optionally val/ and test/ of them; or images with labels.csv,
     see `label_file`) or "module:Class" (a `CustomSource`).
     Where the source fixes no test set, the stratified `test_fraction` of all images is held out; where it fixes no
-    validation set, the stratified `val_fraction` of the remaining ones (20% in the paper, appendix B.1). Then
+    validation set, the stratified `val_fraction` of the remaining ones (20% in the paper, appendix B.1). Of the
+    training images those in the text file `train_list` are kept (`subset_list.read_subset`), where one is given. Then
     `labels_per_class` and `val_per_class` keep that many images of each class, smaller choices within larger ones;
     the test set stays whole. `storage`: see `stored`. Raises DataError, with the remedy, for whatever is wrong with a
     source or a number.
@@ -185,6 +189,8 @@ def load_downstream(
             rounding=opened.val_rounding,
             passed_over=opened.passed_over,
         )
+    if train_list is not None:
+        train = _listed(opened, train, train_list)
     train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed, opened.passed_over)
     val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
@@ -194,6 +200,17 @@ def load_downstream(
 
     indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
     return DownstreamSets(images(train), images(val), images(test), indices)
+
+
+def _listed(source: Source, train: Tensor, train_list: Path | str) -> Tensor:
+    """The training images that a list names. Raises DataError where it names none, or images are no files."""
+    if not isinstance(source.images, FileImages):
+        raise DataError(f"train_list names files, and the images of {source.name} are none; use labels_per_class")
+    path = user_path(train_list)
+    kept = train[torch.isin(train, read_subset(path, source.images.files))]
+    if not len(kept):
+        raise DataError(f"train_list: {path} names no training image of {source.name}, only held-out ones")
+    return kept
 
 
 def load_pretext(

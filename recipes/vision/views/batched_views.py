@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -187,6 +188,11 @@ class _HostCrops:
     crops: Tensor
     flip: Tensor
 
+    @cached_property
+    def mirrors(self) -> bool:
+        """Whether any is mirrored."""
+        return bool(self.flip.any())
+
     def numbers_of(self, part: slice) -> list[Tensor]:
         """What is moved to the device for some of the views."""
         return [self.flip[part].float()]
@@ -194,8 +200,9 @@ class _HostCrops:
     def pixels(self, part: slice, numbers: Sequence[Tensor]) -> Tensor:
         """[n, x, C, y], in [0, 1]."""
         crops = self.crops[part]
-        flipped = torch.where(numbers[0].view(-1, 1, 1, 1) > 0, crops.flip(-1), crops)
-        return flipped.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        if self.mirrors:
+            crops = torch.where(numbers[0].view(-1, 1, 1, 1) > 0, crops.flip(-1), crops)
+        return crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _light(x: Tensor) -> Tensor:
@@ -292,20 +299,21 @@ def _write_views(
     moving: bool,
 ) -> None:
     """Views of one chunk into `out`; whether any of the batch moves is given."""
-    rounds, last, restoring = _rounds(parameters)
     first = source.numbers_of(part)
+    if not (parameters.jitter | parameters.grey | parameters.blur | parameters.solarize).any():
+        *first, matrices = _moved([*first, move_matrices(parameters)], out.device)
+        views = source.pixels(part, first).permute(0, 2, 3, 1)
+        out.copy_(move(views, matrices) if moving else views)
+        normalize(out, policy.mean, policy.std)
+        return
+    rounds, last, restoring = _rounds(parameters)
     numbers = [*first, move_matrices(parameters), last.values, *(step.values for step in rounds)]
     moved = _moved(numbers, out.device)
     first, (matrices, sigma, *values) = moved[: len(first)], moved[len(first) :]
     lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], out.device)
+    first_solarized, blurred, solarized = last.ends[:3]
 
     x = source.pixels(part, first)
-    first_solarized, blurred, solarized = last.ends[:3]
-    if not rounds and not blurred and first_solarized == solarized:
-        views = x.permute(0, 2, 3, 1)
-        out.copy_(move(views, matrices) if moving else views)
-        normalize(out, policy.mean, policy.std)
-        return
     x = _as_rows(x)
     if moving:
         x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()

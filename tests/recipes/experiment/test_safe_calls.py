@@ -25,6 +25,7 @@ FORBIDDEN: dict[str, Callable[[ast.Call], bool]] = {
 ALLOWED = {
     ("bilevel/training/trackers.py", "importlib.import_module"): "one name, written there: an optional package",
     ("recipes/experiment/plugins.py", "importlib.import_module"): "module:Class of the command line or a config file",
+    ("recipes/vision/pictures/arrow.py", "importlib.import_module"): "names written there: an optional package",
     ("benchmarks/peers/adapters.py", "importlib.import_module"): "names written there: packages to compare with",
     ("benchmarks/pretext.py", "importlib.import_module"): "names written there: packages to compare with",
     ("benchmarks/race/methods.py", "importlib.import_module"): "names written there: packages to compare with",

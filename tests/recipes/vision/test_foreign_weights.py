@@ -253,7 +253,7 @@ def test_safetensors_and_the_small_stem(tmp_path: Path) -> None:
         torch.testing.assert_close(backbone.eval()(images), network.eval()(images))
 
 
-def refusal(content: State, name: str, folder: Path) -> str:
+def refusal(content: Any, name: str, folder: Path) -> str:
     torch.save(content, folder / "weights.pt")
     backbone = build_backbone(name)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}

@@ -38,6 +38,6 @@ def outputs_on_test(pipeline: Pipeline, task: DownstreamTask, artifact: Artifact
     head = task.build(backbone)
     artifact.load_into({"backbone": backbone, "head": head})
     model: list[nn.Module] = [backbone.eval(), head.eval()]
-    images = pipeline.data.downstream.test
-    inputs, _ = task.transform(train=False)(images.images, images.labels, torch.Generator())
-    return task.forward(model[0], model[1], inputs)
+    view = task.evaluation_view()
+    assert view is not None
+    return task.forward(model[0], model[1], view(pipeline.data.downstream.test.images.stacked()))

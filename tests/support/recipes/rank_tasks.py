@@ -3,63 +3,55 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from bilevel.distributed import rank
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
 
+Views = tuple[Tensor, Tensor]
 
-class BrokenOnOneRank(SimCLR):  # type: ignore[misc]
+
+class Counting(SimCLR):  # type: ignore[misc]
+    """Knows which of its batches comes next."""
+
+    _numbers: Iterator[int] = PrivateAttr(default_factory=lambda: itertools.count(1))
+
+    def number(self) -> int:
+        """1 for the first batch."""
+        return next(self._numbers)
+
+
+class BrokenOnOneRank(Counting):
     """The first view of rank 1's third batch is NaN."""
 
-    def transform(self) -> Callable[..., Any]:
-        views: Callable[..., Any] = super().transform()
-        numbers = itertools.count(1)
-
-        def broken(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-            first, second = views(images, generator, rows=rows)
-            if next(numbers) == 3 and rank() == 1:
-                first = first * math.nan
-            return first, second
-
-        return broken
+    def transform(self, images: Views, generator: torch.Generator, *, rows: slice, count: int) -> Views:
+        first, second = images
+        return first * math.nan if self.number() == 3 and rank() == 1 else first, second
 
 
-class FailingOnOneRank(SimCLR):  # type: ignore[misc]
+class FailingOnOneRank(Counting):
     """Rank 1 cannot draw its third batch."""
 
-    def transform(self) -> Callable[..., Any]:
-        views: Callable[..., Any] = super().transform()
-        numbers = itertools.count(1)
-
-        def failing(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-            if next(numbers) == 3 and rank() == 1:
-                raise OSError(5, "Input/output error", "images.bin")
-            return views(images, generator, rows=rows)
-
-        return failing
+    def transform(self, images: Views, generator: torch.Generator, *, rows: slice, count: int) -> Views:
+        if self.number() == 3 and rank() == 1:
+            raise OSError(5, "Input/output error", "images.bin")
+        return images
 
 
-class SlowOnOneRank(SimCLR):  # type: ignore[misc]
+class SlowOnOneRank(Counting):
     """Rank 0 cannot draw its third batch, while rank 1 takes its time over its own."""
 
-    def transform(self) -> Callable[..., Any]:
-        views: Callable[..., Any] = super().transform()
-        numbers = itertools.count(1)
-
-        def failing(images: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-            if next(numbers) == 3:
-                if rank() == 0:
-                    raise OSError(28, "No space left on device")
-                time.sleep(9.0)
-            return views(images, generator, rows=rows)
-
-        return failing
+    def transform(self, images: Views, generator: torch.Generator, *, rows: slice, count: int) -> Views:
+        if self.number() == 3:
+            if rank() == 0:
+                raise OSError(28, "No space left on device")
+            time.sleep(9.0)
+        return images
 
 
 class Dropping(Classification):  # type: ignore[misc]

@@ -149,6 +149,23 @@ def test_dry_runs_of_other_commands_check_too(
     assert files(made) == before
 
 
+def test_a_dry_run_of_a_search_looks_at_its_folder(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "notes.txt").write_text("mine")
+    arguments = ["search", *SMALL_OPTIONS, "--trials=1", "--finetune.epochs=1", "--from=bissl", "--output-dir"]
+    for more in (["--dry-run"], []):
+        assert main([*arguments, str(tmp_path / "search"), *more]) == 2
+        assert "holds other files, but no search.json" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert main([*arguments, str(tmp_path / "whole"), "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "whole"), "--finetune.validate-every=1", "--dry-run"]) == 2
+    assert "holds another search" in capsys.readouterr().err
+
+
 Spelling = Callable[[Path], str]
 SPELLINGS: dict[str, Spelling] = {
     "inside": lambda here: str(here / "images" / "run"),

@@ -144,16 +144,16 @@ def test_splits_do_not_meet(reference: Path) -> None:
     assert not train & val
     assert not test & (train | val)
     data = Config.model_validate_json((reference / CONFIG).read_bytes()).data
-    common: dict[str, Any] = {"image_size": data.image_size, "root": ".", "download": False}
+    common: dict[str, Any] = {"root": ".", "download": False}
     every = load_downstream("digits", **common, split_seed=data.split_seed, test_fraction=data.test_fraction)
     assert test == set(every.indices["test"])
     # No test image is among those without labels either.
     unlabelled = load_pretext(
         "digits", **common, limit=48, split_seed=data.split_seed, test_fraction=data.test_fraction
     )
-    pictures = {image.numpy().tobytes() for image in every.test.images}
+    pictures = {image.numpy().tobytes() for image in every.test.images.stacked()}
     assert len(unlabelled) == 48
-    assert not any(image.numpy().tobytes() in pictures for image in unlabelled.images)
+    assert not any(image.numpy().tobytes() in pictures for image in unlabelled.images.stacked())
 
 
 def test_weights_give_the_recorded_accuracy(reference: Path) -> None:
@@ -162,10 +162,10 @@ def test_weights_give_the_recorded_accuracy(reference: Path) -> None:
     view = config.downstream.options["view"]
     data = config.data
     sets = load_downstream(
-        "digits", image_size=8, root=".", download=False, split_seed=data.split_seed, test_fraction=data.test_fraction
+        "digits", root=".", download=False, split_seed=data.split_seed, test_fraction=data.test_fraction
     )
     assert sets.test.labels is not None
-    pixels = sets.test.images.expand(-1, 3, -1, -1).float() / 255
+    pixels = sets.test.images.stacked().expand(-1, 3, -1, -1).float() / 255
     mean, std = (torch.tensor(view[name]).view(3, 1, 1) for name in ("mean", "std"))
     scores: dict[str, dict[int, float]] = {}
     for folder in (reference / "checkpoints").glob("finetune-*"):

@@ -264,7 +264,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         arm = results["variants"][row["arm"]]
         assert float(row["arm_mean"]) == arm["top1"]["mean"]
         assert float(row["hours"]) == pytest.approx(arm["seconds"] / 3600)
-    crop = small_config().pretext_task().describe()[0]
+    crop = small_config().pretext_task().describe_views()[0]
     assert f"digits: {crop}" in texts["table.md"]
 
 

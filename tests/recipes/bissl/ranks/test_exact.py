@@ -36,9 +36,6 @@ class Denoising(PretextTask):
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
         return nn.ModuleDict({"decoder": nn.Linear(int(backbone.num_features), 12)})  # type: ignore[arg-type]
 
-    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
-        raise NotImplementedError
-
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return (heads["decoder"](backbone(batch[0])) - batch[1].flatten(1)[:, :12]).square().mean()
 

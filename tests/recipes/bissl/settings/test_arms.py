@@ -138,7 +138,7 @@ def test_fine_tuning_takes_the_rates_of_the_arm() -> None:
 def test_a_fraction_of_the_pretext_images_feeds_the_lower_level(tmp_path: Path) -> None:
     batches = batches_of(small_pipeline(tmp_path, small_config("--bissl.pretext-fraction=0.5")))
     task = batches.settings.pretext_task()
-    whole, half = batches.pretext(task, "test"), batches.pretext(task, "test", 0.5)
+    whole, half = batches.pretext(task, "test", 3), batches.pretext(task, "test", 3, 0.5)
     assert (len(whole), len(half)) == (2, 1)
     assert all(half.next()[0].shape[0] == 24 for _ in range(3))
 

@@ -58,8 +58,8 @@ def test_the_stacks_have_as_many_batches_as_planned(tmp_path: Path) -> None:
     for limit, size in ((48, 24), (49, 24), (50, 24), (50, 50)):
         config = small_config("--data.pretext-limit", str(limit), "--pretext.batch-size", str(size))
         batches = batches_of(small_pipeline(tmp_path, config))
-        assert len(batches.pretext(config.pretext_task(), "x")) == batches_per_epoch(limit, size)
-        labelled = batches.labelled(config.downstream_task(batches.data.downstream.train.classes), "x")
+        assert len(batches.pretext(config.pretext_task(), "x", 1)) == batches_per_epoch(limit, size)
+        labelled = batches.labelled(config.downstream_task(batches.data.downstream.train.classes), "x", 1)
         assert len(labelled) == batches_per_epoch(30, 16)
 
 

@@ -205,7 +205,7 @@ def test_small_presets_are_fair_and_cheaper(name: str) -> None:
     assert (config.bissl.solver_rtol, config.bissl.aggregate, config.bissl.layerwise) == ("noise", True, False)
     assert (config.bissl.through_negative_curvature, paper.bissl.through_negative_curvature) == (False, True)
     assert config.bissl.hvp == "reverse-kept"
-    assert (config.compute.precision, config.compute.views, config.compute.data_device) == ("bf16", "batched", "device")
+    assert (config.compute.precision, config.compute.crops) == ("bf16", "auto")
     assert 10 <= config.finetune.epochs <= 100
     # A tuning sees 600,000 images, where neither bound on the epochs says otherwise.
     if 10 < config.finetune.epochs < 100:

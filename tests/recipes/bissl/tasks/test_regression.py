@@ -84,7 +84,7 @@ def test_all_stages(tmp_path: Path) -> None:
 
     def relabel(images: ImageSet) -> Tensor:
         assert images.labels is not None
-        return torch.stack([images.labels, 100 * images.images.float().mean(dim=(1, 2, 3)) / 255], dim=1)
+        return torch.stack([images.labels, 100 * images.images.stacked().float().mean(dim=(1, 2, 3)) / 255], dim=1)
 
     names = ("digit", "brightness")
     options = '{"target_mean": [4.5, 30], "target_std": [3, 10], "loss_function": "smooth_l1"}'

@@ -46,7 +46,7 @@ def test_tasks_of_ones_own_run_through_all_stages(plugins: Path) -> None:
     backbone = build_backbone(config.model.backbone)
     regression = task.build(backbone)
     made["finetune"].load_into({"backbone": backbone, "head": regression})
-    images = pipeline.data.downstream.test.images.expand(-1, 3, -1, -1) / 255
+    images = pipeline.data.downstream.test.images.stacked().expand(-1, 3, -1, -1) / 255
     with torch.no_grad():
         errors = regression.eval()(backbone.eval()(images)).squeeze(1) - images.mean(dim=(1, 2, 3))
     assert info["test"]["error"] == pytest.approx(float(errors.abs().mean()), rel=1e-4)

@@ -1,5 +1,6 @@
 """How a run computes: what each field of the section `compute` does, and where it must do nothing."""
 
+import json
 import re
 import shutil
 import warnings
@@ -7,7 +8,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from bilevel import MINRES, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
 from recipes.bissl.outcome.pipeline import Pipeline
-from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.tasks.simclr import SimCLR
@@ -48,9 +48,7 @@ WRONG = [
     (("tf32=maybe",), "compute.tf32: Input should be a valid boolean"),
     (("channels-last=3",), "compute.channels_last: Input should be a valid boolean"),
     (("compile=fast",), "compute.compile: Input should be a valid boolean"),
-    (("views=gpu",), "compute.views: Input should be 'per-image' or 'batched', got 'gpu'"),
-    (("data-device=gpu",), "compute.data_device: Input should be 'cpu' or 'device', got 'gpu'"),
-    (("data-device=device",), "data_device=device draws views on the device, a batch at a time; set views to batched"),
+    (("crops=gpu",), "compute.crops: Input should be 'auto', 'uint8' or 'float', got 'gpu'"),
     (("micro-batch=1",), "compute.micro_batch: Input should be greater than or equal to 2, got '1'"),
     (("micro-batch=10", "--bissl.hvp=forward"), "compute.micro_batch: .* but bissl.hvp is 'forward'; set bissl.hvp to"),
     (
@@ -73,20 +71,17 @@ def test_wrong_fields_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_fields_are_parsed_and_reach_the_tasks() -> None:
-    names = ("precision=bf16", "tf32=true", "channels-last=true", "compile=true", "views=batched")
-    config = small_config(*(f"--compute.{name}" for name in (*names, "data-device=device", "micro-batch=10")))
+def test_fields_are_parsed() -> None:
+    names = ("precision=bf16", "tf32=true", "channels-last=true", "compile=true", "crops=float", "micro-batch=10")
+    config = small_config(*(f"--compute.{name}" for name in names))
     assert config.compute == ComputeConfig(
         precision="bf16",
         tf32=True,
         channels_last=True,
         compile=True,
-        views="batched",
-        data_device="device",
+        crops="float",
         micro_batch=10,
     )
-    assert (config.pretext_task().views, config.downstream_task(("a", "b")).views) == ("batched", "batched")
-    assert small_config().pretext_task().views == "per-image"
 
 
 @pytest.fixture
@@ -277,48 +272,74 @@ def images(count: int) -> ImageSet:
 def batches(pipeline: Pipeline) -> list[Tensor]:
     config, made = pipeline.config, batches_of(pipeline)
     tasks = config.pretext_task(), config.downstream_task(pipeline.data.downstream.train.classes)
-    stacks = made.pretext(tasks[0], "test"), made.labelled(tasks[1], "test")
+    stacks = made.pretext(tasks[0], "test", 3), made.labelled(tasks[1], "test", 3)
     return [tensor for stack in stacks for _ in range(3) for tensor in stack.next()]
 
 
+# No colour, which would enlarge differences.
+STILL = {
+    **{"crop_scale": [0.5, 1.0], "rotation": 0.0, "translation": 0.0, "zoom": [1.0, 1.0], "blur_probability": 0.0},
+    **{"jitter_probability": 0.0, "grey_probability": 0.0, "solarize_probability": 0.0},
+    **{"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+}
+CROPS_ALONE = (
+    f"--pretext.options={json.dumps({'view1': STILL, 'view2': STILL})}",
+    f"--downstream.options={json.dumps({'view': STILL})}",
+)
+
+
 class Elsewhere(Computing):
-    """Moves images to a copy, as to a device."""
+    """Moves pictures to a copy, as to a device."""
 
-    def to_device(self, images: ImageSet) -> ImageSet:
-        return ImageSet(images.images.clone(), images.labels, images.classes, images.name)
+    def on_device(self, images: ImageSet) -> Tensor | None:
+        there = super().on_device(images)
+        return None if there is None else there.clone()
 
 
-def test_resident_data_give_the_same_batches(tmp_path: Path) -> None:
-    arguments = ("--compute.views=batched",)
-    away = batches(small_pipeline(tmp_path, small_config(*arguments)))
-    resident = small_pipeline(tmp_path, small_config(*arguments, "--compute.data-device=device"))
+def test_crops_on_the_device_are_those_of_the_host(tmp_path: Path) -> None:
+    away = batches(small_pipeline(tmp_path, small_config(*CROPS_ALONE)))
+    resident = small_pipeline(tmp_path, small_config(*CROPS_ALONE, "--compute.crops=float"))
     resident = replace(resident, computing=Elsewhere(resident.config.compute, torch.device("cpu")))
     here = batches(resident)
-    assert all(torch.equal(a, b) for a, b in zip(here, away, strict=True))
+    for a, b in zip(here, away, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        if a.dim() == 1:
+            assert torch.equal(a, b)
+            continue
+        assert 0 < float((a - b).abs().max()) <= 2.01 / 255
     # Moved once, and drawn from there.
-    moved = resident.data.to_device("pretext", resident.computing)
-    assert moved is resident.data.to_device("pretext", resident.computing)
-    moved.images.zero_()
-    assert not torch.equal(batches(resident)[0], here[0])
+    for images in (resident.data.pretext, resident.data.downstream.train):
+        moved = resident.data.on_device(images, resident.computing)
+        assert moved is not None
+        assert moved is resident.data.on_device(images, resident.computing)
+        moved.zero_()
+    again = batches(resident)
+    assert not any(bool(tensor.any()) for tensor in again if tensor.dim() == 4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
-    device = ("--compute.views=batched", "--device=cuda", "--compute.data-device=device")
-    away = batches(small_pipeline(tmp_path, small_config("--compute.views=batched")))
-    for a, b in zip(batches(small_pipeline(tmp_path, small_config(*device))), away, strict=True):
+    away = batches(small_pipeline(tmp_path, small_config("--compute.crops=float")))
+    here = batches(small_pipeline(tmp_path, small_config("--device=cuda", "--compute.crops=float")))
+    for a, b in zip(here, away, strict=True):
         assert a.is_cuda
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize(("crops", "device"), [("uint8", "cuda"), ("auto", "cuda"), ("float", "cpu")])
+def test_pictures_stay_where_nothing_is_cropped_on_the_device(
+    crops: Literal["uint8", "auto", "float"], device: str
+) -> None:
+    sample = images(4)
+    moved = Computing(ComputeConfig(crops=crops), torch.device(device)).on_device(sample)
+    assert moved is (sample.images.array if crops == "float" else None)
+
+
 def test_data_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    resident = ComputeConfig(views="batched", data_device="device")
-    sample = images(20_000)
-    assert Computing(resident, CPU).to_device(sample) is sample
-    assert Computing(ComputeConfig(), torch.device("cuda")).to_device(sample) is sample
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2**20, 80 * 2**30))
-    with pytest.raises(ConfigError, match=r"compute.data_device: noise takes 3 MiB, but cuda has 2 MiB left; set it"):
-        Computing(resident, torch.device("cuda")).to_device(sample)
+    with pytest.raises(ConfigError, match=r"compute.crops: noise takes 3 MiB, but cuda has 2 MiB left; set it to"):
+        Computing(ComputeConfig(crops="float"), torch.device("cuda")).on_device(images(20_000))
 
 
 @dataclass
@@ -344,7 +365,7 @@ def test_batches_of_every_kind_are_moved() -> None:
 class Plain(nn.Module):
     """A backbone whose samples do not meet."""
 
-    def __init__(self, name: str, image_size: int | None = None) -> None:
+    def __init__(self, name: str, *, image_size: int | None = None, zero_init_residual: bool = False) -> None:
         super().__init__()
         self.num_features, self.conv = 4, nn.Conv2d(3, 4, 3)
 
@@ -388,13 +409,3 @@ def test_micro_batches_of_the_bilevel_stage(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         run_stage(pipeline, "bissl", parent)
     assert given == [MicroBatched(10), 10, None]
-
-
-def test_where_the_data_lie_decides_nothing() -> None:
-    def named(config: Config) -> dict[str, Any]:
-        return config.compute.model_dump(exclude={"data_device"})
-
-    base = build_config(small_config(), {"compute": {"views": "batched"}})
-    resident = build_config(base, {"compute": {"data_device": "device"}})
-    assert resident != base
-    assert named(resident) == named(base)

@@ -1,6 +1,6 @@
 """BiSSL's gradients against formulas written out by hand, in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -36,9 +36,6 @@ class Follow(PretextTask):
     def build(self, backbone: nn.Module) -> nn.ModuleDict:
         target = nn.Linear(FEATURES, 3).requires_grad_(False)
         return nn.ModuleDict({"project": nn.Linear(FEATURES, 3), "target": target})
-
-    def transform(self) -> Callable[[Tensor, torch.Generator], Any]:
-        raise NotImplementedError
 
     def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: tuple[Tensor, Tensor]) -> Tensor:
         return (heads["project"](backbone(batch[0])) - batch[1]).square().sum(dim=1).mean()

@@ -8,6 +8,7 @@ from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.compute import Computing
 from recipes.bissl.training.supervised import SupervisedModel
+from recipes.vision.shards import Rows
 
 
 def model(dropout: float = 0.0) -> SupervisedModel:
@@ -18,6 +19,10 @@ def model(dropout: float = 0.0) -> SupervisedModel:
     return SupervisedModel(task, backbone, head, Computing(ComputeConfig(), torch.device("cpu")))
 
 
+def evaluated() -> list[tuple[Rows, torch.Tensor]]:
+    return [(Rows(inputs, len(inputs)), targets) for inputs, targets in batches()]
+
+
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(n, 4, generator=generator), torch.arange(n) % 3) for n in (5, 8)]
@@ -26,7 +31,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_scores_are_those_of_the_whole_model_in_eval_mode() -> None:
     supervised = model(dropout=0.9)
     supervised.backbone.eval()
-    values = supervised.measure(batches())
+    values = supervised.measure(evaluated())
     assert (supervised.backbone.training, supervised.head.training) == (False, True)
     assert int(supervised.backbone.get_buffer("2.num_batches_tracked")) == 0
     supervised.head.eval()

@@ -13,8 +13,7 @@ from recipes.experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, R
 from tests.recipes.bissl.settings.test_config import FIELDS, value_of
 from tests.support.recipes.small_runs import files
 
-# With batched views, so that the data may lie on either device.
-CONFIG_NOW = build_config(PRESETS["digits"]("v2"), {"compute": {"views": "batched"}})
+CONFIG_NOW = PRESETS["digits"]("v2")
 OPTIONS = pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 
 
@@ -96,7 +95,7 @@ def test_resume_refuses_every_field_that_decides_results(tmp_path: Path) -> None
         "compute.tf32": True,
         "compute.channels_last": True,
         "compute.compile": True,
-        "compute.views": "per-image",
+        "compute.crops": "float",
         "compute.micro_batch": 5,
     }
     for name, value in changed.items():
@@ -116,9 +115,12 @@ def test_resume_takes_changes_that_decide_nothing(tmp_path: Path) -> None:
         "nonfinite_skips": 2,
         "rank_timeout": 5.0,
         "tracking": ["wandb"],
-        "compute.data_device": "device",
         "data.root": "elsewhere",
         "data.download": True,
+        "data.storage": "stream",
+        "data.num_workers": 3,
+        "data.cache": "kept",
+        "data.prefetch_factor": 4,
         "downstream.eval_batch_size": 7,
         "pretext.monitor_every": 3,
         "pretext.checkpoint_every": 3,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_transparent_colours_of_a_palette_are_white(kind: str, transparency: str
 
 @pytest.mark.parametrize(("mode", "clear", "colour"), [("L", 7, 7), ("RGB", (7, 8, 9), (7, 8, 9)), ("1", 1, 255)])
 def test_the_one_clear_colour_of_a_file_without_an_alpha_channel_is_white(
-    mode: str, clear: object, colour: object
+    mode: str, clear: object, colour: Any
 ) -> None:
     image = Image.new(mode, (2, 1), 0)
     image.putpixel((0, 0), colour)
@@ -141,6 +142,7 @@ def test_opaque_pictures_are_what_pillow_converts(mode: str) -> None:
 WARNED = """
 import io, sys, warnings
 from pathlib import Path
+from typing import Any
 from threading import Thread
 from PIL import Image
 from recipes.vision.pictures.decoding import decode

@@ -233,3 +233,28 @@ def test_one_class_is_nothing_to_tell_apart(labels: list[int], classes: tuple[st
     for other in (torch.ones(3, 1), torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, 2, 2, dtype=torch.uint8)):
         single = ImageSet(images.images, other, ("red",), "set")
         assert DownstreamSets(single, single, single, indices).train is single
+
+
+def test_a_list_keeps_the_training_images_that_it_names(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "images", {"train/a": 6, "train/b": 6, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
+    names = sorted(path.relative_to(folder).as_posix() for path in (folder / "train").rglob("*.png"))
+    chosen = [names[0], names[3], names[7]]
+    listed = tmp_path / "percent.txt"
+    listed.write_text("\n".join(chosen) + "\n")
+    whole, some = (downstream(f"folder:{folder}", train_list=given) for given in (None, listed))
+    positions = [names.index(name) for name in chosen]
+    assert rows(some.train) == rows(whole.train.subset(positions))
+    assert counts(some.train) == [2, 1]
+    assert rows(some.val) == rows(whole.val)
+    assert rows(some.test) == rows(whole.test)
+
+
+def test_a_list_that_fits_nothing_is_refused(tmp_path: Path) -> None:
+    folder = tree(tmp_path / "images", {"train/a": 6, "train/b": 6, "test/a": 2, "test/b": 2})
+    listed = tmp_path / "percent.txt"
+    held_out = next(path.relative_to(folder).as_posix() for path in (folder / "test").rglob("*.png"))
+    listed.write_text(held_out)
+    with pytest.raises(DataError, match="only held-out ones"):
+        downstream(f"folder:{folder}", train_list=listed)
+    with pytest.raises(DataError, match="digits are none; use labels_per_class"):
+        downstream("digits", train_list=listed)
