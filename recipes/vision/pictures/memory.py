@@ -56,7 +56,7 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class PackedImages(Images):
-    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing wants
+    """Pictures of any sizes, one behind the other; each as rows of pixels, channels together as resizing wants
     them.
 
     Attributes:
