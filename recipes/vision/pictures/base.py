@@ -148,7 +148,7 @@ def below(paths: Sequence[str]) -> list[str]:
 def modified(paths: Sequence[str], file: np.ndarray[Any, np.dtype[np.int32]]) -> Numbers:
     """int64 [N], when `paths[file[i]]` was modified (ns). Raises DataError where one of those is missing."""
     times = np.zeros(len(paths), dtype=np.int64)
-    for index in np.unique(file).tolist():
+    for index in map(int, np.unique(file)):
         try:
             times[index] = os.stat(paths[index]).st_mtime_ns
         except OSError as error:
