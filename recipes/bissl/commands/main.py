@@ -157,7 +157,7 @@ def _execute(request: Request, ranks: Ranks) -> int:
     if request.dry_run:
         _save_config(request, config)
         print(show_config(config))
-        print(estimate.describe(config, checked))
+        print(estimate.describe(config, checked, pipeline.data))
         return 0
     data, console = pipeline.data, pipeline.workspace.console
     with (

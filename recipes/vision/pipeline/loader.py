@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..pictures.base import Images
+from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
@@ -76,7 +76,7 @@ class Loader:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
-        self.digests = None if images.in_memory else digests
+        self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
@@ -119,7 +119,8 @@ class Loader:
         if self.digests is not None:
             for indices, part in zip(begun.hashed, made, strict=True):
                 self.digests.add(indices, part.digests)
-        crops = [joined([self.move(part.crops[index]) for part in made]) for index in range(len(self.views))]
+        moved = [[self.move(crops) for crops in part.crops] for part in made]
+        crops = moved[0] if len(moved) == 1 else [joined(parts) for parts in zip(*moved, strict=True)]
         views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
         return views, self._masks([part.masks for part in made], begun)
 

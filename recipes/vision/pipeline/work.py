@@ -174,7 +174,5 @@ def digest(content: bytes) -> bytes:
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Pictures of one size [n, 1 or 3, H, W] behind one another; grey ones get three channels beside coloured ones."""
-    if len(parts) == 1:
-        return parts[0]
     channels = max(part.shape[1] for part in parts)
     return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])

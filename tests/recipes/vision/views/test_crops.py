@@ -131,7 +131,7 @@ def test_a_solarised_view_is_torchvisions() -> None:
 )
 @pytest.mark.parametrize("crop", [96, 32, 224, 1])
 def test_an_evaluation_is_torchvisions_resize_and_centre_crop(crop: int, size: tuple[int, int]) -> None:
-    """Within 2/255 in float, of the original picture, bilinear; bicubic overshoot is cut off between rows and columns."""
+    """Within 2/255 in float, of the original picture, bilinear; bicubic overshoot is cut off between the passes."""
     picture, resize = pixels(photograph(1, *size)), max(crop, eval_resize(crop))
     for interpolation, mode in (("bilinear", InterpolationMode.BILINEAR), ("bicubic", InterpolationMode.BICUBIC)):
         whole = V1.resize(picture.float(), [resize], mode, antialias=True).clamp(0, 255)
