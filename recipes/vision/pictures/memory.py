@@ -117,7 +117,7 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     try:
         for picture in pictures:
             # Grown in place: two copies of all pictures at a time would halve what fits.
-            pixels += memoryview(picture.contiguous().numpy().reshape(-1))
+            pixels += picture.contiguous().numpy().tobytes()
             shapes.append(tuple(picture.shape))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
