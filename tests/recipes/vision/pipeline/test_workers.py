@@ -18,10 +18,9 @@ from torch import Tensor
 
 from recipes.vision.errors import DataError
 from recipes.vision.pictures.files import FileItem
-from recipes.vision.pictures.memory import MemoryItem
 from recipes.vision.pipeline import workers as room
 from recipes.vision.pipeline.work import EvaluationCrops, Made, RandomCrops, Squares, Work
-from recipes.vision.pipeline.workers import Workers, WorkerLost, available_cores, cores_to_spare
+from recipes.vision.pipeline.workers import WorkerLost, Workers, available_cores, cores_to_spare
 from recipes.vision.views.evaluation_view import EvalView
 from recipes.vision.views.view_policy import ViewPolicy, draw
 from tests.support.paths import ROOT
