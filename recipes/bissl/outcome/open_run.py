@@ -27,7 +27,6 @@ from ..training.costs import STEPS
 from ..training.datasets import MADE_FROM, Datasets
 from .pipeline import Pipeline
 from .rank_checks import check_ranks
-from .reading_words import start_lines
 from .report import write_report
 from .results import summarise
 
@@ -115,10 +114,7 @@ def check_images(data: Datasets, directory: RunDirectory, console: Console, *, o
         DataError: they changed, in which way, or the record cannot be read.
     """
     there = directory.started and not overwrite
-    say = partial(_say, console)
-    data.identity.check(directory.path / IMAGES if there else None, say)
-    for line in start_lines(data):
-        say(line)
+    data.identity.check(directory.path / IMAGES if there else None, partial(_say, console))
 
 
 def check_parent_images(parent: Artifact | None, config: Config, data: Datasets) -> None:

@@ -56,8 +56,8 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class PackedImages(Images):
-    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing wants
-    them.
+    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing
+    wants them.
 
     Attributes:
         pixels: uint8 [bytes of all of them]; may be a file that is mapped into memory.
@@ -120,7 +120,7 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     try:
         for picture in pictures:
             # Grown in place: two copies of all pictures at a time would halve what fits.
-            pixels += memoryview(picture.permute(1, 2, 0).contiguous().numpy().reshape(-1))
+            pixels += picture.permute(1, 2, 0).contiguous().numpy().tobytes()
             shapes.append(tuple(picture.shape))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
