@@ -200,8 +200,8 @@ def test_boxes_are_those_of_each_picture_number_for_number(
     found = boxes(drawn.area, drawn.aspect, drawn.place, ratio, height, width)
     rows = torch.stack((found.top, found.left, found.height, found.width), dim=1).tolist()
     for i, row in enumerate(rows):
-        values = (part[i].tolist() for part in (drawn.area, drawn.aspect, drawn.place))
-        assert box_of(*values, ratio, height, width) == tuple(row)
+        area, aspect, place = (part[i].tolist() for part in (drawn.area, drawn.aspect, drawn.place))
+        assert box_of(area, aspect, place, ratio, height, width) == tuple(row)
         top, left, crop_height, crop_width = row
         assert 0 <= top <= height - crop_height
         assert 0 <= left <= width - crop_width
