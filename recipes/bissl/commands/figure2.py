@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         for point in points:
             pipeline = make_pipeline(point.config, point.directory.path, artifact_store(store), data)
             checked = check_data(pipeline.config, data, pipeline.computing, published=True)
-            described = estimate.describe(pipeline.config, checked)
+            described = estimate.describe(pipeline.config, checked, data)
             print(f"{point.directory.path}: {point.epochs} pretext epochs\n{described}")
         return 0
     with leased(folder, "output-dir"):

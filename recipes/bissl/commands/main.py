@@ -40,6 +40,7 @@ from ..outcome.open_run import (
 )
 from ..outcome.pipeline import Pipeline
 from ..outcome.rank_checks import check_data
+from ..outcome.reading_words import start_lines
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.config import Config
@@ -157,7 +158,7 @@ def _execute(request: Request, ranks: Ranks) -> int:
     if request.dry_run:
         _save_config(request, config)
         print(show_config(config))
-        print(estimate.describe(config, checked))
+        print(estimate.describe(config, checked, pipeline.data))
         return 0
     data, console = pipeline.data, pipeline.workspace.console
     with (
@@ -196,6 +197,8 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
             directory.check(config, resume=request.resume, overwrite=request.overwrite)
         check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
         check_parent_images(parent, config, pipeline.data)
+        for line in start_lines(pipeline.data):
+            _say(pipeline.workspace.console, line)
     checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
     if parent is not None:
         check_parent(parent, request.command, config, checked.classes)

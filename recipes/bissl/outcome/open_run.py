@@ -27,7 +27,6 @@ from ..training.costs import STEPS
 from ..training.datasets import MADE_FROM, Datasets
 from .pipeline import Pipeline
 from .rank_checks import check_ranks
-from .reading_words import memory_line, reading_lines
 from .report import write_report
 from .results import summarise
 
@@ -115,21 +114,7 @@ def check_images(data: Datasets, directory: RunDirectory, console: Console, *, o
         DataError: they changed, in which way, or the record cannot be read.
     """
     there = directory.started and not overwrite
-    say = partial(_say, console)
-    data.identity.check(directory.path / IMAGES if there else None, say)
-    for line in start_lines(data):
-        say(line)
-
-
-def start_lines(data: Datasets) -> list[str]:
-    """What is said about the images before anything is computed."""
-    facts = data.reading()
-    lines = reading_lines(facts)
-    if any(facts[part]["storage"] == "stream" for part in ("pretext", "train", "val", "test")):
-        count = data.workers.count
-        by = "this process" if count == 0 else f"{count} worker process{'' if count == 1 else 'es'}"
-        lines.append(f"images are read and cropped by {by}")
-    return lines + [line for line in (memory_line(facts), data.workers.describe()) if line is not None]
+    data.identity.check(directory.path / IMAGES if there else None, partial(_say, console))
 
 
 def check_parent_images(parent: Artifact | None, config: Config, data: Datasets) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...vision.pictures.space import available_memory
+from ...vision.pictures.space import available_memory, size_text
+from ..training.datasets import Datasets
 
 ALL_CLASSES = 20
 FIRST, LAST = 4, 2
@@ -12,6 +13,17 @@ COPIES = {
     "test": "{} pretext {} of test images, byte for byte, and {} left out",
     "val": "{} pretext {} of validation images, and {} kept: the choice of epochs sees them",
 }
+
+
+def start_lines(data: Datasets) -> list[str]:
+    """What a run will read, by whom, and what that takes of this machine's memory."""
+    facts = data.reading()
+    lines = reading_lines(facts)
+    if any(facts[part]["storage"] == "stream" for part in ("pretext", "train", "val", "test")):
+        count = data.workers.count
+        by = "this process" if count == 0 else f"{count} worker process{'' if count == 1 else 'es'}"
+        lines.append(f"images are read and cropped by {by}")
+    return lines + [line for line in (memory_line(facts), data.workers.describe()) if line is not None]
 
 
 def reading_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -35,14 +47,6 @@ def memory_line(facts: Mapping[str, Any]) -> str | None:
         return None
     left = "" if there is None else f"; {size_text(there)} are left"
     return f"images in memory take {size_text(taken)}{left}"
-
-
-def size_text(count: float) -> str:
-    """A number of bytes with three digits."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 _PARTS = {"train": "to train on", "val": "to validate on", "test": "to test on"}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...experiment.artifacts import Artifact
 from ...experiment.folder.paths import user_path
+from ...vision.errors import DataError
 from ...vision.imagesets import DownstreamSets, ImageSet
 from ...vision.pictures.mapped import MappedImages
 from ...vision.pipeline.picture_cache import PictureCache
@@ -17,6 +18,7 @@ from ...vision.record.copies import without_copies
 from ...vision.record.identity import Identity
 from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
+from ...vision.sources.published.catalog import DATASETS
 from ..settings.config import Config
 from .compute import Computing
 
@@ -60,14 +62,17 @@ class Datasets:
         """Images without labels, none of which is a copy of a test image."""
         return self._without_copies[0]
 
-    @property
-    def copies(self) -> dict[str, int]:
-        """Pretext images that are copies of "test" images, which are left out, and of "val" images alone."""
-        return self._without_copies[1]
-
     @cached_property
     def _without_copies(self) -> tuple[ImageSet, dict[str, int]]:
-        return without_copies(self.read_pretext(), self.downstream)
+        """Those, and how many are copies of "test" images, which are left out, and of "val" images alone."""
+        try:
+            sets = self.downstream
+        except DataError:
+            # A dry run goes without a published set that is still to be fetched.
+            if not self._dry or self.section.downstream not in DATASETS:
+                raise
+            return self.read_pretext(), {"test": 0, "val": 0}
+        return without_copies(self.read_pretext(), sets)
 
     def read_pretext(self) -> ImageSet:
         """Images without labels, read anew, with those that are copies of test images."""
@@ -97,7 +102,11 @@ class Datasets:
         """What is read, as JSON values: see `vision.record.reading`."""
         sets = self.downstream
         parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
-        return reading(parts, {**self.copies, **self.identity.copies()})
+        copies = self._without_copies[1]
+        if self.section.pretext == self.section.downstream:
+            # Validation images are pretext images there.
+            copies = {"test": copies["test"]}
+        return reading(parts, {**copies, **self.identity.copies()})
 
     def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
         """What an artifact says about the images that it was made from, those of the stages before it included.
@@ -151,7 +160,7 @@ class Datasets:
             self.planned += [] if plan is None else [f"note: data.cache: {plan}"]
             return images
         kept = self._cache.kept(images.images, views, images.name)
-        return ImageSet(kept, images.labels, images.classes, images.name)
+        return ImageSet(kept, images.labels, images.classes, images.name, images.passed_over)
 
 
 def resolution(*sets: ImageSet) -> dict[str, float]:

@@ -7,7 +7,7 @@ from bilevel.training import Callback
 
 from ...vision.record.identity import Identity
 
-SECONDS = 300.0
+SECONDS = 600.0
 """Between two times that the record is written, of a million files in a few seconds, while nothing stops."""
 
 

@@ -148,9 +148,10 @@ def below(paths: Sequence[str]) -> list[str]:
 def modified(paths: Sequence[str], file: np.ndarray[Any, np.dtype[np.int32]]) -> Numbers:
     """int64 [N], when `paths[file[i]]` was modified (ns). Raises DataError where one of those is missing."""
     times = np.zeros(len(paths), dtype=np.int64)
-    for index in np.unique(file).tolist():
+    for index in map(int, np.unique(file)):
+        path = paths[index]
         try:
-            times[index] = os.stat(paths[index]).st_mtime_ns
+            times[index] = os.stat(path).st_mtime_ns
         except OSError as error:
-            raise DataError(f"{paths[index]} cannot be read ({error.strerror}): put it back") from error
+            raise DataError(f"{path} cannot be read ({error.strerror}): put it back") from error
     return times[file]

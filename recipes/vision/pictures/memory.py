@@ -56,7 +56,8 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class PackedImages(Images):
-    """Pictures of any sizes, one behind the other.
+    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing
+    wants them.
 
     Attributes:
         pixels: uint8 [bytes of all of them]; may be a file that is mapped into memory.
@@ -78,8 +79,9 @@ class PackedImages(Images):
         return [MemoryItem(self._pixels(position)) for position in positions]
 
     def _pixels(self, position: int) -> Tensor:
-        start, shape = int(self.starts[position]), self.shapes[position].tolist()
-        return self.pixels[start : start + shape[0] * shape[1] * shape[2]].view(shape)
+        start, (channels, height, width) = int(self.starts[position]), self.shapes[position].tolist()
+        row = self.pixels[start : start + channels * height * width]
+        return row.view(height, width, channels).permute(2, 0, 1)
 
     def subset(self, positions: Tensor) -> PackedImages:
         """Shares the pixels."""
@@ -96,11 +98,12 @@ class PackedImages(Images):
         """A view of the pixels where all sizes are one and nothing lies between."""
         if not len(self) or (self.shapes != self.shapes[0]).any():
             return None
-        each = int(self.shapes[0].prod())
+        each, (channels, height, width) = int(self.shapes[0].prod()), self.shapes[0].tolist()
         if (np.diff(self.starts) != each).any():
             return None
         first = int(self.starts[0])
-        return self.pixels[first : first + each * len(self)].view(len(self), *self.shapes[0].tolist())
+        rows = self.pixels[first : first + each * len(self)].view(len(self), height, width, channels)
+        return rows.permute(0, 3, 1, 2)
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +120,7 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     try:
         for picture in pictures:
             # Grown in place: two copies of all pictures at a time would halve what fits.
-            pixels += memoryview(picture.contiguous().numpy().reshape(-1))
+            pixels += picture.permute(1, 2, 0).contiguous().numpy().tobytes()
             shapes.append(tuple(picture.shape))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

@@ -21,6 +21,7 @@ MARGIN = 1.2
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def decoded_bytes(images: Images) -> int | None:
@@ -54,8 +55,8 @@ def check_fits(images: Images, name: str) -> None:
     needed, there = decoded_bytes(images), available_memory()
     if needed is not None and there is not None and MARGIN * needed > there:
         raise DataError(
-            f"{name}: {len(images):,} images take about {needed / 1e9:.3g} GB of memory once they are decoded, and "
-            f"{there / 1e9:.3g} GB are there; set data.storage to stream, which reads them when they are needed"
+            f"{name}: {len(images):,} images take about {size_text(needed)} of memory once they are decoded, and "
+            f"{size_text(there)} are there; set data.storage to stream, which reads them when they are needed"
         )
 
 
@@ -77,7 +78,7 @@ def _of_the_machine() -> int | None:
 def _of_control_groups() -> Iterator[int | None]:
     """What is left in each group that this process is in, of version 2 or 1, up to the root of what is mounted."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -98,9 +99,17 @@ def _left(folder: Path, limit: str, usage: str) -> int | None:
     try:
         # "max" where there is none.
         allowed, used = int((folder / limit).read_text()), int((folder / usage).read_text())
-        stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+        stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().split("\n") if line)
     except (OSError, ValueError):
         return None
     # Pages of files are given up when memory is needed.
     cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
     return max(0, allowed - used + cached)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes with three digits."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..pictures.base import Images
+from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
@@ -37,12 +37,12 @@ class UnderWay:
 class Digests(Protocol):
     """What is known of the contents of an image set's files."""
 
-    def missing(self, indices: Tensor) -> Tensor:
-        """Which of the pictures at `indices` have not been hashed: bool [N]."""
+    def missing(self, positions: Tensor) -> Tensor:
+        """Which of the pictures at `positions` have not been hashed: bool [N]."""
         ...
 
-    def add(self, indices: Tensor, digests: Iterable[bytes]) -> None:
-        """Note the digests of the pictures at `indices`."""
+    def add(self, positions: Tensor, digests: Iterable[bytes]) -> None:
+        """Note the digests of the pictures at `positions`."""
         ...
 
 
@@ -76,7 +76,7 @@ class Loader:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
-        self.digests = None if images.in_memory else digests
+        self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:

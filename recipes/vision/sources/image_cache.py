@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
 from ..pictures.memory import PackedImages, packed
 
-FORMAT = 2
+FORMAT = 3
 SETS = ("train", "val")
 FACTS = "sets.json"
 

@@ -16,7 +16,7 @@ import pytest
 
 from recipes.bissl.commands.main import main
 from recipes.vision.pipeline.loader import Loader
-from recipes.vision.pipeline.work import Made, Work
+from recipes.vision.pipeline.work import Made
 from recipes.vision.pipeline.workers import Elsewhere, Later
 from tests.support.paths import ROOT
 from tests.support.recipes.sample_photographs import encoded, photograph

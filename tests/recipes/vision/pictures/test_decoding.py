@@ -40,6 +40,14 @@ def test_a_jpeg_has_pillows_pixels(options: dict[str, Any], size: tuple[int, int
     assert torch.equal(decode(content, "a.jpg"), pixels(by_pillow(content)))
 
 
+@pytest.mark.parametrize("turn", [None, 6])
+def test_without_torchvisions_decoder_pixels_are_the_same(turn: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(photograph(3, 500, 375, "RGB"), turn=turn)
+    expected = decode(content, "a.jpg")
+    monkeypatch.setattr(decoding, "DECODE_JPEG", None)
+    assert torch.equal(decode(content, "a.jpg"), expected)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "P"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1"])
 @pytest.mark.parametrize("size", [(50, 37), (1, 1), (1, 40), (41, 1)])

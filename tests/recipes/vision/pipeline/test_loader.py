@@ -183,7 +183,7 @@ def test_real_ranks_make_the_batch_of_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["streamed", "workers", "in memory", "one size", "on the device"])
 def test_views_own_their_memory(way: str, files: FileImages, pool: dict[int, Workers]) -> None:
-    """Whatever is done to a batch changes neither the pictures nor another batch; a picture that needs no resize too."""
+    """Whatever is done to a batch changes neither pictures nor another batch, also where nothing is resized."""
     pixels = photographs(12, 10, 10)
     held = read_all(Listed(pixels))
     images: Images = {

@@ -141,7 +141,8 @@ def noise(count: int, seed: int, side: int = 4) -> torch.Tensor:
 def array_sets(pixels: torch.Tensor) -> DownstreamSets:
     whole = ImageSet(pixels, torch.arange(len(pixels)) % 2, ("a", "b"), "noise")
     parts = {"train": list(range(6)), "val": list(range(6, 8)), "test": list(range(8, len(pixels)))}
-    return DownstreamSets(*(whole.subset(rows) for rows in parts.values()), parts)
+    train, val, test = (whole.subset(rows) for rows in parts.values())
+    return DownstreamSets(train, val, test, parts)
 
 
 def test_arrays_are_compared_by_pixels() -> None:
