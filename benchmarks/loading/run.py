@@ -9,7 +9,7 @@ within one run, by the clock and by processor time: on a busy machine the ratios
   and with the colour part in this process, on the same cores; from files, from the disk cache, and in memory.
 - ``cores``: how many would feed 15,000 images a second, from the images that a busy core makes in a second.
 - ``sleeping``: a step's time over the longer of loading and consuming, where the consumer sleeps.
-- ``alternation``: the bilevel stage of the recipe on a streamed folder: its time over the longer of loading and computing.
+- ``alternation``: the recipe's bilevel stage on a streamed folder: its time over the longer of loading and computing.
 - ``memory``: bytes a file of a listing; proportional set sizes with streaming; peak memory of evaluation.
 """
 
@@ -22,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:
     # As a script: the repository's root instead of this folder.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torchvision
 
