@@ -9,7 +9,7 @@ RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
 MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
 MODULES_demo := $(MODULES_recipes) sklearn matplotlib
-MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm ruff pyright
+MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm datasets ruff pyright
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
 .PHONY: help demo test lint docs package soak clean environment-demo environment-test environment-docs

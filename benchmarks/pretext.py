@@ -7,8 +7,8 @@
 An image counts once, though two views are made of it. Images are synthetic, uint8, of the size of the views, and lie in
 memory. Measured, in turns:
 
-- the input pipeline: both views of a batch, crops in uint8 on the host and the rest on the device (`compute.crops=uint8`,
-  as for files once they are decoded), and all of it on the device, which holds the images (`compute.crops=float`);
+- the input pipeline: both views of a batch, crops in uint8 on the host and the rest on the device, as for files once
+  they are decoded (`compute.crops=uint8`), and all of it on the device, which holds the images (`compute.crops=float`);
 - the step: two forward passes, loss, backward pass and optimizer (LARS), on views that are ready; ours and lightly's
   (its projection head, NTXentLoss and LARS) with the same backbone, widths, batch and views;
 - the whole: drawing, views and step, each side with its own input pipeline, ours as `compute.crops=auto` has it (float

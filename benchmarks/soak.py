@@ -38,6 +38,9 @@ from recipes.experiment.folder.run_folder import CHECKPOINTS, METRICS, RESULTS
 POLL = 0.002
 """Seconds between two looks at a run's progress."""
 
+TIMES = {"seconds", "waiting"}
+"""Fields of events and results that measure time."""
+
 
 def soak(arguments: Sequence[str], kills: int, seed: int, folder: Path, ranks: int = 1) -> dict[str, Any]:
     """Figures of one soak with the recipe's `arguments`, whose two runs are made in `folder` by so many `ranks`.
@@ -173,7 +176,7 @@ def _events(folder: Path) -> list[Any]:
 def _timeless(value: Any) -> Any:
     """The same without the fields that measure time."""
     if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
+        return {key: _timeless(item) for key, item in value.items() if key not in TIMES}
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 

@@ -33,6 +33,11 @@ class BatchSource(ABC):
     def next(self) -> Any:
         """The next batch."""
 
+    @property
+    def last_indices(self) -> Tensor | None:
+        """The points of the batch that `next` gave last, int64 [batch]; None where none was drawn or nobody knows."""
+        return None
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""

@@ -10,7 +10,7 @@ import torch
 from bilevel.checkpoint import write_atomic
 from bilevel.checks import check_path
 from bilevel.distributed import rank
-from bilevel.training.batches import BatchSource, BatchStack
+from bilevel.training.batches import BatchSource
 from bilevel.training.callbacks import Callback, Record
 
 
@@ -31,8 +31,8 @@ def write_inspection(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def last_indices(source: BatchSource) -> list[int] | None:
-    """The points of the batch that a `BatchStack` gave last; None for other sources."""
-    indices = source.last_indices if isinstance(source, BatchStack) else None
+    """The points of the batch that a source gave last; None where it does not say."""
+    indices = source.last_indices
     return None if indices is None else indices.tolist()
 
 
@@ -40,7 +40,7 @@ class Inspect(Callback):
     """Saves what a step whose loss or gradient is not finite was made of, as ``EVENT-step-N.pt`` in a folder.
 
     A dictionary for ``torch.load(path, weights_only=True)``: the event ("event", "step", "loss", "grad_norm", ...),
-    "indices" of the level's batch where its data are a `BatchStack`, "levels" (variables, optimizer and schedule by
+    "indices" of the level's batch where its data say (`BatchStack`), "levels" (variables, optimizer and schedule by
     level) as they were before the step, and "kept" (buffers and the like), which the pass may have written unless
     `nonfinite_skips` is above 0.
 

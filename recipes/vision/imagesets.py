@@ -74,12 +74,20 @@ class ImageSet:
     `ArrayImages`. `labels` are int64 [N], positions in `classes`; or bool [N, len(classes)], the classes in each
     image, maybe none; or float32 [N, len(classes)], targets of a regression, which `classes` names; or uint8 [N, H, W],
     a class for each pixel of the images, which lie in one tensor then, or `IGNORED`; or None. `kind` says which.
+    `passed_over`: what of the source was not taken and why, in words; "" for nothing.
 
     Raises:
         DataError: another type or shape, a class out of range, a target that is not finite.
     """
 
-    def __init__(self, images: Tensor | Images, labels: Tensor | None, classes: tuple[str, ...], name: str) -> None:
+    def __init__(
+        self,
+        images: Tensor | Images,
+        labels: Tensor | None,
+        classes: tuple[str, ...],
+        name: str,
+        passed_over: str = "",
+    ) -> None:
         if isinstance(images, Tensor):
             if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
                 raise DataError(
@@ -88,6 +96,7 @@ class ImageSet:
                 )
             images = ArrayImages(images)
         self.images, self.labels, self.classes, self.name = images, labels, classes, name
+        self.passed_over = passed_over
         if labels is not None:
             self._check(labels)
 
@@ -119,13 +128,13 @@ class ImageSet:
 
     def unlabelled(self) -> ImageSet:
         """The same pictures without labels."""
-        return ImageSet(self.images, None, self.classes, self.name)
+        return ImageSet(self.images, None, self.classes, self.name, self.passed_over)
 
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """The images at `indices`, in that order. Raises IndexError on a position that is not there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         labels = None if self.labels is None else self.labels[chosen]
-        return ImageSet(self.images.subset(chosen), labels, self.classes, self.name)
+        return ImageSet(self.images.subset(chosen), labels, self.classes, self.name, self.passed_over)
 
 
 def _check_classes(train: ImageSet) -> None:

@@ -52,7 +52,9 @@ def test_ratios_are_of_the_same_repeat() -> None:
 
 def test_processor_time_is_counted() -> None:
     before = sides.processor_seconds(os.getpid())
-    cost = sides.cost_of(lambda: sum(bool(torch.randn(400, 400).matmul(torch.randn(400, 400)).sum()) for _ in range(40)))
+    cost = sides.cost_of(
+        lambda: sum(bool(torch.randn(400, 400).matmul(torch.randn(400, 400)).sum()) for _ in range(40))
+    )
     assert cost.images == 40
     assert 0 < cost.processor <= sides.processor_seconds(os.getpid()) - before
 

@@ -19,11 +19,11 @@ from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures,
 from ..outcome.features.saved import ArmScores, SavedFeatures
 from ..outcome.features.scatter import ScatterPanel, scatter_png
 from ..outcome.features.scores import DEFINITIONS, feature_scores, silhouette
-from ..outcome.open_run import before_finetuning, open_finished
+from ..outcome.open_run import before_finetuning, check_images, open_finished
 from ..outcome.pipeline import Pipeline
 from ..outcome.report import write_report
 from ..settings.arms import BASELINE, METHOD
-from ..settings.run_directory import FEATURES, FEATURES_PICTURE
+from ..settings.run_directory import FEATURES, FEATURES_PICTURE, run_directory
 from ..training.image_batches import Batches
 
 Split = Literal["test", "val"]
@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
     if there and not given.overwrite:
         raise ConfigError(f"{target} holds {' and '.join(there)} already; replace them with --overwrite, or give --to")
     pipeline = open_finished(run, user_path(given.artifacts) if given.artifacts else None)
+    check_images(pipeline.data, run_directory(run), pipeline.workspace.console)
     seed = pipeline.config.seed if given.seed is None else given.seed
     arms = list(dict.fromkeys(given.arms.split(",")))
     options = Options(given.split, given.method, given.perplexity, given.max_points, seed)

@@ -18,7 +18,7 @@ from ...experiment.tracking import check_installed
 from ..outcome import estimate
 from ..outcome.checks import check_data, check_places, dry_data
 from ..outcome.console_table import comparison_lines
-from ..outcome.open_run import make_pipeline, run_whole
+from ..outcome.open_run import check_images, make_pipeline, run_whole
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
 from ..outcome.wording import shown_name
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         for point in points:
             pipeline = make_pipeline(point.config, point.directory.path, artifact_store(store), data)
             checked = check_data(pipeline.config, data, pipeline.computing, published=True)
-            described = estimate.describe(pipeline.config, checked)
+            described = estimate.describe(pipeline.config, checked, data)
             print(f"{point.directory.path}: {point.epochs} pretext epochs\n{described}")
         return 0
     with leased(folder, "output-dir"):
@@ -115,6 +115,9 @@ def _run(
         # Before anything is written; lengths share data and batch sizes.
         first = make_pipeline(points[0].config, points[0].directory.path, store, data)
         check_data(first.config, data, first.computing)
+        for point in points:
+            if point.epochs not in finished:
+                check_images(data, point.directory, first.workspace.console)
     for point in points:
         point.directory.open(point.config, resume=request.resume, overwrite=False)
     results = {}

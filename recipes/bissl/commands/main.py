@@ -11,7 +11,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from bilevel.checkpoint import CheckpointError
-from bilevel.distributed import CollectiveError
+from bilevel.distributed import CollectiveError, rank
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
 from bilevel.training import NonFiniteError
 
@@ -29,9 +29,18 @@ from ...vision.pipeline.workers import WorkerLost
 from ..outcome import checks, estimate
 from ..outcome.checks import Checked, check_parent, check_places, dry_data
 from ..outcome.console_table import comparison_lines, results_table
-from ..outcome.open_run import begin, compute_device, crops_on, make_pipeline, run_whole
+from ..outcome.open_run import (
+    begin,
+    check_images,
+    check_parent_images,
+    compute_device,
+    crops_on,
+    make_pipeline,
+    run_whole,
+)
 from ..outcome.pipeline import Pipeline
 from ..outcome.rank_checks import check_data
+from ..outcome.reading_words import start_lines
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.config import Config
@@ -149,7 +158,7 @@ def _execute(request: Request, ranks: Ranks) -> int:
     if request.dry_run:
         _save_config(request, config)
         print(show_config(config))
-        print(estimate.describe(config, checked))
+        print(estimate.describe(config, checked, pipeline.data))
         return 0
     data, console = pipeline.data, pipeline.workspace.console
     with (
@@ -184,6 +193,12 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
         with first_on_each_machine(ranks.launch):
             pipeline.data.read()
         check_data(pipeline.data)
+        if rank() == 0:
+            directory.check(config, resume=request.resume, overwrite=request.overwrite)
+        check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
+        check_parent_images(parent, config, pipeline.data)
+        for line in start_lines(pipeline.data):
+            _say(pipeline.workspace.console, line)
     checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
     if parent is not None:
         check_parent(parent, request.command, config, checked.classes)

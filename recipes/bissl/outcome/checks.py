@@ -40,12 +40,14 @@ class Checked:
         pretext, labelled: numbers of images to train with.
         classes: of the labelled ones; numbers in place of the names of a set that is not there.
         notes: of sizes that are published ones, for want of the set.
+        whole: whether all sets are there, so that none of the sizes is.
     """
 
     pretext: int
     labelled: int
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    whole: bool = True
 
 
 def check_data(config: Config, data: Datasets, computing: Computing, *, published: bool = False) -> Checked:
@@ -72,7 +74,8 @@ def check_data(config: Config, data: Datasets, computing: Computing, *, publishe
             check_batch_size("pretext.batch_size", size, round(fraction * count), "pretext images")
     labelled = check_labelled(config, data, computing, published=published)
     told = dict.fromkeys((*notes, *labelled.notes, *data.planned))
-    return Checked(count, labelled.labelled, labelled.classes, tuple(told))
+    whole = absent is None and labelled.whole
+    return Checked(count, labelled.labelled, labelled.classes, tuple(told), whole)
 
 
 def check_labelled(config: Config, data: Datasets, computing: Computing, *, published: bool = False) -> Checked:
@@ -88,7 +91,7 @@ def check_labelled(config: Config, data: Datasets, computing: Computing, *, publ
         _check_task(config, classes, absent.labels)
         count = _published_size(config.data, absent)
         check_batch_size("downstream.batch_size", config.downstream.batch_size, count, "labelled images")
-        return Checked(0, count, classes, tuple(notes))
+        return Checked(0, count, classes, tuple(notes), whole=False)
     train = data.downstream.train
     _check_task(config, train.classes, train.kind)
     task = config.downstream_task(train.classes)

@@ -7,7 +7,10 @@ import torch
 from ...vision.networks.backbones import build_backbone
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
+from ..training.datasets import Datasets
 from .checks import Checked
+from .loading_cost import loaded_images, measure_loading
+from .reading_words import start_lines
 
 PROBE = {"cpu": 16, "cuda": 256}
 """Images that the time of one is measured on: enough to fill the device."""
@@ -16,8 +19,14 @@ HVP_COST = 4.0
 """Gradients that a Hessian-vector product costs: about 3 in operations, 4 to 5 on a CPU."""
 
 
-def describe(config: Config, checked: Checked) -> str:
-    """Steps of each arm and a rough time on this machine, for as many images as were `checked`."""
+def describe(config: Config, checked: Checked, data: Datasets) -> str:
+    """Steps of each arm and a rough time on this machine, for as many images as were `checked`, and what will be read.
+
+    Loading is measured on a few images of `data`, where all sets are on the disk.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
     images, labelled = checked.pretext, checked.labelled
     device = _device(config)
     unit = _seconds_per_image(config, device)
@@ -25,23 +34,49 @@ def describe(config: Config, checked: Checked) -> str:
         f"pretext images {images}, batches an epoch {batches_per_epoch(images, config.pretext.batch_size)}; labelled "
         f"images {labelled}, batches an epoch {batches_per_epoch(labelled, config.downstream.batch_size)}"
     ]
-    total = 0.0
+    total, loaded = 0.0, (0, 0)
     for arm in config.arms:
         plan = make_plan(config, arm, images, labelled)
         products = _products(config.for_arm(arm).bissl) if plan.upper else 0
         total += unit * _gradients(config, plan, products, images, labelled)
+        more = loaded_images(config, plan, images, labelled)
+        loaded = loaded[0] + more[0], loaded[1] + more[1]
         lines.append(
             f"{arm}: pretext {plan.pretext} + lower {plan.lower} = {plan.pretext_steps} pretext steps "
             f"(lr {plan.pretext_lr:g}); head {plan.head} + upper {plan.upper} + fine-tuning {plan.finetune} = "
             f"{plan.label_steps} labelled steps" + _solves(config.for_arm(arm).bissl, products)
         )
-    lines.append(
-        f"about {_duration(total * (config.pipeline_seeds or 1))} of computing on this machine, augmentation left out: "
+    measured = (
         f"{unit * 1e3:.3g} ms an image and gradient measured on {PROBE[device.type]} images on the "
         f"{'CPU' if device.type == 'cpu' else 'GPU'} in float32, {HVP_COST:g} gradients a Hessian-vector product "
         "assumed"
     )
-    return "\n".join([*lines, *checked.notes])
+    repeats = config.pipeline_seeds or 1
+    if not checked.whole:
+        lines.append(f"about {_duration(total * repeats)} of computing on this machine, loading left out: {measured}")
+        return "\n".join([*lines, *checked.notes])
+    cost = measure_loading(config, data, device)
+    beside, added = (repeats * seconds for seconds in cost.seconds(*loaded))
+    computing = total * repeats + added
+    lines.append(
+        f"about {_duration(max(beside, computing))} on this machine{_bottleneck(beside, computing)}: {measured}"
+    )
+    return "\n".join([*lines, cost.line(), *start_lines(data), *checked.notes])
+
+
+def _bottleneck(loading: float, computing: float) -> str:
+    """Which of the two a run waits for, where images are loaded beside computing."""
+    if not loading:
+        return ""
+    waits, words = (
+        ("loading", "more workers, smaller files, data.cache or data.storage memory help")
+        if loading > computing
+        else ("computing", "workers have time to spare")
+    )
+    return (
+        f", which is {waits}, the longer of {_duration(loading)} of loading by workers and {_duration(computing)} of "
+        f"computing ({words})"
+    )
 
 
 def _gradients(config: Config, plan: Plan, products: int, images: int, labelled: int) -> float:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
+from ...experiment.terminal import printable
 from ...experiment.workspace import Workspace
 from ..settings.arms import BASELINE, EQUAL_TIME, METHOD, arm_of
 from ..settings.config import Config, build_config
 from ..settings.presets import PRESETS
-from ..settings.run_directory import PROJECT, run_directory
+from ..settings.run_directory import IMAGES, PROJECT, run_directory
 from ..training.compute import Computing
 from ..training.costs import STEPS
-from ..training.datasets import Datasets
+from ..training.datasets import MADE_FROM, Datasets
 from .pipeline import Pipeline
 from .rank_checks import check_ranks
 from .report import write_report
@@ -105,8 +107,36 @@ def make_pipeline(
     return Pipeline(config, Datasets(config) if data is None else data, computing, workspace)
 
 
+def check_images(data: Datasets, directory: RunDirectory, console: Console, *, overwrite: bool = False) -> None:
+    """Compare the images with those that the run in `directory` was started with, if any; nothing is written there.
+
+    Raises:
+        DataError: they changed, in which way, or the record cannot be read.
+    """
+    there = directory.started and not overwrite
+    data.identity.check(directory.path / IMAGES if there else None, partial(_say, console))
+
+
+def check_parent_images(parent: Artifact | None, config: Config, data: Datasets) -> None:
+    """Refuse to go on from what was made of other pretext images of the same source; another source is a transfer.
+
+    Raises:
+        ArtifactError: it was.
+    """
+    made = {} if parent is None else parent.info.get(MADE_FROM[0], {})
+    if parent is None or made.get("source") != config.data.pretext or made.get("digest") == data.identity.pretext:
+        return
+    raise ArtifactError(
+        f"--from: {parent.directory} was made from {made['images']:,} images of {made['source']}, which are not the "
+        f"{len(data.pretext):,} of now: files have been added, removed, renamed or resized, another test set is held "
+        "out, or other fields of data choose among them. Give it the same images, or pre-train anew"
+    )
+
+
 def begin(data: Datasets, directory: RunDirectory) -> None:
     """Write what every run leaves before its first stage."""
+    # First: where a run has started there is a record of its images.
+    data.identity.keep(directory.path / IMAGES)
     if rank() == 0:
         (directory.path / METRICS).touch()
     directory.write_json(SPLITS, data.downstream.indices)
@@ -181,3 +211,7 @@ def before_finetuning(pipeline: Pipeline, arms: Sequence[str], seed: int) -> dic
     for arm in needed:
         made[arm] = pipeline.pretrain(pipeline.at(arm, seed), made)
     return {arm: artifact for arm in arms if (artifact := made[arm]) is not None}
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ from ...experiment.records import NOT_RECORDED, Event, RunRecords, bands, number
 from ...experiment.tables import Table
 from ..settings.arms import in_order
 from .features.saved import read_features
+from .reading_words import reading_lines
 from .stage_curves import finetune_curves, head_curves, levels_curves, pretext_curves, solver_curves
 from .wording import (
     arms_in_order,
@@ -64,6 +65,7 @@ def _sections(run: RunRecords, run_dir: Path) -> list[Section]:
     return [
         Section("Results", _results(run.results)),
         Section("Comparisons", _comparisons(run.results)),
+        Section("Images", _images(run.results)),
         Section("Notes", _notes(run.results)),
         Section("Pretext stage", _figure(pretext_curves(events, arms), "Pretext stage, by arm.")),
         Section("Head warm-up", _figure(head_curves(events, arms), "Head on a frozen backbone, by arm.")),
@@ -151,6 +153,11 @@ def _comparisons(results: Mapping[str, Any] | None) -> list[Block]:
 def _notes(results: Mapping[str, Any] | None) -> list[Block]:
     notes = (results or {}).get("notes")
     return [Bullets([str(note) for note in notes])] if notes else []
+
+
+def _images(results: Mapping[str, Any] | None) -> list[Block]:
+    facts = (results or {}).get("images")
+    return [Bullets(reading_lines(facts))] if facts else []
 
 
 def _figure(drawing: Drawing | None, caption: str) -> list[Block]:

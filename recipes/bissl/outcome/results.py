@@ -45,6 +45,7 @@ def summarise(
         environment(device),
         higher_is_better=first["higher_is_better"],
     )
+    results["images"] = data.reading()
     results["notes"] = notes(config, data)
     return results
 

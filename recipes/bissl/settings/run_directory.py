@@ -6,6 +6,9 @@ from ...experiment.folder.run_folder import RunDirectory
 
 FEATURES, FEATURES_PICTURE = "features.json", "features.png"
 
+IMAGES = "images.npz"
+"""The record of a run's images."""
+
 PROJECT = "bissl"
 """Of the runs in a viewer such as W&B."""
 
@@ -39,4 +42,4 @@ SAFE_TO_CHANGE = frozenset(
 
 def run_directory(path: Path) -> RunDirectory:
     """The folder of a run of this recipe."""
-    return RunDirectory(path, MARKS, SAFE_TO_CHANGE, (FEATURES, FEATURES_PICTURE))
+    return RunDirectory(path, MARKS, SAFE_TO_CHANGE, (IMAGES, FEATURES, FEATURES_PICTURE))

@@ -6,15 +6,24 @@ from typing import Any
 
 from torch import Tensor
 
+from ...experiment.artifacts import Artifact
 from ...experiment.folder.paths import user_path
+from ...vision.errors import DataError
 from ...vision.imagesets import DownstreamSets, ImageSet
 from ...vision.pictures.mapped import MappedImages
 from ...vision.pipeline.picture_cache import PictureCache
 from ...vision.pipeline.reduction import MARGIN, View
 from ...vision.pipeline.workers import Workers, cores_to_spare
+from ...vision.record.copies import without_copies
+from ...vision.record.identity import Identity
+from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
+from ...vision.sources.published.catalog import DATASETS
 from ..settings.config import Config
 from .compute import Computing
+
+MADE_FROM = ("pretext_images", "labelled_images")
+"""Facts of artifacts: source, digest and number of the images that a stage and those before it have read."""
 
 
 class Datasets:
@@ -44,8 +53,29 @@ class Datasets:
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
 
     @cached_property
+    def identity(self) -> Identity:
+        """Which images they are."""
+        return Identity(lambda part: self.pretext if part == "pretext" else getattr(self.downstream, part))
+
+    @property
     def pretext(self) -> ImageSet:
-        """Images without labels."""
+        """Images without labels, none of which is a copy of a test image."""
+        return self._without_copies[0]
+
+    @cached_property
+    def _without_copies(self) -> tuple[ImageSet, dict[str, int]]:
+        """Those, and how many are copies of "test" images, which are left out, and of "val" images alone."""
+        try:
+            sets = self.downstream
+        except DataError:
+            # A dry run goes without a published set that is still to be fetched.
+            if not self._dry or self.section.downstream not in DATASETS:
+                raise
+            return self.read_pretext(), {"test": 0, "val": 0}
+        return without_copies(self.read_pretext(), sets)
+
+    def read_pretext(self) -> ImageSet:
+        """Images without labels, read anew, with those that are copies of test images."""
         c = self.section
         images = load_pretext(
             c.pretext,
@@ -66,7 +96,33 @@ class Datasets:
 
     def read(self) -> None:
         """Read all of them now."""
-        _ = self.pretext, self.downstream
+        _ = self.downstream, self.pretext
+
+    def reading(self) -> dict[str, Any]:
+        """What is read, as JSON values: see `vision.record.reading`."""
+        sets = self.downstream
+        parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
+        copies = self._without_copies[1]
+        if self.section.pretext == self.section.downstream:
+            # Validation images are pretext images there.
+            copies = {"test": copies["test"]}
+        return reading(parts, {**copies, **self.identity.copies()})
+
+    def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
+        """What an artifact says about the images that it was made from, those of the stages before it included.
+
+        Args:
+            pretext, labelled: whether the stage itself reads them.
+        """
+        made = {} if parent is None else {name: parent.info[name] for name in MADE_FROM if name in parent.info}
+        if pretext:
+            facts = {"digest": self.identity.pretext, "images": len(self.pretext)}
+            made[MADE_FROM[0]] = {"source": self.section.pretext, **facts}
+        if labelled:
+            count = sum(map(len, (self.downstream.train, self.downstream.val, self.downstream.test)))
+            facts = {"digest": self.identity.labelled, "images": count}
+            made[MADE_FROM[1]] = {"source": self.section.downstream, **facts}
+        return made
 
     def on_device(self, images: ImageSet, computing: Computing) -> Tensor | None:
         """The pictures on the device where crops are made there, moved once; else None."""
@@ -104,7 +160,7 @@ class Datasets:
             self.planned += [] if plan is None else [f"note: data.cache: {plan}"]
             return images
         kept = self._cache.kept(images.images, views, images.name)
-        return ImageSet(kept, images.labels, images.classes, images.name)
+        return ImageSet(kept, images.labels, images.classes, images.name, images.passed_over)
 
 
 def resolution(*sets: ImageSet) -> dict[str, float]:

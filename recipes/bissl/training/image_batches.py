@@ -14,6 +14,7 @@ from ...vision.imagesets import ImageSet
 from ...vision.pipeline.loader import Loader, UnderWay
 from ...vision.pipeline.reduction import View
 from ...vision.pipeline.stream import InOrder, PrefetchedStack, order_of
+from ...vision.record.contents import Contents
 from ...vision.shards import Rows, SharedTransform, evaluated_rows, of_all_ranks
 from ..tasks.base import DownstreamTask, PretextTask
 from .compute import Computing
@@ -47,7 +48,7 @@ class Batches:
         self._check_shards("pretext.batch_size", size, count, self.settings.compute.micro_batch)
         order = torch.Generator().manual_seed(derive_seed(self.settings.data.split_seed, "pretext fraction"))
         members = None if count == len(images) else torch.randperm(len(images), generator=order)[:count]
-        loader = self._loader(images, views or (task.image_size,))
+        loader = self._pretext_loader(task)
         transform = _shared(task)
 
         def begin(indices: Tensor, seed: int) -> UnderWay:
@@ -64,7 +65,7 @@ class Batches:
     def pretext_sample(self, task: PretextTask, count: int) -> Any:
         """A batch of the first images: always the same images and the same draws."""
         images, views = self.data.pretext, task.random_views()
-        loader = self._loader(images, views or (task.image_size,))
+        loader = self._pretext_loader(task)
         chosen = torch.arange(min(count, len(images)))
         made, whole = loader.make(chosen), slice(0, len(chosen))
         batch = _shared(task).of(whole, len(chosen), made if views else made[0], _generator(0))
@@ -121,10 +122,17 @@ class Batches:
         labels = images.labels[begun.indices[begun.rows]]
         return views[0], masks[0] if masks else self.computing.move(labels)
 
-    def _loader(self, images: ImageSet, views: tuple[View, ...], on_device: bool = True) -> Loader:
+    def _pretext_loader(self, task: PretextTask) -> Loader:
+        views = task.random_views() or (task.image_size,)
+        return self._loader(self.data.pretext, views, digests=self.data.identity.contents("pretext"))
+
+    def _loader(
+        self, images: ImageSet, views: tuple[View, ...], on_device: bool = True, digests: Contents | None = None
+    ) -> Loader:
         masks = images.labels if images.kind == "segmentation" else None
         array = self.data.on_device(images, self.computing) if on_device and masks is None else None
-        return Loader(images.images, views, self.data.workers, move=self.computing.sent, masks=masks, array=array)
+        move = self.computing.sent
+        return Loader(images.images, views, self.data.workers, move=move, masks=masks, array=array, digests=digests)
 
     def _stack(
         self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int

@@ -6,14 +6,14 @@ import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .base import EncodedItem, Images
+from .base import EncodedImages, EncodedItem, Numbers, below, modified
 from .files import of_parts
 
 OPEN_FILES = 1024
@@ -72,7 +72,7 @@ class ArrowItem(EncodedItem):
 
 
 @dataclass(frozen=True, eq=False)
-class ArrowImages(Images):
+class ArrowImages(EncodedImages):
     """Rows of Arrow files, decoded when they are read.
 
     Attributes:
@@ -109,3 +109,18 @@ class ArrowImages(Images):
 
     def folders(self) -> tuple[str, ...]:
         return tuple(sorted({os.path.dirname(path) for path in self.paths}))
+
+    @cached_property
+    def _file_names(self) -> list[str]:
+        return below(self.paths)
+
+    def file_name(self, position: int) -> str:
+        return f"{self._file_names[self.file[position]]}: row {self.rows[position]}"
+
+    @property
+    def file_sizes(self) -> Numbers:
+        return self.sizes
+
+    @property
+    def mtimes(self) -> Numbers:
+        return modified(self.paths, self.file)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DataError
 from .decoding import decode
+
+END = 4096
+"""Bytes at the beginning and at the end of a file that are compared before the whole."""
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Item(ABC):
@@ -39,8 +48,17 @@ class EncodedItem(Item):
     def content(self) -> bytes:
         """Those bytes. Raises DataError, naming the file, where they cannot be read."""
 
+    def ends(self) -> bytes:
+        """The first and the last `END` bytes; all of a file that has no more. Raises DataError as `content` does."""
+        return ends_of(self.content())
+
     def picture(self) -> Tensor:
         return decode(self.content(), self.name)
+
+
+def ends_of(content: bytes) -> bytes:
+    """The first and the last `END` bytes; all of them where there are no more."""
+    return content if len(content) <= 2 * END else content[:END] + content[-END:]
 
 
 class Images(ABC):
@@ -63,6 +81,11 @@ class Images(ABC):
     @abstractmethod
     def subset(self, positions: Tensor) -> Images:
         """Those at `positions` (int64), in that order."""
+
+    @property
+    def origin(self) -> Images:
+        """What they were read from, picture by picture; themselves where they were not copied from elsewhere."""
+        return self
 
     @property
     def array(self) -> Tensor | None:
@@ -93,3 +116,42 @@ class Images(ABC):
         """All of them as one tensor, read now: uint8 [N, C, H, W]. Raises RuntimeError where sizes differ."""
         array = self.array
         return torch.stack([self.at(position) for position in range(len(self))]) if array is None else array
+
+
+class EncodedImages(Images):
+    """Pictures that lie somewhere as the bytes of image files; their items are of the kind `EncodedItem`."""
+
+    @abstractmethod
+    def items(self, positions: Sequence[int]) -> Sequence[EncodedItem]: ...
+
+    @abstractmethod
+    def file_name(self, position: int) -> str:
+        """What tells one from all others of its source, wherever that lies: a path below the source's folder."""
+
+    @property
+    @abstractmethod
+    def file_sizes(self) -> Numbers:
+        """int64 [N], bytes of each; -1 where nobody has looked. Raises DataError where a file is missing."""
+
+    @property
+    @abstractmethod
+    def mtimes(self) -> Numbers:
+        """int64 [N], when the file that holds each was modified (ns). Raises DataError where it is missing."""
+
+
+def below(paths: Sequence[str]) -> list[str]:
+    """The same paths from the folder on that all of them lie below."""
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.relpath(os.path.abspath(path), folder) for path in paths]
+
+
+def modified(paths: Sequence[str], file: np.ndarray[Any, np.dtype[np.int32]]) -> Numbers:
+    """int64 [N], when `paths[file[i]]` was modified (ns). Raises DataError where one of those is missing."""
+    times = np.zeros(len(paths), dtype=np.int64)
+    for index in map(int, np.unique(file)):
+        path = paths[index]
+        try:
+            times[index] = os.stat(path).st_mtime_ns
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): put it back") from error
+    return times[file]

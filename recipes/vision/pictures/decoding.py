@@ -12,7 +12,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import DataError
 from .rgb import to_rgb, upright
@@ -23,6 +22,8 @@ RULES = 1
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 JPEG = ("JPEG", "MPO")
+# Deprecated since torchvision 0.29: without it Pillow decodes JPEGs too, to the same pixels, a little slower.
+DECODE_JPEG = getattr(torchvision.io, "decode_jpeg", None)
 
 
 def decoders() -> dict[str, str]:
@@ -47,12 +48,10 @@ def decode(content: bytes, name: str) -> Tensor:
                 raise DataError(f"{name} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
-            if image.format in JPEG and image.mode in ("L", "RGB"):
+            if DECODE_JPEG is not None and image.format in JPEG and image.mode in ("L", "RGB"):
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                decoded = decode_jpeg(encoded, mode=ImageReadMode.RGB)
-                assert isinstance(decoded, Tensor), "one picture was given"
-                return upright(decoded, image)
+                return upright(DECODE_JPEG(encoded, mode="RGB"), image)
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise

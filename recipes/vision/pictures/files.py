@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..sources.file_table import FileTable
-from .base import EncodedItem, Images
+from .base import END, EncodedImages, EncodedItem, Numbers
 
 
 def of_parts(paths: Sequence[str], *arrays: np.ndarray) -> str:
@@ -42,13 +42,27 @@ class FileItem(EncodedItem):
             with open(self.path, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be read ({error.strerror}): it was there when the images were listed; put it back"
-            ) from error
+            raise self._unreadable(error) from error
+
+    def ends(self) -> bytes:
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size <= 2 * END:
+                    return file.read()
+                first = file.read(END)
+                file.seek(-END, os.SEEK_END)
+                return first + file.read(END)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.path} cannot be read ({error.strerror}): it was there when the images were listed; put it back"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class FileImages(Images):
+class FileImages(EncodedImages):
     """The files of a table, decoded when they are read."""
 
     files: FileTable
@@ -71,3 +85,14 @@ class FileImages(Images):
 
     def folders(self) -> tuple[str, ...]:
         return (self.files.root,)
+
+    def file_name(self, position: int) -> str:
+        return self.files.relative(position)
+
+    @property
+    def file_sizes(self) -> Numbers:
+        return self.files.sizes
+
+    @property
+    def mtimes(self) -> Numbers:
+        return self.files.mtimes

@@ -91,11 +91,13 @@ class MappedImages(Images):
         rows: int64 [N, 7]: where each begins, its channels, height and width, the height and width of its original, and
             the CRC-32 of its bytes.
         positions: int64 [n], which of them.
+        read_from: the n pictures that they were made from, where that is known.
     """
 
     path: str
     rows: np.ndarray[Any, np.dtype[np.int64]]
     positions: np.ndarray[Any, np.dtype[np.int64]]
+    read_from: Images | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -111,7 +113,12 @@ class MappedImages(Images):
 
     def subset(self, positions: Tensor) -> MappedImages:
         """Shares the rows."""
-        return replace(self, positions=self.positions[positions.numpy()])
+        origin = None if self.read_from is None else self.read_from.subset(positions)
+        return replace(self, positions=self.positions[positions.numpy()], read_from=origin)
+
+    @property
+    def origin(self) -> Images:
+        return self if self.read_from is None else self.read_from
 
     @property
     def reduced(self) -> bool:

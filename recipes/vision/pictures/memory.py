@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,13 @@ class PackedImages(Images):
         pixels: uint8 [bytes of all of them]; may be a file that is mapped into memory.
         starts: int64 [N], where each begins.
         shapes: int64 [N, 3], channels, height and width.
+        read_from: where they were read from, where that is known.
     """
 
     pixels: Tensor
     starts: np.ndarray[Any, np.dtype[np.int64]]
     shapes: np.ndarray[Any, np.dtype[np.int64]]
+    read_from: Images | None = None
     in_memory = True
 
     def __len__(self) -> int:
@@ -83,7 +85,12 @@ class PackedImages(Images):
     def subset(self, positions: Tensor) -> PackedImages:
         """Shares the pixels."""
         chosen = positions.numpy()
-        return PackedImages(self.pixels, self.starts[chosen], self.shapes[chosen])
+        origin = None if self.read_from is None else self.read_from.subset(positions)
+        return PackedImages(self.pixels, self.starts[chosen], self.shapes[chosen], origin)
+
+    @property
+    def origin(self) -> Images:
+        return self if self.read_from is None else self.read_from
 
     @property
     def array(self) -> Tensor | None:
@@ -108,23 +115,23 @@ def packed(pictures: Iterable[Tensor]) -> PackedImages:
     Raises:
         DataError: there is not as much memory.
     """
-    rows, shapes, taken = list[Tensor](), list[tuple[int, ...]](), 0
+    pixels, shapes = bytearray(), list[tuple[int, ...]]()
     try:
         for picture in pictures:
-            rows.append(picture.permute(1, 2, 0).contiguous())
+            # Grown in place: two copies of all pictures at a time would halve what fits.
+            pixels += picture.permute(1, 2, 0).contiguous().numpy().tobytes()
             shapes.append(tuple(picture.shape))
-            taken += picture.numel()
-        pixels = torch.cat([row.flatten() for row in rows]) if rows else torch.empty(0, dtype=torch.uint8)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise DataError(
-            f"there is no memory left after {len(rows):,} pictures of {taken / 2**30:.1f} GiB; set data.storage to "
-            "stream, which reads pictures when they are needed"
+            f"there is no memory left after {len(shapes):,} pictures of {len(pixels) / 2**30:.1f} GiB; set "
+            "data.storage to stream, which reads pictures when they are needed"
         ) from error
-    table = np.asarray(shapes, dtype=np.int64).reshape(-1, 3)
-    sizes = table.prod(axis=1)
-    return PackedImages(pixels, np.cumsum(sizes) - sizes, table)
+    rows = np.asarray(shapes, dtype=np.int64).reshape(-1, 3)
+    sizes = rows.prod(axis=1)
+    held = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
+    return PackedImages(held, np.cumsum(sizes) - sizes, rows)
 
 
 def read_all(images: Images) -> Images:
@@ -140,7 +147,7 @@ def read_all(images: Images) -> Images:
     pool = ThreadPoolExecutor(1 if small else min(32, os.cpu_count() or 1))
     try:
         chunks = pool.map(lambda chunk: _read(images, chunk), torch.arange(len(images)).split(CHUNK))
-        return packed(picture for chunk in chunks for picture in chunk)
+        return replace(packed(picture for chunk in chunks for picture in chunk), read_from=images)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .base import EncodedItem, Images
+from .base import END, EncodedImages, EncodedItem, below, modified
 from .files import of_parts
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -31,21 +32,29 @@ class TarItem(EncodedItem):
         return f"{self.shard}: {self.member}"
 
     def content(self) -> bytes:
+        return self._read(self.start, self.size)
+
+    def ends(self) -> bytes:
+        if self.size <= 2 * END:
+            return self.content()
+        return self._read(self.start, END) + self._read(self.start + self.size - END, END)
+
+    def _read(self, start: int, size: int) -> bytes:
         try:
             with open(self.shard, "rb", buffering=0) as file:
-                file.seek(self.start)
-                content = file.read(self.size)
+                file.seek(start)
+                content = file.read(size)
         except OSError as error:
             raise DataError(
                 f"{self.shard} cannot be read ({error.strerror}): it was there when the images were listed; put it back"
             ) from error
-        if len(content) != self.size:
+        if len(content) != size:
             raise DataError(f"{self.name} is cut short: the file changed after its images were listed; put it back")
         return content
 
 
 @dataclass(frozen=True, eq=False)
-class TarImages(Images):
+class TarImages(EncodedImages):
     """Members of tar files, decoded when they are read.
 
     Attributes:
@@ -95,3 +104,18 @@ class TarImages(Images):
 
     def folders(self) -> tuple[str, ...]:
         return tuple(sorted({os.path.dirname(shard) for shard in self.shards}))
+
+    @cached_property
+    def _shard_names(self) -> list[str]:
+        return below(self.shards)
+
+    def file_name(self, position: int) -> str:
+        return f"{self._shard_names[self.shard[position]]}: {self.member(position)}"
+
+    @property
+    def file_sizes(self) -> Ints:
+        return self.sizes
+
+    @property
+    def mtimes(self) -> Ints:
+        return modified(self.shards, self.shard)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..pictures.base import Images
+from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
@@ -29,6 +30,20 @@ class UnderWay:
     parameters: list[ViewParameters | None]
     rows: slice
     indices: Tensor
+    hashed: tuple[Tensor, ...] = ()
+    """Of each part, the pictures whose files are hashed on the way."""
+
+
+class Digests(Protocol):
+    """What is known of the contents of an image set's files."""
+
+    def missing(self, positions: Tensor) -> Tensor:
+        """Which of the pictures at `positions` have not been hashed: bool [N]."""
+        ...
+
+    def add(self, positions: Tensor, digests: Iterable[bytes]) -> None:
+        """Note the digests of the pictures at `positions`."""
+        ...
 
 
 class Loader:
@@ -44,6 +59,7 @@ class Loader:
         move: a tensor on its way to the device.
         masks: uint8 [N, H, W], cut and mirrored as the pictures are.
         array: the pictures on the device, uint8 [N, 1 or 3, H, W], for crops in float; not with masks.
+        digests: is told the digest of a file where it has none, once the file is read.
     """
 
     def __init__(
@@ -55,10 +71,12 @@ class Loader:
         move: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         masks: Tensor | None = None,
         array: Tensor | None = None,
+        digests: Digests | None = None,
     ) -> None:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
         self.move, self.masks, self.array = move, masks, array
+        self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
     def begin(self, indices: Tensor, seed: int = 0, rows: slice | None = None) -> UnderWay:
@@ -74,14 +92,13 @@ class Loader:
             return UnderWay([], 0, parameters, rows, indices)
         if self.images.in_memory:
             return UnderWay([Later(self._work(indices, rows, parameters))], 0, parameters, rows, indices)
-        works = [
-            self._work(indices, slice(start, min(start + SLICE, rows.stop)), parameters)
-            for start in range(rows.start, rows.stop, SLICE)
-        ]
+        slices = [slice(start, min(start + SLICE, rows.stop)) for start in range(rows.start, rows.stop, SLICE)]
+        works = [self._work(indices, part, parameters) for part in slices]
         nbytes = sum(work.nbytes for work in works)
         self.workers.in_flight += nbytes
         parts = [self.workers.submit(work) for work in works]
-        return UnderWay(parts, nbytes, parameters, rows, indices)
+        hashed = [indices[part][sorted(work.digests)] for part, work in zip(slices, works, strict=True)]
+        return UnderWay(parts, nbytes, parameters, rows, indices, tuple(hashed))
 
     def finish(self, begun: UnderWay) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The views, one tensor each, and their masks, on the device; they share no memory with anything else.
@@ -99,7 +116,11 @@ class Loader:
             made = [part.result() for part in begun.parts]
         finally:
             self.workers.in_flight -= begun.nbytes
-        crops = [joined([self.move(part.crops[index]) for part in made]) for index in range(len(self.views))]
+        if self.digests is not None:
+            for indices, part in zip(begun.hashed, made, strict=True):
+                self.digests.add(indices, part.digests)
+        moved = [[self.move(crops) for crops in part.crops] for part in made]
+        crops = moved[0] if len(moved) == 1 else [joined(parts) for parts in zip(*moved, strict=True)]
         views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
         return views, self._masks([part.masks for part in made], begun)
 
@@ -122,7 +143,8 @@ class Loader:
         crops = [_crops(view, drawn, part) for view, drawn in zip(self.views, parameters, strict=True)]
         masks = None if self.masks is None else self.masks[chosen]
         pictures = self.images.items(chosen.tolist()) if self._in_memory is None else self._in_memory[chosen]
-        return Work(pictures, crops, masks)
+        missing = () if self.digests is None else self.digests.missing(chosen).nonzero().flatten().tolist()
+        return Work(pictures, crops, masks, frozenset(missing))
 
     def _finished(self, index: int, crops: Tensor, begun: UnderWay) -> Tensor:
         view, parameters = self.views[index], begun.parameters[index]

@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class PictureCache:
         except OSError as error:
             cause = error.strerror or error
             raise DataError(f"data.cache: {kept} cannot be written ({cause}); name another folder") from error
-        return read_pictures(kept)
+        return replace(read_pictures(kept), read_from=images)
 
     def plan(self, images: Images, views: Sequence[View], name: str) -> str | None:
         """What `kept` would write, in words; None for nothing, since it is there or nothing is kept of such pictures.

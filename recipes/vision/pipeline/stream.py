@@ -69,6 +69,10 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         self._fill()
         return self._finish(begun, seed)
 
+    @property
+    def last_indices(self) -> Tensor | None:
+        return self.stack.last_indices
+
     def close(self) -> None:
         for begun in self._under_way.values():
             self._give_up(begun)

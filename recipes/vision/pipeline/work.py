@@ -115,7 +115,7 @@ class Made:
     Attributes:
         crops: of each kind asked for, uint8 [n, 1 or 3, side, side].
         masks: the same of their masks, uint8 [n, side, side]; none where there are no masks.
-        digests: of each picture's file, `DIGEST` bytes, where they were asked for and there is a file.
+        digests: of the files of those pictures for which they were asked for, `DIGEST` bytes each.
     """
 
     crops: tuple[Tensor, ...]
@@ -131,13 +131,13 @@ class Work:
         pictures: where they are read from, or, of one size in memory, themselves, uint8 [n, C, H, W].
         crops: one or more kinds.
         masks: a class for each pixel, uint8 [n, H, W], where labels are masks: cut as the pictures are.
-        digests: whether to hash the files while they are at hand.
+        digests: places of pictures whose files are hashed while they are at hand.
     """
 
     pictures: Sequence[Item] | Tensor
     crops: Sequence[Crops]
     masks: Tensor | None = None
-    digests: bool = False
+    digests: frozenset[int] = frozenset()
 
     def run(self) -> Made:
         """Make it. Raises DataError, naming the file, where a picture cannot be read."""
@@ -145,9 +145,9 @@ class Work:
         if isinstance(self.pictures, Tensor):
             return Made(tuple(crops.of_all(self.pictures) for crops in self.crops), masks)
         rows: list[list[Tensor]] = [[] for _ in self.crops]
-        digests = []
+        digests = list[bytes]()
         for index, item in enumerate(self.pictures):
-            if self.digests and isinstance(item, EncodedItem):
+            if index in self.digests and isinstance(item, EncodedItem):
                 content = item.content()
                 digests.append(digest(content))
                 picture = decode(content, item.name)
@@ -174,7 +174,5 @@ def digest(content: bytes) -> bytes:
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Pictures of one size [n, 1 or 3, H, W] behind one another; grey ones get three channels beside coloured ones."""
-    if len(parts) == 1:
-        return parts[0]
     channels = max(part.shape[1] for part in parts)
     return torch.cat([part.expand(-1, channels, -1, -1) for part in parts])

@@ -16,6 +16,7 @@ from ..imagesets import DownstreamSets, ImageSet
 from ..pictures.base import Images
 from ..pictures.files import FileImages
 from ..pictures.memory import read_all
+from ..pictures.space import check_fits
 from .foreign.hugging_face import open_hugging_face
 from .foreign.map_style import gives_sets, open_map_style
 from .foreign.web_dataset import open_web_dataset
@@ -195,8 +196,8 @@ def load_downstream(
     val = val_cap.kept(val, labels, opened.classes, opened.name, split_seed, opened.passed_over)
 
     def images(positions: Tensor) -> ImageSet:
-        chosen = stored(opened.images.subset(positions), storage)
-        return ImageSet(chosen, labels[positions], opened.classes, opened.name)
+        chosen = stored(opened.images.subset(positions), storage, opened.name)
+        return ImageSet(chosen, labels[positions], opened.classes, opened.name, opened.passed_over)
 
     indices = {"train": train.tolist(), "val": val.tolist(), "test": test.tolist()}
     return DownstreamSets(images(train), images(val), images(test), indices)
@@ -245,7 +246,8 @@ def load_pretext(
     positions = _for_pretext(opened, evaluated, test_fraction, split_seed)
     if limit is not None:
         positions = positions[limited(len(positions), limit, split_seed)]
-    return ImageSet(stored(opened.images.subset(positions), storage), None, opened.classes, opened.name)
+    images = stored(opened.images.subset(positions), storage, opened.name)
+    return ImageSet(images, None, opened.classes, opened.name, opened.passed_over)
 
 
 def _for_pretext(source: Source, evaluated: bool, test_fraction: float, split_seed: int) -> Tensor:
@@ -259,10 +261,15 @@ def _for_pretext(source: Source, evaluated: bool, test_fraction: float, split_se
     return torch.cat((train, source.parts["val"])) if "val" in source.parts else train
 
 
-def stored(images: Images, storage: Storage) -> Images:
+def stored(images: Images, storage: Storage, name: str) -> Images:
     """Pictures where `storage` says: read into "memory" now, or "stream"ed, read when they are needed.
 
-    "auto" reads small sets, up to `SMALL_SET` of files, into memory. Batches are the same to the bit either way.
+    "auto" reads small sets, up to `SMALL_SET` of files, into memory. Batches are the same to the bit either way. `name`
+    is the source's, for messages. Raises DataError where memory has no room for them.
     """
     small = images.nbytes is not None and images.nbytes <= SMALL_SET
-    return read_all(images) if storage == "memory" or (storage == "auto" and small) else images
+    if storage == "stream" or (storage == "auto" and not small):
+        return images
+    if not images.in_memory:
+        check_fits(images, name)
+    return read_all(images)

@@ -296,9 +296,9 @@ def _write_views(
     part: slice,
     parameters: ViewParameters,
     out: Tensor,
-    moving: bool,
 ) -> None:
-    """Views of one chunk into `out`; whether any of the batch moves is given."""
+    """Views of one chunk into `out`."""
+    moving = moves(parameters)
     first = source.numbers_of(part)
     if not (parameters.jitter | parameters.grey | parameters.blur | parameters.solarize).any():
         *first, matrices = _moved([*first, move_matrices(parameters)], out.device)
@@ -342,10 +342,10 @@ def _views(
     policy: ViewPolicy, source: _FloatCrops | _HostCrops, parameters: ViewParameters, device: torch.device
 ) -> Tensor:
     views = torch.empty(len(parameters), 3, policy.size, policy.size, device=device)
-    moving, chunk = moves(parameters), cpu_chunk(policy.size) if device.type == "cpu" else DEVICE_CHUNK
+    chunk = cpu_chunk(policy.size) if device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(parameters), chunk):
         part = slice(start, start + chunk)
-        _write_views(policy, source, part, parameters[part], views[part], moving)
+        _write_views(policy, source, part, parameters[part], views[part])
     return views
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.distributed import world_size
 from bilevel.tree import tensors_in
-from recipes.vision.shards import on_shards
+from recipes.vision.shards import Rows, evaluated_rows, on_shards
 from tests.support.rank_processes import on_ranks
 
 COUNTS = (1, 2, 3, 4, 5, 9)
@@ -35,10 +35,15 @@ def inputs_of(count: int) -> dict[str, Tensor]:
     return {"x": torch.linspace(-1, 1, 3 * count).abs().view(count, 3), "y": torch.arange(count) / 3}
 
 
+def own_rows(count: int) -> Rows:
+    rows = evaluated_rows(count)
+    return Rows({name: tensor[rows] for name, tensor in inputs_of(count).items()}, count)
+
+
 def found_here() -> dict[str, Any]:
     calls: list[int] = []
     with torch.no_grad():
-        outputs = [on_shards(partial(network, calls), inputs_of(count)) for count in COUNTS]
+        outputs = [on_shards(partial(network, calls), own_rows(count)) for count in COUNTS]
     return {"world": world_size(), "calls": calls, "outputs": outputs}
 
 

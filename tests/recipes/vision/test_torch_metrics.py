@@ -13,8 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from recipes.experiment.plugins import PluginError
+from recipes.vision import shards
 from recipes.vision.metrics import Metric, evaluate, top_k
-from recipes.vision.shards import on_shards
+from recipes.vision.shards import evaluated_rows, on_shards
 from recipes.vision.torch_metrics import as_metrics
 from tests.support.rank_processes import on_ranks
 
@@ -153,7 +154,10 @@ def test_without_torchmetrics_the_message_says_so(monkeypatch: pytest.MonkeyPatc
 
 
 def found_here() -> dict[str, float]:
-    return evaluate(lambda x: on_shards(lambda rows: rows, x), batches(), metrics())
+    def outputs(scores: Tensor) -> Tensor:
+        return on_shards(lambda rows: rows, shards.Rows(scores[evaluated_rows(len(scores))], len(scores)))
+
+    return evaluate(outputs, batches(), metrics())
 
 
 def test_several_processes_see_every_row_once(tmp_path: Path) -> None:

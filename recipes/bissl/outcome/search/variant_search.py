@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
-from ....experiment.folder.paths import user_path
 from ....experiment.search.queue import TrialQueue
 from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
 from ....experiment.workspace import Workspace
+from ....vision.errors import DataError
 from ....vision.pipeline.workers import cores_to_spare
 from ....vision.sources.image_cache import TrainAndVal, cache_folder, read_cache, write_cache
 from ...settings.arms import arm_of
@@ -62,11 +61,10 @@ class Search:
         """The folder of the search."""
         return self.queue.directory
 
-    @property
-    def image_cache(self) -> Path:
-        """The folder of decoded images: one for all that decides which they are."""
+    def image_cache(self, digest: str) -> Path:
+        """The folder of decoded images: one for all that decides which they are, their own digest included."""
         fields = self.config.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
-        return cache_folder(self.artifacts, {**fields, "root": os.path.abspath(user_path(self.config.data.root))})
+        return cache_folder(self.artifacts, {**fields, "images": digest})
 
     def fields(self, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
         """Section -> field -> value: what a trial's values stand for."""
@@ -110,17 +108,30 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
         pipeline = search.pipeline(data, console)
         # Before the artifact: what is wrong with labelled data must not be found after pre-training.
         check_labelled(search.config, data, pipeline.computing)
-        if _is_cached(data) and not search.image_cache.exists():
-            write_cache(search.image_cache, data.downstream)
+        begun = _begun(search)["images"] if path.exists() else None
+        images = data.identity.labelled if begun is not None or _is_cached(data) else None
+        if begun not in (None, images):
+            raise DataError(
+                f"{data.downstream.train.name}: the labelled images are others than those that the search in "
+                f"{search.directory} was begun with; put them back as they were, or name another --output-dir"
+            )
+        if images is not None and not search.image_cache(images).exists():
+            write_cache(search.image_cache(images), data.downstream)
         if not path.exists():
             made = given if given is not None else _pretrained(search, pipeline)
             where = None if made is None else str(made.directory.resolve())
-            write_atomic(path, json.dumps({"directory": where}).encode())
+            write_atomic(path, json.dumps({"directory": where, "images": images}).encode())
 
-    search.queue.prepare(lambda: path.exists() and (search.image_cache.exists() or not _is_cached(data)), make)
+    search.queue.prepare(lambda: path.exists() and _has_images(search), make)
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")
+
+
+def _has_images(search: Search) -> bool:
+    """Whether the images that lie in memory are in the cache."""
+    images = _begun(search)["images"]
+    return images is None or search.image_cache(images).exists()
 
 
 def _is_cached(data: Datasets) -> bool:
@@ -145,8 +156,9 @@ def work(search: Search, console: Console, *, only: int | None = None, processes
 
 def _train_and_val(search: Search) -> TrainAndVal:
     """Images in memory from the cache, which all processes of a machine share; streamed ones by listing them again."""
-    if search.image_cache.exists():
-        return read_cache(search.image_cache)
+    images = _begun(search)["images"]
+    if images is not None:
+        return read_cache(search.image_cache(images))
     sets = Datasets(search.config).downstream
     return TrainAndVal(sets.train, sets.val)
 
@@ -187,9 +199,15 @@ def _pretrained(search: Search, pipeline: Pipeline) -> Artifact | None:
 
 def _parent(search: Search) -> Artifact | None:
     """What the trials start from, None for random weights."""
+    where = _begun(search)["directory"]
+    return None if where is None else read_stage(Path(where))
+
+
+def _begun(search: Search) -> dict[str, str | None]:
+    """Where that lies, as "directory", and as "images" the digest of the images in the cache, None for none."""
     path = search.directory / PARENT
     try:
-        where = json.loads(path.read_text(encoding="utf-8"))["directory"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("directory", "images")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); delete it to look for the artifact again") from error
-    return None if where is None else read_stage(Path(where))

@@ -24,6 +24,7 @@ from ..compute import Computing
 from ..costs import Costs, costs_of
 from ..datasets import Datasets, resolution
 from ..image_batches import LOWER_DATA, Batches
+from ..keep_record import KeepRecord
 from ..problem import BACKBONE, BiSSLProblem
 from ..repeat import Repeat
 
@@ -45,13 +46,14 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
             attempt=attempt,
             workspace=workspace,
             checkpoint_every=repeat.settings.bissl.checkpoint_every,
-            callbacks=(Diagnostics(workspace.console, every=None),),
+            callbacks=(Diagnostics(workspace.console, every=None), KeepRecord(data.identity)),
         )
         costs = before + Costs(
             *(trainer.steps["lower"], trainer.steps["upper"], seconds),
             *(trainer.skipped["lower"], trainer.skipped["upper"]),
         )
-        return problem.modules(), {**costs.facts(), **repeat.facts(), "solves": dict(trainer.solves)}
+        images = data.facts(parent, pretext=True, labelled=True)
+        return problem.modules(), {**costs.facts(), **repeat.facts(), **images, "solves": dict(trainer.solves)}
 
     return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(fit)
 
@@ -148,6 +150,7 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         parent,
         settings.data.model_dump(exclude=HOW_READ)
         | resolution(data.pretext, data.downstream.train, data.downstream.val),
+        [data.identity.pretext, data.identity.labelled],
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.bissl.model_dump(exclude={"checkpoint_every"}),

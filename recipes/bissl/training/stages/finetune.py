@@ -17,7 +17,6 @@ from ....experiment.events import StageEvents
 from ....experiment.stage import Attempt, CachedStage
 from ....experiment.stage_training import run_training
 from ....experiment.workspace import Workspace
-from ....vision.imagesets import DownstreamSets
 from ....vision.metrics import Metric
 from ....vision.networks.backbones import build_backbone
 from ....vision.optimizers import schedule
@@ -69,10 +68,11 @@ def run(
         costs = before + fitted.costs
         # Linear solves by status: those of a bilevel stage before.
         solves = {} if parent is None else parent.info.get("solves", {})
-        facts = {**costs.facts(), "solves": solves, **repeat.facts(), **fitted.facts}
+        images = data.facts(parent, pretext=False, labelled=True)
+        facts = {**costs.facts(), "solves": solves, **repeat.facts(), **images, **fitted.facts}
         return dict(fitted.modules.items()), {**facts, "test": fitted.supervised.measure(test)}
 
-    key = _key(repeat, data.downstream, parent)
+    key = _key(repeat, data, parent)
     return CachedStage(workspace.store, STAGE, key).run(made)
 
 
@@ -140,15 +140,16 @@ def _model(repeat: Repeat, task: DownstreamTask, parent: Artifact | None) -> nn.
     return modules
 
 
-def _key(repeat: Repeat, sets: DownstreamSets, parent: Artifact | None) -> str:
+def _key(repeat: Repeat, data: Datasets, parent: Artifact | None) -> str:
     settings = repeat.settings
-    steps = finetune_steps(settings, repeat.variant, len(sets.train))
+    steps = finetune_steps(settings, repeat.variant, len(data.downstream.train))
     return make_key(
         STAGE,
         repeat.seed,
         parent,
         settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
-        | resolution(sets.train, sets.val, sets.test),
+        | resolution(data.downstream.train, data.downstream.val, data.downstream.test),
+        data.identity.labelled,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, *settings.finetune.rates(repeat.variant)],

@@ -60,7 +60,8 @@ def run(repeat: Repeat, data: Datasets, computing: Computing, workspace: Workspa
     def made(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         warmed = fit(repeat, data, computing, workspace, parent, attempt)
         costs = before + warmed.costs
-        return warmed.modules, {**costs.facts(), "seed": repeat.seed}
+        images = data.facts(parent, pretext=False, labelled=True)
+        return warmed.modules, {**costs.facts(), "seed": repeat.seed, **images}
 
     return CachedStage(workspace.store, STAGE, _key(repeat, parent, data)).run(made)
 
@@ -142,6 +143,7 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         parent,
         settings.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
         | resolution(data.downstream.train, data.downstream.val),
+        data.identity.labelled,
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
         settings.compute.model_dump(exclude={"micro_batch"}),

@@ -36,6 +36,7 @@ from ..datasets import Datasets, resolution
 from ..given_weights import initial_weights
 from ..global_loss import pretext_loss, pretext_output_loss
 from ..image_batches import LOWER_DATA, PRETEXT_IMAGES, Batches
+from ..keep_record import KeepRecord
 from ..problem import bind_lower, lower_variables
 from ..repeat import Repeat
 from . import projector
@@ -149,12 +150,16 @@ def _fit(
         attempt=attempt,
         workspace=workspace,
         checkpoint_every=settings.pretext.checkpoint_every * len(stack),
-        callbacks=(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
+        callbacks=(
+            *(JoinBuffers(computing, backbone, heads), _Monitor(modules, batches, len(stack), events)),
+            KeepRecord(batches.data.identity),
+        ),
     )
     skipped, weights = trainer.skipped.total(), start.weights
     costs = before + Costs(pretext_steps=length.steps, seconds=seconds, skipped_pretext_steps=skipped)
     initial = None if weights is None else {"file": weights.path.name, "sha256": weights.sha256}
-    facts = {**costs.facts(), **repeat.facts(), "initial_weights": initial}
+    images = batches.data.facts(start.parent, pretext=True, labelled=False)
+    facts = {**costs.facts(), **repeat.facts(), **images, "initial_weights": initial}
     return {"backbone": backbone, "heads": heads}, facts
 
 
@@ -184,6 +189,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length, data: Datas
         repeat.seed,
         start.parent,
         settings.data.model_dump(include=PRETEXT_IMAGES) | resolution(data.pretext),
+        data.identity.pretext,
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],

@@ -23,6 +23,7 @@ from ..costs import Costs
 from ..datasets import resolution
 from ..global_loss import pretext_loss
 from ..image_batches import PRETEXT_IMAGES, Batches
+from ..keep_record import KeepRecord
 from ..problem import trainable
 from ..repeat import Repeat
 
@@ -46,7 +47,8 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         heads = task.build(backbone)
         costs = _fit(repeat, batches, workspace, task, backbone, heads, steps, attempt)
         task.after_fitting(backbone, heads)
-        facts = {**costs.facts(), "seed": repeat.seed}
+        images = batches.data.facts(None, pretext=True, labelled=False)
+        facts = {**costs.facts(), "seed": repeat.seed, **images}
         return {"backbone": backbone, "heads": heads}, facts
 
     key = make_key(
@@ -54,6 +56,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         repeat.seed,
         None,
         settings.data.model_dump(include=PRETEXT_IMAGES) | resolution(batches.data.pretext),
+        batches.data.identity.pretext,
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [weights.sha256, steps, settings.pretext.lr],
@@ -110,6 +113,9 @@ def _fit(
         attempt=attempt,
         workspace=workspace,
         checkpoint_every=section.checkpoint_every * len(stack),
-        callbacks=(JoinBuffers(computing, backbone, heads), _AfterStep(task, backbone, heads)),
+        callbacks=(
+            *(JoinBuffers(computing, backbone, heads), _AfterStep(task, backbone, heads)),
+            KeepRecord(batches.data.identity),
+        ),
     )
     return Costs(pretext_steps=steps, seconds=seconds, skipped_pretext_steps=trainer.skipped.total())

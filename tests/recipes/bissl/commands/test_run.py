@@ -50,7 +50,9 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_file_is_there(reference: Path) -> None:
     names = {path.name for path in reference.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "results.json", "report.html", "splits.json", "checkpoints"}
+    assert names == {"config.json", "metrics.jsonl", "results.json", "report.html", "splits.json", "images.npz"} | {
+        "checkpoints"
+    }
     stages = sorted(path.name.partition("-")[0] for path in (reference / "checkpoints").iterdir())
     assert stages == ["bissl", *["finetune"] * 6, "head", "pretext", "pretext"]
     for folder in (reference / "checkpoints").iterdir():
@@ -60,7 +62,18 @@ def test_every_file_is_there(reference: Path) -> None:
 def test_results_follow_the_schema(reference: Path) -> None:
     found = results(reference)
     assert found.keys() == {
-        *("preset", "seeds", "repeats", "primary_metric", "variants", "comparisons", "solver", "environment", "notes"),
+        *(
+            "preset",
+            "seeds",
+            "repeats",
+            "primary_metric",
+            "variants",
+            "comparisons",
+            "solver",
+            "environment",
+            "notes",
+            "images",
+        ),
     }
     assert (found["preset"], found["seeds"], found["repeats"], found["primary_metric"]) == (
         *("digits", [0, 1], "finetune", "top1"),

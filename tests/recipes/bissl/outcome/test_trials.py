@@ -72,11 +72,12 @@ def test_a_pair_reaches_the_fields_of_its_arm(tmp_path: Path, arm: Any, stage: A
 
 
 def test_the_image_cache_is_found_by_what_decides_the_images(tmp_path: Path) -> None:
-    def cache(*options: str) -> Path:
+    def cache(*options: str, images: str = "digest") -> Path:
         queue = TrialQueue(tmp_path / "search", (), 3.0)
-        return Search(small_config(*options), tmp_path, "finetune", "bissl", queue).image_cache
+        return Search(small_config(*options), tmp_path, "finetune", "bissl", queue).image_cache(images)
 
     folder = cache()
-    assert cache("--data.pretext-limit=50", "--finetune.lr=0.5") == folder
-    for option in ("--data.labels-per-class=2", "--data.split-seed=5", "--data.image-size=16", "--data.root=other"):
+    assert cache("--data.pretext-limit=50", "--finetune.lr=0.5", "--data.root=other") == folder
+    assert cache(images="another") != folder
+    for option in ("--data.labels-per-class=2", "--data.split-seed=5", "--data.image-size=16"):
         assert cache(option) != folder

@@ -84,8 +84,8 @@ def test_baseline_may_have_its_own_length_and_rate() -> None:
 
 def describe(config: Config) -> str:
     """What a dry run says."""
-    computing = Computing(config.compute, torch.device("cpu"))
-    return estimate.describe(config, check_data(config, dry_data(config), computing, published=True))
+    computing, data = Computing(config.compute, torch.device("cpu")), dry_data(config)
+    return estimate.describe(config, check_data(config, data, computing, published=True), data)
 
 
 def test_estimate_prints_the_plan() -> None:

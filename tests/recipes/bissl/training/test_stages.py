@@ -22,6 +22,7 @@ from recipes.experiment.workspace import Workspace
 from recipes.vision.metrics import Metric, evaluate, top_k
 from recipes.vision.networks.backbones import build_backbone
 from recipes.vision.optimizers import LARS
+from recipes.vision.shards import Rows
 from tests.support.recipes.small_runs import (
     STAGES,
     batches_of,
@@ -140,7 +141,7 @@ def test_bilevel_stage_is_algorithm_1(made: dict[str, Artifact], pipeline: Pipel
     lars = LARS(lower, lr=c.lower_lr, weight_decay=config.pretext.weight_decay)
     sgd = torch.optim.SGD(upper, lr=c.upper_lr, momentum=0.9, weight_decay=c.upper_weight_decay)
     batches = batches_of(pipeline)
-    stacks = batches.pretext(tasks[0], "bissl lower"), batches.labelled(tasks[1], "bissl upper")
+    stacks = batches.pretext(tasks[0], "bissl lower", 4), batches.labelled(tasks[1], "bissl upper", 4)
     seen: list[tuple[str, float, float]] = []
 
     def update(
@@ -271,9 +272,9 @@ def test_fine_tuning_goes_back_to_the_best_epoch(
     probe = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = []
 
-    def better_first(forward: Callable[[Tensor], Tensor], *others: Any) -> dict[str, float]:
+    def better_first(forward: Callable[[Rows], Tensor], *others: Any) -> dict[str, float]:
         with torch.no_grad():
-            outputs.append(forward(probe))
+            outputs.append(forward(Rows(probe, len(probe))))
         return {**evaluate(forward, *others), "top1": 60.0 - len(outputs)}
 
     monkeypatch.setattr(supervised, "evaluate", better_first)
@@ -317,8 +318,9 @@ METRICS = {"high": top_k(1), "low": Metric(top_k(1).accumulate, top_k(1).compute
         ("high", [(50.0, 1.0), (50.0, 1.0)], 1, 1),
         ("high", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
         ("low", [(float("nan"), 1.0), (10.0, 1.0)], 2, 2),
-        ("high", [(50.0, float("nan")), (50.0, 3.0)], 1, 2),
-        ("high", [(50.0, 1.0), (float("nan"), 0.1), (60.0, float("nan"))], 3, 3),
+        # A network whose loss is not finite is worse than any other, whatever its score.
+        ("high", [(50.0, float("nan")), (50.0, 3.0)], 2, 2),
+        ("high", [(50.0, 1.0), (float("nan"), 0.1), (60.0, float("nan"))], 1, 1),
     ],
 )
 @pytest.mark.parametrize("ties", ["first", "lower-loss"])

@@ -40,6 +40,14 @@ def test_a_jpeg_has_pillows_pixels(options: dict[str, Any], size: tuple[int, int
     assert torch.equal(decode(content, "a.jpg"), pixels(by_pillow(content)))
 
 
+@pytest.mark.parametrize("turn", [None, 6])
+def test_without_torchvisions_decoder_pixels_are_the_same(turn: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(photograph(3, 500, 375, "RGB"), turn=turn)
+    expected = decode(content, "a.jpg")
+    monkeypatch.setattr(decoding, "DECODE_JPEG", None)
+    assert torch.equal(decode(content, "a.jpg"), expected)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "P"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1"])
 @pytest.mark.parametrize("size", [(50, 37), (1, 1), (1, 40), (41, 1)])
@@ -211,7 +219,7 @@ def test_a_picture_of_too_many_pixels_is_named(monkeypatch: pytest.MonkeyPatch) 
             decode(bomb, "bomb")
         with monkeypatch.context() as patch:
             patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-            with pytest.raises(DataError, match="^fits is too large"):
+            with pytest.raises(DataError, match=r"^fits is too large"):
                 decode(fits, "fits")
 
 
@@ -259,12 +267,15 @@ def test_damaged_bytes_raise_nothing_but_a_sentence(kind: str, monkeypatch: pyte
     refused = 0
     for _ in range(300):
         damaged = changed(content, chance)
+        said = None
         try:
             decoded = decode(damaged, "a.jpg")
         except DataError as error:
+            said = str(error)
+        if said is not None:
             refused += 1
-            assert str(error).startswith("a.jpg ")
-            assert "\n" not in str(error)
+            assert said.startswith("a.jpg ")
+            assert "\n" not in said
         else:
             assert decoded.dtype == torch.uint8
             assert decoded.ndim == 3

@@ -131,7 +131,7 @@ def test_a_solarised_view_is_torchvisions() -> None:
 )
 @pytest.mark.parametrize("crop", [96, 32, 224, 1])
 def test_an_evaluation_is_torchvisions_resize_and_centre_crop(crop: int, size: tuple[int, int]) -> None:
-    """Within 2/255 in float, of the original picture, bilinear; bicubic overshoot is cut off between rows and columns."""
+    """Within 2/255 in float, of the original picture, bilinear; bicubic overshoot is cut off between the passes."""
     picture, resize = pixels(photograph(1, *size)), max(crop, eval_resize(crop))
     for interpolation, mode in (("bilinear", InterpolationMode.BILINEAR), ("bicubic", InterpolationMode.BICUBIC)):
         whole = V1.resize(picture.float(), [resize], mode, antialias=True).clamp(0, 255)
@@ -200,8 +200,8 @@ def test_boxes_are_those_of_each_picture_number_for_number(
     found = boxes(drawn.area, drawn.aspect, drawn.place, ratio, height, width)
     rows = torch.stack((found.top, found.left, found.height, found.width), dim=1).tolist()
     for i, row in enumerate(rows):
-        values = (part[i].tolist() for part in (drawn.area, drawn.aspect, drawn.place))
-        assert box_of(*values, ratio, height, width) == tuple(row)
+        area, aspect, place = (part[i].tolist() for part in (drawn.area, drawn.aspect, drawn.place))
+        assert box_of(area, aspect, place, ratio, height, width) == tuple(row)
         top, left, crop_height, crop_width = row
         assert 0 <= top <= height - crop_height
         assert 0 <= left <= width - crop_width

@@ -100,7 +100,8 @@ def test_each_operation_follows_the_eight_bit_pipeline_of_pil() -> None:
         aspect=torch.full((1, 10), 36 / 30, dtype=torch.float64),
         place=torch.tensor([[3.5 / 11, 5.5 / 13]], dtype=torch.float64),
     )
-    assert box_of(*(value[0].tolist() for value in box.values()), (1, 2), 40, 48) == (3, 5, 30, 36)
+    area, aspect, place = (value[0].tolist() for value in box.values())
+    assert box_of(area, aspect, place, (1, 2), 40, 48) == (3, 5, 30, 36)
     small = picture.crop((5, 3, 41, 33)).resize((24, 24), Image.Resampling.BICUBIC)
 
     def factors(**changed: float) -> dict[str, Tensor]:

@@ -1,0 +1,106 @@
+"""Pictures that are the same, byte by byte, under whatever names and in whatever sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from ..imagesets import DownstreamSets, ImageSet
+from ..pictures.base import EncodedImages, EncodedItem, Images
+from ..pipeline.work import digest
+from .contents import Contents, by_threads, pixel_digests
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
+
+
+def copies(images: Images, others: Images) -> Mask:
+    """bool [N], which of `images` are copies of one of `others`: of the same bytes as files, or the same pixels.
+
+    Files are compared with files, by size, then by their first and last 4 KB, then by a hash of the whole; pictures in
+    memory that come from no file, pixel by pixel, with such. Nothing of a million files but their sizes is looked at,
+    save of those whose size one of `others` has.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    one, other = images.origin, others.origin
+    if isinstance(one, EncodedImages) and isinstance(other, EncodedImages):
+        return _file_copies(one, other)
+    none = np.zeros(len(images), dtype=bool)
+    if isinstance(one, EncodedImages) or isinstance(other, EncodedImages):
+        return none
+    if not (images.in_memory and others.in_memory) or _other_shapes(images, others):
+        return none
+    known = set(pixel_digests(others, range(len(others))))
+    return np.asarray([found in known for found in pixel_digests(images, range(len(images)))], dtype=bool)
+
+
+def _other_shapes(images: Images, others: Images) -> bool:
+    one, other = images.array, others.array
+    return one is not None and other is not None and one.shape[1:] != other.shape[1:]
+
+
+def _file_copies(one: EncodedImages, other: EncodedImages) -> Mask:
+    # A size that nobody has looked at, -1, may be any.
+    sizes, wanted = one.file_sizes, other.file_sizes
+    here = np.isin(sizes, wanted) | (sizes < 0) if (wanted >= 0).all() else np.ones(len(sizes), dtype=bool)
+    there = np.isin(wanted, sizes) | (wanted < 0) if (sizes >= 0).all() else np.ones(len(wanted), dtype=bool)
+    for kind in ("ends", "whole"):
+        mine, theirs = np.flatnonzero(here), np.flatnonzero(there)
+        found, known = _digests(one, mine.tolist(), kind), _digests(other, theirs.tolist(), kind)
+        both = set(found) & set(known)
+        here[mine] = [value in both for value in found]
+        there[theirs] = [value in both for value in known]
+    return here
+
+
+def _digests(images: EncodedImages, positions: list[int], kind: str) -> list[bytes]:
+    def looked_at(chunk: Sequence[int]) -> list[bytes]:
+        return [digest(_part(item, kind)) for item in images.items(chunk)]
+
+    return [value for _, found in by_threads(looked_at, positions) for value in found]
+
+
+def _part(item: EncodedItem, kind: str) -> bytes:
+    return item.ends() if kind == "ends" else item.content()
+
+
+def without_copies(images: ImageSet, sets: DownstreamSets) -> tuple[ImageSet, dict[str, int]]:
+    """The pretext images without copies of test images, and how many there were of images of "test" and of "val".
+
+    Copies of validation images stay. Images that come from no file are compared with such alone.
+
+    Raises:
+        DataError: no image is left, or a file cannot be read.
+    """
+    of_test, of_val = copies(images.images, sets.test.images), copies(images.images, sets.val.images)
+    found = {"test": int(of_test.sum()), "val": int((of_val & ~of_test).sum())}
+    if not found["test"]:
+        return images, found
+    if of_test.all():
+        raise DataError(
+            f"{images.name}: every one of the {len(images):,} pretext images is a copy of a test image, and these are "
+            "left out; give other images to data.pretext"
+        )
+    return images.subset(torch.from_numpy(np.flatnonzero(~of_test))), found
+
+
+def copies_between(contents: dict[str, Contents]) -> dict[str, int]:
+    """How many pictures of the second set of each of `PAIRS` are copies of one of the first: "train and val": 3.
+
+    Pairs without any are left out.
+    """
+    rows = {part: [row.tobytes() for row in contents[part].digests] for part in ("train", "val", "test")}
+    found = {}
+    for one, other in PAIRS:
+        known = set(rows[one])
+        count = sum(row in known for row in rows[other])
+        if count:
+            found[f"{one} and {other}"] = count
+    return found
