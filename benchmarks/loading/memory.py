@@ -13,10 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:
     # As a script: the repository's root instead of this folder.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
@@ -28,6 +27,7 @@ from recipes.vision.pipeline.workers import Workers
 from recipes.vision.sources.loading import load_pretext
 from recipes.vision.views.evaluation_view import EvalView
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, STEPS, WORKERS = 64, 12, 2
 
 

@@ -83,14 +83,14 @@ def _config(folder: Path, quick: bool) -> Any:
         "data": {
             "pretext": f"folder:{folder}",
             "downstream": f"folder:{folder}",
-            "image_size": 48,
+            "image_size": 32,
             "labels_per_class": None,
             "val_per_class": None,
             "storage": "stream",
             "num_workers": 1,
         },
         "model": {"backbone": "resnet-tiny"},
-        "pretext": {"batch_size": 16 if quick else 64, "epochs": 1, "warmup_epochs": 0},
+        "pretext": {"batch_size": 16 if quick else 32, "epochs": 1, "warmup_epochs": 0},
         "downstream": {"batch_size": 8 if quick else 32},
         "head": {"epochs": 1},
         "bissl": {

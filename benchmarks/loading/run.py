@@ -9,7 +9,7 @@ within one run, by the clock and by processor time: on a busy machine the ratios
   and with the colour part in this process, on the same cores; from files, from the disk cache, and in memory.
 - ``cores``: how many would feed 15,000 images a second, from the images that a busy core makes in a second.
 - ``sleeping``: a step's time over the longer of loading and consuming, where the consumer sleeps.
-- ``alternation``: the bilevel stage of the recipe on a streamed folder: its time over the longer of loading and computing.
+- ``alternation``: the recipe's bilevel stage on a streamed folder: its time over the longer of loading and computing.
 - ``memory``: bytes a file of a listing; proportional set sizes with streaming; peak memory of evaluation.
 """
 
@@ -22,10 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 if not __package__:
     # As a script: the repository's root instead of this folder.
-    sys.path[0] = str(ROOT)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torchvision
 
@@ -42,11 +41,12 @@ from recipes.vision.sources.loading import load_pretext
 
 Figures = Mapping[str, Any]
 
+PARTS = ("speed", "overlap", "memory")
 WANTED = 15_000
 """Images a second that a GPU would take."""
 BASE = "lightly"
 FULL, QUICK = (
-    {"pictures": 512, "repeats": 7, "listing": 1_000_000, "streaming": (1_000, 20_000), "evaluation": (200, 5_000)},
+    {"pictures": 512, "repeats": 5, "listing": 1_000_000, "streaming": (1_000, 20_000), "evaluation": (200, 5_000)},
     {"pictures": 32, "repeats": 1, "listing": 2_000, "streaming": (100, 400), "evaluation": (32, 96)},
 )
 
@@ -78,6 +78,7 @@ def measure_speed(folder: Path, place: Path, repeats: int, batch: int) -> tuple[
             sides[BASE] = lightly_side(folder, 2, batch)
         except ImportError as error:
             missing = str(error)
+            print(f"lightly is left out: {missing}")
         for name, images in sources.items():
             sides[f"{name}: crops"] = crops_alone(images, workers, batch)
             sides[f"{name}: whole"] = whole(images, workers, batch)
@@ -176,6 +177,7 @@ def tables(figures: Figures) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--docs", type=Path, help="write the tables into this page")
+    options.add_argument("--only", nargs="+", choices=PARTS, help="measure these; keep what --json holds of the others")
     options.add_argument("--from", type=Path, dest="kept", help="take kept figures instead of measuring")
     options.add_argument("--check", action="store_true", help="with --from and --docs: change nothing, compare")
     given = options.parse_args(arguments)
@@ -185,39 +187,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = json.loads(given.kept.read_text(encoding="utf-8"))
     else:
         use_threads(given.threads)
-        figures = measure_all(given.quick)
+        known = json.loads(given.json.read_text(encoding="utf-8")) if given.only and given.json else {}
+        figures = known | measure_parts(given.only or PARTS, given.quick)
         write_json(given.json, figures)
+        if not figures.keys() >= {"speed", "sleeping", "memory"}:
+            return 0
     for name, text in tables(figures).items():
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
         show(name, lines[0], lines[2:])
     return update(given.docs, tables(figures), check=given.check) if given.docs else 0
 
 
-def measure_all(quick: bool) -> dict[str, Any]:
-    """All figures."""
+def measure_parts(parts: Sequence[str], quick: bool) -> dict[str, Any]:
+    """The figures of some parts."""
     sizes: dict[str, Any] = QUICK if quick else FULL
-    batch = sizes["pictures"] // 2
+    count = sizes["pictures"]
+    batch = count // 2
+    figures: dict[str, Any] = {
+        "environment": environment(),
+        "quick": quick,
+        "torchvision": torchvision.__version__,
+        "pictures": count,
+        "batch": batch,
+    }
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        folder = write_photographs(place / "photographs", sizes["pictures"])
-        speed, missing = measure_speed(folder, place, sizes["repeats"], batch)
-        if missing:
-            print(f"lightly is left out: {missing}")
-        streaming = streamed(folder)
-        steps, repeats = (1, 1) if quick else (6, 5)
-        figures = {
-            "environment": environment(),
-            "quick": quick,
-            "torchvision": torchvision.__version__,
-            "pictures": sizes["pictures"],
-            "batch": batch,
-            "speed": speed,
-            "cores": cores(speed),
-            "missing": missing,
-            "sleeping": sleeping(streaming, 1, batch // 4, steps, repeats),
-            "alternation": alternation(folder, quick),
-            "memory": measure_memory(place, sizes),
-        }
+        folder = write_photographs(place / "photographs", count)
+        if "speed" in parts:
+            figures["speed"], figures["missing"] = measure_speed(folder, place, sizes["repeats"], batch)
+            figures["cores"] = cores(figures["speed"])
+        if "overlap" in parts:
+            steps, repeats = (1, 1) if quick else (6, 5)
+            figures["sleeping"] = sleeping(streamed(folder), 1, batch // 4, steps, repeats)
+            figures["alternation"] = alternation(folder, quick)
+        if "memory" in parts:
+            figures["memory"] = measure_memory(place, sizes)
     return figures
 
 

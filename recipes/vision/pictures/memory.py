@@ -56,8 +56,7 @@ class ArrayImages(Images):
 
 @dataclass(frozen=True, eq=False)
 class PackedImages(Images):
-    """Pictures of any sizes, one behind the other; each as rows of pixels, whose channels lie together as resizing
-    wants them.
+    """Pictures of any sizes, one behind the other; the channels of a pixel lie together, as resizing wants them.
 
     Attributes:
         pixels: uint8 [bytes of all of them]; may be a file that is mapped into memory.

@@ -90,7 +90,7 @@ def test_workers_make_what_this_process_makes(
         monkeypatch.setattr(room, "shared_memory", lambda: 10_000)
         assert "workers send them through pipes" in str(workers.describe())
     masks = (torch.arange(6 * 20 * 30) % 5).view(6, 20, 30).to(torch.uint8)
-    works = [work(folder), work(folder, masks=masks, digests=True), work(folder, [3])]
+    works = [work(folder), work(folder, masks=masks, digests=frozenset({0, 4})), work(folder, [3])]
     expected = [each.run() for each in works]
     if way == "no room left":
 
@@ -105,7 +105,7 @@ def test_workers_make_what_this_process_makes(
         assert [t.dtype for t in tensors(ours)] == [t.dtype for t in tensors(theirs)]
         assert all(torch.equal(one, other) for one, other in zip(tensors(ours), tensors(theirs), strict=True))
         assert ours.digests == theirs.digests
-    assert len(found[1].digests) == 6
+    assert len(found[1].digests) == 2
     for tensor in tensors(found[0]):
         tensor.fill_(3)
     assert torch.equal(workers.submit(works[0]).result().crops[0], expected[0].crops[0])
