@@ -20,7 +20,14 @@ from recipes.vision.errors import DataError
 from recipes.vision.pictures.files import FileItem
 from recipes.vision.pipeline import workers as room
 from recipes.vision.pipeline.work import EvaluationCrops, Made, RandomCrops, Squares, Work
-from recipes.vision.pipeline.workers import WorkerLost, Workers, available_cores, cores_to_spare
+from recipes.vision.pipeline.workers import (
+    BUDGET,
+    WorkerLost,
+    Workers,
+    available_cores,
+    cores_to_spare,
+    share_of_budget,
+)
 from recipes.vision.views.evaluation_view import EvalView
 from recipes.vision.views.view_policy import ViewPolicy, draw
 from tests.support.paths import ROOT
@@ -234,6 +241,15 @@ def test_workers_leave_the_run_its_core(monkeypatch: pytest.MonkeyPatch) -> None
     assert cores_to_spare() == 16
     monkeypatch.setattr(room, "available_cores", lambda: 8)
     assert cores_to_spare() == 1
+
+
+def test_processes_of_a_machine_share_one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ranks in (1, 2, 8):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert share_of_budget() == BUDGET // ranks
+        assert share_of_budget(4) == BUDGET // 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert share_of_budget() == BUDGET
 
 
 SCRIPT = """
