@@ -55,7 +55,7 @@ def is_there(process: int) -> bool:
     """Whether it runs; a dead one that nobody has waited for does not."""
     try:
         return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
