@@ -51,6 +51,15 @@ class BatchSource(ABC):
         before it changes anything."""
         return None
 
+    def check_fields(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError unless `state` has the fields of this kind of source; for `check_state`."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(
+                f"{type(self).__name__}: the state, of {sorted(state)}, is of another kind of data, since one of these "
+                f"data has {sorted(own)}; resume with the data that the level had then"
+            )
+
     def close(self) -> None:
         """Let go of what the stream holds open, such as processes; it can be drawn from again. A training's `run` ends
         with it."""
@@ -129,7 +138,7 @@ class BatchStack(BatchSource):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        check_fields(self, state)
+        self.check_fields(state)
         for name, own in (("size", self.size), ("batch_size", self.batch_size), ("seed", self.seed)):
             if state[name] != own:
                 raise ValueError(
@@ -176,7 +185,7 @@ class Cycle(BatchSource):
         return {"batches": len(self.batches), "position": self._position}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        check_fields(self, state)
+        self.check_fields(state)
         if state["batches"] != len(self.batches):
             raise ValueError(
                 f"Cycle: the state is of a list of {state['batches']} batches, this one has {len(self.batches)}; "
@@ -186,16 +195,6 @@ class Cycle(BatchSource):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_state(state)
         self._position = state["position"]
-
-
-def check_fields(source: BatchSource, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the state has the fields of this kind of source."""
-    own = source.state_dict()
-    if state.keys() != own.keys():
-        raise ValueError(
-            f"{type(source).__name__}: the state, of {sorted(state)}, is of another kind of data, since one of these "
-            f"data has {sorted(own)}; resume with the data that the level had then"
-        )
 
 
 def check_batches(argument: str, batches: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.checks import check_count, check_kind
 from bilevel.distributed import from_first_rank, rank
-from bilevel.training.batches import BatchSource, check_fields, derive_seed
+from bilevel.training.batches import BatchSource, derive_seed
 from bilevel.training.fingerprint import fingerprint
 
 Place = tuple[int, int]
@@ -98,7 +98,7 @@ class LoaderSource(BatchSource):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        check_fields(self, state)
+        self.check_fields(state)
         if self._given_seed not in (None, state["seed"]):
             raise ValueError(
                 f"LoaderSource: the state has seed={state['seed']}, this source seed={self._given_seed}; resume with "

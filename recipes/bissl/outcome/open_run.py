@@ -1,7 +1,7 @@
 """A run as a whole: made into its folder, or found there again when it is finished."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,18 +118,27 @@ def check_images(data: Datasets, directory: RunDirectory, console: Console, *, o
 
 
 def check_parent_images(parent: Artifact | None, config: Config, data: Datasets) -> None:
-    """Refuse to go on from what was made of other pretext images of the same source; another source is a transfer.
+    """Refuse to go on from what was made of other images of the same source; another source is a transfer.
 
     Raises:
         ArtifactError: it was.
     """
-    made = {} if parent is None else parent.info.get(MADE_FROM[0], {})
-    if parent is None or made.get("source") != config.data.pretext or made.get("digest") == data.identity.pretext:
+    if parent is None:
         return
+    _check_same_images(parent, MADE_FROM[0], config.data.pretext, lambda: data.identity.pretext)
+    # Of other labelled images some may have been learnt from that are tested on now.
+    _check_same_images(parent, MADE_FROM[1], config.data.downstream, lambda: data.identity.labelled)
+
+
+def _check_same_images(parent: Artifact, which: str, source: str, digest: Callable[[], str]) -> None:
+    made = parent.info.get(which, {})
+    if made.get("source") != source or made.get("digest") == digest():
+        return
+    what = which.replace("_", " ")
     raise ArtifactError(
-        f"--from: {parent.directory} was made from {made['images']:,} images of {made['source']}, which are not the "
-        f"{len(data.pretext):,} of now: files have been added, removed, renamed or resized, another test set is held "
-        "out, or other fields of data choose among them. Give it the same images, or pre-train anew"
+        f"--from: {parent.directory} was made from {made['images']:,} {what} of {made['source']}, which are not those "
+        "of now: files have been added, removed, renamed or changed, or other fields of data choose among them and "
+        "hold others out. Give it the same images, or make it anew"
     )
 
 

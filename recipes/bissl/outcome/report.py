@@ -65,7 +65,7 @@ def _sections(run: RunRecords, run_dir: Path) -> list[Section]:
     return [
         Section("Results", _results(run.results)),
         Section("Comparisons", _comparisons(run.results)),
-        Section("Images", _images(run.results)),
+        *_images(run.results),
         Section("Notes", _notes(run.results)),
         Section("Pretext stage", _figure(pretext_curves(events, arms), "Pretext stage, by arm.")),
         Section("Head warm-up", _figure(head_curves(events, arms), "Head on a frozen backbone, by arm.")),
@@ -155,9 +155,9 @@ def _notes(results: Mapping[str, Any] | None) -> list[Block]:
     return [Bullets([str(note) for note in notes])] if notes else []
 
 
-def _images(results: Mapping[str, Any] | None) -> list[Block]:
+def _images(results: Mapping[str, Any] | None) -> list[Section]:
     facts = (results or {}).get("images")
-    return [Bullets(reading_lines(facts))] if facts else []
+    return [Section("Images", [Bullets(reading_lines(facts))])] if facts else []
 
 
 def _figure(drawing: Drawing | None, caption: str) -> list[Block]:

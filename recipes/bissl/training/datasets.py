@@ -13,7 +13,7 @@ from ...vision.imagesets import DownstreamSets, ImageSet
 from ...vision.pictures.mapped import MappedImages
 from ...vision.pipeline.picture_cache import PictureCache
 from ...vision.pipeline.reduction import MARGIN, View
-from ...vision.pipeline.workers import Workers, cores_to_spare
+from ...vision.pipeline.workers import Workers, cores_to_spare, share_of_budget
 from ...vision.record.copies import without_copies
 from ...vision.record.identity import Identity
 from ...vision.record.reading import reading
@@ -32,7 +32,7 @@ class Datasets:
     Args:
         config: which images, and what will be made of them.
         read_labelled: reads the labelled sets in another way, such as from a cache.
-        workers: processes that read streamed images, in place of the section's number.
+        processes: such runs on this machine, which share its cores and memory; None: as many as torchrun has started.
         dry: write no cache, but say in `planned` what it would take.
     """
 
@@ -40,7 +40,7 @@ class Datasets:
         self,
         config: Config,
         read_labelled: Callable[[], Any] | None = None,
-        workers: int | None = None,
+        processes: int | None = None,
         *,
         dry: bool = False,
     ) -> None:
@@ -48,8 +48,8 @@ class Datasets:
         self.section = section = config.data
         self._cache = None if section.cache is None else PictureCache(user_path(section.cache))
         self._dry, self.planned = dry, list[str]()
-        count = section.num_workers if workers is None else workers
-        self.workers = Workers(cores_to_spare() if count is None else count)
+        count = cores_to_spare(processes) if section.num_workers is None else section.num_workers
+        self.workers = Workers(count, share_of_budget(processes))
         self._arrays: dict[int, tuple[ImageSet, Tensor | None]] = {}
 
     @cached_property

@@ -27,6 +27,8 @@ from .liveness import GRACE, Liveness
 
 LOST = 76
 """Exit code of a rank that has lost another one, which left no exit code."""
+UNEXPLAINED = -1
+"""Left in place of an exit code by a rank that knows only that an exchange has failed."""
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -149,7 +151,7 @@ class Ranks:
         if rank > 0:
             liveness.wait("exit code", {0})
             first = liveness.read("exit code").get(0)
-            prints = first is None or own not in (first, LOST)
+            prints = first is None or own not in (first, UNEXPLAINED)
             liveness.write("done", 1)
         else:
             # The store may end with this process: not before the others have read what they want.
@@ -163,11 +165,11 @@ class Ranks:
         liveness = self._liveness
         if liveness is None:
             return str(error), LOST
-        self._leave_code(liveness, LOST)
+        self._leave_code(liveness, UNEXPLAINED)
         everyone = set(range(self.launch.world_size))
         liveness.wait("exit code", everyone)
         codes = liveness.read("exit code")
-        reasons = sorted(rank for rank, code in codes.items() if code != LOST)
+        reasons = sorted(rank for rank, code in codes.items() if code != UNEXPLAINED)
         if reasons:
             first = reasons[0]
             return f"{self._name(first)} has ended with exit code {codes[first]}", codes[first]

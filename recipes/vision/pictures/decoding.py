@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import DataError
@@ -22,6 +23,8 @@ RULES = 1
 MAX_PIXELS = 50_000_000
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 JPEG = ("JPEG", "MPO")
+SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")
+"""Where in its own source torchvision says that an error was found."""
 # Deprecated since torchvision 0.29: without it Pillow decodes JPEGs too, to the same pixels, a little slower.
 DECODE_JPEG = getattr(torchvision.io, "decode_jpeg", None)
 
@@ -58,5 +61,14 @@ def decode(content: bytes, name: str) -> Tensor:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large to be decoded safely ({error}): scale it down") from error
     except DECODE_ERRORS as error:
-        cause = str(error).rpartition("cpp:")[2] or type(error).__name__
+        cause = _cause(error, content)
         raise DataError(f"{name} cannot be decoded ({cause}): it is damaged or not an image; replace it") from error
+
+
+def _cause(error: Exception, content: bytes) -> str:
+    if not content:
+        return "it is empty"
+    if isinstance(error, UnidentifiedImageError):
+        # Its own words are about an object in memory.
+        return "its first bytes are of no kind of image"
+    return SOURCE_LINE.sub("", str(error)) or type(error).__name__

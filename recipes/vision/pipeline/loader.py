@@ -95,8 +95,8 @@ class Loader:
         slices = [slice(start, min(start + SLICE, rows.stop)) for start in range(rows.start, rows.stop, SLICE)]
         works = [self._work(indices, part, parameters) for part in slices]
         nbytes = sum(work.nbytes for work in works)
-        self.workers.in_flight += nbytes
         parts = [self.workers.submit(work) for work in works]
+        self.workers.in_flight += nbytes
         hashed = [indices[part][sorted(work.digests)] for part, work in zip(slices, works, strict=True)]
         return UnderWay(parts, nbytes, parameters, rows, indices, tuple(hashed))
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bilevel import BatchStack
 from bilevel.training import BatchSource
-from bilevel.training.batches import check_fields
 
 Begun = TypeVar("Begun")
 Drawn = tuple[Tensor, int]
@@ -87,7 +86,7 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        check_fields(self, state)
+        self.check_fields(state)
         self.stack.check_state({name: state[name] for name in self.stack.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

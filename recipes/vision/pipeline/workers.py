@@ -28,6 +28,8 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM, *({signal.SIGUSR1} if hasattr(signal, 
 
 PRELOADED = ["torch", "torchvision.io", "PIL.Image", __name__.rpartition(".")[0] + ".work"]
 MOST_WORKERS = 16
+BUDGET = 2**29
+"""Bytes of crops that may be under way or waiting on one machine."""
 SHARED_MEMORY = Path("/dev/shm")
 LOST = (
     "a worker process that reads images has ended unexpectedly, as one does that the system kills for want of memory; "
@@ -108,7 +110,7 @@ class Workers:
         budget: bytes of crops that may be under way or waiting, over all streams.
     """
 
-    def __init__(self, count: int, budget: int = 2**29) -> None:
+    def __init__(self, count: int, budget: int = BUDGET) -> None:
         self.count, self.budget = count, budget
         self.in_flight = 0
         self._pool: ProcessPoolExecutor | None = None
@@ -172,8 +174,16 @@ def available_cores() -> int:
 
 def cores_to_spare(processes: int | None = None) -> int:
     """Workers that leave the run its core, of each of so many processes on this machine; by default torchrun's."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes is None else processes
-    return min(MOST_WORKERS, max(1, available_cores() // max(1, local) - 1))
+    return min(MOST_WORKERS, max(1, available_cores() // _on_this_machine(processes) - 1))
+
+
+def share_of_budget(processes: int | None = None) -> int:
+    """Bytes for each of so many processes on this machine, which share its memory; by default torchrun's."""
+    return BUDGET // _on_this_machine(processes)
+
+
+def _on_this_machine(processes: int | None) -> int:
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes is None else processes)
 
 
 @contextmanager

@@ -55,15 +55,15 @@ class Contents:
         """Whether digests come from whoever reads the files for training."""
         return self.encoded is not None and not self.images.in_memory
 
-    def missing(self, indices: Tensor) -> Tensor:
+    def missing(self, positions: Tensor) -> Tensor:
         """Which of some pictures have no digest: bool [N]."""
-        return torch.from_numpy(~self.known[indices.numpy()])
+        return torch.from_numpy(~self.known[positions.numpy()])
 
-    def add(self, indices: Sequence[int] | Tensor, digests: Iterable[bytes]) -> None:
+    def add(self, positions: Sequence[int] | Tensor, digests: Iterable[bytes]) -> None:
         """Note the digests of some pictures."""
         rows = list(digests)
         if rows:
-            chosen = np.asarray(indices, dtype=np.int64)
+            chosen = np.asarray(positions, dtype=np.int64)
             self.digests[chosen] = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(-1, DIGEST)
             self.known[chosen] = True
             self.changed = True

@@ -49,7 +49,7 @@ def moves(parameters: ViewParameters) -> bool:
 
 
 def move_matrices(parameters: ViewParameters) -> Tensor:
-    """For `affine_grid`, float32 [N, 2, 3]: output point p reads the input at R(-angle) (p - tikhonov) / zoom."""
+    """For `affine_grid`, float32 [N, 2, 3]: output point p reads the input at R(-angle) (p - t) / zoom."""
     radians = torch.deg2rad(parameters.angle.double())
     cos, sin = radians.cos() / parameters.zoom, radians.sin() / parameters.zoom
     linear = torch.stack((torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)), -2)

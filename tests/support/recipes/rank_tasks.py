@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import time
 from collections.abc import Iterator
 
@@ -51,6 +52,15 @@ class SlowOnOneRank(Counting):
             if rank() == 0:
                 raise OSError(28, "No space left on device")
             time.sleep(9.0)
+        return images
+
+
+class LosingAWorker(Counting):
+    """Rank 1 loses one of its worker processes after its third batch."""
+
+    def transform(self, images: Views, generator: torch.Generator, *, rows: slice, count: int) -> Views:
+        if self.number() == 3 and rank() == 1:
+            multiprocessing.active_children()[0].kill()
         return images
 
 

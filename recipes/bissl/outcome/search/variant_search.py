@@ -20,7 +20,6 @@ from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
 from ....experiment.workspace import Workspace
 from ....vision.errors import DataError
-from ....vision.pipeline.workers import cores_to_spare
 from ....vision.sources.image_cache import TrainAndVal, cache_folder, read_cache, write_cache
 from ...settings.arms import arm_of
 from ...settings.config import Config
@@ -147,8 +146,7 @@ def work(search: Search, console: Console, *, only: int | None = None, processes
         processes: of the search on this machine, which share its cores.
         only: the one trial to do instead, or to wait for.
     """
-    workers = cores_to_spare(processes) if search.config.data.num_workers is None else None
-    data = Datasets(search.config, partial(_train_and_val, search), workers)
+    data = Datasets(search.config, partial(_train_and_val, search), processes)
     fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
     with closing(data.workers):
         search.queue.work(fit, console, only=None if only is None else (only,))

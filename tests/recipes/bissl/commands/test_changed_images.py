@@ -191,11 +191,34 @@ def test_a_stage_goes_on_from_the_same_images_or_from_another_source(
     Path("pretext/003.png").unlink()
     for command, source in (("head", artifact), ("bissl", warmed)):
         message = refused(capsys, command, "--from", str(source), *head[3:], "--output-dir", "refused")
-        assert "was made from 30 images of folder:pretext, which are not the 29 of now" in message
+        assert "was made from 30 pretext images of folder:pretext, which are not those of now" in message
         assert not Path("refused").exists()
     transfer = [option for option in head if not option.startswith("--data.pretext=")]
     tree(Path("elsewhere"), {"": 30}, seed=9)
     assert execute(*transfer, "--data.pretext=folder:elsewhere", "--output-dir", "transfer") == 0
+
+
+@pytest.mark.parametrize("tamper", [more, other, None], ids=["added", "other content", "split seed"])
+def test_a_stage_does_not_go_on_from_other_labelled_images(
+    run: Path, capsys: pytest.CaptureFixture[str], tamper: Callable[[Path], str] | None
+) -> None:
+    # Images that weights have been trained on would be tested on.
+    changed = ("--data.split-seed=2",) if tamper is None else ()
+    if tamper is not None:
+        tamper(run.parent)
+    before = files(run.parent)
+    for command, stage in (("finetune", "bissl"), ("bissl", "head")):
+        artifact = next(Path("shared").glob(f"{stage}-*"))
+        message = refused(capsys, command, "--from", str(artifact), *options(), *changed, "--output-dir", "refused")
+        assert "was made from 32 labelled images of folder:labelled, which are not those of now" in message
+    assert files(run.parent) == before
+
+
+def test_another_labelled_source_is_a_transfer(run: Path) -> None:
+    tree(Path("elsewhere"), {"a": 16, "b": 16}, seed=9)
+    artifact = next(Path("shared").glob("bissl-*"))
+    given = ("finetune", "--from", str(artifact), *options(), "--data.downstream=folder:elsewhere")
+    assert execute(*given, "--output-dir", "transfer") == 0
 
 
 def test_copies_of_test_images_are_said_and_left_out(

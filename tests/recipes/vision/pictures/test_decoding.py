@@ -180,10 +180,11 @@ def sixteen_bits(kind: str) -> bytes:
 
 
 NO_PICTURES: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "cannot be decoded"),
-    "text": (b"this is text", "cannot be decoded"),
-    "markup": (b"<html><body>404</body></html>" * 9, "cannot be decoded"),
-    "zeros": (bytes(4000), "cannot be decoded"),
+    "nothing": (b"", r"cannot be decoded \(it is empty\)"),
+    "text": (b"this is text", r"cannot be decoded \(its first bytes are of no kind of image\)"),
+    "markup": (b"<html><body>404</body></html>" * 9, r"cannot be decoded \(its first bytes are of no kind of image\)"),
+    "zeros": (bytes(4000), r"cannot be decoded \(its first bytes are of no kind of image\)"),
+    "half a JPEG": (encoded(photograph(0, 60, 40))[:900], r"cannot be decoded \(Image is incomplete or truncated\)"),
     "signature of a PNG": (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "cannot be decoded"),
     "signature of a JPEG": (b"\xff\xd8\xff\xe0" + b"\0" * 40, "cannot be decoded"),
     "16-bit PNG": (sixteen_bits("PNG"), r"has more than 8 bits a channel \(mode I;16\): convert"),
