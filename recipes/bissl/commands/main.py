@@ -156,9 +156,11 @@ def _execute(request: Request, ranks: Ranks) -> int:
         ranks.refuse_several("--dry-run")
     pipeline, parent, checked = _checked(request, config, ranks)
     if request.dry_run:
+        # First, as it reads images, which may be damaged.
+        told = estimate.describe(config, checked, pipeline.data)
         _save_config(request, config)
         print(show_config(config))
-        print(estimate.describe(config, checked, pipeline.data))
+        print(told)
         return 0
     data, console = pipeline.data, pipeline.workspace.console
     with (
@@ -196,12 +198,13 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
         if rank() == 0:
             directory.check(config, resume=request.resume, overwrite=request.overwrite)
         check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
-        check_parent_images(parent, config, pipeline.data)
         for line in start_lines(pipeline.data):
             _say(pipeline.workspace.console, line)
     checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
     if parent is not None:
         check_parent(parent, request.command, config, checked.classes)
+        if checked.whole:
+            check_parent_images(parent, config, pipeline.data)
     return pipeline, parent, checked
 
 

@@ -117,14 +117,12 @@ def check_images(data: Datasets, directory: RunDirectory, console: Console, *, o
     data.identity.check(directory.path / IMAGES if there else None, partial(_say, console))
 
 
-def check_parent_images(parent: Artifact | None, config: Config, data: Datasets) -> None:
+def check_parent_images(parent: Artifact, config: Config, data: Datasets) -> None:
     """Refuse to go on from what was made of other images of the same source; another source is a transfer.
 
     Raises:
         ArtifactError: it was.
     """
-    if parent is None:
-        return
     _check_same_images(parent, MADE_FROM[0], config.data.pretext, lambda: data.identity.pretext)
     # Of other labelled images some may have been learnt from that are tested on now.
     _check_same_images(parent, MADE_FROM[1], config.data.downstream, lambda: data.identity.labelled)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from bilevel.distributed import on_first_rank
 
-from ..pictures.base import EncodedImages, Images
+from ..pictures.base import EncodedImages, EncodedItem, Images
+from ..pictures.decoding import decode
 from ..pipeline.work import DIGEST, digest
 
 Digests = np.ndarray[Any, np.dtype[np.uint8]]
@@ -68,13 +70,17 @@ class Contents:
             self.known[chosen] = True
             self.changed = True
 
-    def look(self, positions: Sequence[int]) -> None:
+    def look(self, positions: Sequence[int], *, decoded: bool = False) -> None:
         """Read and hash some pictures now, by a few threads.
+
+        Args:
+            decoded: also see that files that will be decoded when they are needed can be. Found then, a damaged one
+                could not be replaced: it would be another one than the run's.
 
         Raises:
             DataError: one cannot be read.
         """
-        for chunk, found in by_threads(self._hashed, positions):
+        for chunk, found in by_threads(partial(self._hashed, decoded=decoded), positions):
             self.add(chunk, found)
 
     def complete(self, say: Callable[[str], None], what: str) -> None:
@@ -94,7 +100,7 @@ class Contents:
                 size = int(self.encoded.file_sizes[missing].clip(0).sum())
                 if size >= LARGE:
                     say(f"hashing {len(missing):,} {what}, {size / 1e9:.1f} GB, so that a change of them is noticed")
-            self.look(missing)
+            self.look(missing, decoded=True)
             return torch.from_numpy(self.digests)
 
         # In place: listings share them.
@@ -106,10 +112,16 @@ class Contents:
         assert self.known.all(), "asked for after `complete`"
         return digest(self.digests.tobytes())
 
-    def _hashed(self, positions: Sequence[int]) -> list[bytes]:
+    def _hashed(self, positions: Sequence[int], decoded: bool) -> list[bytes]:
         if self.encoded is not None:
-            return [digest(item.content()) for item in self.encoded.items(positions)]
+            return [self._digest(item, decoded) for item in self.encoded.items(positions)]
         return pixel_digests(self.images, positions)
+
+    def _digest(self, item: EncodedItem, decoded: bool) -> bytes:
+        content = item.content()
+        if decoded and self.images is self.encoded:
+            decode(content, item.name)
+        return digest(content)
 
 
 def pixel_digests(images: Images, positions: Sequence[int]) -> list[bytes]:

@@ -152,6 +152,23 @@ def test_files_that_were_read_are_known_by_their_content(run: Path, capsys: pyte
     assert "pretext: 1 of another content (003.png)" in message
 
 
+@pytest.mark.parametrize("options_of", [("pretext",), (), ("--dry-run",)], ids=["stage", "run", "dry run"])
+@pytest.mark.parametrize("content", [b"", b"<html>", None], ids=["empty", "a page", "cut short"])
+def test_a_damaged_labelled_image_is_found_before_anything_is_computed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options_of: tuple[str, ...],
+    content: bytes | None,
+) -> None:
+    monkeypatch.chdir(images(tmp_path))
+    path = Path("labelled/b/004.png")
+    path.write_bytes(path.read_bytes()[:60] if content is None else content)
+    message = refused(capsys, *options_of, "--output-dir", "run", *options())
+    assert "labelled/b/004.png cannot be decoded" in message
+    assert not Path("run").exists()
+
+
 def test_copies_with_other_times_are_the_same_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run.parent, tmp_path / "scratch-disk", copy_function=shutil.copy)
     monkeypatch.chdir(tmp_path / "scratch-disk")
@@ -209,7 +226,9 @@ def test_a_stage_does_not_go_on_from_other_labelled_images(
     before = files(run.parent)
     for command, stage in (("finetune", "bissl"), ("bissl", "head")):
         artifact = next(Path("shared").glob(f"{stage}-*"))
-        message = refused(capsys, command, "--from", str(artifact), *options(), *changed, "--output-dir", "refused")
+        given = (command, "--from", str(artifact), *options(), *changed, "--output-dir", "refused")
+        message = refused(capsys, *given)
+        assert refused(capsys, *given, "--dry-run") == message
         assert "was made from 32 labelled images of folder:labelled, which are not those of now" in message
     assert files(run.parent) == before
 
