@@ -37,7 +37,7 @@ LOST = (
 )
 
 FULL = (
-    "a worker process that reads images has no memory left; lower data.num_workers, or give the run more memory, or make "
+    "a worker process that reads images has no memory left; lower data.num_workers, give the run more memory, or make "
     "the pictures smaller"
 )
 
