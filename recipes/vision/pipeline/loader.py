@@ -37,12 +37,12 @@ class UnderWay:
 class Digests(Protocol):
     """What is known of the contents of an image set's files."""
 
-    def missing(self, positions: Tensor) -> Tensor:
-        """Which of the pictures at `positions` have not been hashed: bool [N]."""
+    def missing(self, indices: Tensor) -> Tensor:
+        """Which of the pictures at `indices` have not been hashed: bool [N]."""
         ...
 
-    def add(self, positions: Tensor, digests: Iterable[bytes]) -> None:
-        """Note the digests of the pictures at `positions`."""
+    def add(self, indices: Tensor, digests: Iterable[bytes]) -> None:
+        """Note the digests of the pictures at `indices`."""
         ...
 
 
