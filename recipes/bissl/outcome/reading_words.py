@@ -11,8 +11,12 @@ FIRST, LAST = 4, 2
 
 COPIES = {
     "test": "{} pretext {} of test images, byte for byte, and {} left out",
-    "val": "{} pretext {} of validation images, and {} kept: the choice of epochs sees them",
+    "val": "{} pretext {} of validation images, and {} kept: the best epoch is chosen by images seen before",
 }
+NOT_COMPARED = (
+    "whether pretext images are copies of test images is not known: image files are compared with image files alone, "
+    "and other images where both sets lie in memory (data.storage memory)"
+)
 
 
 def start_lines(data: Datasets) -> list[str]:
@@ -36,7 +40,8 @@ def reading_lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(_classes(facts["classes"]))
     passed_over = dict.fromkeys((one["source"], one["passed_over"]) for one in (facts["pretext"], *labelled))
     lines += [f"{source}: {words}" for source, words in passed_over if words]
-    return lines + [_copies(pair, count) for pair, count in facts["copies"].items() if count]
+    lines += [_copies(pair, count) for pair, count in facts["copies"].items() if count]
+    return lines if facts["compared"] else [*lines, NOT_COMPARED]
 
 
 def memory_line(facts: Mapping[str, Any]) -> str | None:

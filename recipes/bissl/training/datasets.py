@@ -14,7 +14,7 @@ from ...vision.pictures.mapped import MappedImages
 from ...vision.pipeline.picture_cache import PictureCache
 from ...vision.pipeline.reduction import MARGIN, View
 from ...vision.pipeline.workers import Workers, cores_to_spare, share_of_budget
-from ...vision.record.copies import without_copies
+from ...vision.record.copies import comparable, without_copies
 from ...vision.record.identity import Identity
 from ...vision.record.reading import reading
 from ...vision.sources.loading import load_downstream, load_pretext
@@ -106,7 +106,10 @@ class Datasets:
         if self.section.pretext == self.section.downstream:
             # Validation images are pretext images there.
             copies = {"test": copies["test"]}
-        return reading(parts, {**copies, **self.identity.copies()})
+        # Of one source the test set was left out by its place.
+        one_source = self.section.pretext == self.section.downstream
+        compared = one_source or comparable(self.pretext.images, sets.test.images)
+        return reading(parts, {**copies, **self.identity.copies()}, compared)
 
     def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:
         """What an artifact says about the images that it was made from, those of the stages before it included.

@@ -32,13 +32,16 @@ def copies(images: Images, others: Images) -> Mask:
     one, other = images.origin, others.origin
     if isinstance(one, EncodedImages) and isinstance(other, EncodedImages):
         return _file_copies(one, other)
-    none = np.zeros(len(images), dtype=bool)
-    if isinstance(one, EncodedImages) or isinstance(other, EncodedImages):
-        return none
-    if not (images.in_memory and others.in_memory) or _other_shapes(images, others):
-        return none
+    if not comparable(images, others) or _other_shapes(images, others):
+        return np.zeros(len(images), dtype=bool)
     known = set(pixel_digests(others, range(len(others))))
     return np.asarray([found in known for found in pixel_digests(images, range(len(images)))], dtype=bool)
+
+
+def comparable(images: Images, others: Images) -> bool:
+    """Whether `copies` looks at anything: both are image files, or both lie in memory and come from no files."""
+    files = [isinstance(pictures.origin, EncodedImages) for pictures in (images, others)]
+    return all(files) if any(files) else images.in_memory and others.in_memory
 
 
 def _other_shapes(images: Images, others: Images) -> bool:

@@ -12,18 +12,19 @@ from ..pictures.space import decoded_bytes
 from .listing import LABELLED, SETS
 
 
-def reading(sets: Mapping[str, ImageSet], copies: Mapping[str, int]) -> dict[str, Any]:
+def reading(sets: Mapping[str, ImageSet], copies: Mapping[str, int], compared: bool = True) -> dict[str, Any]:
     """Facts as JSON values.
 
     Each of the sets "pretext", "train", "val" and "test" by its name: "source", "images", "bytes" where they lie (None:
     unknown), "storage" ("memory" or "stream"), "decoded_bytes" in memory (None: not there, or unknown) and
     "passed_over", in words. "classes": name -> number of labelled images of all sets, where images have classes, else
-    None. "copies": as given.
+    None. "copies", and "compared", whether copies of test images were looked for among the pretext images: as given.
     """
     return {
         **{part: _of_one(sets[part]) for part in SETS},
         "classes": _classes([sets[part] for part in LABELLED]),
         "copies": dict(copies),
+        "compared": compared,
     }
 
 

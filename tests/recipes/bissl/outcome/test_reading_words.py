@@ -11,16 +11,29 @@ import torch
 
 from recipes.bissl.outcome import estimate
 from recipes.bissl.outcome.loading_cost import ImageCost, LoadingCost, measure_loading
-from recipes.bissl.outcome.reading_words import memory_line, reading_lines, start_lines
+from recipes.bissl.outcome.reading_words import NOT_COMPARED, memory_line, reading_lines, start_lines
 from recipes.bissl.training.datasets import Datasets
 from recipes.vision.pictures import space
 from recipes.vision.pipeline.work import Work
 from recipes.vision.record.reading import reading
 from tests.recipes.vision.record.test_listing import arrays
-from tests.support.recipes.image_trees import tree
+from tests.support.recipes.image_trees import picture, tree
 from tests.support.recipes.small_runs import execute, small_config
 
 ALL = ("--data.labels-per-class=null", "--data.val-per-class=null", "--data.pretext-limit=null")
+
+
+class Pictures:
+    """A Dataset of so many pictures; larger ones hold the smaller ones."""
+
+    def __init__(self, count: int = 12) -> None:
+        self.targets = [number % 2 for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return picture(index), self.targets[index]
 
 
 def folders(tmp_path: Path, *options: str) -> Datasets:
@@ -57,6 +70,21 @@ def test_numbers_bytes_classes_and_what_was_passed_over(tmp_path: Path, storage:
         # 70 images of 20 x 20 px.
         assert held
         assert held[0].startswith("images in memory take 84 kB")
+
+
+@pytest.mark.parametrize("storage", ["stream", "memory"])
+@pytest.mark.parametrize(("pretext", "compared"), [("?a=13", "in memory"), ("", "always"), ("folder", "never")])
+def test_what_cannot_be_compared_is_said(tmp_path: Path, storage: str, pretext: str, compared: str) -> None:
+    tree(tmp_path / "flat", {"": 12})
+    own = "tests.recipes.bissl.outcome.test_reading_words:Pictures"
+    source = f"folder:{tmp_path}/flat" if pretext == "folder" else own + pretext.replace("a", "count")
+    given = f"--data.pretext={source}", f"--data.downstream={own}", f"--data.storage={storage}"
+    data = Datasets(small_config(*given, *ALL))
+    known = compared == "always" or (compared == "in memory" and storage == "memory")
+    assert data.reading()["compared"] == known
+    assert (NOT_COMPARED in start_lines(data)) == (not known)
+    if compared == "in memory" and known:
+        assert data.reading()["copies"]["test"] == len(data.downstream.test)
 
 
 def test_many_classes_are_told_by_the_first_the_last_and_extremes() -> None:
