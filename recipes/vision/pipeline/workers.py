@@ -36,9 +36,14 @@ LOST = (
     "lower data.num_workers, or give the run more memory"
 )
 
+FULL = (
+    "a worker process that reads images has no memory left; lower data.num_workers, give the run more memory, or make "
+    "the pictures smaller"
+)
+
 
 class WorkerLost(RuntimeError):
-    """A worker process has ended without having been asked to."""
+    """A worker process has ended without having been asked to, or cannot go on for want of memory."""
 
 
 class Pending(Protocol):
@@ -82,6 +87,11 @@ class Elsewhere:
             made = self.future.result()
         except BrokenProcessPool as error:
             raise WorkerLost(LOST) from error
+        except (MemoryError, RuntimeError) as error:
+            # torch's allocator raises RuntimeError.
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise WorkerLost(FULL) from error
         return _as_tensors(made)
 
     def cancel(self) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,19 @@ def test_shared_memory_that_others_fill_costs_a_copy_alone(folder: Path) -> None
     command, _ = script(folder, FILL)
     done = subprocess.run(in_small_shared_memory("8m", command), capture_output=True, text=True, timeout=2 * PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_worker_without_memory_is_said_in_a_sentence(error: Exception) -> None:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    with pytest.raises(WorkerLost, match=r"no memory left; lower data\.num_workers"):
+        room.Elsewhere(future).result()
+
+
+def test_another_error_of_a_worker_stays_what_it_is() -> None:
+    future: Future[Any] = Future()
+    future.set_exception(RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ") as raised:
+        room.Elsewhere(future).result()
+    assert not isinstance(raised.value, WorkerLost)

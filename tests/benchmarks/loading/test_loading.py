@@ -29,12 +29,12 @@ def test_kept_figures_fit_together() -> None:
     figures: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8"))
     assert figures["cores"] == run.cores(figures["speed"])
     assert set(figures["speed"]) >= {"files: crops", "files: whole", "disk cache: crops", "memory: crops"}
-    listing = figures["memory"]["listing"]
-    assert listing["files"] == 1_000_000
-    assert listing["bytes"] <= 200 * listing["files"]
-    few, many = figures["memory"]["streaming"]
-    assert (few["files"], many["files"]) == (1_000, 20_000)
-    assert many["without_files"] < 1.05 * few["without_files"]
+    # Parts may be measured one by one.
+    if "memory" in figures:
+        listing, (few, many) = figures["memory"]["listing"], figures["memory"]["streaming"]
+        assert listing["bytes"] <= 200 * listing["files"] == 200_000_000
+        assert (few["files"], many["files"]) == (1_000, 20_000)
+        assert many["without_files"] < 1.05 * few["without_files"]
 
 
 def test_ratios_are_of_the_same_repeat() -> None:
