@@ -60,12 +60,6 @@ def passed_over_words(passed_over: Counter[str]) -> str:
     return f"passed over {count:,} file{'s' if count > 1 else ''} ({', '.join(told)})"
 
 
-def passed_over_line(listing: FolderListing) -> str | None:
-    """One line that says which files of a folder were not taken, and why; None where all were."""
-    words = passed_over_words(listing.passed_over)
-    return f"folder:{listing.files.root}: {words}" if words else None
-
-
 def _because(passed_over: Counter[str]) -> str:
     """The end of a sentence about missing images."""
     words = passed_over_words(passed_over)

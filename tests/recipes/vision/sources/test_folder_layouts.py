@@ -18,7 +18,6 @@ from recipes.vision.sources.folders import (
     list_folder,
     list_images,
     part_of,
-    passed_over_line,
     passed_over_words,
 )
 from recipes.vision.sources.sources import open_images
@@ -240,12 +239,11 @@ def test_files_passed_over_are_counted_in_one_line(tmp_path: Path) -> None:
     files = ["a/1.png", "b/1.png", "a/2.gif", "b/3.GIF", "a/deep/4.gif", "a/noname", "b/noname", "top.png", "more.jpg"]
     empty(tmp_path, [*files, "readme.md", "a/.DS_Store"])
     (tmp_path / "c").symlink_to("unmounted")
-    line = passed_over_line(list_folder(tmp_path))
-    assert line == (
-        f"folder:{tmp_path}: passed over 10 files "
+    assert passed_over_words(list_folder(tmp_path).passed_over) == (
+        "passed over 10 files "
         "(.gif 3, no suffix 2, pictures beside class folders 2, .md 1, hidden 1, links to nowhere 1)"
     )
-    assert passed_over_line(list_folder(empty(tmp_path / "clean", ["a/1.png", "b/2.png"]))) is None
+    assert passed_over_words(list_folder(empty(tmp_path / "clean", ["a/1.png", "b/2.png"])).passed_over) == ""
 
 
 def test_pictures_beside_class_folders_of_parts_are_counted(tmp_path: Path) -> None:
