@@ -61,6 +61,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a parent for other classes": (
         [
             *("bissl", "--from=head", "--data.downstream=folder:images", "--downstream.batch-size=4"),
+            *("--data.pretext=folder:images", "--pretext.batch-size=4"),
             *("--data.labels-per-class=null", "--data.val-per-class=null"),
         ],
         "weights of 'head' do not fit",

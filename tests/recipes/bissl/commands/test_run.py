@@ -119,9 +119,10 @@ EVENTS = {
         *("iterations", "num_hvps", "stationarity", "gradient_noise", "stationarity_over_noise"),
         *("ritz_min", "ritz_max", "tikhonov", "residual_curve", "residual_without_tikhonov", "solver_noise", "failure"),
     },
-    ("bissl", "alternation"): {"alternation", "seconds"},
+    ("bissl", "alternation"): {"alternation", "seconds", "waiting"},
     ("finetune", "train"): {"loss", "lr", "grad_norm"},
     ("finetune", "epoch"): {"epoch", "train_loss", "val_top1", "val_top5", "val_loss"},
+    **{(stage, "waiting"): {"seconds", "waiting"} for stage in ("pretext", "head", "bissl", "finetune")},
 }
 
 
