@@ -152,7 +152,13 @@ def test_a_trial_of_a_search_is_saved_and_continued(tmp_path: Path, monkeypatch:
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute("--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("2 bad input", "3 losses or gradients", "74 files", "75 stopped by SIGTERM or SIGUSR1", "130 stopped by Ctrl-C"):
+    for words in (
+        "2 bad input",
+        "3 losses or gradients",
+        "74 files",
+        "75 stopped by SIGTERM or SIGUSR1",
+        "130 stopped by Ctrl-C",
+    ):
         assert words in said
 
 
