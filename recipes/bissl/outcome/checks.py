@@ -25,7 +25,7 @@ from ..settings.sections import DataConfig
 from ..training.compute import Computing
 from ..training.datasets import Datasets
 from ..training.given_weights import check_initial_weights
-from ..training.image_batches import Batches, check_batch_size
+from ..training.image_batches import Batches, check_batch_size, labelled_words
 from ..training.repeat import Repeat
 
 KNOWN_VAL_FRACTION = 0.2
@@ -90,7 +90,7 @@ def check_labelled(config: Config, data: Datasets, computing: Computing, *, publ
         classes = tuple(map(str, range(absent.classes)))
         _check_task(config, classes, absent.labels)
         count = _published_size(config.data, absent)
-        check_batch_size("downstream.batch_size", config.downstream.batch_size, count, "labelled images")
+        check_batch_size("downstream.batch_size", config.downstream.batch_size, count, labelled_words(config.data))
         return Checked(0, count, classes, tuple(notes), whole=False)
     train = data.downstream.train
     _check_task(config, train.classes, train.kind)

@@ -6,10 +6,10 @@ ones by a short name) and its options are checked when the config is. Nothing in
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from ...vision.imagesets import LabelKind
@@ -70,6 +70,13 @@ class PretextTask(Task, ABC):
         device. Without any, `transform` is given the images themselves, as central squares of `image_size` px.
         """
         return ()
+
+    @model_validator(mode="after")
+    def _views_are_several(self) -> Self:
+        views = self.random_views()
+        if not isinstance(views, tuple) or not all(isinstance(view, ViewPolicy) for view in views):
+            raise ValueError(f"random_views must return a tuple of ViewPolicy, such as (view,), got {views!r:.80}")
+        return self
 
     def view_sizes(self) -> set[int]:
         return {view.size for view in self.random_views()} or {self.image_size}

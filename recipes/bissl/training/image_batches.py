@@ -16,6 +16,7 @@ from ...vision.pipeline.reduction import View
 from ...vision.pipeline.stream import InOrder, PrefetchedStack, order_of
 from ...vision.record.contents import Contents
 from ...vision.shards import Rows, SharedTransform, evaluated_rows, of_all_ranks
+from ..settings.sections import DataConfig
 from ..tasks.base import DownstreamTask, PretextTask
 from .compute import Computing
 from .datasets import Datasets
@@ -75,7 +76,7 @@ class Batches:
         """`total` batches of the labelled training images."""
         images = self.data.downstream.train
         count, wanted = len(images), self.settings.downstream.batch_size
-        size = check_batch_size("downstream.batch_size", wanted, count, "labelled images")
+        size = check_batch_size("downstream.batch_size", wanted, count, labelled_words(self.settings.data))
         self._check_shards("downstream.batch_size", size, count, None)
         loader = self._loader(images, (task.train_view() or task.image_size,))
         transform = _shared(task, train=True)
@@ -172,6 +173,12 @@ def _shared(task: PretextTask | DownstreamTask, **fixed: bool) -> SharedTransfor
 def _generator(seed: int) -> torch.Generator:
     """What a task's own transform draws by: views have numbers of their own."""
     return torch.Generator().manual_seed(derive_seed(seed, "transform"))
+
+
+def labelled_words(section: DataConfig) -> str:
+    """What labelled images are called in a message, with the field that makes them few."""
+    cap = section.labels_per_class
+    return "labelled images" if cap is None else f"labelled images (data.labels_per_class={cap} of each class)"
 
 
 def check_batch_size(field_name: str, size: int, available: int, what: str) -> int:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +134,7 @@ class Workers:
         try:
             with _apart():
                 return Elsewhere(self._executor().submit(_run, work, self._by_pipe))
-        except BrokenProcessPool as error:
+        except (BrokenProcessPool, EOFError, ConnectionError) as error:
             raise WorkerLost(LOST) from error
 
     def room(self, nbytes: int) -> bool:
@@ -143,7 +144,7 @@ class Workers:
     def close(self) -> None:
         """End the processes; what they have not begun is given up."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def _executor(self) -> ProcessPoolExecutor:
@@ -154,7 +155,7 @@ class Workers:
             context.set_forkserver_preload(PRELOADED)
             self._pool = ProcessPoolExecutor(self.count, context, _begin, (os.getpid(),))
             # Also at the interpreter's end, which an executor that is forgotten until then does not survive silently.
-            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+            weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
         return self._pool
 
     def describe(self) -> str | None:
@@ -203,6 +204,8 @@ def _apart() -> Iterator[None]:
     A mask of signals is inherited, from the moment of the start on. The main module is not needed, and importing it
     would run a script that lacks the guard ``if __name__ == "__main__"`` once more in every worker.
     """
+    # The first of all processes that multiprocessing starts; its start would let these signals through again.
+    resource_tracker.ensure_running()
     main = sys.modules["__main__"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     sys.modules["__main__"] = types.ModuleType("__main__")

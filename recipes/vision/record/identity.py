@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import final
 
+import numpy as np
+
 from bilevel.distributed import on_first_rank, rank
 
 from ..errors import DataError
@@ -105,6 +107,8 @@ class Identity:
                 + "\n  ".join(lines)
                 + "\nPut them back as they were, or start a run anew: with --overwrite, or in another folder"
             )
+        if not np.array_equal(*(record.listings["pretext"].sizes for record in (before, now))):
+            say("pretext images that had not been read were replaced: stages that read them begin anew")
         if before.versions != now.versions:
             then, here = (" and ".join(f"{name} {v}" for name, v in r.versions.items()) for r in (before, now))
             say(f"this run was started with {then}; with {here}, views may differ from then on in their last bits")

@@ -207,7 +207,8 @@ def changes(old: Record, new: Record, shown: Callable[[list[str]], str]) -> list
     """What is other in the `new` record than in the `old` one, in lines; none where a run may go on.
 
     Names, sizes and, where both are known, contents count, and labels; neither times of modification nor the place of
-    the source do. `shown` makes a few words of a list of names.
+    the source do, nor the size of a pretext file that has not been read yet, such as a damaged one. `shown` makes a few
+    words of a list of names.
     """
     lines = _changed({"": old.listings["pretext"]}, {"": new.listings["pretext"]}, "pretext", shown)
     parts = [{part: record.listings[part] for part in LABELLED} for record in (old, new)]
@@ -222,10 +223,15 @@ class _Row:
     listing: Listing
     position: int
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether it is a pretext file that nothing has been learnt from yet, which may be replaced."""
+        return self.listing.labels is None and not self.listing.known[self.position]
+
     def differs(self, other: _Row) -> str | None:
         """In what; None for nothing."""
         mine, theirs = (self.listing, self.position), (other.listing, other.position)
-        if self.listing.sizes[self.position] != other.listing.sizes[other.position]:
+        if self.listing.sizes[self.position] != other.listing.sizes[other.position] and not self.is_unread:
             return "of another size"
         if all(listing.known[at] for listing, at in (mine, theirs)) and not np.array_equal(
             *(listing.digests[at] for listing, at in (mine, theirs))
@@ -255,7 +261,7 @@ def _changed(
             kind = before[name].differs(now[name])
         if kind is not None:
             found.setdefault(kind, []).append(name)
-    if not found:
+    if not found and list(before) != list(now):
         return [f"{what}: the same files in another order"]
     return [f"{what}: {len(names):,} {kind} ({shown(sorted(names))})" for kind, names in sorted(found.items())]
 

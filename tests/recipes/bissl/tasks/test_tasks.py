@@ -72,3 +72,16 @@ def test_wrong_plug_ins(plugins: Path, option: str, task: str, message: str) -> 
         small_config(f"--{option}.task", task)
     with pytest.raises(ConfigError, match=r"pretext.options.sound: unknown field"):
         small_config("--pretext.task", "my_tasks:Colour", "--pretext.options", '{"sound": 0.2}')
+
+
+def test_one_view_that_stands_alone_is_refused_by_name(plugins: Path) -> None:
+    (plugins / "one_view.py").write_text(
+        "from bilevel.recipes.bissl.tasks import PretextTask\n"
+        "from bilevel.recipes.vision.views.view_policy import ViewPolicy\n"
+        "class OneView(PretextTask):\n"
+        "    def build(self, backbone): ...\n"
+        "    def random_views(self): return ViewPolicy(size=8)\n"
+        "    def loss(self, backbone, heads, batch): ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"random_views must return a tuple of ViewPolicy, such as \(view,\)"):
+        small_config("--pretext.task", "one_view:OneView")

@@ -358,3 +358,31 @@ def test_another_error_of_a_worker_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="shapes differ") as raised:
         room.Elsewhere(future).result()
     assert not isinstance(raised.value, WorkerLost)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_all_processes_while_workers_start_is_left_to_the_run(name: str, folder: Path) -> None:
+    """The server is importing torch when the signal comes, and the run has a handler."""
+    program = f"""
+import os, signal
+from recipes.vision.pictures.files import FileItem
+from recipes.vision.pipeline.work import Squares, Work
+from recipes.vision.pipeline.workers import Workers
+seen = []
+signal.signal(signal.{name}, lambda number, frame: seen.append(number))
+workers = Workers(1)
+begun = workers.submit(Work([FileItem({str(folder / "0.png")!r})], [Squares(8)]))
+os.killpg(os.getpgrp(), signal.{name})
+print(tuple(begun.result().crops[0].shape), len(seen))
+workers.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("(1, 3, 8, 8) 1\n", "")

@@ -357,3 +357,22 @@ def test_sets_are_what_a_run_has(tmp_path: Path) -> None:
     record = Record.load(tmp_path / "images.npz")
     assert record is not None
     assert [record.listings[part].count for part in ("pretext", "train", "val", "test")] == [14, 10, 4, 6]
+
+
+def test_a_pretext_file_that_was_never_read_may_be_replaced(tmp_path: Path) -> None:
+    root, unlabelled = images(tmp_path), tree(tmp_path / "more", {"all": 6})
+
+    def sets() -> Sets:
+        options: dict[str, Any] = {"root": root, "download": False, "evaluated": False, "storage": "stream"}
+        return folder_sets(root) | {"pretext": load_pretext(f"folder:{unlabelled}", **options)}
+
+    path, one = tmp_path / "images.npz", identity(sets())
+    one.check(None, quiet)
+    one.contents("pretext").look([0, 1])
+    one.keep(path)
+    said: list[str] = []
+    picture(70_001, 33, 21).save(unlabelled / "all" / "004.png")
+    identity(sets()).check(path, said.append)
+    assert said == ["pretext images that had not been read were replaced: stages that read them begin anew"]
+    picture(70_002, 34, 22).save(unlabelled / "all" / "000.png")
+    assert "pretext: 1 of another size (all/000.png)" in change(sets(), path)
