@@ -107,7 +107,7 @@ class Identity:
                 + "\n  ".join(lines)
                 + "\nPut them back as they were, or start a run anew: with --overwrite, or in another folder"
             )
-        if not np.array_equal(*(record.listings["pretext"].sizes for record in (before, now))):
+        if not np.array_equal(before.listings["pretext"].sizes, now.listings["pretext"].sizes):
             say("pretext images that had not been read were replaced: stages that read them begin anew")
         if before.versions != now.versions:
             then, here = (" and ".join(f"{name} {v}" for name, v in r.versions.items()) for r in (before, now))
