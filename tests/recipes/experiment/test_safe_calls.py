@@ -26,6 +26,7 @@ ALLOWED = {
     ("bilevel/training/trackers.py", "importlib.import_module"): "one name, written there: an optional package",
     ("recipes/experiment/plugins.py", "importlib.import_module"): "module:Class of the command line or a config file",
     ("recipes/vision/pictures/arrow.py", "importlib.import_module"): "names written there: an optional package",
+    ("benchmarks/loading/sides.py", "importlib.import_module"): "a name written there: a package to compare with",
     ("benchmarks/peers/adapters.py", "importlib.import_module"): "names written there: packages to compare with",
     ("benchmarks/pretext.py", "importlib.import_module"): "names written there: packages to compare with",
     ("benchmarks/race/methods.py", "importlib.import_module"): "names written there: packages to compare with",

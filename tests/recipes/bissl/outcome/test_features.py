@@ -215,10 +215,10 @@ def own_features(folder: Path, prefix: str, key: str) -> tuple[LabelledFeatures,
         for norm in norms:
             norm.momentum = 1.0
         backbone.train()
-        backbone(torch.cat([inputs for inputs, _ in batches.evaluation(sets.train, task)]))
+        backbone(torch.cat([rows.inputs for rows, _ in batches.evaluation(sets.train, task)]))
         backbone.eval()
         for images in (sets.train, sets.test):
-            outputs = [backbone(inputs) for inputs, _ in batches.evaluation(images, task)]
+            outputs = [backbone(rows.inputs) for rows, _ in batches.evaluation(images, task)]
             assert images.labels is not None
             found.append(LabelledFeatures(torch.cat(outputs).double().numpy(), images.labels.numpy()))
     return found[0], found[1]

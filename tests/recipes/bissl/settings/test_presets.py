@@ -24,6 +24,7 @@ from recipes.bissl.training.stages import pretext
 from recipes.experiment.artifacts import ArtifactStore
 from recipes.experiment.configuration import differences
 from recipes.experiment.workspace import Workspace
+from recipes.vision.imagesets import ImageSet
 
 VERSIONS: tuple[PaperVersion, ...] = ("v2", "v1")
 
@@ -162,7 +163,8 @@ def pretext_key(config: Config, arm: str, monkeypatch: pytest.MonkeyPatch, folde
 
     monkeypatch.setattr(pretext, "make_key", make_key)
     monkeypatch.setattr(Batches, "pretext", lambda *given: range(98))
-    data: Any = SimpleNamespace(pretext=range(100_000))
+    images = ImageSet(torch.zeros(1, 1, 4, 4, dtype=torch.uint8).expand(100_000, -1, -1, -1), None, (), "images")
+    data: Any = SimpleNamespace(pretext=images, identity=SimpleNamespace(pretext="digest of the images"))
     computing = Computing(config.compute, torch.device("cpu"))
     with pytest.raises(Made):
         pretext.run(Repeat(config, arm, 0), data, computing, Workspace(folder, ArtifactStore(folder)))
