@@ -107,6 +107,25 @@ def _without_test(source: Source, labels: Tensor, test_fraction: float, split_se
     )
 
 
+def _val_and_train(
+    source: Source, labels: Tensor, train: Tensor, val_fraction: float, split_seed: int
+) -> tuple[Tensor, Tensor]:
+    """Positions of the validation set, the source's own or one that is held out of `train`, and of the rest."""
+    if "val" in source.parts:
+        return source.parts["val"], train
+    return hold_out(
+        train,
+        labels,
+        source.classes,
+        name=source.name,
+        fraction=val_fraction,
+        keep=1,
+        generator=stream(split_seed, VAL_STREAM),
+        rounding=source.val_rounding,
+        passed_over=source.passed_over,
+    )
+
+
 def _capped_sets(sets: DownstreamSets, train_cap: Cap, val_cap: Cap, split_seed: int) -> DownstreamSets:
     """The sets of a custom source with the caps applied."""
 
@@ -176,20 +195,7 @@ def load_downstream(
     if labels is None:
         raise DataError(f"{source}: a downstream task needs labels, but this source has none")
     test, train = _without_test(opened, labels, test_fraction, split_seed)
-    if "val" in opened.parts:
-        val = opened.parts["val"]
-    else:
-        val, train = hold_out(
-            train,
-            labels,
-            opened.classes,
-            name=opened.name,
-            fraction=val_fraction,
-            keep=1,
-            generator=stream(split_seed, VAL_STREAM),
-            rounding=opened.val_rounding,
-            passed_over=opened.passed_over,
-        )
+    val, train = _val_and_train(opened, labels, train, val_fraction, split_seed)
     if train_list is not None:
         train = _listed(opened, train, train_list)
     train = train_cap.kept(train, labels, opened.classes, opened.name, split_seed, opened.passed_over)
