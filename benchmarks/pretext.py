@@ -39,6 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import measuring
+from benchmarks.loading.sides import lightly_options
 from recipes.bissl.tasks.simclr import SimCLR
 from recipes.vision.networks.backbones import BACKBONES, build_backbone
 from recipes.vision.pictures.memory import ArrayImages
@@ -150,20 +151,9 @@ def lightly_side(setting: Setting, task: SimCLR, backbone: nn.Module) -> Side:
 def lightly_views(setting: Setting, source: Source) -> Callable[[Tensor], Views]:
     """lightly's transform of the images at some rows, as PIL images on the CPU, then both batches on the device."""
     module = importlib.import_module("lightly.transforms.simclr_transform")
-    task, policy = source.task, source.task.view1
-    transform = module.SimCLRTransform(
-        input_size=setting.size,
-        cj_prob=policy.jitter_probability,
-        cj_strength=1.0,
-        cj_bright=policy.brightness,
-        cj_contrast=policy.contrast,
-        cj_sat=policy.saturation,
-        cj_hue=policy.hue,
-        min_scale=policy.crop_scale[0],
-        random_gray_scale=policy.grey_probability,
-        gaussian_blur=(task.view1.blur_probability + task.view2.blur_probability) / 2,
-        sigmas=policy.blur_sigma,
-    )
+    first, second = source.task.random_views()
+    blur = (first.blur_probability + second.blur_probability) / 2
+    transform = module.SimCLRTransform(**lightly_options(first), gaussian_blur=blur)
 
     def views(rows: Tensor) -> Views:
         pictures = (Image.fromarray(image) for image in source.images[rows].permute(0, 2, 3, 1).numpy())

@@ -23,24 +23,31 @@ VIEWS = (
 )
 
 
+def lightly_options(policy: ViewPolicy) -> dict[str, Any]:
+    """What lightly's transforms call the numbers of a view that all of them take."""
+    return {
+        "input_size": policy.size,
+        "cj_prob": policy.jitter_probability,
+        "cj_strength": 1.0,
+        "cj_bright": policy.brightness,
+        "cj_contrast": policy.contrast,
+        "cj_sat": policy.saturation,
+        "cj_hue": policy.hue,
+        "min_scale": policy.crop_scale[0],
+        "random_gray_scale": policy.grey_probability,
+        "sigmas": policy.blur_sigma,
+    }
+
+
 def lightly_transform() -> Any:
     """Lightly's two views of BYOL with the numbers of `VIEWS`. Raises ImportError without lightly."""
     module = importlib.import_module("lightly.transforms.byol_transform")
 
     def view(kind: str, policy: ViewPolicy) -> Any:
         return getattr(module, kind)(
-            input_size=policy.size,
-            cj_prob=policy.jitter_probability,
-            cj_strength=1.0,
-            cj_bright=policy.brightness,
-            cj_contrast=policy.contrast,
-            cj_sat=policy.saturation,
-            cj_hue=policy.hue,
-            min_scale=policy.crop_scale[0],
-            random_gray_scale=policy.grey_probability,
+            **lightly_options(policy),
             gaussian_blur=policy.blur_probability,
             solarization_prob=policy.solarize_probability,
-            sigmas=policy.blur_sigma,
         )
 
     first, second = view("BYOLView1Transform", VIEWS[0]), view("BYOLView2Transform", VIEWS[1])

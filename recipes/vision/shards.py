@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class SharedTransform:
     task: str
     changes_nothing: bool = False
 
-    @property
+    @cached_property
     def takes_rows(self) -> bool:
         """Whether the share's images are all it is given."""
         return self.changes_nothing or self._has_keywords

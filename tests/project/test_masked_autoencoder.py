@@ -16,7 +16,6 @@ from recipes.bissl.tasks.classification import Classification
 from recipes.bissl.training.problem import BiSSLProblem
 from recipes.vision.shards import SharedTransform
 from recipes.vision.views.crops import boxes
-from recipes.vision.views.random_view import RandomView
 from recipes.vision.views.view_policy import draw
 from tests.support.cases import vector
 from tests.support.recipes.pretext_cases import (
@@ -26,6 +25,7 @@ from tests.support.recipes.pretext_cases import (
     direction,
     run_stages,
 )
+from tests.support.recipes.random_view import RandomView
 
 NAMED = "--pretext.task=examples.masked_autoencoder:MaskedAutoencoder", "--bissl.lower-lr=0.01", "--pretext.lr=0.01"
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from examples.segmentation import CLASSES, SIDE, PastedDigits, Segmentation
 from recipes.bissl.commands.main import main
 from recipes.bissl.tasks.classification import Classification
-from recipes.vision.imagesets import IGNORED, DataError, DownstreamSets, ImageSet
+from recipes.vision.errors import DataError
+from recipes.vision.imagesets import IGNORED, DownstreamSets, ImageSet
 from recipes.vision.mean_iou import mean_iou
 from recipes.vision.pictures.memory import ArrayImages
 from recipes.vision.pipeline.loader import Loader

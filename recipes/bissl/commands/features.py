@@ -13,7 +13,8 @@ from bilevel.training import derive_seed
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ...experiment.terminal import command_name
-from ...vision.imagesets import DataError, ImageSet
+from ...vision.errors import DataError
+from ...vision.imagesets import ImageSet
 from ..outcome.features.embedding import Method, tsne
 from ..outcome.features.extraction import BATCH_SIZE, BATCHES, LabelledFeatures, arm_features
 from ..outcome.features.saved import ArmScores, SavedFeatures

@@ -9,7 +9,9 @@ from bilevel.distributed import on_first_rank, world_size
 
 from ...experiment.errors import ConfigError
 from ...experiment.ranks.agreement import check_same
-from ...vision.imagesets import DataError, ImageSet
+from ...vision.errors import DataError
+from ...vision.imagesets import ImageSet
+from ...vision.record.contents import pixel_digest
 from ..settings.config import Config
 from ..training.datasets import Datasets
 
@@ -75,8 +77,7 @@ def _fingerprint(images: ImageSet) -> str:
     places = torch.arange(0, count, max(1, count // _SAMPLE))
     digest = hashlib.sha256(repr((count, images.classes)).encode())
     for item in images.images.items(places.tolist()):
-        picture = item.picture()
-        digest.update(repr(tuple(picture.shape)).encode() + picture.contiguous().numpy().tobytes())
+        digest.update(pixel_digest(item.picture()))
     if images.labels is not None:
         digest.update(images.labels.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...vision.imagesets import DataError, LabelKind
+from ...vision.errors import DataError
+from ...vision.imagesets import LabelKind
 from ...vision.metrics import Metric, mean_absolute_error, r_squared
 from .base import Bound
 from .linear import LinearTask

@@ -58,6 +58,11 @@ class Datasets:
         return Identity(lambda part: self.pretext if part == "pretext" else getattr(self.downstream, part))
 
     @property
+    def _one_source(self) -> bool:
+        """Whether pretext images come from the source of the labelled ones."""
+        return self.section.pretext == self.section.downstream
+
+    @property
     def pretext(self) -> ImageSet:
         """Images without labels, none of which is a copy of a test image."""
         return self._without_copies[0]
@@ -84,7 +89,7 @@ class Datasets:
             limit=c.pretext_limit,
             split_seed=c.split_seed,
             test_fraction=c.test_fraction,
-            evaluated=c.pretext == c.downstream,
+            evaluated=self._one_source,
             storage=c.storage,
         )
         return self._kept(images, self.config.pretext_views())
@@ -102,13 +107,12 @@ class Datasets:
         """What is read, as JSON values: see `vision.record.reading`."""
         sets = self.downstream
         parts = {"pretext": self.pretext, "train": sets.train, "val": sets.val, "test": sets.test}
-        copies = self._without_copies[1]
-        if self.section.pretext == self.section.downstream:
-            # Validation images are pretext images there.
+        copies, compared = self._without_copies[1], True
+        if self._one_source:
+            # The test set was left out by its place, and validation images are pretext images.
             copies = {"test": copies["test"]}
-        # Of one source the test set was left out by its place.
-        one_source = self.section.pretext == self.section.downstream
-        compared = one_source or comparable(self.pretext.images, sets.test.images)
+        else:
+            compared = comparable(self.pretext.images, sets.test.images)
         return reading(parts, {**copies, **self.identity.copies()}, compared)
 
     def facts(self, parent: Artifact | None, *, pretext: bool, labelled: bool) -> dict[str, Any]:

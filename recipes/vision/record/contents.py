@@ -129,13 +129,12 @@ def pixel_digests(images: Images, positions: Sequence[int]) -> list[bytes]:
     items = images.items(positions)
     if not images.in_memory:
         return [digest(repr(item).encode()) for item in items]
-    found = []
-    for item in items:
-        picture = item.picture().cpu().contiguous()
-        hashed = hashlib.sha256(repr(tuple(picture.shape)).encode())
-        hashed.update(picture.numpy().tobytes())
-        found.append(hashed.digest()[:DIGEST])
-    return found
+    return [pixel_digest(item.picture()) for item in items]
+
+
+def pixel_digest(picture: Tensor) -> bytes:
+    """That of one picture's size and pixels."""
+    return digest(repr(tuple(picture.shape)).encode() + picture.cpu().contiguous().numpy().tobytes())
 
 
 def names_digest(contents: Contents) -> bytes:

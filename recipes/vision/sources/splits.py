@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..imagesets import KINDS, DataError
+from ..errors import DataError
+from ..imagesets import KINDS
 
 Rounding = Literal["largest remainders", "down"]
 

@@ -249,8 +249,7 @@ def _write_views(
     lined_up, restoring, *rows = _moved([last.rows, restoring, *(step.rows for step in rounds)], out.device)
     first_solarized, blurred, solarized = last.ends[:3]
 
-    x = source.pixels(part, first)
-    x = _as_rows(x)
+    x = _as_rows(source.pixels(part, first))
     if moving:
         x = move(x.permute(0, 2, 3, 1), matrices).permute(0, 3, 1, 2).contiguous()
     for step, chosen, value in zip(rounds, rows, values, strict=True):

@@ -29,8 +29,8 @@ from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
 from recipes.vision.pipeline.stream import PrefetchedStack
-from recipes.vision.views.random_view import RandomView
 from tests.support.paths import ROOT
+from tests.support.recipes.random_view import RandomView
 from tests.support.recipes.small_runs import batches_of, part, run_all, run_stage, small_config, small_pipeline
 
 NAMES = list(SWITCHES)

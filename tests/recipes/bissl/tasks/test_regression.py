@@ -10,7 +10,8 @@ from sklearn.metrics import mean_absolute_error, r2_score
 from torch import Tensor, nn
 
 from recipes.bissl.tasks.regression import Regression
-from recipes.vision.imagesets import DataError, ImageSet
+from recipes.vision.errors import DataError
+from recipes.vision.imagesets import ImageSet
 from recipes.vision.networks.backbones import SmallResNet
 from tests.support.recipes.label_cases import outputs_on_test, run_with_labels
 from tests.support.recipes.small_runs import of_stage

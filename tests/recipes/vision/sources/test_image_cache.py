@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.vision.imagesets import DataError, DownstreamSets
+from recipes.vision.errors import DataError
+from recipes.vision.imagesets import DownstreamSets
 from recipes.vision.sources.image_cache import cache_folder, read_cache, write_cache
 from recipes.vision.sources.loading import load_downstream
 

@@ -19,8 +19,8 @@ from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 
 from recipes.vision.views.batched_views import cpu_chunk, views_of_crops, views_of_pictures
 from recipes.vision.views.crops import boxes
-from recipes.vision.views.random_view import RandomView
 from recipes.vision.views.view_policy import ViewParameters, ViewPolicy, draw
+from tests.support.recipes.random_view import RandomView
 from tests.support.recipes.view_reference import PLAIN, generator, photographs, policy_of, reference_views
 
 PROMISED = 2 / 255

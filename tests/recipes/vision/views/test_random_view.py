@@ -14,8 +14,8 @@ from torchvision.transforms import functional as V1
 
 from recipes.vision.views.batched_views import views_of_pictures
 from recipes.vision.views.crops import box_of
-from recipes.vision.views.random_view import RandomView
 from recipes.vision.views.view_policy import ViewParameters, ViewPolicy, draw
+from tests.support.recipes.random_view import RandomView
 from tests.support.recipes.view_reference import PLAIN, generator, photographs, policy_of, reference_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

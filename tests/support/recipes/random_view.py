@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .batched_views import checked_images, views_of_pictures
-from .view_policy import ViewPolicy, draw
+from recipes.vision.views.batched_views import checked_images, views_of_pictures
+from recipes.vision.views.view_policy import ViewPolicy, draw
 
 
 @dataclass(frozen=True)
