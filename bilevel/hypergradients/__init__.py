@@ -1,6 +1,5 @@
 """Hypergradients: the methods that compute them, the linear system behind them, the check of one."""
 
-from bilevel.hypergradients.check import HypergradientCheck, check_hypergradient
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.linearize import linearize
@@ -25,10 +24,11 @@ from bilevel.hypergradients.result import (
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
+from bilevel.hypergradients.self_check.check import HypergradientCheck, check_hypergradient
 from bilevel.hypergradients.system import System
-from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
+from bilevel.hypergradients.updates.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, Update
 from bilevel.lower import Tikhonov
 
 __all__ = [

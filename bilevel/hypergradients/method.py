@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import Hypergradient, OnFailure
-from bilevel.hypergradients.updates import State, Update
+from bilevel.hypergradients.updates.update import State, Update
 from bilevel.problem import Problem
 from bilevel.tree import Params
 

@@ -11,7 +11,7 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, same_structure
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient
-from bilevel.hypergradients.updates import Update
+from bilevel.hypergradients.updates.update import Update
 from bilevel.lower import Selection, check_selection, lower_derivatives, selected, upper_derivatives
 from bilevel.tree import Params
 

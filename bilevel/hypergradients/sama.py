@@ -11,8 +11,8 @@ from bilevel import tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.approximation import by_approximation, unsolved_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.torch_updates import from_optimizer
-from bilevel.hypergradients.updates import State, Update, starting_state
+from bilevel.hypergradients.updates.torch_updates import from_optimizer
+from bilevel.hypergradients.updates.update import State, Update, starting_state
 from bilevel.lower import Selection, check_selection, selected
 from bilevel.products import HVP, ReverseOverReverse, as_provider
 from bilevel.tree import Params

@@ -14,8 +14,8 @@ from bilevel import distributed, tree
 from bilevel.checks import check_count, check_kind
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, joined
-from bilevel.hypergradients.torch_updates import from_optimizer
-from bilevel.hypergradients.updates import State, Update, carry, differentiable, limited, starting_state
+from bilevel.hypergradients.updates.torch_updates import from_optimizer
+from bilevel.hypergradients.updates.update import State, Update, carry, differentiable, limited, starting_state
 from bilevel.lower import (
     Selection,
     check_selection,

@@ -1,11 +1,11 @@
 """Training: levels, schedule, data, callbacks and the trainers."""
 
-from bilevel.training.batches import BatchSource, BatchStack, Cycle, derive_seed
 from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSONLWriter, ProgressBar, Record
+from bilevel.training.data.batches import BatchSource, BatchStack, Cycle, derive_seed
+from bilevel.training.data.loader import LoaderSource
 from bilevel.training.engine import NonFiniteError, Training
 from bilevel.training.inspection import Inspect
 from bilevel.training.level import Level, LRSchedule
-from bilevel.training.loader import LoaderSource
 from bilevel.training.schedule import AlternatingSchedule
 from bilevel.training.single_level import Derivatives, SingleLevelTrainer, gradient_of
 from bilevel.training.trackers import TensorBoardLogger, Tracker, TrackerError, WandbLogger

@@ -10,7 +10,7 @@ from bilevel import interruption
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.hypergradients import LowerStep, restored_update, saved_update
 from bilevel.interruption import Interrupted
-from bilevel.training.batches import BatchSource
+from bilevel.training.data.batches import BatchSource
 from bilevel.training.level import Level
 from bilevel.tree import Params
 

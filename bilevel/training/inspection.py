@@ -10,8 +10,8 @@ import torch
 from bilevel.checkpoint import write_atomic
 from bilevel.checks import check_path
 from bilevel.distributed import rank
-from bilevel.training.batches import BatchSource
 from bilevel.training.callbacks import Callback, Record
+from bilevel.training.data.batches import BatchSource
 
 
 def write_inspection(path: Path, content: Mapping[str, Any]) -> None:

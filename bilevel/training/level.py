@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
-from bilevel.training.batches import BatchSource
-from bilevel.training.sources import as_source
+from bilevel.training.data.batches import BatchSource
+from bilevel.training.data.sources import as_source
 from bilevel.tree import Params
 
 

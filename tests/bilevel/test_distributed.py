@@ -42,7 +42,7 @@ from bilevel.distributed import (
     shard,
     world_size,
 )
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
 from bilevel.nn.functional import own_draws
 from bilevel.products import ForwardOverReverse, ReverseOverReverse
 from bilevel.products.automatic import Automatic

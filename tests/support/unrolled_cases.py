@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bilevel import Hypergradient, Params, Problem, Unrolled, hypergradient, proximal
 from bilevel.hypergradients import OnFailure
-from bilevel.hypergradients.torch_updates import TorchUpdate
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
+from bilevel.hypergradients.updates.torch_updates import TorchUpdate
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, Update
 from tests.support.cases import joined, vector, with_spectrum
 
 BOTH = pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])

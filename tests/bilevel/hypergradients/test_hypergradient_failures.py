@@ -23,7 +23,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
-from bilevel.hypergradients.updates import SGDUpdate
+from bilevel.hypergradients.updates.update import SGDUpdate
 from bilevel.linear import Dense, Solver
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined

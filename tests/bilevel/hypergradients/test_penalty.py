@@ -19,7 +19,7 @@ from bilevel import (
     functional_call,
     hypergradient,
 )
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
 from bilevel.linear import Dense
 from tests.support.cases import joined, vector, with_spectrum
 

@@ -20,7 +20,7 @@ from bilevel import (
     hypergradient,
 )
 from bilevel.hypergradients import TorchUpdate, Update, from_optimizer
-from bilevel.hypergradients.updates import State
+from bilevel.hypergradients.updates.update import State
 from bilevel.linear import ApproximateInverse
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.by_hand import (

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bilevel import Neumann, Params, Problem, hypergradient
-from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, Update
+from bilevel.hypergradients.updates.torch_updates import TorchUpdate, from_optimizer
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, Update
 from bilevel.linear import Dense
 from tests.support.cases import joined, vector
 from tests.support.unrolled_cases import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import Hypergradient, Params, Problem, SolverError, SolverWarning, functional_call
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
 from tests.support.cases import joined, vector
 from tests.support.unrolled_cases import (
     BATCHES,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel import Params
-from bilevel.hypergradients.torch_updates import TorchUpdate, from_optimizer
-from bilevel.hypergradients.updates import AdamUpdate, SGDUpdate, State, Update, starting_state
+from bilevel.hypergradients.updates.torch_updates import TorchUpdate, from_optimizer
+from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, State, Update, starting_state
 from tests.support.cases import vector
 
 STEPS = 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilevel import BatchStack
-from bilevel.training.batches import Cycle, derive_seed
+from bilevel.training.data.batches import Cycle, derive_seed
 
 
 def stack(size: int, batch_size: int, *, seed: int = 0, drop_last: bool = False) -> BatchStack:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel.training.fingerprint import SAMPLED, fingerprint
+from bilevel.training.data.fingerprint import SAMPLED, fingerprint
 
 
 @dataclass

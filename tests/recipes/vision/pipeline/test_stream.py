@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import BatchStack
-from bilevel.training.batches import BatchSource
+from bilevel.training.data.batches import BatchSource
 from recipes.vision.pipeline.stream import InOrder, PrefetchedStack, order_of
 
 

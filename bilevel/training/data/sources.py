@@ -6,8 +6,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from bilevel.training.batches import BatchSource, Cycle, check_batches
-from bilevel.training.loader import LoaderSource
+from bilevel.training.data.batches import BatchSource, Cycle, check_batches
+from bilevel.training.data.loader import LoaderSource
 
 
 def as_source(argument: str, data: object) -> BatchSource:

@@ -11,11 +11,11 @@ import torch
 
 from bilevel import tree
 from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
-from bilevel.hypergradients.differences import Estimate, derivative, step_ranges
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import Hypergradient
+from bilevel.hypergradients.self_check.differences import Estimate, derivative, step_ranges
 from bilevel.linear import CG, Identity, Solver
 from bilevel.lower import (
     Examination,

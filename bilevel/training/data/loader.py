@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from bilevel.checkpoint import random_state, set_random_state
 from bilevel.checks import check_count, check_kind
 from bilevel.distributed import from_first_rank, rank
-from bilevel.training.batches import BatchSource, derive_seed
-from bilevel.training.fingerprint import fingerprint
+from bilevel.training.data.batches import BatchSource, derive_seed
+from bilevel.training.data.fingerprint import fingerprint
 
 Place = tuple[int, int]
 """A pass, from 0, and the batches drawn in it."""

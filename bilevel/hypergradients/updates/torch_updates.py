@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.hypergradients.updates import COUNT, AdamUpdate, SGDUpdate, State, Update
+from bilevel.hypergradients.updates.update import COUNT, AdamUpdate, SGDUpdate, State, Update
 from bilevel.tree import Params
 
 # What the constructors of torch.optim take and an update has no use for: how to run, not what to compute.

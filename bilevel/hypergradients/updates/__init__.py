@@ -1,0 +1,1 @@
+"""Steps of the lower optimizer as functions that can be differentiated."""
