@@ -3,16 +3,16 @@
 from bilevel.nn.double_backward import CheapDoubleBackward
 from bilevel.nn.double_precision import DoublePrecision, as_double
 from bilevel.nn.functional import (
-    chunk_seeds,
     curvature_pass,
+    curvature_surroundings,
     functional_call,
     in_curvature_pass,
     noting_casts,
     noting_writers,
-    own_draws,
     training_autocast,
     training_pass,
 )
+from bilevel.nn.seeding import chunk_seeds, own_draws
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "as_double",
     "chunk_seeds",
     "curvature_pass",
+    "curvature_surroundings",
     "functional_call",
     "in_curvature_pass",
     "noting_casts",
