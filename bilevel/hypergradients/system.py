@@ -55,8 +55,8 @@ from bilevel.problem import Problem
 from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
-
 _coupled = PerProblem[set[bool]](set)
+"""Whether a lower objective's gradient was found to depend on upper variables."""
 
 
 class System:
@@ -69,7 +69,7 @@ class System:
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
         curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
         has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
-        batch_sums: checksums of the tensors of the lower batches.
+        at_once: whether it is used within the call that makes it, so that version counters tell of all changes.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class System:
         damping: float,
         tikhonov: Tikhonov,
         implicit: tuple[str, ...],
+        at_once: bool = False,
     ) -> None:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
         self.lower_batches = tuple(lower_batches)
@@ -111,8 +112,7 @@ class System:
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
-        self._marks = take_marks(self._named_tensors())
-        self.batch_sums = tuple(mark.checksum for mark in self._marks if mark.name.startswith("lower_batches"))
+        self._marks = take_marks(self._named_tensors(), sums=not at_once)
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -214,7 +214,7 @@ class System:
         point = tree.detach(self.upper if upper is None else upper)
         if self._is_coupled:
             loss_part = MeanOperator([FunctionOperator(self._cross_of(loss, upper)) for loss in self._losses])
-            total = tree.scale(1.0 / self.weight, loss_part(x))
+            total = loss_part(x) if self.weight == 1.0 else tree.scale(1.0 / self.weight, loss_part(x))
         else:
             total = tree.zeros_like(point)
         if self.regularized:
@@ -260,6 +260,11 @@ class System:
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
         return gradient, None if noise is None else float(noise)
+
+    def batch_sums(self) -> tuple[str, ...]:
+        """Checksums of the tensors of the lower batches."""
+        named = [(str(k), tensor) for k, batch in enumerate(self.lower_batches) for tensor in tree.tensors_in(batch)]
+        return tuple(str(mark.checksum) for mark in take_marks(named))
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
