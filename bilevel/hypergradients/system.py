@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ from bilevel.lower import (
 )
 from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
-from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
+from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, hessians, reached
 from bilevel.tree import Params
 
 _coupled = PerProblem[set[bool]](set)
@@ -310,7 +310,7 @@ class System:
 
     def _build_operator(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
-        operator: LinearOperator = MeanOperator(losses)
+        operator: LinearOperator = MeanOperator(losses, partial(hessians, self._losses))
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
