@@ -13,11 +13,13 @@ from bilevel.nn.functional import (
     training_autocast,
     training_pass,
 )
+from bilevel.nn.randomness import GeneratorMark
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
     "CheapDoubleBackward",
     "DoublePrecision",
+    "GeneratorMark",
     "SyncBatchNorm",
     "as_double",
     "chunk_seeds",
