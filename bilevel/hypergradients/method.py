@@ -169,6 +169,10 @@ class Method(ABC):
     damping: float = 0.0
     """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the damped problem."""
 
+    serves_residuals: bool = False
+    """Whether the method serves lower levels that are no smooth minimum (`bilevel.lower.ResidualProblem`: fixed points,
+    proximal problems, roots). Others are refused with such a problem, in `hypergradient` and in a trainer."""
+
     fresh_batches: bool = False
     """Whether `UpperStep.lower_batches` are drawn after the alternation's lower steps, from the same data, instead of
     being the first ones that these take."""
