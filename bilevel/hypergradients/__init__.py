@@ -11,6 +11,7 @@ from bilevel.hypergradients.method import (
     Setup,
     UpperStep,
     check_proposal,
+    check_serves,
     unwritten,
 )
 from bilevel.hypergradients.one_step import OneStep
@@ -58,6 +59,7 @@ __all__ = [
     "check_hypergradient",
     "check_on_failure",
     "check_proposal",
+    "check_serves",
     "from_optimizer",
     "hypergradient",
     "linearize",

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import Hypergradient, OnFailure
 from bilevel.hypergradients.updates.update import State, Update
+from bilevel.lower import ResidualProblem
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -136,6 +137,16 @@ def check_proposal(method: "Method", proposal: object, upper: Params) -> Proposa
     if proposal.loss.dim() != 0:
         raise ValueError(f"{name}: the loss of a Proposal must be 0-d, got shape {tuple(proposal.loss.shape)}")
     return proposal
+
+
+def check_serves(method: "Method", problem: Problem) -> None:
+    """Raise ValueError where the lower level is no smooth minimum, and the method is for these alone."""
+    if isinstance(problem, ResidualProblem) and not method.serves_residuals:
+        raise ValueError(
+            f"{type(method).__name__} differentiates the smooth minimum of a lower objective, and the lower level of "
+            f"{type(problem).__name__} is a fixed point, a proximal problem or a root; take "
+            "Implicit(GMRES()), which serves them all"
+        )
 
 
 @contextmanager

@@ -296,6 +296,10 @@ class System:
         """In words, what makes the theorem's assumptions doubtful at this point, None where nothing is known to."""
         return None
 
+    def active_set(self) -> Tensor | None:
+        """Which pieces of a proximal map y lies on (`Hypergradient.active_set`); None for other kinds."""
+        return None
+
     def _build_operator(self, point: Params) -> LinearOperator:
         operator = self._without_tikhonov(point)
         if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
@@ -357,5 +361,14 @@ def through_system(
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
     return Hypergradient(
-        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
+        grad,
+        direct,
+        implicit_part,
+        loss,
+        solution,
+        stationarity,
+        noise=noise,
+        failure=failure,
+        warning=warning,
+        active_set=system.active_set(),
     )
