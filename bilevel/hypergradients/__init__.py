@@ -11,6 +11,7 @@ from bilevel.hypergradients.method import (
     Setup,
     UpperStep,
     check_proposal,
+    check_serves,
     unwritten,
 )
 from bilevel.hypergradients.one_step import OneStep
@@ -94,6 +95,7 @@ __all__ = [
     "check_hypergradient",
     "check_on_failure",
     "check_proposal",
+    "check_serves",
     "directions",
     "from_optimizer",
     "hypergradient",

@@ -36,6 +36,7 @@ from bilevel.linear import (
 )
 from bilevel.lower import (
     BufferWatch,
+    Examination,
     LowerObjectives,
     PerProblem,
     StaleSystemError,
@@ -108,7 +109,7 @@ class System:
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = self._linearizations(self.lower_batches, living)
-        self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
+        self.curvature = self._examined()
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
@@ -308,14 +309,30 @@ class System:
         objectives = [make(batch, self._objectives.seed + k) for k, batch in enumerate(batches)]
         return self.hvp.linearize_all(objectives, self.upper, self.variables(self.lower), resident=resident)
 
+    def _examined(self) -> Examination:
+        """What is known of second derivatives that the lower objective loses."""
+        return examine_curvature(self.problem, self.upper, self.lower, self.lower_batches[0], self.implicit, self.hvp)
+
+    def flaw(self) -> str | None:
+        """In words, what makes the theorem's assumptions doubtful at this point, None where nothing is known to."""
+        return None
+
+    def active_set(self) -> Tensor | None:
+        """Which pieces of a proximal map y lies on (`Hypergradient.active_set`); None for other kinds."""
+        return None
+
     def _build_operator(self, point: Params) -> LinearOperator:
+        operator = self._without_tikhonov(point)
+        if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
+            operator = TikhonovOperator(operator, self.tikhonov)
+        return operator
+
+    def _without_tikhonov(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
-        if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
-            operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
@@ -359,9 +376,18 @@ def through_system(
         failed = solve_failure(system, solution, v, on_failure)
     grad = tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(lost, failed or finite_failure(direct, implicit_part, grad))
+    failure = joined(lost, failed or finite_failure(direct, implicit_part, grad), system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
     return Hypergradient(
-        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
+        grad,
+        direct,
+        implicit_part,
+        loss,
+        solution,
+        stationarity,
+        noise=noise,
+        failure=failure,
+        warning=warning,
+        active_set=system.active_set(),
     )
