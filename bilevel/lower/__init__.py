@@ -4,7 +4,7 @@ from bilevel.lower.curvature import Examination, examine_curvature, thorough_exa
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.per_problem import PerProblem
-from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross
+from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross, examine_response
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.sampling import are_samples, halves
 from bilevel.lower.selection import (
@@ -51,6 +51,7 @@ __all__ = [
     "differentiates",
     "examine_cross",
     "examine_curvature",
+    "examine_response",
     "halves",
     "lower_derivatives",
     "lower_value",
