@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 
 from bilevel import distributed, tree
 from bilevel.checks import check_kind, check_variables
@@ -64,8 +65,9 @@ def lower_solution(
     what another module computes.
 
     What the backward pass needs is fixed here: batches, random masks, and the modes and buffers of the modules that are
-    attributes of the Problem. A batch or another buffer that is written to before the backward pass is noticed
-    (`StaleSystemError`), and so are x and y, by torch. `lower` itself is copied and may be trained on.
+    attributes of the Problem, or lie in lists, tuples and dictionaries among these; a module that the Problem reaches
+    otherwise must keep its own. A batch that is written to before the backward pass is noticed (`StaleSystemError`),
+    and so are x and y, by torch. `lower` itself is copied and may be trained on.
 
     Args:
         upper: variables x. Those that require gradients, leaves or not, get them.
@@ -243,7 +245,8 @@ class _Solved(torch.autograd.Function):
                 "create_graph=True asks for second derivatives through what lower_solution gave, which has first "
                 "derivatives only; leave it out"
             )
-        if torch._C._are_functorch_transforms_active():
+        # A backward pass is batched by an older vmap than that of torch.func.
+        if any(c is not None and is_legacy_batchedtensor(c) for c in cotangents):
             raise RuntimeError(
                 "lower_solution cannot pass back a batch of gradients (is_grads_batched=True, vectorize=True); pass "
                 "them one at a time"
