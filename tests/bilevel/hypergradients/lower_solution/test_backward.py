@@ -13,9 +13,9 @@ from bilevel.hypergradients import LowerSolution, OnFailure, System, lower_solut
 from bilevel.linear import Solver
 from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
+from tests.bilevel.hypergradients.lower_solution.fits import EXACT, TARGET, Network, RidgeFit, X, fitted, ridge_solution
 from tests.support.cases import vector
 from tests.support.closed_forms import NO_BATCH, QuadraticBilevel, quadratic
-from tests.support.solutions import EXACT, TARGET, Network, RidgeFit, X, fitted, ridge_solution
 
 LOG_WEIGHT = vector(5, 30)
 

@@ -10,9 +10,18 @@ from bilevel import CG, MINRES, Implicit, Neumann, Nystrom, Params, Problem, fun
 from bilevel.hypergradients import lower_solution
 from bilevel.linear import Dense, Solver
 from bilevel.products import HVPProvider
+from tests.bilevel.hypergradients.lower_solution.fits import (
+    EXACT,
+    TARGET,
+    LogisticFit,
+    RidgeFit,
+    X,
+    fitted,
+    logistic_solution,
+    ridge_solution,
+)
 from tests.support.cases import joined, vector
 from tests.support.closed_forms import NO_BATCH, PROVIDERS, Proximal, QuadraticBilevel, proximal_point, quadratic
-from tests.support.solutions import EXACT, TARGET, LogisticFit, RidgeFit, X, fitted, logistic_solution, ridge_solution
 
 SOLVERS: list[Solver] = [EXACT, Neumann(3000, rtol=1e-12), MINRES(50, rtol=1e-12), Dense(), Nystrom(5)]
 

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bilevel import CG, Implicit, Params, Problem, SGDUpdate, Unrolled, hypergradient
 from bilevel.hypergradients import lower_solution
+from tests.bilevel.hypergradients.lower_solution.fits import TARGET, RidgeFit, X, fitted, ridge_solution
 from tests.support.cases import vector
 from tests.support.closed_forms import NO_BATCH, quadratic
-from tests.support.solutions import TARGET, RidgeFit, X, fitted, ridge_solution
 
 
 def variable() -> Tensor:
