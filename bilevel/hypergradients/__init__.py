@@ -3,6 +3,7 @@
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.linearize import linearize
+from bilevel.hypergradients.lower_solution import LowerSolution, lower_solution
 from bilevel.hypergradients.method import (
     LowerStep,
     Method,
@@ -17,6 +18,7 @@ from bilevel.hypergradients.method import (
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.penalty import Penalty
 from bilevel.hypergradients.result import (
+    AdjointSolve,
     Hypergradient,
     OnFailure,
     SolverError,
@@ -63,12 +65,14 @@ __all__ = [
     "SUSTAIN",
     "TTSA",
     "AdamUpdate",
+    "AdjointSolve",
     "AmIGO",
     "Draw",
     "Estimate",
     "Hypergradient",
     "HypergradientCheck",
     "Implicit",
+    "LowerSolution",
     "LowerStep",
     "Method",
     "MethodState",
@@ -100,6 +104,7 @@ __all__ = [
     "from_optimizer",
     "hypergradient",
     "linearize",
+    "lower_solution",
     "report_failure",
     "restored_update",
     "saved_update",

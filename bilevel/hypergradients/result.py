@@ -98,6 +98,21 @@ class Hypergradient:
         return self.stationarity / self.noise
 
 
+@dataclass(frozen=True)
+class AdjointSolve:
+    """What is known about one solve of A x = v, v = dF/dy, and the point that it was made at.
+
+    Attributes:
+        solution, stationarity, noise, failure, warning: as of a `Hypergradient`.
+    """
+
+    solution: Solution
+    stationarity: float
+    noise: float | None = None
+    failure: str | None = None
+    warning: str | None = None
+
+
 class SolvedSystem(Protocol):
     """Of a `System`, what tells why a solve went wrong and what would help."""
 
@@ -258,7 +273,7 @@ def check_on_failure(on_failure: object) -> None:
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
 
 
-def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
+def report_failure(result: Hypergradient | AdjointSolve, on_failure: OnFailure) -> None:
     """The one place where a failure is acted upon; a warning points to the first line outside this package."""
     if on_failure == "ignore":
         return

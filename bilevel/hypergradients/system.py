@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import (
+    AdjointSolve,
     Hypergradient,
     OnFailure,
     check_on_failure,
@@ -47,6 +48,7 @@ from bilevel.lower import (
     differentiates,
     examine_cross,
     examine_curvature,
+    examine_response,
     halves,
     take_marks,
     upper_derivatives,
@@ -235,6 +237,11 @@ class System:
         point = tree.detach(self.upper if upper is None else upper)
         return lambda v: loss.cross(v, point)
 
+    def check_response(self, upper: Params) -> None:
+        """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
+        problem and names that have once been reached, no more."""
+        examine_response(self.problem, upper, lambda: self._loss_reaches_upper or bool(self._reached_by_penalty(upper)))
+
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
         return float(tree.norm(self.gradient(upper)))
@@ -370,24 +377,40 @@ def through_system(
     """
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
+        implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
+    return Hypergradient(
+        tree.add(direct, implicit_part),
+        direct,
+        implicit_part,
+        loss,
+        made.solution,
+        made.stationarity,
+        noise=made.noise,
+        failure=made.failure,
+        warning=made.warning,
+        active_set=system.active_set(),
+    )
+
+
+def adjoint(
+    system: System,
+    v: Params,
+    upper: Params,
+    direct: Params | None = None,
+    *,
+    solve: Callable[[Params], Solution],
+    on_failure: OnFailure,
+) -> tuple[Params, AdjointSolve]:
+    """-(cross term) x, where `solve` gives x for v, and what is known about it; `direct` is what it is added to."""
+    with curvature_surroundings():
         solution = solve(v)
         implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
         gradient, noise = system.gradient_and_noise(upper)
         failed = solve_failure(system, solution, v, on_failure)
-    grad = tree.add(direct, implicit_part)
+    direct = tree.zeros_like(implicit_part) if direct is None else direct
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(lost, failed or finite_failure(direct, implicit_part, grad), system.flaw())
+    not_finite = finite_failure(direct, implicit_part, tree.add(direct, implicit_part))
+    failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return Hypergradient(
-        grad,
-        direct,
-        implicit_part,
-        loss,
-        solution,
-        stationarity,
-        noise=noise,
-        failure=failure,
-        warning=warning,
-        active_set=system.active_set(),
-    )
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning)

@@ -12,7 +12,7 @@ from bilevel.lower.kinds.sets import Box, LinearEqualities, NonNegative, Simplex
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.oracles import FirstDerivatives, LowerParts, Oracles
 from bilevel.lower.per_problem import PerProblem
-from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross
+from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross, examine_response
 from bilevel.lower.repeatable import repeatable
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.sampling import are_samples, halves
@@ -81,6 +81,7 @@ __all__ = [
     "differentiates",
     "examine_cross",
     "examine_curvature",
+    "examine_response",
     "halves",
     "largest_entry",
     "lower_derivatives",
