@@ -36,8 +36,8 @@ class Status(Enum):
         "before it was kept; raise tikhonov, train the lower level further, or use MINRES"
     )
     DIVERGED = (
-        "diverged: the residual grew, and the best iterate was kept (layer-wise the last one); raise tikhonov, or give "
-        "Neumann a smaller scale"
+        "diverged: the residual grew, and the best iterate was kept (layer-wise the last one); raise tikhonov, give "
+        "Neumann a smaller scale, or take GMRES in place of AdjointIteration, whose map does not contract"
     )
     NON_FINITE = (
         "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step "

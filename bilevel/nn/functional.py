@@ -23,6 +23,7 @@ from bilevel.nn.sync_batch_norm import SyncBatchNorm
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
 _surrounded: ContextVar[bool] = ContextVar("bilevel_curvature_surroundings", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
+_buffers_written: ContextVar[bool] = ContextVar("bilevel_buffers_written", default=False)
 
 _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
@@ -78,18 +79,23 @@ def curvature_surroundings() -> Iterator[None]:
 
 
 @contextmanager
-def curvature_pass(seed: int | None = None, notes: BufferNotes | None = None) -> Iterator[None]:
+def curvature_pass(
+    seed: int | None = None, notes: BufferNotes | None = None, *, write_buffers: bool = False
+) -> Iterator[None]:
     """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
 
     Args:
         seed: seeds the default generators for the length of the pass and restores them afterwards; None leaves them.
         notes: is told the buffers that `functional_call` reads.
+        write_buffers: buffers such as running statistics update after all, as in a training step.
     """
     with nullcontext() if seed is None else seeded(seed), curvature_surroundings():
         inside, noted = _in_curvature_pass.set(True), _buffer_notes.set(notes)
+        written = _buffers_written.set(write_buffers)
         try:
             yield
         finally:
+            _buffers_written.reset(written)
             _buffer_notes.reset(noted)
             _in_curvature_pass.reset(inside)
 
@@ -217,9 +223,12 @@ def functional_call(
             _warn_of_autocast(params)
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
-            stack.enter_context(_without_running_statistics(module))
             stack.enter_context(differentiable_layers(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
+            if _buffers_written.get():
+                stack.enter_context(_noted_if_written(module))
+                return torch.func.functional_call(module, dict(params), args, keywords)
+            stack.enter_context(_without_running_statistics(module))
         read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
         notes = _buffer_notes.get() if curvature else None
         if notes is not None:

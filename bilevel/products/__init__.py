@@ -16,6 +16,7 @@ from bilevel.products.hvp import (
 from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from bilevel.products.outputs import check_outputs, check_rows
+from bilevel.products.vector_field import VectorField, linearize_fields
 
 __all__ = [
     "HVP",
@@ -32,6 +33,7 @@ __all__ = [
     "MicroBatched",
     "Objective",
     "ReverseOverReverse",
+    "VectorField",
     "as_provider",
     "beginnings",
     "check_outputs",
@@ -40,6 +42,7 @@ __all__ = [
     "graph_bytes",
     "graph_nodes",
     "hessians",
+    "linearize_fields",
     "micro_batched_gradient",
     "named_among",
     "reached",
