@@ -21,6 +21,7 @@ from bilevel.hypergradients.result import (
     SolverError,
     SolverWarning,
     check_on_failure,
+    needed_tikhonov,
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
@@ -61,6 +62,7 @@ __all__ = [
     "from_optimizer",
     "hypergradient",
     "linearize",
+    "needed_tikhonov",
     "report_failure",
     "restored_update",
     "saved_update",

@@ -1,6 +1,6 @@
 """The lower level's objective and its derivatives, and whether they are still those of the present variables."""
 
-from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
+from bilevel.lower.curvature import Examination, examine_curvature, in_double_precision, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.per_problem import PerProblem
@@ -52,6 +52,7 @@ __all__ = [
     "examine_cross",
     "examine_curvature",
     "halves",
+    "in_double_precision",
     "lower_derivatives",
     "lower_value",
     "reweighted",
