@@ -2,17 +2,19 @@
 
 import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 
 from bilevel.distributed import rank, world_size
 
-_MT19937_BYTES = 624 * 4 + 4
+_WORDS = 624
+_MT19937_BYTES = _WORDS * 4 + 4
 
 
 @contextmanager
@@ -38,53 +40,96 @@ def seeded(seed: int) -> Iterator[None]:
     Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
     """
     seed = (seed + 2654435761 * rank()) % 2**32
-    on_gpu = torch.cuda.is_initialized()
-    python_state, numpy_state, state = random.getstate(), _NumpyState(), torch.default_generator.get_state()
-    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    mark = GeneratorMark()
     try:
         # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
+        if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
         yield
     finally:
-        random.setstate(python_state)
-        numpy_state.restore()
-        torch.default_generator.set_state(state)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(gpu_states)
+        mark.restore()
+
+
+@final
+class TorchMark:
+    """Where torch's default generators stand, those of the CPU and of CUDA devices."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        same = torch.equal(self._cpu, torch.default_generator.get_state())
+        return not (same and all(map(torch.equal, self._cuda, torch.cuda.get_rng_state_all() if self._cuda else [])))
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+@final
+class GeneratorMark:
+    """Where the default generators of torch, NumPy and Python stand."""
+
+    def __init__(self) -> None:
+        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        self._torch.restore()
+        self._numpy.restore()
+        random.setstate(self._python)
 
 
 class _NumpyState:
     """The state of NumPy's default generator, to be put back.
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for.
+    where `BitGenerator.ctypes` says. Beside them the generator may hold one normal number in reserve: the next that is
+    drawn, without a change of the bytes.
     """
 
-    _known: tuple[bytes, tuple[Any, ...]] | None = None
-
     def __init__(self) -> None:
-        self.address = _address(np.random.get_bit_generator())
+        self.generator: Any = np.random.get_bit_generator()
+        self.address = _address(self.generator)
         if self.address is None:
             self.state: Any = np.random.get_state()
             return
         self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw:
-            _NumpyState._known = self.raw, np.random.get_state()
-        self.state = _NumpyState._known[1]
+        drawn = np.random.randn()
+        self.reserve = drawn if ctypes.string_at(self.address, _MT19937_BYTES) == self.raw else None
+        self.restore()
+
+    def is_current(self) -> bool:
+        """Whether the generator stands where it did."""
+        now = _NumpyState()
+        if self.address is None or now.address is None:
+            same = self.address is now.address
+            return same and self.state[2:] == now.state[2:] and np.array_equal(self.state[1], now.state[1])
+        return (now.raw, now.reserve) == (self.raw, self.reserve)
 
     def restore(self) -> None:
-        *_, in_reserve, _ = self.state
-        if self.address is None or in_reserve:
+        if np.random.get_bit_generator() is not self.generator:
+            np.random.set_bit_generator(self.generator)
+        if self.address is None:
             np.random.set_state(self.state)
-            return
-        # A seed takes away what the pass has left in reserve.
-        np.random.seed(0)
-        ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
+        elif self.reserve is not None:
+            words, place = self.raw[: 4 * _WORDS], int.from_bytes(self.raw[4 * _WORDS :], sys.byteorder)
+            np.random.set_state(("MT19937", np.frombuffer(words, np.uint32), place, 1, self.reserve))
+        else:
+            # A seed takes away what a pass has left in reserve.
+            np.random.seed(0)
+            ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
 
 
 def _address(generator: Any) -> int | None:
