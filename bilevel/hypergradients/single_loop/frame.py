@@ -133,14 +133,12 @@ class SingleLoop(Method):
         """Where v begins: at 0, over the lower variables that respond to the upper ones."""
         return tree.zeros_like({name: step.lower[name].detach() for name in names})
 
-    def prepare(self, step: UpperStep, state: MethodState) -> tuple[str, ...]:
-        return selected(step.problem, step.lower, None)
-
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
-        names: tuple[str, ...] = prepared
-        if "v" not in state:
+        v = state.get("v")
+        names = tuple(v) if v else selected(step.problem, step.lower, None)
+        if v is None:
             _examine(step, names)
-        v = state["v"] if "v" in state else self.start(step, names)
+            v = self.start(step, names)
         at = Point(step.upper, step.lower, {name: leaf.to(step.lower[name].device) for name, leaf in v.items()})
 
         def estimate(seeded: bool) -> Estimate:
