@@ -292,13 +292,7 @@ class Trainer(Training):
         upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
         return upper[0].batch, lower, upper
 
-    def _view(
-        self,
-        now: Alternation,
-        batch: Any = None,
-        lower_draws: tuple[Draw, ...] = (),
-        upper_draws: tuple[Draw, ...] = (),
-    ) -> UpperStep:
+    def _view(self, now: Alternation, batch: Any = None, *draws: tuple[Draw, ...]) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
