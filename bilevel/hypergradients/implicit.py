@@ -1,5 +1,6 @@
 """The hypergradient by the implicit function theorem."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
@@ -20,7 +21,8 @@ from bilevel.lower import (
     selected,
     upper_derivatives,
 )
-from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
+from bilevel.problem import Problem
+from bilevel.products import HVP, Automatic, HVPProvider, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
 _SOUND = (Status.CONVERGED, Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.BUDGET, Status.NOT_CONVERGED)
@@ -123,16 +125,31 @@ class Implicit(Method):
         provider = as_provider(self.hvp)
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
+        at_once = step.count == 1 or step.problem.curvature_depends_on_upper
+        return self.system(step.problem, step.upper, step.lower, step.lower_batches, provider, at_once=at_once)
+
+    def system(
+        self,
+        problem: Problem,
+        upper: Params,
+        lower: Params,
+        lower_batches: Sequence[Any],
+        provider: HVPProvider | None = None,
+        *,
+        at_once: bool = False,
+    ) -> System:
+        """The linear system at (upper, lower), whose `provider` stands for `hvp`; `at_once` as for `make_system`."""
         return make_system(
-            step.problem,
-            step.upper,
-            step.lower,
-            step.lower_batches,
+            problem,
+            upper,
+            lower,
+            lower_batches,
             solver=self.solver,
-            hvp=provider,
+            hvp=self.hvp if provider is None else provider,
             damping=self.damping,
             tikhonov=self.tikhonov,
             implicit=self.implicit,
+            at_once=at_once,
         )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:

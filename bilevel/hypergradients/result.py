@@ -98,6 +98,21 @@ class Hypergradient:
         return self.stationarity / self.noise
 
 
+@dataclass(frozen=True)
+class AdjointSolve:
+    """What is known about one solve of A x = v, v = dF/dy, and the point that it was made at.
+
+    Attributes:
+        solution, stationarity, noise, failure, warning: as of a `Hypergradient`.
+    """
+
+    solution: Solution
+    stationarity: float
+    noise: float | None = None
+    failure: str | None = None
+    warning: str | None = None
+
+
 class SolvedSystem(Protocol):
     """Of a `System`, what tells why a solve went wrong and what would help."""
 
@@ -108,8 +123,8 @@ class SolvedSystem(Protocol):
     damping: float
     has_regularizer: bool
     lower_batches: tuple[object, ...]
-    batch_sums: tuple[str, ...]
 
+    def batch_sums(self) -> tuple[str, ...]: ...
     def standard_errors(self, x: Params) -> tuple[float, float] | None: ...
 
 
@@ -133,7 +148,11 @@ def _bounds(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnF
     known = _of_type.setdefault(type(system.problem), {}) if shared else _of_problem.of(system.problem)
     settings = repr((system.tikhonov, system.damping, [(name, tuple(leaf.shape)) for name, leaf in b.items()]))
     kept, met = known.get(settings), _met(solution)
-    if kept is not None and met[0] + _term(kept) >= _SINGULAR * _size(kept) and met[1] <= _MARGIN * _size(kept):
+    if (
+        kept is not None
+        and met[0] + needed_tikhonov(kept) >= _SINGULAR * _size(kept)
+        and met[1] <= _MARGIN * _size(kept)
+    ):
         return kept
     with torch.no_grad():
         found = spectrum_bounds(system.operator, b)
@@ -154,8 +173,8 @@ def _size(bounds: Bounds) -> float:
     return max(-bounds[0], bounds[1])
 
 
-def _term(bounds: Bounds) -> float:
-    """What to add to A within these bounds for it to be positive definite."""
+def needed_tikhonov(bounds: Bounds) -> float:
+    """What to add to A, whose eigenvalues lie within these bounds, for it to be positive definite."""
     if bounds[0] > _SINGULAR * _size(bounds):
         return 0.0
     return max(-_MARGIN * bounds[0], _LEAST_TERM * _size(bounds)) or 1.0
@@ -168,7 +187,7 @@ def _remedy(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnF
     bounds = _bounds(system, solution, b, on_failure)
     if bounds is None:
         return None
-    more, high = _term(bounds), bounds[1]
+    more, high = needed_tikhonov(bounds), bounds[1]
     advice, term = [], system.tikhonov
     if more > 0.0:
         add = f"add about {_rounded(more):g} to tikhonov of every implicit variable"
@@ -258,7 +277,7 @@ def check_on_failure(on_failure: object) -> None:
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
 
 
-def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
+def report_failure(result: Hypergradient | AdjointSolve, on_failure: OnFailure) -> None:
     """The one place where a failure is acted upon; a warning points to the first line outside this package."""
     if on_failure == "ignore":
         return
