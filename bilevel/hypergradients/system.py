@@ -240,7 +240,7 @@ class System:
     def check_response(self, upper: Params) -> None:
         """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
         problem and names that have once been reached, no more."""
-        examine_response(self.problem, upper, lambda: self._loss_reaches_upper or bool(self._reached_by_penalty(upper)))
+        examine_response(self.problem, upper, lambda: self._is_coupled or bool(self._reached_by_penalty(upper)))
 
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
