@@ -138,7 +138,7 @@ class Implicit(Method):
         *,
         at_once: bool = False,
     ) -> System:
-        """The linear system at (upper, lower), whose `provider` stands for `hvp`; `at_once` as for `System`."""
+        """The linear system at (upper, lower), whose `provider` stands for `hvp`; `at_once` as for `make_system`."""
         return make_system(
             problem,
             upper,
