@@ -66,8 +66,8 @@ def compare_solvers(
             iterations, ``{"CG": lambda n: CG(n, None), "mine": CG(5, None, layerwise=True)}``.
         hvp, damping, tikhonov, implicit: as for `linearize`; use those of the training.
         iterations: numbers of iterations of the curves' points, ascending.
-        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; the
-            reference makes at least ten iterations.
+        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; at
+            the least there are ten iterations of the reference and a point each of the first two solvers.
         seed: of random masks.
 
     Raises:
@@ -249,7 +249,7 @@ def _checked_solvers(solvers: object) -> Families | None:
     checked: dict[str, Family] = {}
     for name, family in solvers.items():
         made = family if isinstance(family, Solver) else family(1) if callable(family) else None
-        if isinstance(family, type) or not isinstance(made, Solver):
+        if not isinstance(made, Solver):
             raise TypeError(
                 f"solvers[{name!r}] must be a solver such as CG(5), or a function of the number of iterations that "
                 f"makes one such as lambda n: CG(n, None); got {family!r:.40}"
