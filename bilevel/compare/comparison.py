@@ -163,7 +163,7 @@ def _paces(known: KnownSystem, system: System, deadline: Deadline) -> tuple[floa
     functions = {"gradient": known.gradient, "product": lambda: system.operator(known.rights[0])}
     once = interleaved(functions, 1)
     each = once["gradient"].median + once["product"].median
-    repeats = max(3, min(31, int(0.03 * deadline.left() / max(each, 1e-9))))
+    repeats = max(3, min(15, int(0.03 * deadline.left() / max(each, 1e-9))))
     found = interleaved(functions, repeats, warm_up=0)
     return found["gradient"].median, found["product"].median
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bilevel import CG, Identity, Neumann, Params, Problem, functional_call, proximal, tree
 from bilevel.compare import SolverReport, compare_solvers, standard_solvers
 from bilevel.linear import Solver
-from tests.support.comparing import ALL, FEW, Point
+from tests.bilevel.compare.points import ALL, FEW, Point
 
 WELL = torch.linspace(0.5, 2.0, 12).tolist()
 ILL = torch.logspace(-3, 0, 12).tolist()
@@ -205,9 +205,9 @@ class TestNetworks:
 
     def test_all_systems_have_the_same_masks(self) -> None:
         """Of random masks, so that solvers and the reference are of one system: enough iterations are exact."""
-        report = of_network(Net(), solvers={"CG": lambda n: CG(n, None)}, iterations=(4, 30))
+        report = of_network(Net(), solvers={"CG": lambda n: CG(n, None)}, iterations=(25,))
         assert points(report, "CG")[-1]["error"]["median"] < 1e-4
-        again = of_network(Net(), solvers={"CG": lambda n: CG(n, None)}, iterations=(4, 30))
+        again = of_network(Net(), solvers={"CG": lambda n: CG(n, None)}, iterations=(25,))
         assert [p["errors"] for p in points(again, "CG")] == [p["errors"] for p in points(report, "CG")]
 
     def test_a_problem_that_does_not_compute_in_float64(self) -> None:
@@ -224,7 +224,7 @@ class TestNetworks:
         assert "the problem does not compute in float64 (only float32 here)" in report.advice[-1]
 
     def test_standard_solvers(self) -> None:
-        report = of_network(Net(), iterations=(1, 3))
+        report = of_network(Net(), iterations=(2,))
         assert {row["solver"] for row in report.figures["curves"]} == set(standard_solvers())
         assert not report.figures["cuts"]
         assert len(report.figures["successive"]) > 5
