@@ -162,8 +162,19 @@ class TestAdvice:
         report = compare(Point(WELL), solvers=None, seconds=1e-9)
         assert {row["solver"] for row in report.figures["curves"]} == {"CG", "Neumann"}
         assert all(len(row["points"]) == 1 for row in report.figures["curves"])
-        assert "The time of 1e-09 seconds did not suffice for all: CG ends at 1 iteration" in str(report)
-        assert "MINRES was not measured" in " ".join(str(report).split())
+        said = " ".join(str(report).split())
+        assert (
+            "The time of 1e-09 seconds did not suffice for all: only 1 of 2 upper batches were taken; CG ends" in said
+        )
+        assert "MINRES was not measured" in said
+
+    def test_a_reference_that_is_not_solved_names_no_solver(self) -> None:
+        report = compare(Point(torch.logspace(-6, 0, 40).tolist()), seconds=1e-9)
+        assert report.recommended is None
+        assert report.advice[0].startswith(
+            "No solver can be named: CG, which the others are measured against, was left"
+        )
+        assert "Give more seconds" in report.advice[0]
 
 
 class Net(Problem):
@@ -221,7 +232,7 @@ class TestNetworks:
 
         report = of_network(Writes(), solvers={"CG": lambda n: CG(n, None)})
         assert report.figures["facts"]["reference"]["dtype"] == "float32"
-        assert "the problem does not compute in float64 (only float32 here)" in report.advice[-1]
+        assert "The problem does not compute in float64 (only float32 here)" in report.advice[-1]
 
     def test_standard_solvers(self) -> None:
         report = of_network(Net(), iterations=(2,))
