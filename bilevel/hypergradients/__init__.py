@@ -25,15 +25,46 @@ from bilevel.hypergradients.result import (
 )
 from bilevel.hypergradients.sama import SAMA
 from bilevel.hypergradients.self_check.check import HypergradientCheck, check_hypergradient
+from bilevel.hypergradients.single_loop import (
+    BOME,
+    F2SA,
+    FSLA,
+    MASOBA,
+    MRBO,
+    SABA,
+    SOBA,
+    SRBA,
+    SUSTAIN,
+    TTSA,
+    AmIGO,
+    Estimate,
+    Point,
+    SingleLoop,
+    StocBiO,
+    directions,
+)
 from bilevel.hypergradients.system import System
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.updates.torch_updates import TorchUpdate, from_optimizer, restored_update, saved_update
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, Update
-from bilevel.lower import Tikhonov
+from bilevel.lower import Draw, Oracles, Partition, Tikhonov
 
 __all__ = [
+    "BOME",
+    "F2SA",
+    "FSLA",
+    "MASOBA",
+    "MRBO",
+    "SABA",
     "SAMA",
+    "SOBA",
+    "SRBA",
+    "SUSTAIN",
+    "TTSA",
     "AdamUpdate",
+    "AmIGO",
+    "Draw",
+    "Estimate",
     "Hypergradient",
     "HypergradientCheck",
     "Implicit",
@@ -42,12 +73,17 @@ __all__ = [
     "MethodState",
     "OnFailure",
     "OneStep",
+    "Oracles",
+    "Partition",
     "Penalty",
+    "Point",
     "Proposal",
     "SGDUpdate",
     "Setup",
+    "SingleLoop",
     "SolverError",
     "SolverWarning",
+    "StocBiO",
     "System",
     "Tikhonov",
     "TorchUpdate",
@@ -58,6 +94,7 @@ __all__ = [
     "check_hypergradient",
     "check_on_failure",
     "check_proposal",
+    "directions",
     "from_optimizer",
     "hypergradient",
     "linearize",

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bilevel import tree
 from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method, UpperStep, check_proposal, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
 from bilevel.linear import Solver
-from bilevel.lower import check_batch, check_batches, differentiates
+from bilevel.lower import Draw, check_batch, check_batches, differentiates
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -65,7 +67,8 @@ def hypergradient(
     check_variables("lower", lower)
     check_batches(lower_batches)
     check_batch("upper_batch", [upper_batch])
-    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), on_failure=on_failure)
+    draws = once_drawn(method, upper_batch, lower_batches)
+    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), *draws, on_failure=on_failure)
     result = propose_once(step, method)
     report_failure(result, on_failure)
     return result
@@ -73,14 +76,28 @@ def hypergradient(
 
 def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     """What a method proposes for a first and only upper step."""
-    with unwritten(step):
-        result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), step.upper).result
+    with unwritten(step.upper, step.lower):
+        proposal = method.propose(step, {}, method.prepare(step, {}))
+    result = check_proposal(method, proposal, step.upper, step.lower).result
     if result is None:
         raise ValueError(
             f"{type(method).__name__}: the Proposal has no hypergradient (result=None); this method can be used in a "
             "Trainer alone"
         )
     return result
+
+
+def once_drawn(
+    method: Method, upper_batch: Any, lower_batches: Sequence[Any]
+) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
+    """The samples of a method that draws its own: the given batches, again and again where they do not suffice."""
+    if not method.lower_draws:
+        return (), ()
+
+    def drawn(count: int, batches: Sequence[Any]) -> tuple[Draw, ...]:
+        return tuple(Draw(batches[k % len(batches)], int(torch.randint(2**31 - 1, ()))) for k in range(count))
+
+    return drawn(method.lower_draws, lower_batches), drawn(method.upper_draws, [upper_batch])
 
 
 def as_method(method: object) -> Method:

@@ -126,6 +126,7 @@ class Implicit(Method):
             damping=self.damping,
             tikhonov=self.tikhonov,
             implicit=self.implicit,
+            at_once=step.count == 1 or step.problem.curvature_depends_on_upper,
         )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:

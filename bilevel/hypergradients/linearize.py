@@ -93,8 +93,10 @@ def make_system(
     damping: float = 0.0,
     tikhonov: Tikhonov = 0.0,
     implicit: Selection | None = None,
+    at_once: bool = False,
 ) -> System:
-    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it."""
+    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it; `at_once` as for
+    `System`."""
     check_kind("problem", problem, Problem, "an instance of a Problem")
     tree.check_params("upper", upper)
     check_variables("lower", lower)
@@ -115,4 +117,5 @@ def make_system(
         damping=damping,
         tikhonov=tikhonov,
         implicit=names,
+        at_once=at_once,
     )

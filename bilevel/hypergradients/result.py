@@ -100,8 +100,8 @@ class SolvedSystem(Protocol):
     damping: float
     has_regularizer: bool
     lower_batches: tuple[object, ...]
-    batch_sums: tuple[str, ...]
 
+    def batch_sums(self) -> tuple[str, ...]: ...
     def standard_errors(self, x: Params) -> tuple[float, float] | None: ...
 
 

@@ -118,12 +118,14 @@ class Account:
         x: Params,
         residuals: tuple[float, float],
         ritz_range: tuple[float, float] | None = None,
+        iterations: int | None = None,
     ) -> Solution:
+        """What is told of the solve; `iterations` where not all of them are in the curve."""
         return Solution(
             x,
             status,
             residuals,
-            self.iterations,
+            self.iterations if iterations is None else iterations,
             self.operator.products,
             self.min_curvature,
             residual_curve=tuple(self.curve),

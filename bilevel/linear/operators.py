@@ -59,7 +59,8 @@ class MeanOperator(LinearOperator):
 
     def __call__(self, vector: Params) -> Params:
         total = reduce(tree.add, (op(vector) for op in self.operators))
-        return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
+        mean = total if len(self.operators) == 1 else tree.scale(1.0 / len(self.operators), total)
+        return distributed.mean_over_ranks(mean)
 
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return mean_and_error([op(vector) for op in self.operators])
@@ -192,9 +193,10 @@ def mean_and_error(parts: Sequence[Params]) -> tuple[Params, Tensor | None]:
     single batch. Each part is first averaged over the ranks, which have a share of each batch: all parts are exchanged.
     """
     parts = [distributed.mean_over_ranks(part) for part in parts]
-    mean, count = tree.scale(1.0 / len(parts), reduce(tree.add, parts)), len(parts)
+    count = len(parts)
     if count < 2:
-        return mean, None
+        return parts[0], None
+    mean = tree.scale(1.0 / count, reduce(tree.add, parts))
     deviations = torch.stack([tree.norm(tree.sub(part, mean)).square() for part in parts])
     return mean, (deviations.mean() / (count - 1)).sqrt()
 

@@ -74,9 +74,9 @@ class Solver(ABC):
         if x0 is not None:
             _check_start(x0, b)
         b = tree.detach(b)
-        if operator.agree(not tree.all_finite(b)):
-            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
         scale = tree.power_of_two(b)
+        if operator.agree(math.isnan(scale)):
+            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
         if scale == 0.0:
             return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
         unit = tree.scale(1.0 / scale, b)
@@ -91,10 +91,11 @@ class Solver(ABC):
             if solution.value is unit:
                 # Bit for bit, also where entries far below the largest do not survive the scaling.
                 return replace(solution, value=b)
-            value = tree.scale(scale, solution.value)
-            if not tree.all_finite(value):
+            value, size = tree.scale(scale, solution.value), float(tree.norm(solution.value))
+            within = size * scale < min(torch.finfo(leaf.dtype).max for leaf in b.values()) / 2
+            if not within and not tree.all_finite(value):
                 return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
-            relative_change, cosine = _compare(solution.value, unit)
+            relative_change, cosine = _compare(solution.value, size, unit)
         return replace(solution, value=value, relative_change=relative_change, cosine=cosine)
 
     @abstractmethod
@@ -160,8 +161,8 @@ def _unmeasured(solution: Solution) -> tuple[float, float]:
     return solution.residual_norms[0], math.nan
 
 
-def _compare(x: Params, b: Params) -> tuple[float, float]:
-    norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
+def _compare(x: Params, norm_x: float, b: Params) -> tuple[float, float]:
+    norm_b = float(tree.norm(b))
     relative_change = float(tree.norm(tree.sub(x, b))) / norm_b
     return relative_change, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
 

@@ -2,9 +2,12 @@
 
 from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
+from bilevel.lower.draws import Draw, Partition
 from bilevel.lower.objectives import LowerObjectives
+from bilevel.lower.oracles import FirstDerivatives, LowerParts, Oracles
 from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross
+from bilevel.lower.repeatable import repeatable
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.sampling import are_samples, halves
 from bilevel.lower.selection import (
@@ -27,10 +30,15 @@ from bilevel.lower.surroundings import (
 
 __all__ = [
     "BufferWatch",
+    "Draw",
     "Examination",
+    "FirstDerivatives",
     "LowerObjectives",
+    "LowerParts",
     "LowerSolver",
+    "Oracles",
     "OutOfTime",
+    "Partition",
     "PerProblem",
     "Resolved",
     "Selection",
@@ -54,6 +62,7 @@ __all__ = [
     "halves",
     "lower_derivatives",
     "lower_value",
+    "repeatable",
     "reweighted",
     "selected",
     "strided",

@@ -26,8 +26,7 @@ def upper_derivatives(
     """F, dF/dx and dF/dy over the lower variables `names`, averaged over the ranks."""
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
     with torch.enable_grad(), own_draws(), curvature_pass():
-        loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
-        examine_upper(problem, loss, x, y)
+        loss = upper_graph(problem, x, y, lower, batch)
     return _averaged(loss, x, y)
 
 
@@ -87,13 +86,25 @@ def training_derivatives(
 def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
     """G = L + lambda r on one batch, 0-d, writing no buffer; equal seeds give equal random masks."""
     with curvature_pass(seed):
-        loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
-        penalty = problem.regularizer(upper, lower)
-        if torch.is_grad_enabled():
-            _examine(problem, [loss] if penalty is None else [loss, penalty], upper, lower)
+        return lower_graph(problem, upper, lower, batch)
+
+
+def lower_graph(problem: Problem, upper: Params, lower: Params, batch: Any) -> Tensor:
+    """G = L + lambda r on one batch, 0-d, in the pass that surrounds the call."""
+    loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
+    penalty = problem.regularizer(upper, lower)
+    if torch.is_grad_enabled():
+        _examine(problem, [loss] if penalty is None else [loss, penalty], upper, lower)
     if penalty is None:
         return loss
     return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
+
+
+def upper_graph(problem: Problem, upper: Params, variables: Params, lower: Params, batch: Any) -> Tensor:
+    """F on one batch, 0-d, in the pass that surrounds the call; `variables` take the place of some of `lower`."""
+    loss = check_scalar("upper_objective", problem.upper_objective(upper, {**tree.detach(lower), **variables}, batch))
+    examine_upper(problem, loss, upper, variables)
+    return loss
 
 
 def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: Params) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ from bilevel.training.alternation import Alternation, restored
 from bilevel.training.buffers import WrittenBuffers
 from bilevel.training.callbacks import Callback, upper_record
 from bilevel.training.engine import Training
-from bilevel.training.level import Level
+from bilevel.training.level import Level, check_pair
 from bilevel.training.schedule import AlternatingSchedule
 
 
@@ -98,29 +97,7 @@ class Trainer(Training):
         self._now: Alternation | None = None
         self._buffers = WrittenBuffers()
         schedule.check_pairs(upper.params, lower.params)
-        if upper is lower:
-            raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
-        levels = {"upper": upper.params, "lower": lower.params}
-        named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
-        both = tree.overlapping(named)
-        if both is not None:
-            raise ValueError(
-                f"{both[0]} and {both[1]} share memory, so that a step of one level would move the other's variable; "
-                "give one of them a memory of its own, by clone() or copy.deepcopy(module)"
-            )
-        if upper.micro_batch is not None:
-            raise ValueError("upper: micro_batch is for the steps of the lower level; leave it out here")
-        if lower.micro_batch is not None and type(problem).lower_outputs is Problem.lower_outputs:
-            raise ValueError(
-                f"lower: micro_batch needs lower_outputs and lower_output_loss, which {type(problem).__name__} does "
-                "not define; define both, or leave micro_batch out"
-            )
-        if any(group.get("weight_decay", 0.0) for group in lower.optimizer.param_groups):
-            warnings.warn(
-                "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
-                "and the hypergradient is that of the objective without it",
-                stacklevel=2,
-            )
+        check_pair(problem, upper, lower)
         self._setup = Setup(
             problem,
             upper.params,
@@ -131,6 +108,8 @@ class Trainer(Training):
             schedule.lower_steps,
             lower.micro_batch,
             schedule.adaptation_every is not None,
+            lower.data.blocks,
+            upper.data.blocks,
         )
         if schedule.upper_steps:
             self.method.check(self._setup)
@@ -142,7 +121,8 @@ class Trainer(Training):
 
     @property
     def planned(self) -> dict[str, int]:
-        made = {"upper": self.schedule.upper_steps, "lower": self.schedule.lower_steps}
+        upper, lower = self.schedule.upper_steps, self.schedule.lower_steps
+        made = {"upper": upper, "lower": lower + upper * self.method.moves_lower}
         return {name: self.total * steps for name, steps in made.items()}
 
     @property
@@ -183,7 +163,8 @@ class Trainer(Training):
     @property
     def _lower_batches(self) -> int:
         steps, stored = self.schedule.lower_steps, self._stored_batches
-        return steps + stored if self.method.fresh_batches else max(steps, stored)
+        drawn = self.schedule.upper_steps * self.method.lower_draws
+        return drawn + (steps + stored if self.method.fresh_batches else max(steps, stored))
 
     def _lower_stage(self, now: Alternation) -> None:
         while now.lower < self.schedule.lower_steps:
@@ -243,7 +224,9 @@ class Trainer(Training):
         return LowerStep(variables, update, state, batch, seed, level.max_grad_norm, problem)
 
     def _upper_stage(self, now: Alternation) -> None:
-        steps, data = self.schedule.upper_steps, self.upper.data
+        steps, data = self.schedule.upper_steps, [self.upper.data]
+        if self.method.lower_draws:
+            data.append(self.lower.data)
         if now.upper == 0 and steps and interruption.may_come() and self.method.starts_anew(self._setup):
             now.fallback = self.state_dict()
         while now.upper < steps:
@@ -255,41 +238,61 @@ class Trainer(Training):
 
     @differentiates
     def _upper_step(self, now: Alternation) -> None:
-        upper, lower = self.upper, self.lower
+        upper, lower, method = self.upper, self.lower, self.method
         if now.upper == 0:
-            upper.data.begin_stage(self.schedule.upper_steps)
-        with unwritten(self._view(now, None)), batch_by_batch():
+            upper.data.begin_stage(self.schedule.upper_steps * method.upper_draws)
+        kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips and method.moves_lower else None
+        with unwritten(upper.params, lower.params), batch_by_batch(), self._buffers.noted():
             prepared = now.prepare(
-                lambda: self.method.prepare(self._view(now, None), self._method_state),
+                lambda: method.prepare(self._view(now), self._method_state),
                 always=self.problem.curvature_depends_on_upper,
             )
-            batch = upper.next_batch()
-            proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
-        proposal = check_proposal(self.method, proposal, upper.params)
+            view = self._drawn(self._view(now))
+            proposal = method.propose(view, self._method_state, prepared)
+        proposal = check_proposal(method, proposal, upper.params, lower.params)
         now.proposed = now.proposed or proposal.result is not None
+        also = proposal.checked
+        if also is None:
+            also = [tensor for tensor in tree.tensors_in(proposal.state) if tensor.is_floating_point()]
         record = self.apply(
             "upper",
             "upper",
             proposal.loss,
             proposal.gradient,
+            others={} if proposal.lower_gradient is None else {"lower": proposal.lower_gradient},
             limit_scale=proposal.norm_limit_scale,
-            also=[tensor for tensor in tree.tensors_in(proposal.state) if tensor.is_floating_point()],
+            also=also,
             before=lambda: self._report(proposal.result),
+            undo=lambda: self._put_back(kept),
             reason=proposal.result and proposal.result.failure,
         )
         if "skipped" not in record:
+            proposal.commit()
             self._method_state = proposal.state
-            self.problem.after_upper_step(upper.params, lower.params, batch, self.steps["upper"])
-        self.emit({**record, **upper_record(proposal.result)})
+            if method.moves_lower:
+                self.problem.after_lower_step(upper.params, lower.params, self.steps["lower"])
+            self.problem.after_upper_step(upper.params, lower.params, view.upper_batch, self.steps["upper"])
+        self.emit({**record, **upper_record(proposal.result), **proposal.record})
 
-    def _view(self, now: Alternation, batch: Any) -> UpperStep:
+    def _drawn(self, view: UpperStep) -> UpperStep:
+        """The step with its upper batch, and with samples of its own where the method draws such."""
+        method = self.method
+        if not method.lower_draws:
+            return replace(view, upper_batch=self.upper.next_batch())
+        lower = tuple(self.lower.draw() for _ in range(method.lower_draws))
+        upper = tuple(self.upper.draw() for _ in range(method.upper_draws))
+        return replace(view, upper_batch=upper[0].batch, lower_draws=lower, upper_draws=upper)
+
+    def _view(self, now: Alternation) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
             upper.params,
             lower.params,
-            batch,
+            None,
             tuple(now.stored),
+            lower_blocks=lower.data.blocks,
+            upper_blocks=upper.data.blocks,
             lower_steps=tuple(step for _, step in now.recorded),
             lower_update=lambda: from_optimizer(lower.optimizer, lower.params),
             lower_rate=lower.rate,
