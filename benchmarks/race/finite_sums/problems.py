@@ -1,12 +1,11 @@
-"""The three problems of benchmark_bilevel as finite sums: simulated quadratics, data cleaning, hyperparameter selection.
+"""The problems of benchmark_bilevel as finite sums: simulated quadratics, data cleaning, hyperparameter selection.
 
     F(x, y) = 1/m sum_j F_j(x, y),    G(x, y) = 1/n sum_i G_i(x, y)
 
-Recipes are those of https://github.com/benchopt/benchmark_bilevel (Dagreou et al., NeurIPS 2022), the numbers drawn here.
-Its MNIST and ijcnn1 are replaced by data that need no download. F(x, y*(x)) is found in float64 with y* solved exactly.
+The recipes are those of https://github.com/benchopt/benchmark_bilevel (Dagreou et al., NeurIPS 2022), the numbers are
+drawn here. Data that need no download take the place of its MNIST and ijcnn1.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
