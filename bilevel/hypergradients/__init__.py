@@ -3,6 +3,7 @@
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.linearize import linearize
+from bilevel.hypergradients.lower_solution import LowerSolution, lower_solution
 from bilevel.hypergradients.method import (
     LowerStep,
     Method,
@@ -11,16 +12,19 @@ from bilevel.hypergradients.method import (
     Setup,
     UpperStep,
     check_proposal,
+    check_serves,
     unwritten,
 )
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.penalty import Penalty
 from bilevel.hypergradients.result import (
+    AdjointSolve,
     Hypergradient,
     OnFailure,
     SolverError,
     SolverWarning,
     check_on_failure,
+    needed_tikhonov,
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
@@ -62,12 +66,14 @@ __all__ = [
     "SUSTAIN",
     "TTSA",
     "AdamUpdate",
+    "AdjointSolve",
     "AmIGO",
     "Draw",
     "Estimate",
     "Hypergradient",
     "HypergradientCheck",
     "Implicit",
+    "LowerSolution",
     "LowerStep",
     "Method",
     "MethodState",
@@ -94,10 +100,13 @@ __all__ = [
     "check_hypergradient",
     "check_on_failure",
     "check_proposal",
+    "check_serves",
     "directions",
     "from_optimizer",
     "hypergradient",
     "linearize",
+    "lower_solution",
+    "needed_tikhonov",
     "report_failure",
     "restored_update",
     "saved_update",

@@ -8,10 +8,10 @@ import torch
 from bilevel import tree
 from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, UpperStep, check_proposal, unwritten
+from bilevel.hypergradients.method import Method, UpperStep, check_proposal, check_serves, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
-from bilevel.linear import Solver
-from bilevel.lower import Draw, check_batch, check_batches, differentiates
+from bilevel.linear import GMRES, Solver
+from bilevel.lower import Draw, ResidualProblem, check_batch, check_batches, differentiates
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -37,7 +37,9 @@ def hypergradient(
     Args:
         upper, lower: variables x and y.
         method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of your own; a solver stands for
-            ``Implicit(solver)``. What a method carries from step to step in a `Trainer` starts afresh here.
+            ``Implicit(solver)``. For a `bilevel.lower.ResidualProblem` (a fixed point, a proximal problem, a root) the
+            default is ``Implicit(GMRES())``, and `Implicit` alone serves. What a method carries from step to step in a
+            `Trainer` starts afresh here.
         upper_batch: the batch of F.
         lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
             `Unrolled` the lower objective is their mean.
@@ -61,7 +63,8 @@ def hypergradient(
         RuntimeError: under torch.inference_mode.
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
-    method = as_method(method)
+    method = as_method(method, problem)
+    check_serves(method, problem)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)
     check_variables("lower", lower)
@@ -100,14 +103,15 @@ def once_drawn(
     return drawn(method.lower_draws, lower_batches), drawn(method.upper_draws, [upper_batch])
 
 
-def as_method(method: object) -> Method:
-    """The method that an argument stands for: itself, ``Implicit(solver)`` for a solver, ``Implicit()`` for None.
+def as_method(method: object, problem: Problem | None = None) -> Method:
+    """The method that an argument stands for: itself, ``Implicit(solver)`` for a solver, ``Implicit()`` for None, and
+    ``Implicit(GMRES())`` where `problem` is a `bilevel.lower.ResidualProblem`.
 
     Raises:
         TypeError: anything else.
     """
     if method is None:
-        return Implicit()
+        return Implicit(GMRES()) if isinstance(problem, ResidualProblem) else Implicit()
     if isinstance(method, Solver):
         return Implicit(method)
     if not isinstance(method, Method):

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import Hypergradient, OnFailure
 from bilevel.hypergradients.updates.update import State, Update
-from bilevel.lower import Draw, Partition
+from bilevel.lower import Draw, Partition, ResidualProblem
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -167,6 +167,16 @@ def check_proposal(method: "Method", proposal: object, upper: Params, lower: Par
     return proposal
 
 
+def check_serves(method: "Method", problem: Problem) -> None:
+    """Raise ValueError where the lower level is no smooth minimum, and the method is for these alone."""
+    if isinstance(problem, ResidualProblem) and not method.serves_residuals:
+        raise ValueError(
+            f"{type(method).__name__} differentiates the smooth minimum of a lower objective, and the lower level of "
+            f"{type(problem).__name__} is a fixed point, a proximal problem or a root; take "
+            "Implicit(GMRES()), which serves them all"
+        )
+
+
 @contextmanager
 def unwritten(upper: Params, lower: Params) -> Iterator[None]:
     """Raises where a variable is written to inside.
@@ -197,6 +207,10 @@ class Method(ABC):
 
     damping: float = 0.0
     """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the damped problem."""
+
+    serves_residuals: bool = False
+    """Whether the method serves lower levels that are no smooth minimum (`bilevel.lower.ResidualProblem`: fixed points,
+    proximal problems, roots). Others are refused with such a problem, in `hypergradient` and in a trainer."""
 
     fresh_batches: bool = False
     """Whether `UpperStep.lower_batches` are drawn after the alternation's lower steps, from the same data, instead of

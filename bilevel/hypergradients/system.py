@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import (
+    AdjointSolve,
     Hypergradient,
     OnFailure,
     check_on_failure,
@@ -36,6 +37,7 @@ from bilevel.linear import (
 )
 from bilevel.lower import (
     BufferWatch,
+    Examination,
     LowerObjectives,
     PerProblem,
     StaleSystemError,
@@ -46,6 +48,7 @@ from bilevel.lower import (
     differentiates,
     examine_cross,
     examine_curvature,
+    examine_response,
     halves,
     take_marks,
     upper_derivatives,
@@ -108,7 +111,7 @@ class System:
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = self._linearizations(self.lower_batches, living)
-        self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
+        self.curvature = self._examined()
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
@@ -234,6 +237,11 @@ class System:
         point = tree.detach(self.upper if upper is None else upper)
         return lambda v: loss.cross(v, point)
 
+    def check_response(self, upper: Params) -> None:
+        """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
+        problem and names that have once been reached, no more."""
+        examine_response(self.problem, upper, lambda: self._is_coupled or bool(self._reached_by_penalty(upper)))
+
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
         return float(tree.norm(self.gradient(upper)))
@@ -308,14 +316,30 @@ class System:
         objectives = [make(batch, self._objectives.seed + k) for k, batch in enumerate(batches)]
         return self.hvp.linearize_all(objectives, self.upper, self.variables(self.lower), resident=resident)
 
+    def _examined(self) -> Examination:
+        """What is known of second derivatives that the lower objective loses."""
+        return examine_curvature(self.problem, self.upper, self.lower, self.lower_batches[0], self.implicit, self.hvp)
+
+    def flaw(self) -> str | None:
+        """In words, what makes the theorem's assumptions doubtful at this point, None where nothing is known to."""
+        return None
+
+    def active_set(self) -> Tensor | None:
+        """Which pieces of a proximal map y lies on (`Hypergradient.active_set`); None for other kinds."""
+        return None
+
     def _build_operator(self, point: Params) -> LinearOperator:
+        operator = self._without_tikhonov(point)
+        if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
+            operator = TikhonovOperator(operator, self.tikhonov)
+        return operator
+
+    def _without_tikhonov(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
         operator: LinearOperator = MeanOperator(losses)
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
-        if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
-            operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
     def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
@@ -353,15 +377,40 @@ def through_system(
     """
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
+        implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
+    return Hypergradient(
+        tree.add(direct, implicit_part),
+        direct,
+        implicit_part,
+        loss,
+        made.solution,
+        made.stationarity,
+        noise=made.noise,
+        failure=made.failure,
+        warning=made.warning,
+        active_set=system.active_set(),
+    )
+
+
+def adjoint(
+    system: System,
+    v: Params,
+    upper: Params,
+    direct: Params | None = None,
+    *,
+    solve: Callable[[Params], Solution],
+    on_failure: OnFailure,
+) -> tuple[Params, AdjointSolve]:
+    """-(cross term) x, where `solve` gives x for v, and what is known about it; `direct` is what it is added to."""
+    with curvature_surroundings():
         solution = solve(v)
         implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
         gradient, noise = system.gradient_and_noise(upper)
         failed = solve_failure(system, solution, v, on_failure)
-    grad = tree.add(direct, implicit_part)
+    direct = tree.zeros_like(implicit_part) if direct is None else direct
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(lost, failed or finite_failure(direct, implicit_part, grad))
+    not_finite = finite_failure(direct, implicit_part, tree.add(direct, implicit_part))
+    failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return Hypergradient(
-        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
-    )
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning)

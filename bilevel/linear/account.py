@@ -17,7 +17,8 @@ class CountedOperator(LinearOperator):
     """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        self.operator, self.exact, self.products = operator, operator.exact, 0
+        self.operator, self.exact, self.symmetric = operator, operator.exact, operator.symmetric
+        self.products = 0
 
     def __call__(self, vector: Params) -> Params:
         self.products += 1

@@ -13,14 +13,17 @@ from bilevel.tree import Params
 
 
 class LinearOperator(ABC):
-    """A symmetric linear map on trees of one structure.
+    """A linear map on trees of one structure.
 
     Attributes:
         exact: whether products are linear to rounding; False for finite differences, whose residuals a solver
             then measures instead of updating them.
+        symmetric: whether the map is its own transpose, as the Hessian of an objective is; solvers that rest on it
+            refuse the others.
     """
 
     exact: bool = True
+    symmetric: bool = True
 
     @abstractmethod
     def __call__(self, vector: Params) -> Params:
@@ -40,8 +43,8 @@ class LinearOperator(ABC):
 class FunctionOperator(LinearOperator):
     """A plain function as an operator."""
 
-    def __init__(self, function: Callable[[Params], Params], *, exact: bool = True) -> None:
-        self.function, self.exact = function, exact
+    def __init__(self, function: Callable[[Params], Params], *, exact: bool = True, symmetric: bool = True) -> None:
+        self.function, self.exact, self.symmetric = function, exact, symmetric
 
     def __call__(self, vector: Params) -> Params:
         return self.function(vector)
@@ -56,6 +59,7 @@ class MeanOperator(LinearOperator):
             raise ValueError("MeanOperator: the mean over no operators is not defined")
         self.operators = tuple(operators)
         self.exact = all(op.exact for op in operators)
+        self.symmetric = all(op.symmetric for op in operators)
 
     def __call__(self, vector: Params) -> Params:
         total = reduce(tree.add, (op(vector) for op in self.operators))
@@ -70,11 +74,12 @@ class MeanOperator(LinearOperator):
 
 
 class _Combined(LinearOperator):
-    """Shares `exact` and `agree` among operators that are made of others."""
+    """Shares `exact`, `symmetric` and `agree` among operators that are made of others."""
 
     def __init__(self, *operators: LinearOperator) -> None:
         self.operators = operators
         self.exact = all(op.exact for op in operators)
+        self.symmetric = all(op.symmetric for op in operators)
 
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,11 +16,14 @@ from bilevel.tree import Params
 
 
 class Solver(ABC):
-    """Solves A x = b for a symmetric operator A. A solver is a frozen set of options and holds no state of its own.
+    """Solves A x = b. A solver is a frozen set of options and holds no state of its own.
 
     Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1 and 2 (up to the
-    extremes that `tree.power_of_two` names).
+    extremes that `tree.power_of_two` names), and A symmetric unless the subclass says otherwise.
     """
+
+    needs_symmetric: ClassVar[bool] = True
+    """Whether the method rests on a symmetric A. Where it does, operators that are not symmetric are refused."""
 
     @property
     def learns(self) -> bool:
@@ -67,9 +70,10 @@ class Solver(ABC):
 
         Raises:
             TypeError: an operator that cannot be called, or a b or x0 that is not Params.
-            ValueError: x0 with other names or shapes than b.
+            ValueError: x0 with other names or shapes than b; an operator that is not symmetric, where that is needed.
         """
         operator = as_operator(operator)
+        self.check_symmetry(operator.symmetric)
         tree.check_params("b", b)
         if x0 is not None:
             _check_start(x0, b)
@@ -97,6 +101,15 @@ class Solver(ABC):
                 return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
             relative_change, cosine = _compare(solution.value, size, unit)
         return replace(solution, value=value, relative_change=relative_change, cosine=cosine)
+
+    def check_symmetry(self, symmetric: bool) -> None:
+        """Raise ValueError where the operator is not symmetric and the method rests on it."""
+        if self.needs_symmetric and not symmetric:
+            raise ValueError(
+                f"{type(self).__name__} needs a symmetric operator, and this one is not: that of a lower level which "
+                "is a fixed point, a proximal problem or a root is not symmetric. Take GMRES(), AdjointIteration() "
+                "where the map contracts, or Dense() where the variables are few"
+            )
 
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.lower.kinds.fields import training_residual
+from bilevel.lower.kinds.proximal import ProximalProblem
+from bilevel.lower.kinds.residual import ResidualProblem
 from bilevel.lower.objectives import check_scalar
 from bilevel.lower.reach import (
     cross_examined,
@@ -51,13 +54,16 @@ def training_derivatives(
     write_buffers: bool = True,
 ) -> tuple[Tensor, Params]:
     """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
-    writes buffers and draws random masks from the default generators.
+    writes buffers and draws random masks from the default generators. Of a fixed point or a root, the norm of the
+    residual S and S.
 
     Args:
         micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
         seed: random masks are those of `lower_value` with this seed; None draws them from the default generators.
         write_buffers: False makes a pass with a seed leave them.
     """
+    if isinstance(problem, ResidualProblem) and not isinstance(problem, ProximalProblem):
+        return training_residual(problem, upper, lower, batch, seed=seed, write_buffers=write_buffers)
     x, y = tree.detach(upper), tree.as_variables(lower)
     if micro_batch is None:
         with own_draws() if seed is None else training_pass(seed, write_buffers=write_buffers):
@@ -102,7 +108,8 @@ def lower_graph(problem: Problem, upper: Params, lower: Params, batch: Any) -> T
 
 def upper_graph(problem: Problem, upper: Params, variables: Params, lower: Params, batch: Any) -> Tensor:
     """F on one batch, 0-d, in the pass that surrounds the call; `variables` take the place of some of `lower`."""
-    loss = check_scalar("upper_objective", problem.upper_objective(upper, {**tree.detach(lower), **variables}, batch))
+    everything = {name: variables[name] if name in variables else leaf.detach() for name, leaf in lower.items()}
+    loss = check_scalar("upper_objective", problem.upper_objective(upper, everything, batch))
     examine_upper(problem, loss, upper, variables)
     return loss
 

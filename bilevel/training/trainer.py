@@ -23,6 +23,7 @@ from bilevel.hypergradients import (
     as_method,
     check_on_failure,
     check_proposal,
+    check_serves,
     from_optimizer,
     report_failure,
     unwritten,
@@ -36,6 +37,7 @@ from bilevel.training.buffers import WrittenBuffers
 from bilevel.training.callbacks import Callback, upper_record
 from bilevel.training.engine import Training
 from bilevel.training.level import Level, check_pair
+from bilevel.training.lower_kinds import check_lower_kind, finish_step
 from bilevel.training.schedule import AlternatingSchedule
 
 
@@ -43,7 +45,8 @@ from bilevel.training.schedule import AlternatingSchedule
 class Trainer(Training):
     """Alternates between the levels of a bilevel problem (BiSSL, Algorithm 1, for any `Problem` and `Method`).
 
-    In each alternation: `lower_steps` steps on ``L + lambda r``; if the schedule says so, the adaptation of the upper
+    In each alternation: `lower_steps` steps on ``L + lambda r`` (along y - T or S for fixed points and roots, with the
+    proximal map after each for a `bilevel.lower.ProximalProblem`); if the schedule says so, the adaptation of the upper
     variables; then `upper_steps` steps along what the method proposes. Optimizers, schedules and data live as long as
     the trainer. Variables change in place.
 
@@ -89,7 +92,7 @@ class Trainer(Training):
         check_kind("problem", problem, Problem, "an instance of a Problem")
         check_kind("schedule", schedule, AlternatingSchedule, "an AlternatingSchedule")
         check_on_failure(on_failure)
-        self.problem, self.schedule, self.method = problem, schedule, as_method(method)
+        self.problem, self.schedule, self.method = problem, schedule, as_method(method, problem)
         self.upper, self.lower = upper, lower
         self._on_failure: OnFailure = on_failure
         self._warned, self._flagged = False, 0
@@ -97,6 +100,8 @@ class Trainer(Training):
         self._now: Alternation | None = None
         self._buffers = WrittenBuffers()
         schedule.check_pairs(upper.params, lower.params)
+        check_serves(self.method, problem)
+        check_lower_kind(problem, lower)
         check_pair(problem, upper, lower)
         self._setup = Setup(
             problem,
@@ -128,7 +133,7 @@ class Trainer(Training):
     @property
     def failures(self) -> Counter[str]:
         """Of `solves`, those that did not do what was asked, by the name of their `Status`; and "FLAGGED", upper steps
-        whose hypergradient has a failure that is no solve's (lost curvature)."""
+        whose hypergradient has a failure that is no solve's (lost curvature, a y that is no fixed point)."""
         failed = {name: count for name, count in self.solves.items() if not Status[name].ok}
         return Counter({**failed, "FLAGGED": self._flagged} if self._flagged else failed)
 
@@ -199,8 +204,10 @@ class Trainer(Training):
                 micro_batch=lower.micro_batch,
                 seed=None if made is None else made.seed,
             )
+        finish = finish_step(self.problem, upper, lower)
         record = self.apply("lower", "lower", loss, gradient, undo=lambda: self._put_back(kept))
         if "skipped" not in record:
+            finish()
             self.problem.after_lower_step(upper, lower.params, self.steps["lower"])
             if made is not None:
                 now.recorded.append((now.drawn - 1, replace(made, autocast=around) if casts or around else made))
