@@ -1,17 +1,10 @@
 """What every benchmark needs: the machine, interleaved timings, peak memory, kept figures, the common options."""
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import re
 import socket
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bilevel import __version__
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One number for each repeat: seconds, or multiples of another timing of the same repeats."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    @property
-    def q1(self) -> float:
-        return self._quartile(0)
-
-    @property
-    def q3(self) -> float:
-        return self._quartile(2)
-
-    def over(self, other: "Timing") -> "Timing":
-        """Multiples of `other`, repeat by repeat, so that a slow moment of the machine divides out."""
-        return Timing(tuple(a / b for a, b in zip(self.samples, other.samples, strict=True)))
-
-    def record(self) -> dict[str, float]:
-        return {"median": self.median, "q1": self.q1, "q3": self.q3}
-
-    def _quartile(self, index: int) -> float:
-        if len(self.samples) == 1:
-            return self.samples[0]
-        return statistics.quantiles(self.samples, n=4, method="inclusive")[index]
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, where one is in use."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, Timing]:
-    """Seconds of each function, all of them once in every repeat, after `warm_up` rounds that do not count."""
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(-warm_up, repeats):
-        for name, function in functions.items():
-            synchronize()
-            start = time.perf_counter()
-            function()
-            synchronize()
-            if repeat >= 0:
-                samples[name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+from bilevel.compare import Timing as Timing
+from bilevel.compare import interleaved as interleaved
+from bilevel.compare import machine
+from bilevel.compare import synchronize as synchronize
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -100,30 +46,9 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     return peak
 
 
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", information.read_text(encoding="utf-8"), re.M)
-        if match:
-            return match[1]
-    return platform.processor() or platform.machine()
-
-
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    place = torch.device(device)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "bilevel": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-    }
+    return {"bilevel": __version__, **machine(device)}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

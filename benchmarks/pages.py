@@ -2,23 +2,12 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-def number(value: float) -> str:
-    """Two digits from 0.01 up to 100, else one and the power of ten."""
-    if value == 0.0:
-        return "0"
-    if 0.01 <= abs(value) < 100.0:
-        return f"{value:.2g}"
-    return re.sub(r"e([+-])0*(\d)", lambda m: f"e{'-' if m[1] == '-' else ''}{m[2]}", f"{value:.0e}")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+from bilevel.compare import number as number
+from bilevel.compare import table as table
 
 
 def conditions(figures: Mapping[str, Any]) -> str:

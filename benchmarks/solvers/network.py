@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import Timing, interleaved
 from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, functional_call, linearize, proximal
+from bilevel.compare import lower_gradient, relative
 from bilevel.linear import Diagonal, Escalating, FunctionOperator, LinearOperator, Solver
 from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 
@@ -171,10 +172,6 @@ def split(vector: Tensor, like: Params) -> Params:
     return {name: part.reshape(leaf.shape) for (name, leaf), part in zip(like.items(), parts, strict=True)}
 
 
-def relative(x: Tensor, reference: Tensor) -> float:
-    return float((x - reference).norm() / reference.norm())
-
-
 @dataclass(frozen=True)
 class Spectra:
     """Dense Hessians of the two disjoint sets of batches."""
@@ -252,19 +249,13 @@ def products(setting: Setting, dtype: torch.dtype, repeats: int) -> tuple[dict[s
     lower = {name: value.to(dtype) for name, value in setting.lower.items()}
     w = {name: value.to(dtype) for name, value in setting.right_hand_sides()[0].items()}
     batch, problem = setting.batches[0].to(dtype), setting.problem(0.0)
-    functions: dict[str, Callable[[], Params]] = {"gradient": lambda: gradient(problem, lower, batch)}
+    functions: dict[str, Callable[[], Params]] = {"gradient": lambda: lower_gradient(problem, lower, lower, batch)}
     for name, provider in PROVIDERS.items():
         operator = linearize(problem, lower, lower, [batch], hvp=provider).operator
         functions[name] = lambda operator=operator: operator(w)
     values = {name: joined(functions[name]()).double() for name in PROVIDERS}
     seconds = interleaved(functions, repeats)
     return values, {name: seconds[name].over(seconds["gradient"]) for name in PROVIDERS}
-
-
-def gradient(problem: Problem, lower: Params, batch: Tensor) -> Params:
-    """What a time is compared with: one plain gradient."""
-    y = {name: value.detach().requires_grad_() for name, value in lower.items()}
-    return dict(zip(y, torch.autograd.grad(problem.lower_objective({}, y, batch), list(y.values())), strict=True))
 
 
 def settings(*, quick: bool) -> dict[str, Setting]:

@@ -24,11 +24,11 @@ import torch
 
 from benchmarks import measuring
 from benchmarks.solvers import curves as solvers_curves
-from benchmarks.solvers import figure as solvers_figure
 from benchmarks.solvers import network as solvers_network
 from benchmarks.solvers import systems as solvers_systems
 from benchmarks.solvers import tables as solvers_tables
 from benchmarks.solvers import trajectory as solvers_trajectory
+from bilevel.compare import SUCCESSIVE_HEADER, curves, curves_header, names, picture, successive
 
 
 def measure(*, quick: bool, device: torch.device) -> dict[str, Any]:
@@ -51,11 +51,19 @@ def measure(*, quick: bool, device: torch.device) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """The main results, as tables on the terminal."""
-    rows = figures["curves"]["curves"]
-    for system in dict.fromkeys(row["system"] for row in rows):
-        measuring.show(system, solvers_tables.CURVES_HEADER, solvers_tables.curves(rows, system))
+    rows, columns = figures["curves"]["curves"], solvers_curves.COLUMNS
+    for system in names(rows, "system"):
+        measuring.show(system, curves_header(columns), curves(rows, system, columns))
     title = f"{len(figures['curves']['successive'][0]['products'])} right-hand sides one after the other"
-    measuring.show(title, solvers_tables.SUCCESSIVE_HEADER, solvers_tables.successive(figures["curves"]["successive"]))
+    measuring.show(title, SUCCESSIVE_HEADER, successive(figures["curves"]["successive"]))
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Write the picture of the curves."""
+    rows = figures["curves"]
+    later = [name for name in names(rows, "system") if name.startswith(solvers_curves.LATER)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(picture(rows, noise={solvers_curves.BISSL: figures["noise"]}, later=later), encoding="utf-8")
 
 
 def update(pages: list[Path], figures: dict[str, Any], *, check: bool) -> bool:
@@ -93,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = measure(quick=options.quick, device=options.device)
     measuring.write_json(options.json, figures)
     if options.figure:
-        solvers_figure.draw(figures["curves"], options.figure)
+        draw(figures["curves"], options.figure)
     if options.docs:
         return 0 if update(options.docs, figures, check=options.check) else 1
     show(figures)

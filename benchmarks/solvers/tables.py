@@ -4,22 +4,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.measuring import Timing
-from benchmarks.pages import number, table
-from benchmarks.solvers.curves import TOLERANCES, to_tolerance
+from benchmarks.solvers.curves import COLUMNS
 from benchmarks.solvers.systems import verdict
-from bilevel import Status
+from bilevel.compare import (
+    SUCCESSES,
+    SUCCESSIVE_HEADER,
+    curves_tables,
+    names,
+    number,
+    spread_of,
+    successive,
+    table,
+    words,
+)
 
 Figures = dict[str, Any]
-SUCCESSES = {status.name for status in Status if status.ok}
-
-
-def words(status: str) -> str:
-    return status.lower().replace("_", " ")
-
-
-def _names(rows: Sequence[Figures], key: str) -> list[Any]:
-    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _unique(values: Sequence[str]) -> list[str]:
@@ -51,16 +50,16 @@ def systems(rows: Sequence[Figures], solvers: Sequence[str]) -> str:
     first = rows[0]["provider"]
     body = [
         [case, *(_outcome(_one(rows, case=case, solver=solver, provider=first)) for solver in solvers)]
-        for case in _names(rows, "case")
+        for case in names(rows, "case")
     ]
     return table(["system", *solvers], body)
 
 
 def outcomes(rows: Sequence[Figures]) -> str:
     """Over all providers: how the solves of each case end."""
-    solvers = _names(rows, "solver")
+    solvers = names(rows, "solver")
     body = []
-    for case in _names(rows, "case"):
+    for case in names(rows, "case"):
         cells = []
         for solver in solvers:
             found = [verdict(row) for row in rows if (row["case"], row["solver"]) == (case, solver)]
@@ -73,75 +72,16 @@ def outcomes(rows: Sequence[Figures]) -> str:
 def outcomes_by_solver(rows: Sequence[Figures]) -> str:
     """Every case with every provider, one table a solver."""
     parts = []
-    for solver in _names(rows, "solver"):
+    for solver in names(rows, "solver"):
         parts.append(f"### {solver}\n\n{system_providers(rows, solver)}")
     return "\n\n".join(parts)
 
 
-def spread(timing: Timing) -> str:
-    """Median and quartiles, these left out where they round to the median."""
-    middle, low, high = (_plain(value) for value in (timing.median, timing.q1, timing.q3))
-    return middle if low == high == middle else f"{middle} ({low} to {high})"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3g}" if value < 1000.0 else f"{value:.0f}"
-
-
-CURVES_HEADER = (
-    "solver",
-    *(f"first, to {number(tolerance)}: {what}" for tolerance in TOLERANCES for what in ("products", "gradients")),
-    *(f"later, to {number(TOLERANCES[1])}: {what}" for what in ("products", "gradients")),
-    "smallest error",
-)
-
-
-def curves(rows: Sequence[Figures], system: str) -> list[list[str]]:
-    """Products and gradients to the tolerances, first and later right-hand sides, of every solver on one system."""
-    body = []
-    for solver in _names(rows, "solver"):
-        first, later = (_one(rows, system=system, solver=solver, use=use) for use in ("first", "later"))
-        cells = []
-        for row, tolerance in ((first, TOLERANCES[0]), (first, TOLERANCES[1]), (later, TOLERANCES[1])):
-            found = to_tolerance(row, tolerance)
-            cells += ["–", "–"] if found is None else [spread(found["products"]), spread(found["gradients"])]
-        smallest = min(point["error"]["median"] for point in first["points"])
-        status = first["points"][-1]["status"]
-        remark = "" if status in SUCCESSES else f", {words(status)}"
-        body.append([solver, *cells, number(smallest) + remark])
-    return body
-
-
-def all_curves(rows: Sequence[Figures]) -> str:
-    systems_there = _names(rows, "system")
-    return "\n\n".join(f"**{name}**\n\n{table(CURVES_HEADER, curves(rows, name))}" for name in systems_there)
-
-
-SUCCESSIVE_HEADER = ("solver", "products", "time in gradients", "median error", "largest error")
-
-
-def successive(rows: Sequence[Figures]) -> list[list[str]]:
-    """Products of the first right-hand side and of each of the others, and what they came to."""
-    body = []
-    for row in rows:
-        first, *others = row["products"]
-        listed = f"{sum(row['products'])} = {first} + {' + '.join(map(str, others))}"
-        remark = [words(status) for status in row["statuses"] if status not in SUCCESSES]
-        time = spread_of(row["gradients"])
-        body.append([row["solver"], listed, time, ", ".join([number(row["error"]), *remark]), number(row["worst"])])
-    return body
-
-
-def spread_of(record: Mapping[str, float]) -> str:
-    """As `spread`, from the kept numbers."""
-    return spread(Timing((record["q1"], record["q1"], record["median"], record["q3"], record["q3"])))
-
-
 def system_providers(rows: Sequence[Figures], solver: str) -> str:
-    providers = _names(rows, "provider")
+    providers = names(rows, "provider")
     body = [
         [case, *(_outcome(_one(rows, case=case, solver=solver, provider=provider)) for provider in providers)]
-        for case in _names(rows, "case")
+        for case in names(rows, "case")
     ]
     return table(["system", *(f"`{provider}`" for provider in providers)], body)
 
@@ -156,18 +96,18 @@ def network_systems(figures: Figures) -> str:
 
 def network_solvers(figures: Figures) -> str:
     rows = figures["solvers"]
-    weights = _names(rows, "c")
+    weights = names(rows, "c")
     body = [
         [f"`{solver}`", *(_outcome(_one(rows, solver=solver, c=c)) for c in weights)]
-        for solver in _names(rows, "solver")
+        for solver in names(rows, "solver")
     ]
     return table(["solver", *(f"c = {c:g}" for c in weights)], body)
 
 
 def network_providers(rows: Sequence[Figures]) -> str:
-    settings = [(activation, dtype) for activation in _names(rows, "activation") for dtype in _names(rows, "dtype")]
+    settings = [(activation, dtype) for activation in names(rows, "activation") for dtype in names(rows, "dtype")]
     body = []
-    for provider in _names(rows, "provider"):
+    for provider in names(rows, "provider"):
         found = [_one(rows, provider=provider, activation=a, dtype=d) for a, d in settings]
         times, errors = [spread_of(row["gradients"]) for row in found], [number(row["error"]) for row in found]
         body.append([f"`{provider}`", *(f"{error} · {time}" for error, time in zip(errors, times, strict=True))])
@@ -175,11 +115,11 @@ def network_providers(rows: Sequence[Figures]) -> str:
 
 
 def trajectory(rows: Sequence[Figures], error: str) -> str:
-    steps = _names(rows, "steps")
+    steps = names(rows, "steps")
     first = rows[0]["method"]
     norms = [number(_one(rows, method=first, steps=t)["stationarity"]) for t in steps]
     body = [["norm of the lower gradient", *norms, ""]]
-    for method in _names(rows, "method"):
+    for method in names(rows, "method"):
         found = [_one(rows, method=method, steps=t) for t in steps]
         body.append([method, *(number(row[error]) for row in found), str(found[-1]["evaluations"])])
     return table(["hypergradient", *(f"T = {t}" for t in steps), f"evaluations of L at T = {steps[-1]}"], body)
@@ -197,11 +137,11 @@ def conditions(figures: Figures) -> str:
 
 def tables(figures: Figures) -> dict[str, str]:
     """Every table by the name in its markers."""
-    network, solvers = figures["network"], _names(figures["systems"], "solver")
+    network, solvers = figures["network"], names(figures["systems"], "solver")
     noise = f"Distance of the exact solutions from two disjoint sets of batches: {number(figures['curves']['noise'])}."
     return {
         "conditions": conditions(figures),
-        "curves": all_curves(figures["curves"]["curves"]),
+        "curves": curves_tables(figures["curves"]["curves"], COLUMNS),
         "successive": f"{table(SUCCESSIVE_HEADER, successive(figures['curves']['successive']))}\n\n{noise}",
         "systems": systems(figures["systems"], solvers[:5]),
         "systems-others": systems(figures["systems"], solvers[5:]),

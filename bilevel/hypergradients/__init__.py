@@ -24,6 +24,7 @@ from bilevel.hypergradients.result import (
     SolverError,
     SolverWarning,
     check_on_failure,
+    needed_tikhonov,
     report_failure,
 )
 from bilevel.hypergradients.sama import SAMA
@@ -105,6 +106,7 @@ __all__ = [
     "hypergradient",
     "linearize",
     "lower_solution",
+    "needed_tikhonov",
     "report_failure",
     "restored_update",
     "saved_update",

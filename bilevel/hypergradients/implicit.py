@@ -125,7 +125,8 @@ class Implicit(Method):
         provider = as_provider(self.hvp)
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
-        return self.system(step.problem, step.upper, step.lower, step.lower_batches, provider)
+        at_once = step.count == 1 or step.problem.curvature_depends_on_upper
+        return self.system(step.problem, step.upper, step.lower, step.lower_batches, provider, at_once=at_once)
 
     def system(
         self,
@@ -134,8 +135,10 @@ class Implicit(Method):
         lower: Params,
         lower_batches: Sequence[Any],
         provider: HVPProvider | None = None,
+        *,
+        at_once: bool = False,
     ) -> System:
-        """The linear system at (upper, lower), whose `provider` stands for `hvp`."""
+        """The linear system at (upper, lower), whose `provider` stands for `hvp`; `at_once` as for `make_system`."""
         return make_system(
             problem,
             upper,
@@ -146,7 +149,7 @@ class Implicit(Method):
             damping=self.damping,
             tikhonov=self.tikhonov,
             implicit=self.implicit,
-            at_once=step.count == 1 or step.problem.curvature_depends_on_upper,
+            at_once=at_once,
         )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:

@@ -148,7 +148,11 @@ def _bounds(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnF
     known = _of_type.setdefault(type(system.problem), {}) if shared else _of_problem.of(system.problem)
     settings = repr((system.tikhonov, system.damping, [(name, tuple(leaf.shape)) for name, leaf in b.items()]))
     kept, met = known.get(settings), _met(solution)
-    if kept is not None and met[0] + _term(kept) >= _SINGULAR * _size(kept) and met[1] <= _MARGIN * _size(kept):
+    if (
+        kept is not None
+        and met[0] + needed_tikhonov(kept) >= _SINGULAR * _size(kept)
+        and met[1] <= _MARGIN * _size(kept)
+    ):
         return kept
     with torch.no_grad():
         found = spectrum_bounds(system.operator, b)
@@ -169,8 +173,8 @@ def _size(bounds: Bounds) -> float:
     return max(-bounds[0], bounds[1])
 
 
-def _term(bounds: Bounds) -> float:
-    """What to add to A within these bounds for it to be positive definite."""
+def needed_tikhonov(bounds: Bounds) -> float:
+    """What to add to A, whose eigenvalues lie within these bounds, for it to be positive definite."""
     if bounds[0] > _SINGULAR * _size(bounds):
         return 0.0
     return max(-_MARGIN * bounds[0], _LEAST_TERM * _size(bounds)) or 1.0
@@ -183,7 +187,7 @@ def _remedy(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnF
     bounds = _bounds(system, solution, b, on_failure)
     if bounds is None:
         return None
-    more, high = _term(bounds), bounds[1]
+    more, high = needed_tikhonov(bounds), bounds[1]
     advice, term = [], system.tikhonov
     if more > 0.0:
         add = f"add about {_rounded(more):g} to tikhonov of every implicit variable"

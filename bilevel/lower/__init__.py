@@ -1,6 +1,6 @@
 """The lower level's objective and its derivatives, and whether they are still those of the present variables."""
 
-from bilevel.lower.curvature import Examination, examine_curvature, thorough_examinations
+from bilevel.lower.curvature import Examination, examine_curvature, in_double_precision, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
 from bilevel.lower.draws import Draw, Partition
 from bilevel.lower.kinds.fields import ProximalPoint, largest_entry, mean_residual, residual_field, training_residual
@@ -83,6 +83,7 @@ __all__ = [
     "examine_curvature",
     "examine_response",
     "halves",
+    "in_double_precision",
     "largest_entry",
     "lower_derivatives",
     "lower_value",

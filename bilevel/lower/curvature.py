@@ -223,7 +223,7 @@ class _Subject:
     def _compared(self, batch: Any, found: Examination) -> Examination:
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
         doubt, errors = "", list[CurvatureErrors]()
-        with _unchanged_attributes(self.problem), DoublePrecision():
+        with in_double_precision(self.problem):
             try:
                 subject._graph(batch)
             except Exception as error:
@@ -262,6 +262,14 @@ class _Subject:
 
     def _point(self) -> Params:
         return {name: self.lower[name].detach() for name in self.names}
+
+
+@contextmanager
+def in_double_precision(problem: Problem) -> Iterator[None]:
+    """Inside, the problem's objectives compute in float64 from float64 variables (`DoublePrecision`), and what its
+    modules make of that precision and keep is gone afterwards."""
+    with _unchanged_attributes(problem), DoublePrecision():
+        yield
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import bilevel
-from benchmarks.measuring import Timing
 from benchmarks.solvers import network as solvers_network
 from benchmarks.solvers import run as benchmark
 from benchmarks.solvers import systems as solvers_systems
@@ -82,12 +81,6 @@ def test_page_without_markers_is_refused() -> None:
             solvers_tables.insert(page, {"systems": "| a |"})
 
 
-def test_spread() -> None:
-    assert solvers_tables.spread(Timing((12.0, 12.0, 12.0))) == "12"
-    assert solvers_tables.spread(Timing((1.0, 2.0, 3.0, 4.0, 5.0))) == "3 (2 to 4)"
-    assert solvers_tables.spread_of({"median": 3.0, "q1": 2.0, "q3": 4.0}) == "3 (2 to 4)"
-
-
 def test_verdicts() -> None:
     row = {"status": "CONVERGED", "products": 3, "residual": 1e-9, "shifted": False, "provider": "FiniteDifference()"}
     assert solvers_systems.verdict(row) == "right"
@@ -103,14 +96,6 @@ def test_every_combination_is_right_or_reported() -> None:
     assert len(rows) == len(solvers_systems.cases()) * len(solvers_systems.SOLVERS) * len(solvers_systems.PROVIDERS)
     assert not [row for row in rows if solvers_systems.verdict(row) == "wrong"]
     assert {row["solver"] for row in rows if solvers_systems.verdict(row) == "unchecked"} == {"Identity"}
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (5.04e-9, "5e-9"), (1.0, "1"), (0.0123, "0.012"), (45.2, "45"), (4.1e12, "4e12"), (0.00999, "1e-2")],
-)
-def test_numbers(value: float, text: str) -> None:
-    assert solvers_tables.number(value) == text
 
 
 def test_names_on_the_page_are_measured() -> None:

@@ -2,15 +2,15 @@
 
 import json
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.solvers import curves as solvers_curves
-from benchmarks.solvers import figure as solvers_figure
-from benchmarks.solvers import tables as solvers_tables
+from benchmarks.solvers import run as benchmark
+from bilevel.compare import curves_tables, standard_solvers, to_tolerance
+from bilevel.linear import Dense
 from tests.support.paths import ROOT
 
 PICTURE = ROOT / "docs/_static/solvers.svg"
@@ -19,7 +19,7 @@ FIGURES: dict[str, Any] = json.loads((ROOT / "benchmarks/results/solvers.json").
 
 def test_picture(tmp_path: Path) -> None:
     """The kept picture is drawn from the kept figures: the same texts, whatever the version that draws."""
-    solvers_figure.draw(FIGURES["curves"], tmp_path / "again.svg")
+    benchmark.draw(FIGURES["curves"], tmp_path / "again.svg")
     drawn, kept = (path.read_text(encoding="utf-8") for path in (tmp_path / "again.svg", PICTURE))
     texts = [re.findall(r"<text[^>]*>(?:<tspan[^>]*>)?([^<]*)", svg) for svg in (drawn, kept)]
     assert texts[0] == texts[1]
@@ -27,39 +27,21 @@ def test_picture(tmp_path: Path) -> None:
     assert PICTURE.stat().st_size < 220_000
 
 
-def test_labels_stay_apart_and_inside() -> None:
-    for wanted in ([1.4, 1.2, 0.1, 0.1, 0.1, -0.2], [0.5], [0.9, 0.5, 0.2], [0.0] * 11):
-        placed = solvers_figure.apart(wanted, 0.09)
-        assert all(a - b >= 0.09 - 1e-12 for a, b in pairwise(placed))
-        assert all(0.0 <= value <= 1.0 for value in placed)
-    assert solvers_figure.apart([0.9, 0.5, 0.2], 0.1) == [0.9, 0.5, 0.2]
-
-
-def test_to_tolerance() -> None:
-    points = [
-        {"errors": [0.5, 0.009], "products": [1, 2], "gradients": [3.0, 4.0]},
-        {"errors": [0.01, 0.001], "products": [5, 6], "gradients": [7.0, 8.0]},
-    ]
-    found = solvers_curves.to_tolerance({"points": points}, 0.01)
-    assert found is not None
-    assert (found["products"].samples, found["gradients"].samples) == ((5, 2), (7.0, 4.0))
-    assert solvers_curves.to_tolerance({"points": points}, 0.005) is None
-
-
 def test_curves_are_those_of_the_dense_solution() -> None:
     """A small system measured anew: its exact solutions solve it, and Dense finds them."""
-    for bench in solvers_curves.matrices(quick=True, device=torch.device("cpu")):
-        assert isinstance(bench.problem, solvers_curves.Quadratic)
-        for b, x in zip(bench.rights, bench.exact, strict=True):
-            assert torch.allclose(bench.problem.matrix @ x, torch.cat(list(b.values())), atol=1e-8)
-    (well, *_) = solvers_curves.matrices(quick=True, device=torch.device("cpu"))
-    rows = solvers_curves.measure_bench(well, 2)
+    systems = solvers_curves.matrices(quick=True, device=torch.device("cpu"))
+    for system in systems:
+        problem = system.linearize(Dense(), None).problem
+        assert isinstance(problem, solvers_curves.Quadratic)
+        for b, x in zip(system.rights, system.exact, strict=True):
+            assert torch.allclose(problem.matrix @ x, torch.cat(list(b.values())), atol=1e-8)
+    rows = solvers_curves.measure_system(systems[0], 2)
     dense = next(row for row in rows if row["solver"] == "Dense")
     assert max(dense["points"][0]["errors"]) < 1e-12
     assert [(row["solver"], row["use"]) for row in rows] == [
-        (name, use) for name in solvers_curves.methods(1, None) for use in ("first", "later")
+        (name, use) for name in standard_solvers() for use in ("first", "later")
     ]
-    solvers_tables.all_curves(rows)
+    curves_tables(rows, solvers_curves.COLUMNS)
 
 
 class TestCurves:
@@ -73,15 +55,15 @@ class TestCurves:
 
     def products(self, system_name: str, solver: str, use: str = "first") -> float:
         tolerance = 1e-2 if system_name == "BiSSL" else 1e-6
-        found = solvers_curves.to_tolerance(self.row(system_name, solver, use), tolerance)
+        found = to_tolerance(self.row(system_name, solver, use), tolerance)
         return float("inf") if found is None else found["products"].median
 
     def test_cg_and_minres(self) -> None:
         for name in ("well-conditioned", "singular", "BiSSL"):
-            least = min(self.products(name, solver) for solver in solvers_curves.methods(1, None) if solver != "Dense")
+            least = min(self.products(name, solver) for solver in standard_solvers() if solver != "Dense")
             assert self.products(name, "CG") <= 1.5 * least
             assert self.products(name, "MINRES") <= 1.5 * least
-        solved = {solver for solver in solvers_curves.methods(1, None) if self.products("indefinite", solver) < 1e9}
+        solved = {solver for solver in standard_solvers() if self.products("indefinite", solver) < 1e9}
         assert solved == {"MINRES", "Dense"}
 
     def test_recycling_and_models_pay_at_large_eigenvalues(self) -> None:

@@ -3,13 +3,15 @@
 import io
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from bilevel.compare.tables import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of middle lightness, so that they stand out from white and from black.
 COLORS = {
@@ -25,12 +27,15 @@ COLORS = {
     "Dense": "#a5815f",
     "Identity": "#888888",
 }
+OTHERS = ("#c2417e", "#3f9fb5", "#b5862f", "#6f79c9", "#4f9c3a")
 INK = "#808080"
 FLOOR, CEILING = 1e-10, 10.0
 TICKS = (1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "solvers",
+    # Names may hold any character, so nothing is read as a formula.
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 7.5,
     "text.color": INK,
@@ -41,29 +46,44 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-LATER = ("ill-conditioned (1e6)", "BiSSL-shaped")
 
 
-def draw(figures: Mapping[str, Any], path: Path) -> None:
-    """Write the picture; where later right-hand sides go another way than the first, they have a row of their own."""
-    rows = figures["curves"]
-    systems = list(dict.fromkeys(row["system"] for row in rows))
+class NotDrawnError(ValueError):
+    """matplotlib cannot be imported."""
+
+
+def picture(rows: Sequence[Mapping[str, Any]], *, noise: Mapping[str, float], later: Collection[str]) -> str:
+    """The curves of `measure_curves` as SVG.
+
+    Args:
+        noise: noise floors by the names of the systems that have one.
+        later: systems whose later right-hand sides have a row of their own, since they go another way than the first.
+
+    Raises:
+        NotDrawnError: matplotlib cannot be imported.
+    """
+    figure_class, rc_context = _matplotlib()
+    systems = names(rows, "system")
     panels = [(name, "first") for name in systems]
-    panels += [(name, "later") for name in systems if name.startswith(LATER)]
-    with matplotlib.rc_context():
-        matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
-        figure = Figure(figsize=(7.6, 2.0 * len(panels)))
+    panels += [(name, "later") for name in systems if name in later]
+    colors = _colors(names(rows, "solver"))
+    with rc_context(STYLE):
+        figure = figure_class(figsize=(7.6, 2.0 * len(panels)))
+        # The same room in inches above the first row and below the last one, however many there are.
+        margin = 8.0 / len(panels)
         grid = figure.subplots(
             len(panels),
             2,
             squeeze=False,
-            gridspec_kw={"wspace": 0.5, "hspace": 0.6, "left": 0.08, "right": 0.86, "top": 0.975, "bottom": 0.03},
+            gridspec_kw={
+                **{"wspace": 0.5, "hspace": 0.6, "left": 0.08, "right": 0.86},
+                **{"top": 1.0 - 0.025 * margin, "bottom": 0.03 * margin},
+            },
         )
         for (system, use), (left, right) in zip(panels, grid, strict=True):
             shown = _shown(rows, system, use)
-            noise = figures["noise"] if system.startswith("BiSSL") else None
             for axes, quantity in ((left, "products"), (right, "gradients")):
-                _panel(axes, shown, quantity, noise)
+                _panel(axes, shown, quantity, noise.get(system), colors)
             which = "first right-hand side" if use == "first" else "later right-hand sides, state reused"
             left.set_title(f"{system}: {which}", loc="left", fontsize=8.5, fontweight="bold", pad=10)
             left.set_ylabel("relative error")
@@ -71,8 +91,23 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             right.set_xlabel("time, in gradients", labelpad=1)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_compact(drawn.getvalue()), encoding="utf-8")
+    return _compact(drawn.getvalue())
+
+
+def _matplotlib() -> tuple[type["Figure"], Any]:
+    try:
+        from matplotlib import rc_context  # an optional package
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NotDrawnError(
+            f"a picture needs matplotlib, which cannot be imported ({error}); run: pip install matplotlib"
+        ) from error
+    return Figure, rc_context
+
+
+def _colors(solvers: Sequence[str]) -> dict[str, str]:
+    others = cycle(OTHERS)
+    return {solver: COLORS[solver] if solver in COLORS else next(others) for solver in solvers}
 
 
 def _compact(svg: str) -> str:
@@ -90,18 +125,25 @@ def _shown(rows: Sequence[Mapping[str, Any]], system: str, use: str) -> dict[str
     """Points by solver, without what would lie on CG's line."""
     found = {row["solver"]: row["points"] for row in rows if (row["system"], row["use"]) == (system, use)}
     if use == "first":
-        del found["CG, recycled"]
-    if [p["errors"] for p in found["Escalating(CG)"]] == [p["errors"] for p in found["CG"]]:
-        del found["Escalating(CG)"]
+        found.pop("CG, recycled", None)
+    errors = {solver: [point["errors"] for point in points] for solver, points in found.items()}
+    if errors.get("Escalating(CG)") == errors.get("CG"):
+        found.pop("Escalating(CG)", None)
     return found
 
 
-def _panel(axes: Axes, shown: Mapping[str, list[Mapping[str, Any]]], quantity: str, noise: float | None) -> None:
+def _panel(
+    axes: "Axes",
+    shown: Mapping[str, list[Mapping[str, Any]]],
+    quantity: str,
+    noise: float | None,
+    colors: Mapping[str, str],
+) -> None:
     ends = {}
     for solver, points in shown.items():
         x = [max(statistics.median(point[quantity]), 0.5) for point in points]
         y = [_clipped(point["error"]["median"]) for point in points]
-        color = COLORS[solver]
+        color = colors[solver]
         if solver == "Identity":
             axes.axhline(y[0], color=color, linewidth=1.0, linestyle=":")
         else:
@@ -125,10 +167,10 @@ def _panel(axes: Axes, shown: Mapping[str, list[Mapping[str, Any]]], quantity: s
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.2, color=INK, linewidth=0.6)
-    _label(axes, ends)
+    _label(axes, ends, colors)
 
 
-def _label(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
+def _label(axes: "Axes", ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
     """Names in the right margin, none on another, each with a thin line to the end of its curve."""
     order = sorted(ends, key=lambda solver: ends[solver][1], reverse=True)
     wanted = [axes.transAxes.inverted().transform(axes.transData.transform(ends[solver]))[1] for solver in order]
@@ -137,7 +179,7 @@ def _label(axes: Axes, ends: Mapping[str, tuple[float, float]]) -> None:
         x, y = ends[solver]
         start = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))
         begin = (1.0, start[1]) if solver == "Identity" else (start[0], start[1])
-        color = COLORS[solver]
+        color = colors[solver]
         axes.plot(
             [begin[0], 1.03],
             [begin[1], height],

@@ -1,0 +1,7 @@
+"""``python -m bilevel.compare``."""
+
+import sys
+
+from bilevel.compare.command import main
+
+sys.exit(main())

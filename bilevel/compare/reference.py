@@ -1,0 +1,262 @@
+"""What solvers are measured against: accurate solutions, the spectrum, what other batches would change."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.compare.curves import lower_gradient
+from bilevel.compare.measuring import Deadline, now
+from bilevel.hypergradients import System, linearize
+from bilevel.linear import CG, MINRES, Dense, Identity, Solution, Solver, Status, spectrum_bounds
+from bilevel.lower import halves, in_double_precision
+from bilevel.nn import as_double
+from bilevel.problem import Problem
+from bilevel.products import HVP, HVPProvider
+from bilevel.tree import Params
+
+DENSE_SIZE = 1500
+"""Variables up to which A is formed."""
+_STEPS = 40
+_MOST_ITERATIONS = 3000
+_NOISE_RTOL, _NOISE_BATCHES = 0.05, 8
+_OTHER_SYSTEM = 1e-2
+_INDEFINITE = 10.0
+"""The error over the residual that is reckoned with where the eigenvalue nearest to 0 is not known."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A problem at one point, with the lower batches and the options that make its linear system."""
+
+    problem: Problem
+    upper: Params
+    lower: Params
+    batches: Sequence[Any]
+    hvp: HVP | None
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`damping`, `tikhonov` and `implicit`."""
+
+    def linearize(self, solver: Solver, hvp: HVPProvider | None = None) -> System:
+        """Every system has the same random masks."""
+        torch.default_generator.manual_seed(self.seed)
+        provider = self.hvp if hvp is None else hvp
+        return linearize(
+            self.problem, self.upper, self.lower, self.batches, solver=solver, hvp=provider, **self.options
+        )
+
+    def gradient(self) -> None:
+        for batch in self.batches:
+            lower_gradient(self.problem, self.upper, self.lower, batch)
+
+    def with_batches(self, batches: Sequence[Any]) -> "Place":
+        return replace(self, batches=batches)
+
+    def in_float64(self) -> "Place":
+        upper, lower = ({n: as_double(leaf.detach()) for n, leaf in v.items()} for v in (self.upper, self.lower))
+        batches = [tree.map_tensors(as_double, batch) for batch in self.batches]
+        return replace(self, upper=upper, lower=lower, batches=batches)
+
+    @property
+    def is_float64(self) -> bool:
+        return all(as_double(leaf) is leaf for leaf in self.lower.values())
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Solutions of A x = b that stand for the exact ones.
+
+    Attributes:
+        exact: x for every right-hand side, flattened, in float64.
+        solver, dtype: how they were found.
+        residual: the largest ``||b - A x|| / ||b||``, measured in `dtype`.
+        accuracy: relative error of x that such a residual can hide, where A is definite by the smallest eigenvalue met.
+        status: of the worst solve.
+        eigenvalues: smallest and largest one, met by Lanczos steps or, if `complete`, of all.
+        bounds: smallest and largest eigenvalue that A has hardly anything beyond.
+        noise: standard error of x from the choice of the lower batches, relative to x; None where not measured.
+        noise_from: "batches", or "halves" of a single one; "" where not measured.
+        remarks: in words what was done otherwise.
+    """
+
+    exact: tuple[Tensor, ...]
+    solver: str
+    dtype: str
+    residual: float
+    accuracy: float
+    status: str
+    eigenvalues: tuple[float, float]
+    bounds: tuple[float, float]
+    complete: bool
+    noise: float | None
+    noise_from: str
+    remarks: tuple[str, ...] = ()
+
+
+def find_reference(place: Place, rights: Sequence[Params], deadline: Deadline) -> Reference:
+    """Solutions in float64 where the problem computes in it, else in its own precision.
+
+    Raises:
+        ValueError: a product with A is not finite, or no solution was found for a singular A.
+    """
+    if place.is_float64:
+        return _Search(place, rights, deadline).find()
+    try:
+        with in_double_precision(place.problem):
+            doubles = [{name: as_double(leaf) for name, leaf in b.items()} for b in rights]
+            found = _Search(place.in_float64(), doubles, deadline).find()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        remark = f"the problem does not compute in float64 ({_first_line(error)})"
+        return replace(_Search(place, rights, deadline).find(), remarks=(remark,))
+    # Random masks and kinks may make another system of it in the other precision.
+    x = tree.unflatten(found.exact[0], rights[0])
+    away = float(tree.norm(tree.sub(place.linearize(Identity()).operator(x), rights[0])) / tree.norm(rights[0]))
+    if away <= max(_OTHER_SYSTEM, 10.0 * found.residual):
+        return found
+    remark = f"in float64 the system is another one (its solution leaves a residual of {away:.1e} here)"
+    return replace(_Search(place, rights, deadline).find(), remarks=(remark,))
+
+
+@dataclass
+class _Search:
+    """In one precision."""
+
+    place: Place
+    rights: Sequence[Params]
+    deadline: Deadline
+
+    def find(self) -> Reference:
+        system = self.place.linearize(Identity())
+        product = system.operator(self.rights[0])
+        # The first one is slower.
+        start = now()
+        system.operator(self.rights[0])
+        seconds = now() - start
+        if not tree.all_finite(product):
+            raise ValueError(
+                "the product of A with dF/dy is not finite, so that there is no system to compare solvers on; check "
+                "the lower objective, its data and the lower variables"
+            )
+        met, bounds = self._spectrum(system, seconds)
+        solver = self._solver(met[0], seconds)
+        solved = self.place.linearize(solver)
+        solutions = [solved.solve(b) for b in self.rights]
+        if any(s.status is Status.NEGATIVE_CURVATURE for s in solutions):
+            solver = MINRES(self._iterations(seconds, 0.3), 1e-12)
+            solved = self.place.linearize(solver)
+            solutions = [solved.solve(b) for b in self.rights]
+        self._check(solutions)
+        # Those of `Dense` are exact.
+        ranges = [solution.ritz_range for solution in solutions if solution.ritz_range is not None]
+        known = ranges if isinstance(solver, Dense) else [met, *ranges]
+        eigenvalues = (min(low for low, _ in known), max(high for _, high in known))
+        residual = max(s.residual_norms[1] for s in solutions)
+        noise, noise_from = self._noise(solutions[0].value, solved, solver, seconds)
+        return Reference(
+            exact=tuple(tree.flatten({n: s.value[n] for n in self.rights[0]}).double() for s in solutions),
+            solver=type(solver).__name__,
+            dtype=str(next(iter(self.rights[0].values())).dtype).removeprefix("torch."),
+            residual=residual,
+            accuracy=self._accuracy(solutions, eigenvalues[0]),
+            status=max(solutions, key=lambda s: s.residual_norms[1]).status.name,
+            eigenvalues=eigenvalues,
+            bounds=(min(bounds[0], eigenvalues[0]), max(bounds[1], eigenvalues[1])),
+            complete=isinstance(solver, Dense),
+            noise=noise,
+            noise_from=noise_from,
+        )
+
+    def _spectrum(self, system: System, seconds: float) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Smallest and largest Ritz value of a Lanczos run from a random start beside dF/dy, and bounds."""
+        steps = max(5, min(_STEPS, int(0.15 * self.deadline.left() / max(seconds, 1e-9))))
+        generator = torch.Generator().manual_seed(0)
+        b = tree.scale(1.0 / float(tree.norm(self.rights[0])), self.rights[0])
+        drawn = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v) for n, v in b.items()}
+        start = tree.axpy(1.0 / float(tree.norm(drawn)), drawn, b)
+        met = MINRES(steps, None).solve(system.operator, start).ritz_range
+        bounds = spectrum_bounds(system.operator, b, min(steps, 15))
+        if bounds is None or met is None:
+            raise ValueError(
+                "products with A are not finite in some directions, so that there is no system to compare solvers on; "
+                "check the lower objective"
+            )
+        return met, bounds
+
+    def _solver(self, smallest: float, seconds: float) -> Solver:
+        n = tree.size(self.rights[0])
+        if n <= DENSE_SIZE and n * seconds <= 0.3 * self.deadline.left():
+            return Dense()
+        most = self._iterations(seconds, 0.4)
+        return CG(most, 1e-12) if smallest > 0.0 else MINRES(most, 1e-12)
+
+    def _iterations(self, seconds: float, part: float) -> int:
+        """How many fit into this part of the time that is left, for each right-hand side."""
+        count = part * self.deadline.left() / (max(seconds, 1e-9) * len(self.rights))
+        return max(10, int(min(count, _MOST_ITERATIONS)))
+
+    def _check(self, solutions: Sequence[Solution]) -> None:
+        for index, solution in enumerate(solutions):
+            if solution.status in (Status.NON_FINITE, Status.INCONSISTENT):
+                raise ValueError(
+                    f"upper_batches[{index}]: the system of this right-hand side has no solution that solvers could be "
+                    f"compared with ({solution.status.value})"
+                )
+
+    def _accuracy(self, solutions: Sequence[Solution], smallest: float) -> float:
+        found = 0.0
+        for solution, b in zip(solutions, self.rights, strict=True):
+            stretch = float(tree.norm(b) / tree.norm(solution.value)) / smallest if smallest > 0.0 else _INDEFINITE
+            found = max(found, solution.residual_norms[1] * max(stretch, 1.0))
+        return found
+
+    def _noise(self, x: Params, solved: System, solver: Solver, seconds: float) -> tuple[float | None, str]:
+        r"""Relative standard error of x from the choice of batches, by :math:`A^{-1} (A_k - A) x`, and its source."""
+        parts, source = list(self.place.batches[:_NOISE_BATCHES]), "batches"
+        if len(parts) == 1:
+            parts, source = halves(self.place.problem, parts[0]) or [], "halves"
+        if not parts:
+            return None, ""
+        try:
+            products = [self.place.with_batches([part]).linearize(Identity()).operator(x) for part in parts]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            if source == "batches":
+                raise
+            # Nobody has promised that the objective takes a batch of another size.
+            return None, ""
+        mean = tree.scale(1.0 / len(products), _total(products))
+        if not isinstance(solver, Dense):
+            most = max(5, int(0.3 * self.deadline.left() / (max(seconds, 1e-9) * len(parts))))
+            rough = CG if isinstance(solver, CG) else MINRES
+            solved = self.place.linearize(rough(min(most, _MOST_ITERATIONS), _NOISE_RTOL))
+        squares = 0.0
+        for product in products:
+            moved = solved.solve(tree.sub(product, mean))
+            squares += float(tree.norm(moved.value)) ** 2
+        count = len(parts)
+        # Of a mean over all batches, whether or not all of them were looked at.
+        error = math.sqrt(squares / (count - 1) / max(count, len(self.place.batches)))
+        return error / float(tree.norm(x)), source
+
+
+def _total(parts: Sequence[Params]) -> Params:
+    total = parts[0]
+    for part in parts[1:]:
+        total = tree.add(total, part)
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def own_randomness(devices: Sequence[torch.device]) -> Iterator[None]:
+    """What is drawn inside leaves the default generators as they were."""
+    with torch.random.fork_rng(devices=[d for d in devices if d.type == "cuda"]):
+        yield
