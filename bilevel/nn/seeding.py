@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -38,23 +38,46 @@ def seeded(seed: int) -> Iterator[None]:
     Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
     """
     seed = (seed + 2654435761 * rank()) % 2**32
-    on_gpu = torch.cuda.is_initialized()
-    python_state, numpy_state, state = random.getstate(), _NumpyState(), torch.default_generator.get_state()
-    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    mark = GeneratorMark()
     try:
         # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
+        if mark.on_gpu:
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
         yield
     finally:
-        random.setstate(python_state)
-        numpy_state.restore()
-        torch.default_generator.set_state(state)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(gpu_states)
+        mark.restore()
+
+
+@final
+class GeneratorMark:
+    """Where the default generators of torch (CPU and CUDA), NumPy and Python stand."""
+
+    def __init__(self) -> None:
+        self.on_gpu = torch.cuda.is_initialized()
+        self._python, self._numpy, self._torch = random.getstate(), _NumpyState(), torch.default_generator.get_state()
+        self._gpus = torch.cuda.get_rng_state_all() if self.on_gpu else []
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        now = GeneratorMark()
+        return not (
+            torch.equal(self._torch, now._torch)
+            and self._python == now._python
+            and self._numpy.equals(now._numpy)
+            and len(self._gpus) == len(now._gpus)
+            and all(map(torch.equal, self._gpus, now._gpus))
+        )
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        random.setstate(self._python)
+        self._numpy.restore()
+        torch.default_generator.set_state(self._torch)
+        if self.on_gpu:
+            torch.cuda.set_rng_state_all(self._gpus)
 
 
 class _NumpyState:
@@ -62,7 +85,8 @@ class _NumpyState:
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
     where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for.
+    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
+    held such a number then.
     """
 
     _known: tuple[bytes, tuple[Any, ...]] | None = None
@@ -73,18 +97,28 @@ class _NumpyState:
             self.state: Any = np.random.get_state()
             return
         self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw:
+        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
             _NumpyState._known = self.raw, np.random.get_state()
         self.state = _NumpyState._known[1]
 
+    def equals(self, other: "_NumpyState") -> bool:
+        mine, theirs = self.state, other.state
+        if self.address is None or other.address is None:
+            return repr(mine) == repr(theirs)
+        return mine is theirs or (mine[2:] == theirs[2:] and np.array_equal(mine[1], theirs[1]))
+
     def restore(self) -> None:
-        *_, in_reserve, _ = self.state
-        if self.address is None or in_reserve:
+        if self.address is None or _has_reserve(self.state):
             np.random.set_state(self.state)
             return
         # A seed takes away what the pass has left in reserve.
         np.random.seed(0)
         ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
+
+
+def _has_reserve(state: tuple[Any, ...]) -> bool:
+    """Whether the generator holds a normal number in reserve."""
+    return bool(state[3])
 
 
 def _address(generator: Any) -> int | None:

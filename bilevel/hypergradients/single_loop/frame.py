@@ -13,7 +13,7 @@ from bilevel.checks import check_number, warn_outside
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning, joined
 from bilevel.lower import Draw, Oracles, examine_curvature, repeatable, selected
-from bilevel.nn import curvature_surroundings
+from bilevel.nn import curvature_pass, curvature_surroundings
 from bilevel.products import ReverseOverReverse
 from bilevel.tree import Params
 
@@ -208,6 +208,7 @@ def directions(oracles: Oracles, at: Point, lower: Draw, upper: Draw) -> tuple[T
 def _probe(step: UpperStep) -> None:
     """One pass of each objective that writes nothing."""
     problem, upper, lower = step.problem, tree.detach(step.upper), tree.detach(step.lower)
-    problem.lower_objective(upper, lower, step.lower_draws[0].batch)
-    problem.regularizer(upper, lower)
-    problem.upper_objective(upper, lower, step.upper_draws[0].batch)
+    with curvature_pass():
+        problem.lower_objective(upper, lower, step.lower_draws[0].batch)
+        problem.regularizer(upper, lower)
+        problem.upper_objective(upper, lower, step.upper_draws[0].batch)
