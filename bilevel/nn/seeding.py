@@ -94,7 +94,8 @@ class _NumpyState:
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
     where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for.
+    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
+    held such a number then.
     """
 
     _known: tuple[bytes, Any] | None = None
@@ -105,7 +106,7 @@ class _NumpyState:
             self.state: Any = np.random.get_state()
             return
         self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw:
+        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
             _NumpyState._known = self.raw, np.random.get_state()
         self.state = _NumpyState._known[1]
 
@@ -117,13 +118,18 @@ class _NumpyState:
         return ctypes.string_at(self.address, _MT19937_BYTES) == self.raw
 
     def restore(self) -> None:
-        *_, in_reserve, _ = self.state
-        if self.address is None or in_reserve:
+        if self.address is None or _has_reserve(self.state):
             np.random.set_state(self.state)
             return
         # A seed takes away what the pass has left in reserve.
         np.random.seed(0)
         ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
+
+
+def _has_reserve(state: Any) -> bool:
+    """Whether the generator holds a normal number in reserve."""
+    *_, in_reserve, _ = state
+    return bool(in_reserve)
 
 
 def _address() -> int | None:
