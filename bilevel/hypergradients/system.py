@@ -378,18 +378,7 @@ def through_system(
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
         implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
-    return Hypergradient(
-        tree.add(direct, implicit_part),
-        direct,
-        implicit_part,
-        loss,
-        made.solution,
-        made.stationarity,
-        noise=made.noise,
-        failure=made.failure,
-        warning=made.warning,
-        active_set=system.active_set(),
-    )
+    return Hypergradient(tree.add(direct, implicit_part), direct, implicit_part, loss, **vars(made))
 
 
 def adjoint(
@@ -413,4 +402,4 @@ def adjoint(
     failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning)
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
