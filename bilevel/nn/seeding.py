@@ -13,6 +13,8 @@ import torch
 
 from bilevel.distributed import rank, world_size
 
+# NumPy's stubs leave its functions for the default bit generator out.
+_random: Any = np.random
 _WORDS = 624
 _MT19937_BYTES = _WORDS * 4 + 4
 
@@ -100,7 +102,7 @@ class _NumpyState:
     """
 
     def __init__(self) -> None:
-        self.generator: Any = np.random.get_bit_generator()
+        self.generator: Any = _random.get_bit_generator()
         self.address = _address(self.generator)
         if self.address is None:
             self.state: Any = np.random.get_state()
@@ -119,8 +121,8 @@ class _NumpyState:
         return (now.raw, now.reserve) == (self.raw, self.reserve)
 
     def restore(self) -> None:
-        if np.random.get_bit_generator() is not self.generator:
-            np.random.set_bit_generator(self.generator)
+        if _random.get_bit_generator() is not self.generator:
+            _random.set_bit_generator(self.generator)
         if self.address is None:
             np.random.set_state(self.state)
         elif self.reserve is not None:

@@ -11,6 +11,8 @@ import torch
 from bilevel.nn import curvature_pass, seeding
 from bilevel.nn.seeding import seeded
 
+RANDOM: Any = np.random
+
 
 def draws() -> tuple[Any, ...]:
     return (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist(), np.random.randn(), random.gauss(0, 1))
@@ -22,7 +24,7 @@ def generators() -> Iterator[None]:
     np.random.seed(1)
     torch.manual_seed(1)
     yield
-    np.random.set_bit_generator(np.random.MT19937(0))
+    RANDOM.set_bit_generator(np.random.MT19937(0))
 
 
 def nothing() -> None:
@@ -95,9 +97,9 @@ def test_generators_are_put_back_after_an_error() -> None:
 
 
 def test_a_generator_that_a_pass_exchanges_is_put_back() -> None:
-    own, expected = np.random.get_bit_generator(), np.random.RandomState(1).randn(2)
+    own, expected = RANDOM.get_bit_generator(), np.random.RandomState(1).randn(2)
     with seeded(3):
-        np.random.set_bit_generator(np.random.MT19937(5))
+        RANDOM.set_bit_generator(np.random.MT19937(5))
         draws()
-    assert np.random.get_bit_generator() is own
+    assert RANDOM.get_bit_generator() is own
     assert np.array_equal(np.random.randn(2), expected)
