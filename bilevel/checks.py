@@ -88,9 +88,9 @@ def check_trained(argument: str, variables: Params) -> None:
 
 
 def warn_outside(message: str, category: type[Warning] = UserWarning) -> None:
-    """A warning that points to the first line outside this package."""
+    """A warning that points to the first line outside this package and torch, which calls it in a backward pass."""
     level, frame = 1, inspect.currentframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bilevel":
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("bilevel", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 

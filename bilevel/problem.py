@@ -37,9 +37,12 @@ class Problem(ABC):
     def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
         """L(x, y) on one batch, without the regularizer; 0-d."""
 
-    @abstractmethod
     def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
-        """F(x, y) on one batch; 0-d."""
+        """F(x, y) on one batch; 0-d. A Problem for `lower_solution` alone, whose loss stands outside, needs none."""
+        raise TypeError(
+            f"{type(self).__name__} does not define upper_objective, which hypergradients and trainers need; define "
+            "it, or take bilevel.hypergradients.lower_solution, above which any loss can stand"
+        )
 
     def lower_outputs(self, upper: Params, lower: Params, batch: Any) -> Any:
         """z(x, y) with ``lower_objective = lower_output_loss(x, z)``; only `GaussNewton` and micro-batching ask for it.

@@ -22,6 +22,9 @@ from torch.nn.parameter import is_lazy
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
 
+_WIDE, _SHORT = (torch.float32, torch.float64), 2.0**-30
+"""Trees of these dtypes and of a length between this and its inverse have squares in the dtype's range."""
+
 Scalar = float | Tensor | Mapping[str, Tensor]
 """One coefficient for the whole tree, or one per leaf (layer-wise methods)."""
 
@@ -76,25 +79,31 @@ def dot(x: Params, y: Params) -> Tensor:
     """Inner product over all leaves, 0-d; an empty tree gives 0."""
     if not x:
         return torch.zeros(())
-    return torch.stack(list(leaf_dots(x, y).values())).sum()
+    dots = list(leaf_dots(x, y).values())
+    return torch.stack(dots).sum() if len(dots) > 1 else dots[0]
 
 
 def norm(x: Params) -> Tensor:
     """Euclidean norm over all leaves, 0-d."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(x.values())))) if x else torch.zeros(())
+    norms = torch._foreach_norm(list(x.values())) if x else [torch.zeros(())]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def power_of_two(x: Params) -> float:
-    """The power of two at or next below ``||x||``, for finite x; 0 where x = 0.
+    """The power of two at or next below ``||x||``; 0 where x = 0, NaN where an entry is not finite.
 
     Division by it is exact, and the squares of the quotient neither over- nor underflow. It is kept where both it and
     its inverse are normal numbers of every leaf's dtype, so that subnormal x may come out shorter than 1 and x near
     the largest number longer than 2.
     """
     leaves = [leaf for leaf in x.values() if leaf.numel()]
+    if all(leaf.dtype in _WIDE for leaf in leaves):
+        size = float(norm(x))
+        if _SHORT <= size <= 1.0 / _SHORT:
+            return 2.0 ** (math.frexp(size)[1] - 1)
     largest = float(torch.stack(torch._foreach_norm(leaves, math.inf)).max()) if leaves else 0.0
-    if largest == 0.0:
-        return 0.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return 0.0 if largest == 0.0 else math.nan
     limit = min(math.frexp(torch.finfo(leaf.dtype).max)[1] for leaf in leaves) - 2
     coarse = min(max(math.frexp(largest)[1], -limit), limit)
     fine = coarse + math.frexp(float(norm(scale(2.0**-coarse, x))))[1] - 1
@@ -103,7 +112,8 @@ def power_of_two(x: Params) -> float:
 
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    return not x or bool(torch.stack([torch.isfinite(leaf).all() for leaf in x.values()]).all())
+    finite = [torch.isfinite(leaf).all() for leaf in x.values()]
+    return not finite or bool(torch.stack(finite).all() if len(finite) > 1 else finite[0])
 
 
 def size(x: Params) -> int:

@@ -16,7 +16,14 @@ def unsolved_system(step: UpperStep, hvp: HVP, implicit: Selection | None) -> Sy
     """The system of a step, of which the gradient, the scale and the cross term are used, and no solve."""
     step.watch()
     return make_system(
-        step.problem, step.upper, step.lower, step.lower_batches, solver=Identity(), hvp=hvp, implicit=implicit
+        step.problem,
+        step.upper,
+        step.lower,
+        step.lower_batches,
+        solver=Identity(),
+        hvp=hvp,
+        implicit=implicit,
+        at_once=True,
     )
 
 

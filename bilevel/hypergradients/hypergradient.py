@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bilevel import tree
 from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, UpperStep, check_proposal, unwritten
+from bilevel.hypergradients.method import Method, UpperStep, check_proposal, check_serves, check_stands_alone, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
-from bilevel.linear import Solver
-from bilevel.lower import check_batch, check_batches, differentiates
+from bilevel.linear import GMRES, Solver
+from bilevel.lower import Draw, ResidualProblem, check_batch, check_batches, differentiates
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -34,8 +36,10 @@ def hypergradient(
 
     Args:
         upper, lower: variables x and y.
-        method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of your own; a solver stands for
-            ``Implicit(solver)``. What a method carries from step to step in a `Trainer` starts afresh here.
+        method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty`, `StocBiO`, `TTSA` or one of your own; a solver
+            stands for ``Implicit(solver)``. For a `bilevel.lower.ResidualProblem` (a fixed point, a proximal problem, a
+            root) the default is ``Implicit(GMRES())``, and `Implicit` alone serves. What a method carries from step to
+            step in a `Trainer` starts afresh here.
         upper_batch: the batch of F.
         lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
             `Unrolled` the lower objective is their mean.
@@ -59,13 +63,16 @@ def hypergradient(
         RuntimeError: under torch.inference_mode.
     """
     check_kind("problem", problem, Problem, "an instance of a Problem")
-    method = as_method(method)
+    method = as_method(method, problem)
+    check_serves(method, problem)
+    check_stands_alone(method)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)
     check_variables("lower", lower)
     check_batches(lower_batches)
     check_batch("upper_batch", [upper_batch])
-    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), on_failure=on_failure)
+    draws = once_drawn(method, upper_batch, lower_batches)
+    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), *draws, on_failure=on_failure)
     result = propose_once(step, method)
     report_failure(result, on_failure)
     return result
@@ -73,8 +80,9 @@ def hypergradient(
 
 def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     """What a method proposes for a first and only upper step."""
-    with unwritten(step):
-        result = check_proposal(method, method.propose(step, {}, method.prepare(step, {})), step.upper).result
+    with unwritten(step.upper, step.lower):
+        proposal = method.propose(step, {}, method.prepare(step, {}))
+    result = check_proposal(method, proposal, step.upper, step.lower).result
     if result is None:
         raise ValueError(
             f"{type(method).__name__}: the Proposal has no hypergradient (result=None); this method can be used in a "
@@ -83,14 +91,28 @@ def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     return result
 
 
-def as_method(method: object) -> Method:
-    """The method that an argument stands for: itself, ``Implicit(solver)`` for a solver, ``Implicit()`` for None.
+def once_drawn(
+    method: Method, upper_batch: Any, lower_batches: Sequence[Any]
+) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
+    """The samples of a method that draws its own: the given batches, again and again where they do not suffice."""
+    if not method.lower_draws:
+        return (), ()
+
+    def drawn(count: int, batches: Sequence[Any]) -> tuple[Draw, ...]:
+        return tuple(Draw(batches[k % len(batches)], int(torch.randint(2**31 - 1, ()))) for k in range(count))
+
+    return drawn(method.lower_draws, lower_batches), drawn(method.upper_draws, [upper_batch])
+
+
+def as_method(method: object, problem: Problem | None = None) -> Method:
+    """The method that an argument stands for: itself, ``Implicit(solver)`` for a solver, ``Implicit()`` for None, and
+    ``Implicit(GMRES())`` where `problem` is a `bilevel.lower.ResidualProblem`.
 
     Raises:
         TypeError: anything else.
     """
     if method is None:
-        return Implicit()
+        return Implicit(GMRES()) if isinstance(problem, ResidualProblem) else Implicit()
     if isinstance(method, Solver):
         return Implicit(method)
     if not isinstance(method, Method):

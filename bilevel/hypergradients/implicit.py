@@ -1,15 +1,18 @@
 """The hypergradient by the implicit function theorem."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.hypergradients.linearize import make_system
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
+from bilevel.hypergradients.result import Hypergradient
 from bilevel.hypergradients.system import System, through_system
 from bilevel.linear import CG, Solution, Solver, Status
 from bilevel.lower import (
+    ResidualProblem,
     Selection,
     Tikhonov,
     check_selection,
@@ -18,7 +21,8 @@ from bilevel.lower import (
     selected,
     upper_derivatives,
 )
-from bilevel.products import HVP, Automatic, ReverseOverReverse, as_provider
+from bilevel.problem import Problem
+from bilevel.products import HVP, Automatic, HVPProvider, ReverseOverReverse, as_provider
 from bilevel.tree import Params
 
 _SOUND = (Status.CONVERGED, Status.AT_THE_NOISE, Status.LOST_IN_THE_NOISE, Status.BUDGET, Status.NOT_CONVERGED)
@@ -35,7 +39,8 @@ class Implicit(Method):
 
     with A and the cross term as `linearize` defines them (BiSSL eq. 6-7; Lorraine et al. 2020). In a trainer all upper
     steps of an alternation use the system of the same `hessian_batches` lower batches, which is built once where the
-    Problem says that its curvature does not depend on the upper variables.
+    Problem says that its curvature does not depend on the upper variables. Lower levels that are no smooth minimum
+    (`bilevel.lower.ResidualProblem`) have a system that is not symmetric: give a solver such as `GMRES`.
 
     Args:
         solver: of A x = dF/dy.
@@ -61,6 +66,8 @@ class Implicit(Method):
         TypeError: a solver or provider that is not one.
         ValueError: a number out of its range.
     """
+
+    serves_residuals = True
 
     solver: Solver = field(default_factory=CG)
     hvp: HVP = field(default_factory=ReverseOverReverse, kw_only=True)
@@ -92,6 +99,8 @@ class Implicit(Method):
         return self.hessian_batches
 
     def check(self, setup: Setup) -> None:
+        if isinstance(setup.problem, ResidualProblem):
+            self.solver.check_symmetry(setup.problem.symmetric)
         check_tikhonov_names(self.tikhonov, selected(setup.problem, setup.lower, self.implicit))
         if not self.aggregate:
             return
@@ -116,16 +125,31 @@ class Implicit(Method):
         provider = as_provider(self.hvp)
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
+        at_once = step.count == 1 or step.problem.curvature_depends_on_upper
+        return self.system(step.problem, step.upper, step.lower, step.lower_batches, provider, at_once=at_once)
+
+    def system(
+        self,
+        problem: Problem,
+        upper: Params,
+        lower: Params,
+        lower_batches: Sequence[Any],
+        provider: HVPProvider | None = None,
+        *,
+        at_once: bool = False,
+    ) -> System:
+        """The linear system at (upper, lower), whose `provider` stands for `hvp`; `at_once` as for `make_system`."""
         return make_system(
-            step.problem,
-            step.upper,
-            step.lower,
-            step.lower_batches,
+            problem,
+            upper,
+            lower,
+            lower_batches,
             solver=self.solver,
-            hvp=provider,
+            hvp=self.hvp if provider is None else provider,
             damping=self.damping,
             tikhonov=self.tikhonov,
             implicit=self.implicit,
+            at_once=at_once,
         )
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
@@ -153,6 +177,7 @@ class Implicit(Method):
             following.pop("start", None)
             if result.solution.status in _SOUND:
                 following["start"] = tree.scale(1.0 / scale, result.solution.value)
+        result, following = _with_active_changes(result, state, following)
         return Proposal(result.grad, result.loss, following, result, scale)
 
     def _next(self, state: MethodState, system: System, pending: "_Pending") -> MethodState:
@@ -163,6 +188,17 @@ class Implicit(Method):
 
     def restarted(self, state: MethodState) -> MethodState:
         return {name: value for name, value in state.items() if name == "hvp"}
+
+
+def _with_active_changes(
+    result: Hypergradient, state: MethodState, following: MethodState
+) -> tuple[Hypergradient, MethodState]:
+    """How many entries of a proximal problem's active set are others than in the step before; the set is kept."""
+    now, before = result.active_set, state.get("active")
+    if now is None:
+        return result, following
+    changes = int((now != before).sum()) if before is not None and before.shape == now.shape else None
+    return replace(result, active_changes=changes), {**following, "active": now}
 
 
 def _solve(step: UpperStep, system: System, b: Params, start: Params | None) -> Solution:

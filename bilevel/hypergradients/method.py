@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import Hypergradient, OnFailure
 from bilevel.hypergradients.updates.update import State, Update
+from bilevel.lower import Draw, Partition, ResidualProblem
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -52,6 +53,9 @@ class UpperStep:
         problem, upper, lower: the problem and its variables x and y as they are.
         upper_batch: the batch of F.
         lower_batches: as many of the alternation's lower batches as `Method.stored_batches` asks for.
+        lower_draws, upper_draws: samples for this step alone, as many as the method's `lower_draws` and `upper_draws`
+            say, the first upper one being `upper_batch`.
+        lower_blocks, upper_blocks: the partition that a level's samples are blocks of; None where its data have none.
         lower_steps: as many of the last lower steps as `Method.replayed_steps` asks for, in order; None where nobody
             recorded any (`hypergradient` outside a trainer).
         lower_update: gives the live lower optimizer's next step and its state; None where there is no optimizer.
@@ -68,6 +72,10 @@ class UpperStep:
     lower: Params
     upper_batch: Any
     lower_batches: tuple[Any, ...]
+    lower_draws: tuple[Draw, ...] = ()
+    upper_draws: tuple[Draw, ...] = ()
+    lower_blocks: Partition | None = None
+    upper_blocks: Partition | None = None
     lower_steps: tuple[LowerStep, ...] | None = None
     lower_update: Callable[[], tuple[Update, State]] | None = None
     lower_rate: float | None = None
@@ -87,8 +95,13 @@ class Proposal:
         gradient: what the upper optimizer goes along, over the upper variables.
         loss: F, 0-d and detached.
         state: what the method carries on once the step is made; it takes the place of the former state.
-        result: the hypergradient, None where the step goes along the direct part alone.
+        result: the hypergradient, None where the step goes along something else: the direct part alone, an estimate
+            that is carried from step to step.
         norm_limit_scale: how many steps' gradients this one stands for: the norm limit is wider by this factor.
+        lower_gradient: what the lower optimizer goes along, over the lower variables; for a method that moves them.
+        checked: tensors that must be finite beside loss and gradients; None takes all of the state.
+        commit: called once the step is made, for tensors of the state that are written in place, such as tables.
+        record: numbers for the step's event.
     """
 
     gradient: Params
@@ -96,6 +109,10 @@ class Proposal:
     state: MethodState = field(default_factory=dict)
     result: Hypergradient | None = None
     norm_limit_scale: float = 1.0
+    lower_gradient: Params | None = None
+    checked: tuple[Tensor, ...] | None = None
+    commit: Callable[[], None] = lambda: None
+    record: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +123,7 @@ class Setup:
         upper_steps, lower_steps: an alternation's.
         micro_batch: samples a chunk of a lower step, None where a batch is passed at once.
         adapts: whether the schedule moves upper variables between the levels.
+        lower_blocks, upper_blocks: the partition of a level's data; None where these have none.
     """
 
     problem: Problem
@@ -117,10 +135,12 @@ class Setup:
     lower_steps: int
     micro_batch: int | None
     adapts: bool
+    lower_blocks: Partition | None = None
+    upper_blocks: Partition | None = None
 
 
-def check_proposal(method: "Method", proposal: object, upper: Params) -> Proposal:
-    """The proposal, if it is one that an optimizer of `upper` can follow.
+def check_proposal(method: "Method", proposal: object, upper: Params, lower: Params) -> Proposal:
+    """The proposal, if it is one that the levels' optimizers can follow.
 
     Raises:
         TypeError, ValueError: naming the method and what it must propose.
@@ -128,24 +148,52 @@ def check_proposal(method: "Method", proposal: object, upper: Params) -> Proposa
     name = type(method).__name__
     if not isinstance(proposal, Proposal):
         raise TypeError(f"{name}: propose must return a Proposal, got {type(proposal).__name__}")
-    if not same_structure(proposal.gradient, upper):
+    wanted = {"gradient": ("upper", proposal.gradient, upper)}
+    if proposal.lower_gradient is not None and method.moves_lower:
+        wanted["lower_gradient"] = ("lower", proposal.lower_gradient, lower)
+    elif (proposal.lower_gradient is not None) != method.moves_lower:
         raise ValueError(
-            f"{name}: the gradient of a Proposal must have the names and shapes of the upper variables {list(upper)}, "
-            f"got {list(proposal.gradient)}"
+            f"{name}: a Proposal has a lower_gradient where the method's moves_lower is True, and only there; "
+            f"moves_lower is {method.moves_lower}"
         )
+    for argument, (level, gradient, variables) in wanted.items():
+        if not same_structure(gradient, variables):
+            raise ValueError(
+                f"{name}: the {argument} of a Proposal must have the names and shapes of the {level} variables "
+                f"{list(variables)}, got {list(gradient)}"
+            )
     if proposal.loss.dim() != 0:
         raise ValueError(f"{name}: the loss of a Proposal must be 0-d, got shape {tuple(proposal.loss.shape)}")
     return proposal
 
 
+def check_serves(method: "Method", problem: Problem) -> None:
+    """Raise ValueError where the lower level is no smooth minimum, and the method is for these alone."""
+    if isinstance(problem, ResidualProblem) and not method.serves_residuals:
+        raise ValueError(
+            f"{type(method).__name__} differentiates the smooth minimum of a lower objective, and the lower level of "
+            f"{type(problem).__name__} is a fixed point, a proximal problem or a root; take "
+            "Implicit(GMRES()), which serves them all"
+        )
+
+
+def check_stands_alone(method: "Method") -> None:
+    """Raise ValueError where a step of the method gives no hypergradient by itself."""
+    if method.moves_lower:
+        raise ValueError(
+            f"{type(method).__name__} moves both levels together, along directions that are no hypergradient; use it "
+            "in a Trainer, and another method, such as Implicit(), for a single hypergradient"
+        )
+
+
 @contextmanager
-def unwritten(step: "UpperStep") -> Iterator[None]:
-    """Raises where a variable of the step is written to inside.
+def unwritten(upper: Params, lower: Params) -> Iterator[None]:
+    """Raises where a variable is written to inside.
 
     Raises:
         RuntimeError: naming the variable.
     """
-    levels = {"upper": step.upper, "lower": step.lower}
+    levels = {"upper": upper, "lower": lower}
     named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
     before = [tensor._version for _, tensor in named]
     yield
@@ -169,13 +217,31 @@ class Method(ABC):
     damping: float = 0.0
     """What the method adds to `Problem.regularization_weight`; `check_hypergradient` re-solves the damped problem."""
 
+    serves_residuals: bool = False
+    """Whether the method serves lower levels that are no smooth minimum (`bilevel.lower.ResidualProblem`: fixed points,
+    proximal problems, roots). Others are refused with such a problem, in `hypergradient` and in a trainer."""
+
     fresh_batches: bool = False
     """Whether `UpperStep.lower_batches` are drawn after the alternation's lower steps, from the same data, instead of
     being the first ones that these take."""
 
+    moves_lower: bool = False
+    """Whether an upper step moves the lower variables too, along `Proposal.lower_gradient` by the lower optimizer: a
+    single loop, whose schedule has no lower steps."""
+
     @property
     def stored_batches(self) -> int:
         """How many lower batches of an alternation `UpperStep.lower_batches` shall hold."""
+        return 1
+
+    @property
+    def lower_draws(self) -> int:
+        """How many lower batches each upper step draws for itself, `UpperStep.lower_draws`."""
+        return 0
+
+    @property
+    def upper_draws(self) -> int:
+        """How many upper batches each upper step draws, at least one."""
         return 1
 
     @property
@@ -207,6 +273,11 @@ class Method(ABC):
         what it reads of them must not change within a stage, or `starts_anew` must say True.
         """
         return None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` makes something."""
+        return type(self).prepare is not Method.prepare
 
     @abstractmethod
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:

@@ -54,16 +54,22 @@ class Hypergradient:
         implicit: the response of y; ``-(cross term) x`` with A x = dF/dy where a system is solved.
         loss: F, 0-d and detached.
         solution: of the linear system, None where nothing is solved.
-        stationarity: norm of the lower gradient dG/dy over the implicit variables. The implicit function theorem
-            assumes that it is 0.
+        stationarity: norm of the lower gradient dG/dy over the implicit variables; of a lower level that is no smooth
+            minimum, of its residual: y - T(x, y) or S(x, y). The implicit function theorem assumes that it is 0.
         noise: standard error of the lower gradient over the lower batches, in the units of `stationarity`; None for a
             single batch.
         lower: the lower variables after the steps of a method that makes some, None where none is made.
         failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
-            loses, a solve whose status is not a success, a part that is not finite.
+            loses, a solve whose status is not a success, a part that is not finite; for a `ResidualProblem` also a y
+            that is no solution (the residual is above a hundredth of ||y|| and of what its batches explain), and a
+            point so near a kink of a proximal map that its active set is not known.
         warning: in words that the solve is more accurate than the lower batches can tell, or that they cannot tell its
             solution from zero (`Status.LOST_IN_THE_NOISE`), each once for a problem; None otherwise. `Solution.noise`
             is the measure, None for a single batch: it was not measured there.
+        active_set: of a `ProximalProblem`, the signs of the distances from the kinks of its map (`ProximalMap`), int8;
+            None for other kinds.
+        active_changes: how many of these signs are others than in the training's upper step before; None outside of a
+            `Trainer`, in its first upper step and for other kinds.
     """
 
     grad: Params
@@ -76,6 +82,8 @@ class Hypergradient:
     noise: float | None = None
     failure: str | None = None
     warning: str | None = None
+    active_set: Tensor | None = None
+    active_changes: int | None = None
 
     @property
     def stationarity_over_noise(self) -> float | None:
@@ -90,6 +98,22 @@ class Hypergradient:
         return self.stationarity / self.noise
 
 
+@dataclass(frozen=True)
+class AdjointSolve:
+    """What is known about one solve of A x = v, v = dF/dy, and the point that it was made at.
+
+    Attributes:
+        solution, stationarity, noise, failure, warning, active_set: as of a `Hypergradient`.
+    """
+
+    solution: Solution
+    stationarity: float
+    noise: float | None = None
+    failure: str | None = None
+    warning: str | None = None
+    active_set: Tensor | None = None
+
+
 class SolvedSystem(Protocol):
     """Of a `System`, what tells why a solve went wrong and what would help."""
 
@@ -100,8 +124,8 @@ class SolvedSystem(Protocol):
     damping: float
     has_regularizer: bool
     lower_batches: tuple[object, ...]
-    batch_sums: tuple[str, ...]
 
+    def batch_sums(self) -> tuple[str, ...]: ...
     def standard_errors(self, x: Params) -> tuple[float, float] | None: ...
 
 
@@ -159,6 +183,8 @@ def needed_tikhonov(bounds: Bounds) -> float:
 
 def _remedy(system: SolvedSystem, solution: Solution, b: Params, on_failure: OnFailure) -> str | None:
     """What would make A positive definite, and a given scale of Neumann's small enough."""
+    if not system.operator.symmetric:
+        return None
     bounds = _bounds(system, solution, b, on_failure)
     if bounds is None:
         return None
@@ -252,7 +278,7 @@ def check_on_failure(on_failure: object) -> None:
         raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
 
 
-def report_failure(result: Hypergradient, on_failure: OnFailure) -> None:
+def report_failure(result: Hypergradient | AdjointSolve, on_failure: OnFailure) -> None:
     """The one place where a failure is acted upon; a warning points to the first line outside this package."""
     if on_failure == "ignore":
         return

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from bilevel import distributed, tree
 from bilevel.checks import same_structure
 from bilevel.hypergradients.result import (
+    AdjointSolve,
     Hypergradient,
     OnFailure,
     check_on_failure,
@@ -36,7 +37,9 @@ from bilevel.linear import (
 )
 from bilevel.lower import (
     BufferWatch,
+    Examination,
     LowerObjectives,
+    PerProblem,
     StaleSystemError,
     Tikhonov,
     check_batch,
@@ -45,13 +48,18 @@ from bilevel.lower import (
     differentiates,
     examine_cross,
     examine_curvature,
+    examine_response,
     halves,
     take_marks,
     upper_derivatives,
 )
+from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
-from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
+from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, hessians, reached
 from bilevel.tree import Params
+
+_coupled = PerProblem[set[tuple[str, ...]]](set)
+"""Names of upper variables on some of which a lower objective's gradient was found to depend."""
 
 
 class System:
@@ -64,7 +72,7 @@ class System:
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
         curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
         has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
-        batch_sums: checksums of the tensors of the lower batches.
+        at_once: whether it is used within the call that makes it, so that version counters tell of all changes.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class System:
         damping: float,
         tikhonov: Tikhonov,
         implicit: tuple[str, ...],
+        at_once: bool = False,
     ) -> None:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
         self.lower_batches = tuple(lower_batches)
@@ -87,7 +96,7 @@ class System:
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.has_regularizer = self._objectives.regularizer(tree.detach(upper), point) is not None
+        self.has_regularizer = self._objectives.has_regularizer(tree.detach(upper), point)
         if not self.has_regularizer and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
@@ -102,12 +111,11 @@ class System:
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
         self._losses = self._linearizations(self.lower_batches, living)
-        self.curvature = examine_curvature(problem, self.upper, self.lower, self.lower_batches[0], implicit, hvp)
+        self.curvature = self._examined()
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
         self._invalidated = False
-        self._marks = take_marks(self._named_tensors())
-        self.batch_sums = tuple(mark.checksum for mark in self._marks if mark.name.startswith("lower_batches"))
+        self._marks = take_marks(self._named_tensors(), sums=not at_once)
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -207,11 +215,9 @@ class System:
     def cross(self, x: Params, upper: Params | None = None) -> Params:
         """``(d2G/dxdy) x / c`` over the upper variables, at `upper` (default: the system's own, as they are now)."""
         point = tree.detach(self.upper if upper is None else upper)
-        if self._loss_reaches_upper:
-            loss_part = MeanOperator(
-                [FunctionOperator(lambda v, loss=loss: loss.cross(v, point)) for loss in self._losses]
-            )
-            total = tree.scale(1.0 / self.weight, loss_part(x))
+        if self._is_coupled:
+            loss_part = MeanOperator([FunctionOperator(self._cross_of(loss, upper)) for loss in self._losses])
+            total = loss_part(x) if self.weight == 1.0 else tree.scale(1.0 / self.weight, loss_part(x))
         else:
             total = tree.zeros_like(point)
         if self.regularized:
@@ -221,6 +227,20 @@ class System:
         if not cross_examined(self.problem, point):
             examine_cross(self.problem, self._reached_upper | self._reached_by_penalty(point), point)
         return total
+
+    def _cross_of(self, loss: Linearization, upper: Params | None) -> Callable[[Params], Params]:
+        """A batch's cross term at `upper`: from what its products have made, where the marks say that upper variables
+        are as they were then."""
+        watched = self.problem.curvature_depends_on_upper
+        if watched and (upper is None or all(leaf is self.upper.get(name) for name, leaf in upper.items())):
+            return loss.cross_here
+        point = tree.detach(self.upper if upper is None else upper)
+        return lambda v: loss.cross(v, point)
+
+    def check_response(self, upper: Params) -> None:
+        """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
+        problem and names that have once been reached, no more."""
+        examine_response(self.problem, upper, lambda: bool(self._loss_reaches or self._reached_by_penalty(upper)))
 
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
@@ -249,6 +269,11 @@ class System:
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
         return gradient, None if noise is None else float(noise)
 
+    def batch_sums(self) -> tuple[str, ...]:
+        """Checksums of the tensors of the lower batches."""
+        named = [(str(k), tensor) for k, batch in enumerate(self.lower_batches) for tensor in tree.tensors_in(batch)]
+        return tuple(str(mark.checksum) for mark in take_marks(named))
+
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
         self._invalidated = True
@@ -272,8 +297,17 @@ class System:
         return next((found for loss in self._losses if (found := loss.reached_upper())), set())
 
     @cached_property
-    def _loss_reaches_upper(self) -> bool:
-        """Whether any batch's loss on any rank does, so that all ranks take part in the mean of the cross term."""
+    def _is_coupled(self) -> bool:
+        """Whether dL/dy changes with upper variables for any batch on any rank, so that all ranks take part in the mean
+        of the cross term. Where it once did for a problem and names, that is taken for granted."""
+        known, names = _coupled.of(self.problem), tuple(self.upper)
+        if names not in known and self.operator.agree(any(loss.depends_on_upper() for loss in self._losses)):
+            known.add(names)
+        return names in known
+
+    @property
+    def _loss_reaches(self) -> bool:
+        """Whether any batch's loss on any rank reaches an upper variable."""
         return self.operator.agree(bool(self._reached_upper))
 
     def _reached_by_penalty(self, upper: Params) -> set[str]:
@@ -287,19 +321,35 @@ class System:
         objectives = [make(batch, self._objectives.seed + k) for k, batch in enumerate(batches)]
         return self.hvp.linearize_all(objectives, self.upper, self.variables(self.lower), resident=resident)
 
+    def _examined(self) -> Examination:
+        """What is known of second derivatives that the lower objective loses."""
+        return examine_curvature(self.problem, self.upper, self.lower, self.lower_batches[0], self.implicit, self.hvp)
+
+    def flaw(self) -> str | None:
+        """In words, what makes the theorem's assumptions doubtful at this point, None where nothing is known to."""
+        return None
+
+    def active_set(self) -> Tensor | None:
+        """Which pieces of a proximal map y lies on (`Hypergradient.active_set`); None for other kinds."""
+        return None
+
     def _build_operator(self, point: Params) -> LinearOperator:
-        losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
-        operator: LinearOperator = MeanOperator(losses)
-        if self.regularized:
-            exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
-            operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
+        operator = self._without_tikhonov(point)
         if isinstance(self.tikhonov, Mapping) or self.tikhonov != 0.0:
             operator = TikhonovOperator(operator, self.tikhonov)
         return operator
 
+    def _without_tikhonov(self, point: Params) -> LinearOperator:
+        losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
+        operator: LinearOperator = MeanOperator(losses, partial(hessians, self._losses))
+        if self.regularized:
+            exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
+            operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
+        return operator
+
     def _loss_gradient(self, upper: Params) -> tuple[Params, Tensor | None]:
         """The mean of the batches' gradients, and its standard error."""
-        if not self.problem.curvature_depends_on_upper and self._loss_reaches_upper:
+        if not self.problem.curvature_depends_on_upper and self._is_coupled:
             return mean_and_error([loss.gradient_at(upper) for loss in self._losses])
         return self._loss_gradient_here
 
@@ -330,17 +380,31 @@ def through_system(
 
     Unless `on_failure` is "ignore", products are spent on what would help a solve that broke down.
     """
-    loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
-    solution = solve(v)
-    implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
-    grad = tree.add(direct, implicit_part)
+    with curvature_surroundings():
+        loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
+        implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
+    return Hypergradient(tree.add(direct, implicit_part), direct, implicit_part, loss, **vars(made))
+
+
+def adjoint(
+    system: System,
+    v: Params,
+    upper: Params,
+    direct: Params | None = None,
+    *,
+    solve: Callable[[Params], Solution],
+    on_failure: OnFailure,
+) -> tuple[Params, AdjointSolve]:
+    """-(cross term) x, where `solve` gives x for v, and what is known about it; `direct` is what it is added to."""
+    with curvature_surroundings():
+        solution = solve(v)
+        implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
+        gradient, noise = system.gradient_and_noise(upper)
+        failed = solve_failure(system, solution, v, on_failure)
+    direct = tree.zeros_like(implicit_part) if direct is None else direct
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    failure = joined(
-        lost, solve_failure(system, solution, v, on_failure) or finite_failure(direct, implicit_part, grad)
-    )
-    gradient, noise = system.gradient_and_noise(upper)
+    not_finite = finite_failure(direct, implicit_part, tree.add(direct, implicit_part))
+    failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return Hypergradient(
-        grad, direct, implicit_part, loss, solution, stationarity, noise=noise, failure=failure, warning=warning
-    )
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())

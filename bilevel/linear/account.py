@@ -17,7 +17,8 @@ class CountedOperator(LinearOperator):
     """An operator that counts its products."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        self.operator, self.exact, self.products = operator, operator.exact, 0
+        self.operator, self.exact, self.symmetric = operator, operator.exact, operator.symmetric
+        self.products = 0
 
     def __call__(self, vector: Params) -> Params:
         self.products += 1
@@ -118,12 +119,14 @@ class Account:
         x: Params,
         residuals: tuple[float, float],
         ritz_range: tuple[float, float] | None = None,
+        iterations: int | None = None,
     ) -> Solution:
+        """What is told of the solve; `iterations` where not all of them are in the curve."""
         return Solution(
             x,
             status,
             residuals,
-            self.iterations,
+            self.iterations if iterations is None else iterations,
             self.operator.products,
             self.min_curvature,
             residual_curve=tuple(self.curve),

@@ -1,7 +1,7 @@
 """Linear operators on `Params`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import final
 
@@ -13,14 +13,17 @@ from bilevel.tree import Params
 
 
 class LinearOperator(ABC):
-    """A symmetric linear map on trees of one structure.
+    """A linear map on trees of one structure.
 
     Attributes:
         exact: whether products are linear to rounding; False for finite differences, whose residuals a solver
             then measures instead of updating them.
+        symmetric: whether the map is its own transpose, as the Hessian of an objective is; solvers that rest on it
+            refuse the others.
     """
 
     exact: bool = True
+    symmetric: bool = True
 
     @abstractmethod
     def __call__(self, vector: Params) -> Params:
@@ -40,8 +43,8 @@ class LinearOperator(ABC):
 class FunctionOperator(LinearOperator):
     """A plain function as an operator."""
 
-    def __init__(self, function: Callable[[Params], Params], *, exact: bool = True) -> None:
-        self.function, self.exact = function, exact
+    def __init__(self, function: Callable[[Params], Params], *, exact: bool = True, symmetric: bool = True) -> None:
+        self.function, self.exact, self.symmetric = function, exact, symmetric
 
     def __call__(self, vector: Params) -> Params:
         return self.function(vector)
@@ -49,31 +52,48 @@ class FunctionOperator(LinearOperator):
 
 @final
 class MeanOperator(LinearOperator):
-    """``(1/K) sum_k A_k``, averaged over the ranks: the Hessian of a mean over batches."""
+    """``(1/K) sum_k A_k``, averaged over the ranks: the Hessian of a mean over batches.
 
-    def __init__(self, operators: Sequence[LinearOperator]) -> None:
+    Args:
+        operators: the A_k.
+        products: gives all products ``A_k v``, in order, where that is cheaper than by the operators one by one.
+    """
+
+    def __init__(
+        self,
+        operators: Sequence[LinearOperator],
+        products: Callable[[Params], Iterable[Params]] | None = None,
+    ) -> None:
         if not operators:
             raise ValueError("MeanOperator: the mean over no operators is not defined")
         self.operators = tuple(operators)
         self.exact = all(op.exact for op in operators)
+        self.symmetric = all(op.symmetric for op in operators)
+        self._products = products
+
+    def products(self, vector: Params) -> Iterable[Params]:
+        """``A_k v`` for each k."""
+        return (op(vector) for op in self.operators) if self._products is None else self._products(vector)
 
     def __call__(self, vector: Params) -> Params:
-        total = reduce(tree.add, (op(vector) for op in self.operators))
-        return distributed.mean_over_ranks(tree.scale(1.0 / len(self.operators), total))
+        total = reduce(tree.add, self.products(vector))
+        mean = total if len(self.operators) == 1 else tree.scale(1.0 / len(self.operators), total)
+        return distributed.mean_over_ranks(mean)
 
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
-        return mean_and_error([op(vector) for op in self.operators])
+        return mean_and_error(list(self.products(vector)))
 
     def agree(self, flag: bool) -> bool:
         return distributed.agree(flag)
 
 
 class _Combined(LinearOperator):
-    """Shares `exact` and `agree` among operators that are made of others."""
+    """Shares `exact`, `symmetric` and `agree` among operators that are made of others."""
 
     def __init__(self, *operators: LinearOperator) -> None:
         self.operators = operators
         self.exact = all(op.exact for op in operators)
+        self.symmetric = all(op.symmetric for op in operators)
 
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])
@@ -192,9 +212,10 @@ def mean_and_error(parts: Sequence[Params]) -> tuple[Params, Tensor | None]:
     single batch. Each part is first averaged over the ranks, which have a share of each batch: all parts are exchanged.
     """
     parts = [distributed.mean_over_ranks(part) for part in parts]
-    mean, count = tree.scale(1.0 / len(parts), reduce(tree.add, parts)), len(parts)
+    count = len(parts)
     if count < 2:
-        return mean, None
+        return parts[0], None
+    mean = tree.scale(1.0 / count, reduce(tree.add, parts))
     deviations = torch.stack([tree.norm(tree.sub(part, mean)).square() for part in parts])
     return mean, (deviations.mean() / (count - 1)).sqrt()
 

@@ -36,8 +36,8 @@ class Status(Enum):
         "before it was kept; raise tikhonov, train the lower level further, or use MINRES"
     )
     DIVERGED = (
-        "diverged: the residual grew, and the best iterate was kept (layer-wise the last one); raise tikhonov, or give "
-        "Neumann a smaller scale"
+        "diverged: the residual grew, and the best iterate was kept (layer-wise the last one); raise tikhonov, give "
+        "Neumann a smaller scale, or take GMRES in place of AdjointIteration, whose map does not contract"
     )
     NON_FINITE = (
         "non-finite: a NaN or an infinity came up and the last finite iterate was kept; check data, losses and step "
@@ -68,7 +68,8 @@ class Solution:
         value: x; finite whenever b is.
         status: how the solve ended.
         residual_norms: ``||b - A x|| / ||b||`` at the start and at the end: true residuals, not a recursion that may
-            have drifted from them. NaN where it was not measured (`Identity` makes no product).
+            have drifted from them. NaN where it was not measured (`Identity` makes no product, `Neumann(1)` from a
+            start none but that with it).
         iterations: iterations made.
         num_hvps: products with A, each over all the batches, preparation included.
         min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.

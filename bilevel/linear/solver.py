@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,11 +16,14 @@ from bilevel.tree import Params
 
 
 class Solver(ABC):
-    """Solves A x = b for a symmetric operator A. A solver is a frozen set of options and holds no state of its own.
+    """Solves A x = b. A solver is a frozen set of options and holds no state of its own.
 
     Subclasses are final and implement `_solve`, where b is finite, not zero and of norm between 1 and 2 (up to the
-    extremes that `tree.power_of_two` names).
+    extremes that `tree.power_of_two` names), and A symmetric unless the subclass says otherwise.
     """
+
+    needs_symmetric: ClassVar[bool] = True
+    """Whether the method rests on a symmetric A. Where it does, operators that are not symmetric are refused."""
 
     @property
     def learns(self) -> bool:
@@ -67,16 +70,17 @@ class Solver(ABC):
 
         Raises:
             TypeError: an operator that cannot be called, or a b or x0 that is not Params.
-            ValueError: x0 with other names or shapes than b.
+            ValueError: x0 with other names or shapes than b; an operator that is not symmetric, where that is needed.
         """
         operator = as_operator(operator)
+        self.check_symmetry(operator.symmetric)
         tree.check_params("b", b)
         if x0 is not None:
             _check_start(x0, b)
         b = tree.detach(b)
-        if operator.agree(not tree.all_finite(b)):
-            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
         scale = tree.power_of_two(b)
+        if operator.agree(math.isnan(scale)):
+            return Solution(b, Status.NON_FINITE, (math.nan, math.nan), 0, 0, None, math.nan, math.nan)
         if scale == 0.0:
             return Solution(tree.zeros_like(b), Status.CONVERGED, (0.0, 0.0), 0, 0)
         unit = tree.scale(1.0 / scale, b)
@@ -91,11 +95,21 @@ class Solver(ABC):
             if solution.value is unit:
                 # Bit for bit, also where entries far below the largest do not survive the scaling.
                 return replace(solution, value=b)
-            value = tree.scale(scale, solution.value)
-            if not tree.all_finite(value):
+            value, size = tree.scale(scale, solution.value), float(tree.norm(solution.value))
+            within = size * scale < min(torch.finfo(leaf.dtype).max for leaf in b.values()) / 2
+            if not within and not tree.all_finite(value):
                 return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
-            relative_change, cosine = _compare(solution.value, unit)
+            relative_change, cosine = _compare(solution.value, size, unit)
         return replace(solution, value=value, relative_change=relative_change, cosine=cosine)
+
+    def check_symmetry(self, symmetric: bool) -> None:
+        """Raise ValueError where the operator is not symmetric and the method rests on it."""
+        if self.needs_symmetric and not symmetric:
+            raise ValueError(
+                f"{type(self).__name__} needs a symmetric operator, and this one is not: that of a lower level which "
+                "is a fixed point, a proximal problem or a root is not symmetric. Take GMRES(), AdjointIteration() "
+                "where the map contracts, or Dense() where the variables are few"
+            )
 
     @abstractmethod
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: Any) -> Solution:
@@ -160,8 +174,8 @@ def _unmeasured(solution: Solution) -> tuple[float, float]:
     return solution.residual_norms[0], math.nan
 
 
-def _compare(x: Params, b: Params) -> tuple[float, float]:
-    norm_x, norm_b = float(tree.norm(x)), float(tree.norm(b))
+def _compare(x: Params, norm_x: float, b: Params) -> tuple[float, float]:
+    norm_b = float(tree.norm(b))
     relative_change = float(tree.norm(tree.sub(x, b))) / norm_b
     return relative_change, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
+from bilevel.lower.kinds.fields import training_residual
+from bilevel.lower.kinds.proximal import ProximalProblem
+from bilevel.lower.kinds.residual import ResidualProblem
 from bilevel.lower.objectives import check_scalar
 from bilevel.lower.reach import (
     cross_examined,
@@ -26,8 +29,7 @@ def upper_derivatives(
     """F, dF/dx and dF/dy over the lower variables `names`, averaged over the ranks."""
     x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in names})
     with torch.enable_grad(), own_draws(), curvature_pass():
-        loss = check_scalar("upper_objective", problem.upper_objective(x, {**tree.detach(lower), **y}, batch))
-        examine_upper(problem, loss, x, y)
+        loss = upper_graph(problem, x, y, lower, batch)
     return _averaged(loss, x, y)
 
 
@@ -52,13 +54,16 @@ def training_derivatives(
     write_buffers: bool = True,
 ) -> tuple[Tensor, Params]:
     """L, and dG/dy of G = L + lambda r over all lower variables, averaged over the ranks, by an ordinary pass: it
-    writes buffers and draws random masks from the default generators.
+    writes buffers and draws random masks from the default generators. Of a fixed point or a root, the norm of the
+    residual S and S.
 
     Args:
         micro_batch: samples a chunk (`micro_batched_gradient`); None passes the batch at once.
         seed: random masks are those of `lower_value` with this seed; None draws them from the default generators.
         write_buffers: False makes a pass with a seed leave them.
     """
+    if isinstance(problem, ResidualProblem) and not isinstance(problem, ProximalProblem):
+        return training_residual(problem, upper, lower, batch, seed=seed, write_buffers=write_buffers)
     x, y = tree.detach(upper), tree.as_variables(lower)
     if micro_batch is None:
         with own_draws() if seed is None else training_pass(seed, write_buffers=write_buffers):
@@ -87,13 +92,26 @@ def training_derivatives(
 def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
     """G = L + lambda r on one batch, 0-d, writing no buffer; equal seeds give equal random masks."""
     with curvature_pass(seed):
-        loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
-        penalty = problem.regularizer(upper, lower)
-        if torch.is_grad_enabled():
-            _examine(problem, [loss] if penalty is None else [loss, penalty], upper, lower)
+        return lower_graph(problem, upper, lower, batch)
+
+
+def lower_graph(problem: Problem, upper: Params, lower: Params, batch: Any) -> Tensor:
+    """G = L + lambda r on one batch, 0-d, in the pass that surrounds the call."""
+    loss = check_scalar("lower_objective", problem.lower_objective(upper, lower, batch))
+    penalty = problem.regularizer(upper, lower)
+    if torch.is_grad_enabled():
+        _examine(problem, [loss] if penalty is None else [loss, penalty], upper, lower)
     if penalty is None:
         return loss
     return loss + problem.regularization_weight * check_scalar("regularizer", penalty)
+
+
+def upper_graph(problem: Problem, upper: Params, variables: Params, lower: Params, batch: Any) -> Tensor:
+    """F on one batch, 0-d, in the pass that surrounds the call; `variables` take the place of some of `lower`."""
+    everything = {name: variables[name] if name in variables else leaf.detach() for name, leaf in lower.items()}
+    loss = check_scalar("upper_objective", problem.upper_objective(upper, everything, batch))
+    examine_upper(problem, loss, upper, variables)
+    return loss
 
 
 def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: Params) -> None:

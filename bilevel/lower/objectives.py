@@ -79,6 +79,11 @@ class LowerObjectives:
                 f"{float(whole):.6g} on lower_batches[0]; the two must be the same function, random masks included"
             )
 
+    def has_regularizer(self, upper: Params, variables: Params) -> bool:
+        """Whether there is an r; where the Problem defines none, nothing is evaluated."""
+        own = getattr(self.problem.regularizer, "__func__", self.problem.regularizer)
+        return own is not Problem.regularizer and self.regularizer(upper, variables) is not None
+
     def regularizer(self, upper: Params, variables: Params) -> Tensor | None:
         """r, None where there is none."""
         with curvature_pass(self.seed):

@@ -1,7 +1,7 @@
 """Which variables the objectives reach: a variable that none reaches gets a zero that looks like a result."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ class _ReachedUpper:
     of_upper: set[str] | None = None
     of_lower: set[str] | None = None
     judged: set[tuple[str, ...]] = field(default_factory=set)
+    responded_to: set[tuple[str, ...]] = field(default_factory=set)
     misses: int = 0
 
 
@@ -115,6 +116,19 @@ def examine_cross(problem: Problem, found: set[str], upper: Params) -> None:
     """
     _upper.of(problem).of_lower = found
     _judge_upper(problem, upper)
+
+
+def examine_response(problem: Problem, upper: Params, reaches: Callable[[], bool]) -> None:
+    """Ask once for the names of these upper variables whether L or r `reaches` any.
+
+    Raises:
+        ValueError: they do not.
+    """
+    known = _upper.of(problem).responded_to
+    if upper and tuple(upper) not in known:
+        if not reaches():
+            raise ValueError(_reaches_none("no objective of the lower level", "upper", upper))
+        known.add(tuple(upper))
 
 
 def cross_examined(problem: Problem, upper: Params) -> bool:

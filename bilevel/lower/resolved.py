@@ -11,6 +11,8 @@ import torch
 
 from bilevel import distributed, tree
 from bilevel.lower.derivatives import lower_derivatives
+from bilevel.lower.kinds.fields import mean_residual
+from bilevel.lower.kinds.residual import ResidualProblem
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
 from bilevel.tree import Params
@@ -93,7 +95,10 @@ class Resolved:
         return value, left
 
     def _scaled_gradient(self, upper: Params, lower: Params, names: Sequence[str]) -> Params:
-        """dG/dy over some lower variables, divided as the linear system is."""
+        """dG/dy over some lower variables, divided as the linear system is; the residual of a lower level that is no
+        smooth minimum."""
+        if isinstance(self.problem, ResidualProblem):
+            return mean_residual(self.problem, upper, lower, names, self.lower_batches)
         gradients = [lower_derivatives(self.problem, upper, lower, names, batch, 0)[1] for batch in self.lower_batches]
         weight = self.problem.regularization_weight
         regularized = weight > 0.0 and self.problem.regularizer(upper, lower) is not None

@@ -1,5 +1,6 @@
 """Whether lower batches are samples of more data, and a batch in two halves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,17 @@ class _Met:
 _met = PerProblem(_Met)
 
 
-def are_samples(problem: Problem, contents: tuple[str, ...]) -> bool:
-    """Whether the Problem has come with lower batches of different contents, `contents` telling these: none of them
-    is then known to be all data."""
+def are_samples(problem: Problem, contents: Callable[[], tuple[str, ...]]) -> bool:
+    """Whether the Problem has come with lower batches of different contents: none of them is then known to be all data.
+
+    Args:
+        contents: tells those of the present batches; asked until others have come.
+    """
     met = _met.of(problem)
-    met.first = contents if met.first is None else met.first
-    met.others = met.others or contents != met.first
+    if not met.others:
+        now = contents()
+        met.first = now if met.first is None else met.first
+        met.others = now != met.first
     return met.others
 
 

@@ -1,7 +1,7 @@
 """What tensors looked like, to tell later whether anything has changed since."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,26 +13,27 @@ class StaleSystemError(RuntimeError):
     """A `System` was used after something that it was built from changed."""
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most.
 
     A view of a part of its storage shares its counter with the other parts, whose writes change nothing here: where
-    its counter moves, the sum over all its entries decides (`whole`, None for other tensors).
+    its counter moves, the sum over all its entries decides (`whole`, None for other tensors). Without sums counters
+    decide alone, where they are the tensor's own.
     """
 
     name: str
     identity: int
     version: int
-    checksum: str
+    checksum: str | None
     whole: str | None
 
 
-def take_marks(named: Iterable[tuple[str, Tensor]]) -> tuple[Mark, ...]:
-    """A mark of each tensor; the checksums are read back once a device."""
+def take_marks(named: Iterable[tuple[str, Tensor]], *, sums: bool = True) -> tuple[Mark, ...]:
+    """A mark of each tensor; the checksums are read back once a device. None are made without `sums`."""
+    if not sums:
+        return tuple(Mark(name, id(tensor), _version(tensor), None, None) for name, tensor in named)
     named = list(named)
-    sums = _checksums([tensor for _, tensor in named])
-    rows = zip(named, sums, strict=True)
+    rows = zip(named, _checksums([tensor for _, tensor in named]), strict=True)
     return tuple(
         Mark(name, id(tensor), _version(tensor), checksum, _whole_sum(tensor) if _is_part(tensor) else None)
         for (name, tensor), checksum in rows
@@ -47,11 +48,11 @@ def check_marks(before: Sequence[Mark], named: Iterable[tuple[str, Tensor]]) -> 
     for old, (name, tensor) in zip(before, named, strict=True):
         if old.identity != id(tensor):
             raise StaleSystemError(f"{name} is another tensor than at linearize; call linearize again")
-    sums = _checksums([tensor for _, tensor in named])
-    for old, (name, tensor), checksum in zip(before, named, sums, strict=True):
-        version = _version(tensor)
-        written = version != old.version and (old.whole is None or old.whole != _whole_sum(tensor))
-        if written or checksum != old.checksum:
+    summed = [tensor for mark, (_, tensor) in zip(before, named, strict=True) if mark.checksum is not None]
+    sums = iter(_checksums(summed))
+    for old, (name, tensor) in zip(before, named, strict=True):
+        version, checksum = _version(tensor), None if old.checksum is None else next(sums)
+        if (version != old.version and _is_written(tensor, old)) or checksum != old.checksum:
             raise StaleSystemError(
                 f"{name} changed after linearize (version {old.version} -> {version}, checksum {old.checksum} -> "
                 f"{checksum}); call linearize again, or keep the objectives from writing to it if nothing else does"
@@ -86,6 +87,13 @@ def _checksums(tensors: Sequence[Tensor]) -> list[str]:
     return [sums[index] for index in range(len(tensors))]
 
 
+def _is_written(tensor: Tensor, old: Mark) -> bool:
+    """Whether a counter that has moved tells of the tensor itself, not of other parts of its storage."""
+    if old.checksum is None:
+        return not _is_part(tensor)
+    return old.whole is None or old.whole != _whole_sum(tensor)
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -105,6 +113,10 @@ def _whole_sum(tensor: Tensor) -> str:
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:
+    plain = tensor.layout is torch.strided and type(tensor) in _PLAIN and tensor.dtype in _REAL
+    if plain and not tensor.is_nested and tensor.is_contiguous():
+        flat = tensor.detach().view(-1)
+        return flat[:: max(1, flat.numel() // _SAMPLES)].sum(dtype=torch.float64)
     tensor = strided(tensor.detach())
     # In the order of memory, so that flattening a channels-last batch copies nothing.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
@@ -124,4 +136,5 @@ def strided(tensor: Tensor) -> Tensor:
     return tensor.int_repr() if tensor.is_quantized else tensor
 
 
+_PLAIN, _REAL = (Tensor, torch.nn.Parameter), (torch.float32, torch.float64, torch.int64)
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)

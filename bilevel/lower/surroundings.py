@@ -33,6 +33,8 @@ def differentiates(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         check_recordable(function.__qualname__)
+        if torch.is_grad_enabled() and not autocasts():
+            return function(*args, **kwargs)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             for device in autocasts():

@@ -2,27 +2,28 @@
 
 import inspect
 import logging
-import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
-from bilevel.distributed import rank, world_size
+from bilevel.distributed import world_size
 from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layer
+from bilevel.nn.seeding import seeded
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 
 _in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
+_surrounded: ContextVar[bool] = ContextVar("bilevel_curvature_surroundings", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
+_buffers_written: ContextVar[bool] = ContextVar("bilevel_buffers_written", default=False)
 
 _buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
@@ -58,24 +59,45 @@ class BufferNotes(Protocol):
 
 
 @contextmanager
-def curvature_pass(seed: int | None = None, notes: BufferNotes | None = None) -> Iterator[None]:
+def curvature_surroundings() -> Iterator[None]:
+    """What all curvature passes have around them: attention is twice differentiable, and checkpointing refused.
+
+    Entered around several passes, these need not enter it again. No training pass runs inside.
+    """
+    if _surrounded.get():
+        yield
+        return
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT_REMEDY):
+        token = _surrounded.set(True)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            _surrounded.reset(token)
+
+
+@contextmanager
+def curvature_pass(
+    seed: int | None = None, notes: BufferNotes | None = None, *, write_buffers: bool = False
+) -> Iterator[None]:
     """Inside, `functional_call` writes no buffer, attention is twice differentiable and, with a seed, masks repeat.
 
     Args:
         seed: seeds the default generators for the length of the pass and restores them afterwards; None leaves them.
         notes: is told the buffers that `functional_call` reads.
+        write_buffers: buffers such as running statistics update after all, as in a training step.
     """
-    with ExitStack() as stack:
-        if seed is not None:
-            stack.enter_context(_seeded(seed))
-        stack.callback(_in_curvature_pass.reset, _in_curvature_pass.set(True))
-        stack.callback(_buffer_notes.reset, _buffer_notes.set(notes))
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT_REMEDY))
-        yield
+    with nullcontext() if seed is None else seeded(seed), curvature_surroundings():
+        inside, noted = _in_curvature_pass.set(True), _buffer_notes.set(notes)
+        written = _buffers_written.set(write_buffers)
+        try:
+            yield
+        finally:
+            _buffers_written.reset(written)
+            _buffer_notes.reset(noted)
+            _in_curvature_pass.reset(inside)
 
 
 @contextmanager
@@ -87,7 +109,7 @@ def training_pass(seed: int, *, write_buffers: bool) -> Iterator[None]:
     """
     token = _buffers_kept.set(not write_buffers)
     try:
-        with _seeded(seed):
+        with seeded(seed):
             yield
     finally:
         _buffers_kept.reset(token)
@@ -135,48 +157,6 @@ def noting_casts(devices: set[str]) -> Iterator[None]:
         yield
     finally:
         _casts.reset(token)
-
-
-@contextmanager
-def own_draws() -> Iterator[None]:
-    """An ordinary pass on this rank's samples: it leaves the default generators as equal on all ranks as they were."""
-    if world_size() == 1:
-        yield
-        return
-    with _seeded(int(torch.randint(2**31 - 1, ()))):
-        yield
-
-
-def chunk_seeds(seed: int, count: int) -> list[int]:
-    """One seed for each chunk of a batch whose seed is `seed`; a single chunk has the batch's own."""
-    generator = torch.Generator().manual_seed(seed)
-    return [seed, *torch.randint(2**31 - 1, (count - 1,), generator=generator).tolist()]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the default generators of torch, NumPy and Python, and restores them afterwards.
-
-    Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
-    """
-    seed = (seed + 2654435761 * rank()) % 2**32
-    on_gpu = torch.cuda.is_initialized()
-    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
-    try:
-        # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.manual_seed_all(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.default_generator.set_state(state)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(gpu_states)
 
 
 def functional_call(
@@ -243,9 +223,12 @@ def functional_call(
             _warn_of_autocast(params)
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
-            stack.enter_context(_without_running_statistics(module))
             stack.enter_context(differentiable_layers(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
+            if _buffers_written.get():
+                stack.enter_context(_noted_if_written(module))
+                return torch.func.functional_call(module, dict(params), args, keywords)
+            stack.enter_context(_without_running_statistics(module))
         read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
         notes = _buffer_notes.get() if curvature else None
         if notes is not None:

@@ -11,10 +11,12 @@ from bilevel.products.hvp import (
     Linearization,
     Objective,
     ReverseOverReverse,
+    hessians,
 )
 from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from bilevel.products.outputs import check_outputs, check_rows
+from bilevel.products.vector_field import VectorField, linearize_fields
 
 __all__ = [
     "HVP",
@@ -31,6 +33,7 @@ __all__ = [
     "MicroBatched",
     "Objective",
     "ReverseOverReverse",
+    "VectorField",
     "as_provider",
     "beginnings",
     "check_outputs",
@@ -38,6 +41,8 @@ __all__ = [
     "curvature_errors",
     "graph_bytes",
     "graph_nodes",
+    "hessians",
+    "linearize_fields",
     "micro_batched_gradient",
     "named_among",
     "reached",

@@ -6,7 +6,7 @@ Costs are in units of one plain gradient of L.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
@@ -26,6 +26,9 @@ from bilevel.tree import Params
 Objective = Callable[[Params, Params], Tensor]
 """L(x, y) on one fixed batch with fixed randomness; 0-d."""
 
+_SMALL = 100_000
+"""Up to so many entries the products of all batches are made together, which holds them all at a time."""
+
 
 class Linearization(ABC):
     """Second derivatives of one objective at one point (x, y)."""
@@ -41,6 +44,10 @@ class Linearization(ABC):
     @abstractmethod
     def cross(self, vector: Params, upper: Params) -> Params:
         """``(d2L/dxdy) w = d/dx <dL/dy, w>``, over the upper variables, at the upper values given."""
+
+    def cross_here(self, vector: Params) -> Params:
+        """`cross` at the point, from what products have made on their way where that serves."""
+        return self.cross(vector, self.upper)
 
     def gradient(self) -> Params:
         """dL/dy at the point; computed once, and for nothing where a product has met it on its way."""
@@ -64,9 +71,29 @@ class Linearization(ABC):
         x = tree.as_variables(self.upper)
         return reached([self.objective(x, tree.as_variables(self.lower))], x)
 
+    def depends_on_upper(self) -> bool:
+        """Whether dL/dy may change with any upper variable."""
+        return bool(self.reached_upper())
+
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        """The lower variables and the gradient of the graph that is kept between products; None where none is kept."""
+        return None
+
     def kept_bytes(self) -> int | None:
         """Bytes of the graph that is kept between products, measured now; None where none is kept."""
         return None
+
+
+def hessians(linearizations: Sequence[Linearization], vector: Params) -> Iterator[Params]:
+    """The product of each with `vector`: one after the other, or of small kept graphs by one pass through all."""
+    graphs = [one.kept_graph() for one in linearizations]
+    if len(graphs) < 2 or tree.size(vector) > _SMALL or any(graph is None for graph in graphs):
+        yield from (one.hessian(vector) for one in linearizations)
+        return
+    kept = [(str(k), *graph) for k, graph in enumerate(graphs) if graph is not None]
+    outputs = {k + name: leaf for k, _, gradient in kept for name, leaf in gradient.items()}
+    along = {k + name: vector[name] for k, _, gradient in kept for name in gradient}
+    yield from tree.pullback(outputs, along, [variables for _, variables, _ in kept], retain_graph=True)
 
 
 class HVPProvider(ABC):
@@ -106,7 +133,9 @@ class ReverseOverReverse(HVPProvider):
 
     Args:
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
-            after the first saves the forward and the first backward pass, for the memory of one graph per batch.
+            after the first, and the cross term, saves the forward and the first backward pass, for the memory of one
+            graph per batch in the variables of both levels. The choice for problems of small tensors, where a pass
+            costs mostly the calls it is made of.
         memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
             measured (`bilevel.products.graph_bytes`) when the batch's first product has built it, and kept
             if it still fits beside those kept before; the other batches are recomputed for every product, and the
@@ -191,42 +220,62 @@ class FiniteDifference(HVPProvider):
 
 
 class _Reverse(Linearization):
-    """`account` decides whether the graph is kept; None keeps none."""
+    """`account` decides whether the graph is kept, in the variables of both levels; None keeps none."""
 
     def __init__(self, objective: Objective, upper: Params, lower: Params, account: GraphAccount | None) -> None:
         super().__init__(objective, upper, lower)
-        self._account, self._offered = account, False
-        self._graph: tuple[Params, Params] | None = None
+        self._account = account
+        self._graph: tuple[Params, Params, Params] | None = None
 
-    def _differentiable_gradient(self) -> tuple[Params, Params]:
-        """(y, dL/dy with its graph); also records the gradient's value."""
+    def _differentiable_gradient(self) -> tuple[Params, Params, Params]:
+        """(x, y, dL/dy with its graph); also records the gradient's value."""
         if self._graph is not None:
             return self._graph
+        x = tree.detach(self.upper) if self._account is None else tree.as_variables(self.upper)
         y = tree.as_variables(self.lower)
         with CheapDoubleBackward():
-            loss = self.objective(tree.detach(self.upper), y)
+            loss = self.objective(x, y)
         g = tree.gradients(loss, y, create_graph=True)
         self._gradient = tree.detach(g)
+        if self._account is not None and self._account.admits(g.values()):
+            self._graph = x, y, g
         # Offered once: what is kept only grows, so that a graph that does not fit now never will.
-        if self._account is not None and not self._offered and self._account.admits(g.values()):
-            self._graph = y, g
-        self._offered = True
-        return y, g
+        self._account = self._account if self._graph is not None else None
+        return x, y, g
 
     @torch.enable_grad()
     def hessian(self, vector: Params) -> Params:
-        y, g = self._differentiable_gradient()
+        _, y, g = self._differentiable_gradient()
         return tree.pullback(g, vector, [y], retain_graph=self._graph is not None)[0]
+
+    def depends_on_upper(self) -> bool:
+        if self._graph is None:
+            return super().depends_on_upper()
+        x, _, g = self._graph
+        return bool(reached(g.values(), x))
+
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        return None if self._graph is None else self._graph[1:]
 
     def kept_bytes(self) -> int | None:
         if self._graph is None or self._account is None:
             return None
-        return graph_bytes(self._graph[1].values(), self._account.resident)
+        return graph_bytes(self._graph[2].values(), self._account.resident)
 
     @torch.enable_grad()
     def cross(self, vector: Params, upper: Params) -> Params:
         x, y = tree.as_variables(upper), tree.as_variables(self.lower)
         g = tree.gradients(self.objective(x, y), y, create_graph=True)
+        return tree.pullback(g, vector, [x])[0]
+
+    @torch.enable_grad()
+    def cross_here(self, vector: Params) -> Params:
+        if self._account is not None:
+            x, _, g = self._differentiable_gradient()
+            return tree.pullback(g, vector, [x], retain_graph=self._graph is not None)[0]
+        x, y = tree.as_variables(self.upper), tree.as_variables(self.lower)
+        g = tree.gradients(self.objective(x, y), y, create_graph=True)
+        self._gradient = tree.detach(g) if self._gradient is None else self._gradient
         return tree.pullback(g, vector, [x])[0]
 
 

@@ -2,11 +2,12 @@
 
 from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSONLWriter, ProgressBar, Record
 from bilevel.training.data.batches import BatchSource, BatchStack, Cycle, derive_seed
+from bilevel.training.data.blocks import Blocks
 from bilevel.training.data.loader import LoaderSource
 from bilevel.training.engine import NonFiniteError, Training
 from bilevel.training.inspection import Inspect
 from bilevel.training.level import Level, LRSchedule
-from bilevel.training.schedule import AlternatingSchedule
+from bilevel.training.schedule import AlternatingSchedule, power_decay
 from bilevel.training.single_level import Derivatives, SingleLevelTrainer, gradient_of
 from bilevel.training.trackers import TensorBoardLogger, Tracker, TrackerError, WandbLogger
 from bilevel.training.trainer import Trainer
@@ -15,6 +16,7 @@ __all__ = [
     "AlternatingSchedule",
     "BatchSource",
     "BatchStack",
+    "Blocks",
     "Callback",
     "Checkpointing",
     "Cycle",
@@ -37,4 +39,5 @@ __all__ = [
     "WandbLogger",
     "derive_seed",
     "gradient_of",
+    "power_decay",
 ]

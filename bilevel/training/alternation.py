@@ -1,7 +1,7 @@
 """One alternation under way: what its later steps need of its earlier ones."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,8 +49,10 @@ class Alternation:
 
     def prepare(self, make: Callable[[], Any], *, always: bool) -> Any:
         """What `make` makes, where it is not made yet or `always`; a second time with the random draws of the first."""
-        if always or not self.is_prepared:
-            state, again = random_state(), None if always else self.random
+        if always:
+            self.prepared, self.is_prepared = make(), True
+        elif not self.is_prepared:
+            state, again = random_state(), self.random
             if again is not None:
                 set_random_state(again)
             self.prepared, self.random = make(), again or state
@@ -60,19 +62,22 @@ class Alternation:
         return self.prepared
 
     @contextmanager
-    def undone_if_interrupted(self, source: BatchSource) -> Iterator[None]:
-        """Make an upper step that is interrupted leave no trace here, in its data and in the random state."""
+    def undone_if_interrupted(self, sources: Sequence[BatchSource], undo: Callable[[], None]) -> Iterator[None]:
+        """Make an upper step that is interrupted leave no trace here, in the data that it draws from, in the random
+        state and in what `undo` puts back."""
         if not interruption.may_come():
             yield
             return
         before = self.prepared, self.is_prepared, self.random
-        data, state = copy.deepcopy(source.state_dict()), random_state()
+        data, state = [copy.deepcopy(source.state_dict()) for source in sources], random_state()
         try:
             yield
         except Interrupted:
             self.prepared, self.is_prepared, self.random = before
-            source.load_state_dict(data)
+            for source, kept in zip(sources, data, strict=True):
+                source.load_state_dict(kept)
             set_random_state(state)
+            undo()
             raise
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def upper_record(result: Hypergradient | None) -> Record:
         "stationarity": result and result.stationarity,
         "gradient_noise": result and result.noise,
         "stationarity_over_noise": result and result.stationarity_over_noise,
+        "active_changes": result and result.active_changes,
     }
 
 

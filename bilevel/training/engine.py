@@ -1,10 +1,12 @@
 """The engine of every training: steps whose numbers are finite, signals, callbacks, and what a checkpoint holds."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -190,6 +192,7 @@ class Training(ABC):
         loss: Tensor,
         gradient: Params,
         *,
+        others: Mapping[str, Params] = MappingProxyType({}),
         limit_scale: float = 1.0,
         also: Iterable[Tensor] = (),
         before: Callable[[], None] = lambda: None,
@@ -204,6 +207,7 @@ class Training(ABC):
         Args:
             event: its name.
             name: of the level.
+            others: gradients of further levels that move in the same step, by name; they are made or left out together.
             limit_scale: how many steps' gradients this one stands for, in the norm limit.
             also: tensors that must be finite too.
             before: called when all is finite, before anything changes.
@@ -212,20 +216,27 @@ class Training(ABC):
         """
         level, size = self.levels[name], tree.norm(gradient)
         dtype = torch.promote_types(loss.dtype, size.dtype)
-        others = [torch.isfinite(tensor).all().to(size.device) for tensor in also]
-        sound = torch.stack(others).all() if others else torch.ones_like(size, dtype=torch.bool)
-        numbers = torch.stack((loss.detach().to(size.device, dtype), size.to(dtype), sound.to(dtype)))
-        value, norm, all_sound = numbers.tolist()
+        # Zero times a number is NaN where that is not finite.
+        zeros = [torch.linalg.vector_norm(tensor.detach() * 0.0) for tensor in also]
+        sizes = [size, *(tree.norm(others[other]) for other in others)]
+        numbers = [number.detach().to(size.device, dtype) for number in (loss, *sizes, *zeros)]
+        value, norm, *rest = torch.stack(numbers).tolist()
+        norms, all_sound = rest[: len(others)], all(number == 0.0 for number in rest[len(others) :])
         record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}
-        if abs(value) < float("inf") and norm < float("inf") and all_sound:
+        for other, its_norm in zip(others, norms, strict=True):
+            record |= {f"{other}_lr": self.levels[other].rate, f"{other}_grad_norm": its_norm}
+        if all_sound and all(math.isfinite(number) for number in (value, norm, *norms)):
             before()
             level.descend(gradient, norm, limit_scale=limit_scale)
+            for other, its_norm in zip(others, norms, strict=True):
+                self.levels[other].descend(others[other], its_norm, limit_scale=limit_scale)
             self.skipped_last[name] = 0
         else:
             undo()
             reasons = [reason] if reason else []
             record = self._skip(name, record, reasons if all_sound else [*reasons, "the method's state is not finite"])
-        self.steps[name] += 1
+        for moved in (name, *others):
+            self.steps[moved] += 1
         return record
 
     def _skip(self, name: str, record: Record, reasons: Sequence[str]) -> Record:

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any, Protocol, final, runtime_checkable
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind, check_number, check_variables, same_structure
+from bilevel.lower import Draw
+from bilevel.problem import Problem
 from bilevel.training.data.batches import BatchSource
 from bilevel.training.data.sources import as_source
 from bilevel.tree import Params
@@ -98,6 +101,14 @@ class Level:
         finally:
             self.waited += time.perf_counter() - began
 
+    def draw(self) -> Draw:
+        """The data's next batch as a sample: a block with its weight, where the data are cut into fixed blocks, whose
+        random masks are always the same; otherwise with a seed from the default generator."""
+        batch, block, blocks = self.next_batch(), self.data.last_block, self.data.blocks
+        if block is None or blocks is None:
+            return Draw(batch, int(torch.randint(2**31 - 1, ())))
+        return Draw(batch, block, block, blocks.weight(block))
+
     @property
     def rate(self) -> float:
         """The first parameter group's learning rate."""
@@ -111,7 +122,8 @@ class Level:
         for name, variable in self.params.items():
             variable.grad = gradient[name]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for variable in self.params.values():
+            variable.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -187,6 +199,37 @@ class Level:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def check_pair(problem: Problem, upper: Level, lower: Level) -> None:
+    """Refuse two levels that cannot be trained together; warn of a weight decay that no objective knows.
+
+    Raises:
+        ValueError: naming what both have, or what one of them cannot have.
+    """
+    if upper is lower:
+        raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
+    levels = {"upper": upper.params, "lower": lower.params}
+    named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
+    both = tree.overlapping(named)
+    if both is not None:
+        raise ValueError(
+            f"{both[0]} and {both[1]} share memory, so that a step of one level would move the other's variable; "
+            "give one of them a memory of its own, by clone() or copy.deepcopy(module)"
+        )
+    if upper.micro_batch is not None:
+        raise ValueError("upper: micro_batch is for the steps of the lower level; leave it out here")
+    if lower.micro_batch is not None and type(problem).lower_outputs is Problem.lower_outputs:
+        raise ValueError(
+            f"lower: micro_batch needs lower_outputs and lower_output_loss, which {type(problem).__name__} does "
+            "not define; define both, or leave micro_batch out"
+        )
+    if any(group.get("weight_decay", 0.0) for group in lower.optimizer.param_groups):
+        warnings.warn(
+            "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
+            "and the hypergradient is that of the objective without it",
+            stacklevel=3,
+        )
 
 
 def _check_memory(params: Params) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 
+import torch
+
 from bilevel.checks import check_count, check_kind, check_number
 from bilevel.tree import Params
 
@@ -61,3 +63,15 @@ class AlternatingSchedule:
                 )
             if upper[upper_name].shape != lower[lower_name].shape:
                 raise ValueError(f"adaptation_pairs: {upper_name!r} and {lower_name!r} differ in shape")
+
+
+def power_decay(optimizer: torch.optim.Optimizer, exponent: float) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate ``lr / (t + 1)^exponent`` in step t from 0, as the papers of stochastic methods have it: 1/2
+    for SOBA, 3/5 above and 2/5 below for TTSA, 1/3 for SUSTAIN and MRBO. Two levels with the same exponent keep the
+    ratio of their rates.
+
+    Raises:
+        ValueError: a negative exponent.
+    """
+    check_number("power_decay: exponent", exponent)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) ** -exponent)

@@ -2,10 +2,10 @@
 
 import copy
 import time
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -24,19 +24,21 @@ from bilevel.hypergradients import (
     as_method,
     check_on_failure,
     check_proposal,
+    check_serves,
     from_optimizer,
     report_failure,
     unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import autocasts, batch_by_batch, differentiates, training_derivatives
+from bilevel.lower import Draw, autocasts, batch_by_batch, differentiates, training_derivatives
 from bilevel.nn import noting_casts
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
 from bilevel.training.buffers import WrittenBuffers
 from bilevel.training.callbacks import Callback, upper_record
 from bilevel.training.engine import Training
-from bilevel.training.level import Level
+from bilevel.training.level import Level, check_pair
+from bilevel.training.lower_kinds import check_lower_kind, finish_step
 from bilevel.training.schedule import AlternatingSchedule
 
 
@@ -44,7 +46,8 @@ from bilevel.training.schedule import AlternatingSchedule
 class Trainer(Training):
     """Alternates between the levels of a bilevel problem (BiSSL, Algorithm 1, for any `Problem` and `Method`).
 
-    In each alternation: `lower_steps` steps on ``L + lambda r``; if the schedule says so, the adaptation of the upper
+    In each alternation: `lower_steps` steps on ``L + lambda r`` (along y - T or S for fixed points and roots, with the
+    proximal map after each for a `bilevel.lower.ProximalProblem`); if the schedule says so, the adaptation of the upper
     variables; then `upper_steps` steps along what the method proposes. Optimizers, schedules and data live as long as
     the trainer. Variables change in place.
 
@@ -52,8 +55,8 @@ class Trainer(Training):
         problem: the objectives.
         upper, lower: variables, optimizer and data of each level.
         schedule: how the levels take turns.
-        method: gives the hypergradients: `Implicit` (the default), `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of
-            your own; a solver stands for ``Implicit(solver)``.
+        method: gives the hypergradients: `Implicit` (the default), `Unrolled`, `OneStep`, `SAMA`, `Penalty`, one of the
+            stochastic methods such as `SOBA`, or one of your own; a solver stands for ``Implicit(solver)``.
         callbacks: called in order.
         nonfinite_skips: how many steps may be left out in the whole run because their loss or gradient is not finite:
             nothing changes in them, neither the method's state nor the learning rate's schedule. One more, by default
@@ -90,7 +93,7 @@ class Trainer(Training):
         check_kind("problem", problem, Problem, "an instance of a Problem")
         check_kind("schedule", schedule, AlternatingSchedule, "an AlternatingSchedule")
         check_on_failure(on_failure)
-        self.problem, self.schedule, self.method = problem, schedule, as_method(method)
+        self.problem, self.schedule, self.method = problem, schedule, as_method(method, problem)
         self.upper, self.lower = upper, lower
         self._on_failure: OnFailure = on_failure
         self._warned, self._flagged = False, 0
@@ -98,29 +101,9 @@ class Trainer(Training):
         self._now: Alternation | None = None
         self._buffers = WrittenBuffers()
         schedule.check_pairs(upper.params, lower.params)
-        if upper is lower:
-            raise ValueError("upper and lower are the same Level; give each its own variables and optimizer")
-        levels = {"upper": upper.params, "lower": lower.params}
-        named = [(f"{level}[{name!r}]", leaf) for level, params in levels.items() for name, leaf in params.items()]
-        both = tree.overlapping(named)
-        if both is not None:
-            raise ValueError(
-                f"{both[0]} and {both[1]} share memory, so that a step of one level would move the other's variable; "
-                "give one of them a memory of its own, by clone() or copy.deepcopy(module)"
-            )
-        if upper.micro_batch is not None:
-            raise ValueError("upper: micro_batch is for the steps of the lower level; leave it out here")
-        if lower.micro_batch is not None and type(problem).lower_outputs is Problem.lower_outputs:
-            raise ValueError(
-                f"lower: micro_batch needs lower_outputs and lower_output_loss, which {type(problem).__name__} does "
-                "not define; define both, or leave micro_batch out"
-            )
-        if any(group.get("weight_decay", 0.0) for group in lower.optimizer.param_groups):
-            warnings.warn(
-                "the lower optimizer's weight decay is not part of the lower objective: stationarity will not reach 0, "
-                "and the hypergradient is that of the objective without it",
-                stacklevel=2,
-            )
+        check_serves(self.method, problem)
+        check_lower_kind(problem, lower)
+        check_pair(problem, upper, lower)
         self._setup = Setup(
             problem,
             upper.params,
@@ -131,6 +114,8 @@ class Trainer(Training):
             schedule.lower_steps,
             lower.micro_batch,
             schedule.adaptation_every is not None,
+            lower.data.blocks,
+            upper.data.blocks,
         )
         if schedule.upper_steps:
             self.method.check(self._setup)
@@ -142,13 +127,14 @@ class Trainer(Training):
 
     @property
     def planned(self) -> dict[str, int]:
-        made = {"upper": self.schedule.upper_steps, "lower": self.schedule.lower_steps}
+        upper, lower = self.schedule.upper_steps, self.schedule.lower_steps
+        made = {"upper": upper, "lower": lower + upper * self.method.moves_lower}
         return {name: self.total * steps for name, steps in made.items()}
 
     @property
     def failures(self) -> Counter[str]:
         """Of `solves`, those that did not do what was asked, by the name of their `Status`; and "FLAGGED", upper steps
-        whose hypergradient has a failure that is no solve's (lost curvature)."""
+        whose hypergradient has a failure that is no solve's (lost curvature, a y that is no fixed point)."""
         failed = {name: count for name, count in self.solves.items() if not Status[name].ok}
         return Counter({**failed, "FLAGGED": self._flagged} if self._flagged else failed)
 
@@ -183,7 +169,8 @@ class Trainer(Training):
     @property
     def _lower_batches(self) -> int:
         steps, stored = self.schedule.lower_steps, self._stored_batches
-        return steps + stored if self.method.fresh_batches else max(steps, stored)
+        drawn = self.schedule.upper_steps * self.method.lower_draws
+        return drawn + (steps + stored if self.method.fresh_batches else max(steps, stored))
 
     def _lower_stage(self, now: Alternation) -> None:
         while now.lower < self.schedule.lower_steps:
@@ -218,8 +205,10 @@ class Trainer(Training):
                 micro_batch=lower.micro_batch,
                 seed=None if made is None else made.seed,
             )
+        finish = finish_step(self.problem, upper, lower)
         record = self.apply("lower", "lower", loss, gradient, undo=lambda: self._put_back(kept))
         if "skipped" not in record:
+            finish()
             self.problem.after_lower_step(upper, lower.params, self.steps["lower"])
             if made is not None:
                 now.recorded.append((now.drawn - 1, replace(made, autocast=around) if casts or around else made))
@@ -243,46 +232,71 @@ class Trainer(Training):
         return LowerStep(variables, update, state, batch, seed, level.max_grad_norm, problem)
 
     def _upper_stage(self, now: Alternation) -> None:
-        steps, data = self.schedule.upper_steps, self.upper.data
+        steps, data = self.schedule.upper_steps, [self.upper.data]
+        if self.method.lower_draws:
+            data.append(self.lower.data)
         if now.upper == 0 and steps and interruption.may_come() and self.method.starts_anew(self._setup):
             now.fallback = self.state_dict()
+        writes = self.method.moves_lower and (self.nonfinite_skips > 0 or interruption.may_come())
         while now.upper < steps:
-            with now.undone_if_interrupted(data):
-                self._upper_step(now)
+            # The first pass of a lower step may write what the problem keeps, such as running statistics.
+            kept = copy.deepcopy(self.problem.state_dict()) if writes else None
+            undo = partial(self._put_back, kept)
+            with now.undone_if_interrupted(data, undo):
+                self._upper_step(now, undo)
             now.upper += 1
             if now.upper < steps:
                 interruption.check()
 
     @differentiates
-    def _upper_step(self, now: Alternation) -> None:
-        upper, lower = self.upper, self.lower
+    def _upper_step(self, now: Alternation, undo: Callable[[], None]) -> None:
+        upper, lower, method = self.upper, self.lower, self.method
         if now.upper == 0:
-            upper.data.begin_stage(self.schedule.upper_steps)
-        with unwritten(self._view(now, None)), batch_by_batch():
-            prepared = now.prepare(
-                lambda: self.method.prepare(self._view(now, None), self._method_state),
-                always=self.problem.curvature_depends_on_upper,
-            )
-            batch = upper.next_batch()
-            proposal = self.method.propose(self._view(now, batch), self._method_state, prepared)
-        proposal = check_proposal(self.method, proposal, upper.params)
+            upper.data.begin_stage(self.schedule.upper_steps * method.upper_draws)
+        with unwritten(upper.params, lower.params), batch_by_batch(), self._buffers.noted():
+            prepared = None
+            if method.prepares:
+                prepared = now.prepare(
+                    lambda: method.prepare(self._view(now), self._method_state),
+                    always=self.problem.curvature_depends_on_upper,
+                )
+            view = self._view(now, *self._draws())
+            proposal = method.propose(view, self._method_state, prepared)
+        proposal = check_proposal(method, proposal, upper.params, lower.params)
         now.proposed = now.proposed or proposal.result is not None
+        also = proposal.checked
+        if also is None:
+            also = [tensor for tensor in tree.tensors_in(proposal.state) if tensor.is_floating_point()]
         record = self.apply(
             "upper",
             "upper",
             proposal.loss,
             proposal.gradient,
+            others={} if proposal.lower_gradient is None else {"lower": proposal.lower_gradient},
             limit_scale=proposal.norm_limit_scale,
-            also=[tensor for tensor in tree.tensors_in(proposal.state) if tensor.is_floating_point()],
+            also=also,
             before=lambda: self._report(proposal.result),
+            undo=undo,
             reason=proposal.result and proposal.result.failure,
         )
         if "skipped" not in record:
+            proposal.commit()
             self._method_state = proposal.state
-            self.problem.after_upper_step(upper.params, lower.params, batch, self.steps["upper"])
-        self.emit({**record, **upper_record(proposal.result)})
+            if method.moves_lower:
+                self.problem.after_lower_step(upper.params, lower.params, self.steps["lower"])
+            self.problem.after_upper_step(upper.params, lower.params, view.upper_batch, self.steps["upper"])
+        self.emit({**record, **upper_record(proposal.result), **proposal.record})
 
-    def _view(self, now: Alternation, batch: Any) -> UpperStep:
+    def _draws(self) -> tuple[Any, tuple[Draw, ...], tuple[Draw, ...]]:
+        """The upper batch of a step, and samples of its own from both levels where the method draws such."""
+        method = self.method
+        if not method.lower_draws:
+            return self.upper.next_batch(), (), ()
+        lower = tuple([self.lower.draw() for _ in range(method.lower_draws)])
+        upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
+        return upper[0].batch, lower, upper
+
+    def _view(self, now: Alternation, batch: Any = None, *draws: tuple[Draw, ...]) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
@@ -290,6 +304,9 @@ class Trainer(Training):
             lower.params,
             batch,
             tuple(now.stored),
+            *draws,
+            lower_blocks=lower.data.blocks,
+            upper_blocks=upper.data.blocks,
             lower_steps=tuple(step for _, step in now.recorded),
             lower_update=lambda: from_optimizer(lower.optimizer, lower.params),
             lower_rate=lower.rate,

@@ -56,7 +56,7 @@ def test_metadata_and_version_agree() -> None:
     assert project["name"] == "bilevel"
     assert project["license"] == "Apache-2.0"
     assert project["requires-python"] == ">=3.11,<3.14"
-    assert project["dependencies"] == ["torch>=2.11", "numpy", "rich"]
+    assert project["dependencies"] == ["torch>=2.11", "numpy>=1.24", "rich"]
     assert importlib.import_module("bilevel").__version__ == project["version"]
     cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
     assert cited is not None

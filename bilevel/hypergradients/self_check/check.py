@@ -13,14 +13,15 @@ from bilevel import tree
 from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method
+from bilevel.hypergradients.method import Method, check_serves, check_stands_alone
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.hypergradients.self_check.differences import Estimate, derivative, step_ranges
-from bilevel.linear import CG, Identity, Solver
+from bilevel.linear import CG, GMRES, Identity, Solver
 from bilevel.lower import (
     Examination,
     LowerSolver,
     OutOfTime,
+    ResidualProblem,
     Resolved,
     Solves,
     check_batch,
@@ -51,7 +52,8 @@ class HypergradientCheck:
         verdict: in words.
         predicted, measured: derivatives along each direction; fewer, or none, are measured where the check ended early.
         steps: the largest and smallest step that the differences were taken with.
-        stationarity: norm of the lower gradient at the re-solved lower variables, with the undamped weight.
+        stationarity: norm of the lower gradient at the re-solved lower variables, with the undamped weight; of the
+            residual where the lower level is no smooth minimum.
         moved: distance from the lower variables given to the re-solved ones, relative to the latter.
         damping: as given; with damping the differences are of the problem whose weight is lambda + damping.
         undamped_error: with damping, `relative_error` against the undamped problem; None otherwise.
@@ -126,11 +128,13 @@ def check_hypergradient(
 
     Args:
         lower: where `lower_solver` starts from.
-        method: default ``Implicit(CG(200, 1e-10))``; give the one that is used in training to check that. What a
+        method: default ``Implicit(CG(200, 1e-10))``, ``Implicit(GMRES(200, rtol=1e-10))`` for a
+            `bilevel.lower.ResidualProblem`; give the one that is used in training to check that. What a
             method leaves out (Tikhonov's term, steps before a truncation) counts as an error.
-        lower_solver: solves the lower problem to high accuracy; it gets the problem (damped where that is asked for),
-            the upper variables, the lower start and the batches, and returns the lower variables. Objectives must be
-            deterministic; batch statistics are fine and no buffer is written.
+        lower_solver: solves the lower problem to high accuracy, by gradient steps, by iterating a fixed-point map
+            (`bilevel.lower.ProximalProblem.fixed_point_map`), by a root finder, in closed form; it gets the problem
+            (damped where that is asked for), the upper variables, the lower start and the batches, and returns the
+            lower variables. Objectives must be deterministic; batch statistics are fine and no buffer is written.
         gradient: check this in place of the hypergradient, for one that was computed elsewhere at the re-solved y.
         directions: number of directions; all coordinates where there are no more than that.
         tolerance: largest relative error that passes.
@@ -154,7 +158,11 @@ def check_hypergradient(
         check_number("seconds", seconds, positive=True)
     if progress is not None:
         check_function("progress", progress, "a function of a line, such as print")
-    point, method = tree.detach(upper), as_method(CG(200, 1e-10) if method is None else method)
+    if method is None:
+        method = GMRES(200, rtol=1e-10) if isinstance(problem, ResidualProblem) else CG(200, 1e-10)
+    point, method = tree.detach(upper), as_method(method)
+    check_serves(method, problem)
+    check_stands_alone(method)
     damping = method.damping
     solved_problem = problem if damping == 0.0 else reweighted(problem, problem.regularization_weight + damping)
     solves = Solves(seconds, progress)
@@ -290,7 +298,7 @@ def _verdict(
     which = f"the damped problem (weight lambda + {damping:g})" if damping else "the re-solved problem"
     if found.open_share > _TOO_FAR * tolerance:
         return (
-            f"not solved: the lower solver does not reach stationarity (norm of dG/dy at x {result.stationarity:.1e}; "
+            f"not solved: the lower solver does not reach stationarity ({result.stationarity:.1e} at x; "
             f"beside x a solve leaves {found.open_share:.1e} of F's derivative open, and the tolerance is "
             f"{tolerance:.1e}): the differences would measure the solver, not the hypergradient; solve the lower level "
             "more accurately, or pass a larger tolerance"

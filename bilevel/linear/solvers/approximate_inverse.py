@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
@@ -26,6 +26,7 @@ class ApproximateInverse(Solver):
     """
 
     inverse: Callable[[Params], Params]
+    needs_symmetric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not callable(self.inverse):

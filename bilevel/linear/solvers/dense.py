@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -16,16 +16,18 @@ from bilevel.tree import Params
 
 @dataclass
 class _Spectrum:
-    """Eigenvalues and eigenvectors of A, found at the first right-hand side, which gives the names and their order."""
+    """A = U diag(values) V', found at the first right-hand side, which gives the names and their order: eigenvalues and
+    U = V of a symmetric A, singular values of another one."""
 
     names: tuple[str, ...] = ()
-    parts: tuple[Tensor, Tensor] | None = None
+    parts: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @final
 @dataclass(frozen=True)
 class Dense(Solver):
-    """Forms A column by column, n products, and solves by its eigendecomposition in float64.
+    """Forms A column by column, n products, and solves by its eigendecomposition in float64; by its singular values
+    where A is not symmetric (`Solution.min_curvature` and `ritz_range` are then None).
 
     Indefinite systems are solved like any other. In a singular one the solution of least norm is returned; if b is not
     in the range of A the status is INCONSISTENT, and where b is orthogonal to the range b itself comes back. The
@@ -39,6 +41,7 @@ class Dense(Solver):
     """
 
     max_size: int = 5000
+    needs_symmetric: ClassVar[bool] = False
 
     def prepare(self, operator: Any) -> _Spectrum:
         return _Spectrum()
@@ -64,14 +67,14 @@ class Dense(Solver):
             products = n
             if operator.agree(not bool(torch.isfinite(matrix).all())):
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
-            parts = state.parts = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+            parts = state.parts = _decomposed(matrix, symmetric=operator.symmetric)
             state.names = tuple(b)
-        values, vectors = parts
+        left, values, right = parts
         error = product_error(operator, b)
         live = values.abs() > n * error * values.abs().max()
         inverse = torch.where(live, 1.0 / torch.where(live, values, 1.0), 0.0)
         ordered = {name: b[name] for name in state.names}
-        x = tree.unflatten(vectors @ (inverse * (vectors.T @ tree.flatten(ordered).to(vectors.dtype))), ordered)
+        x = tree.unflatten(right @ (inverse * (left.T @ tree.flatten(ordered).to(left.dtype))), ordered)
         value = {name: x[name] for name in b}
         relative = float(tree.norm(residual(operator, b, value)) / tree.norm(b))
         status = Status.CONVERGED
@@ -83,8 +86,8 @@ class Dense(Solver):
             # b is orthogonal to the range, and the least-squares solution 0 would silence the term.
             value, products = b, products + 1
             relative = float(tree.norm(residual(operator, b, b)) / tree.norm(b))
-        low, high = float(values.min()), float(values.max())
-        return Solution(value, status, (1.0, relative), 1, products + 1, low, ritz_range=(low, high))
+        seen = (float(values.min()), float(values.max())) if operator.symmetric else None
+        return Solution(value, status, (1.0, relative), 1, products + 1, seen and seen[0], ritz_range=seen)
 
     def _matrix(self, operator: LinearOperator, b: Params) -> Tensor:
         flat = tree.flatten(b)
@@ -94,3 +97,12 @@ class Dense(Solver):
             basis[index] = 1.0
             columns.append(tree.flatten(operator(tree.unflatten(basis, b))))
         return torch.stack(columns, dim=1).to(torch.float64)
+
+
+def _decomposed(matrix: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """U, values and V with A = U diag(values) V'."""
+    if symmetric:
+        values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+        return vectors, values, vectors
+    left, values, right = torch.linalg.svd(matrix)
+    return left, values, right.mH

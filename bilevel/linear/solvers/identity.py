@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
@@ -17,6 +17,8 @@ class Identity(Solver):
 
     No product is made, so the residual is not measured: `residual_norms` ends in NaN.
     """
+
+    needs_symmetric: ClassVar[bool] = False
 
     @property
     def uses_start(self) -> bool:

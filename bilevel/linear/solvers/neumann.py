@@ -48,6 +48,9 @@ class Neumann(Solver):
             Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
             state for every later one, and taken anew from one with which the series diverges).
 
+    One term from a start x0, ``x0 + alpha (b - A x0)``, as stochastic methods take it from their last solution, is made
+    with that one product. What it leads to is then not measured: the final residual is NaN, the status BUDGET.
+
     On a GPU a fixed number of terms (rtol=None) is summed without a synchronisation between the first and the last; a
     breakdown freezes the sum there and is read at the end.
 
@@ -109,9 +112,11 @@ class _Series:
         account, b = self.account, self.account.b
         x = tree.zeros_like(b) if x0 is None else x0
         r = b if x0 is None else account.residual(x)
-        start = relative = account.relative(r)
+        start = relative = 1.0 if x0 is None else account.relative(r)
         if account.operator.agree(not math.isfinite(start)):
             return account.close(Status.NON_FINITE, b, (start, math.nan))
+        if x0 is not None and account.rtol is None and account.max_iterations == 1:
+            return account.close(Status.BUDGET, tree.axpy(self.alpha, r, x), (start, math.nan), iterations=1)
         loop = self._watched if self.watched else self._unwatched
         x, relative, breakdown = loop(x, r, relative)
         if breakdown is not None and account.iterations == 0 and x0 is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bilevel.checks import check_count, check_function, check_kind
+from bilevel.lower import Partition
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,6 +37,16 @@ class BatchSource(ABC):
     @property
     def last_indices(self) -> Tensor | None:
         """The points of the batch that `next` gave last, int64 [batch]; None where none was drawn or nobody knows."""
+        return None
+
+    @property
+    def blocks(self) -> Partition | None:
+        """The fixed partition that `next` draws from; None where batches are put together anew."""
+        return None
+
+    @property
+    def last_block(self) -> int | None:
+        """The number of the block that `next` gave last; None where there are no blocks."""
         return None
 
     @abstractmethod
@@ -161,8 +172,8 @@ class BatchStack(BatchSource):
 
 
 @final
-class Cycle(BatchSource):
-    """A fixed list of batches, in order, again and again.
+class Cycle(BatchSource, Partition):
+    """A fixed list of batches, in order, again and again. Each is a block, and all count the same.
 
     Raises:
         TypeError: neither a list nor a tuple, or what gives batches among them.
@@ -172,6 +183,23 @@ class Cycle(BatchSource):
     def __init__(self, batches: Sequence[Any]) -> None:
         check_batches("Cycle: batches", batches)
         self.batches, self._position = tuple(batches), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def block(self, index: int) -> Any:
+        return self.batches[index]
+
+    def weight(self, index: int) -> float:
+        return 1.0
+
+    @property
+    def blocks(self) -> Partition:
+        return self
+
+    @property
+    def last_block(self) -> int | None:
+        return (self._position - 1) % len(self.batches) if self._position else None
 
     def begin_stage(self, steps: int) -> None:
         return None

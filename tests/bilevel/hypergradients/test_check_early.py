@@ -63,7 +63,7 @@ def test_a_lower_solver_that_stops_short_gets_its_verdict_at_once(
     steps: int, start: Params | None, method: Method
 ) -> None:
     report = check(descent(steps), method, start)
-    assert report.verdict.startswith("not solved: the lower solver does not reach stationarity (norm of dG/dy at x")
+    assert report.verdict.startswith("not solved: the lower solver does not reach stationarity (")
     assert "would measure the solver" in report.verdict
     assert not report.agrees
     assert report.solves == 3

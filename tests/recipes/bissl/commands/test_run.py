@@ -117,6 +117,7 @@ EVENTS = {
     ("bissl", "upper"): {
         *("alternation", "loss", "lr", "grad_norm", "status", "residual", "relative_change", "cosine", "min_curvature"),
         *("iterations", "num_hvps", "stationarity", "gradient_noise", "stationarity_over_noise"),
+        "active_changes",
         *("ritz_min", "ritz_max", "tikhonov", "residual_curve", "residual_without_tikhonov", "solver_noise", "failure"),
     },
     ("bissl", "alternation"): {"alternation", "seconds", "waiting"},

@@ -1,0 +1,119 @@
+"""What stochastic methods ask of a problem: all derivatives of one sample at one point, from one pass."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+from bilevel import distributed, tree
+from bilevel.lower.derivatives import lower_graph, upper_graph
+from bilevel.lower.draws import Draw
+from bilevel.nn import curvature_pass
+from bilevel.problem import Problem
+from bilevel.tree import Params
+
+
+class LowerParts(NamedTuple):
+    """G = L + lambda r on a sample, times its weight; 0-d, over y, over y and over x: G, dG/dy, d2G/dydy v and
+    d2G/dxdy v."""
+
+    value: Tensor
+    gradient: Params
+    product: Params
+    cross: Params
+
+
+class FirstDerivatives(NamedTuple):
+    """An objective on a sample, times its weight, and its derivatives in x and in y."""
+
+    value: Tensor
+    upper: Params
+    lower: Params
+
+
+@final
+class Oracles:
+    """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks. Asked
+    where gradients are recorded, as in all of a method's `propose`.
+
+    Args:
+        problem: the objectives.
+        names: the lower variables that respond to the upper ones; v, products and dF/dy are over these.
+        seeded: seed the generators for each pass; False where the objectives draw no random numbers.
+        write_buffers: the first pass of the lower objective writes buffers such as running statistics, as a lower step
+            does. All others leave them.
+        watch: called before each pass.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        *,
+        seeded: bool = True,
+        write_buffers: bool = False,
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.problem, self.names, self._watch = problem, tuple(names), watch
+        self._seeded, self._writes = seeded, write_buffers
+
+    def lower(self, upper: Params, lower: Params, v: Params, draw: Draw) -> LowerParts:
+        """The lower level's parts at (x, y, v): one forward pass, a backward pass and one through that."""
+        x, y, value = self._lower_value(upper, lower, draw)
+        gradient = tree.gradients(value, y, create_graph=True)
+        implicit = {name: y[name] for name in self.names}
+        product, cross = tree.pullback({name: gradient[name] for name in self.names}, v, (implicit, x))
+        return LowerParts(*_mean(draw.weight, value, tree.detach(gradient), product, cross))
+
+    def hessian(self, upper: Params, lower: Params, v: Params, draw: Draw) -> Params:
+        """d2G/dydy v alone."""
+        _, y, value = self._lower_value(tree.detach(upper), lower, draw, upper_too=False)
+        implicit = {name: y[name] for name in self.names}
+        gradient = tree.gradients(value, implicit, create_graph=True)
+        (product,) = tree.pullback(gradient, v, (implicit,))
+        return _mean(draw.weight, value, product)[1]
+
+    def lower_gradients(self, upper: Params, lower: Params, draw: Draw) -> FirstDerivatives:
+        """G, dG/dx and dG/dy over all lower variables."""
+        x, y, value = self._lower_value(upper, lower, draw)
+        return self._first(value, x, y, draw.weight)
+
+    def upper(self, upper: Params, lower: Params, draw: Draw) -> FirstDerivatives:
+        """F, dF/dx and dF/dy over the responding lower variables."""
+        x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in self.names})
+        with self._pass(draw, write_buffers=False):
+            value = upper_graph(self.problem, x, y, lower, draw.batch)
+        return self._first(value, x, y, draw.weight)
+
+    def _lower_value(
+        self, upper: Params, lower: Params, draw: Draw, *, upper_too: bool = True
+    ) -> tuple[Params, Params, Tensor]:
+        """x, y and G with its graph."""
+        x, y = tree.as_variables(upper) if upper_too else upper, tree.as_variables(lower)
+        writes, self._writes = self._writes, False
+        with self._pass(draw, write_buffers=writes):
+            return x, y, lower_graph(self.problem, x, y, draw.batch)
+
+    def _pass(self, draw: Draw, *, write_buffers: bool) -> AbstractContextManager[None]:
+        self._watch()
+        return curvature_pass(draw.seed if self._seeded else None, write_buffers=write_buffers)
+
+    @staticmethod
+    def _first(value: Tensor, x: Params, y: Params, weight: float) -> FirstDerivatives:
+        tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
+        both = tree.gradients(value, tagged)
+        parts = {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}
+        return FirstDerivatives(*_mean(weight, value, *parts))
+
+
+def _mean(weight: float, value: Tensor, *parts: Params) -> tuple[Any, ...]:
+    """Value and parts times the weight, averaged over the ranks in one exchange."""
+    value = value.detach()
+    if weight != 1.0:
+        value, parts = weight * value, tuple(tree.scale(weight, part) for part in parts)
+    if distributed.world_size() == 1:
+        return value, *parts
+    tagged = {f"{place} {name}": leaf for place, part in enumerate(parts) for name, leaf in part.items()}
+    value, mean = distributed.mean_with_gradient(value, tagged)
+    return value, *({name: mean[f"{place} {name}"] for name in part} for place, part in enumerate(parts))
