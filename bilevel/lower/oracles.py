@@ -1,10 +1,9 @@
 """What stochastic methods ask of a problem: all derivatives of one sample at one point, from one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
@@ -35,7 +34,8 @@ class FirstDerivatives(NamedTuple):
 
 @final
 class Oracles:
-    """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks.
+    """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks. Asked
+    where gradients are recorded, as in all of a method's `propose`.
 
     Args:
         problem: the objectives.
@@ -43,12 +43,19 @@ class Oracles:
         seeded: seed the generators for each pass; False where the objectives draw no random numbers.
         write_buffers: the first pass of the lower objective writes buffers such as running statistics, as a lower step
             does. All others leave them.
+        watch: called before each pass.
     """
 
     def __init__(
-        self, problem: Problem, names: Sequence[str], *, seeded: bool = True, write_buffers: bool = False
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        *,
+        seeded: bool = True,
+        write_buffers: bool = False,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
-        self.problem, self.names = problem, tuple(names)
+        self.problem, self.names, self._watch = problem, tuple(names), watch
         self._seeded, self._writes = seeded, write_buffers
 
     def lower(self, upper: Params, lower: Params, v: Params, draw: Draw) -> LowerParts:
@@ -75,7 +82,7 @@ class Oracles:
     def upper(self, upper: Params, lower: Params, draw: Draw) -> FirstDerivatives:
         """F, dF/dx and dF/dy over the responding lower variables."""
         x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in self.names})
-        with torch.enable_grad(), self._pass(draw, write_buffers=False):
+        with self._pass(draw, write_buffers=False):
             value = upper_graph(self.problem, x, y, lower, draw.batch)
         return self._first(value, x, y, draw.weight)
 
@@ -85,10 +92,11 @@ class Oracles:
         """x, y and G with its graph."""
         x, y = tree.as_variables(upper) if upper_too else upper, tree.as_variables(lower)
         writes, self._writes = self._writes, False
-        with torch.enable_grad(), self._pass(draw, write_buffers=writes):
+        with self._pass(draw, write_buffers=writes):
             return x, y, lower_graph(self.problem, x, y, draw.batch)
 
     def _pass(self, draw: Draw, *, write_buffers: bool) -> AbstractContextManager[None]:
+        self._watch()
         return curvature_pass(draw.seed if self._seeded else None, write_buffers=write_buffers)
 
     @staticmethod

@@ -12,8 +12,7 @@ from bilevel.nn.functional import (
     training_autocast,
     training_pass,
 )
-from bilevel.nn.randomness import GeneratorMark
-from bilevel.nn.seeding import chunk_seeds, own_draws
+from bilevel.nn.seeding import GeneratorMark, TorchMark, chunk_seeds, own_draws
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "DoublePrecision",
     "GeneratorMark",
     "SyncBatchNorm",
+    "TorchMark",
     "as_double",
     "chunk_seeds",
     "curvature_pass",

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -38,23 +38,55 @@ def seeded(seed: int) -> Iterator[None]:
     Each of several ranks has a seed of its own: its samples are other ones, and shall not share their masks.
     """
     seed = (seed + 2654435761 * rank()) % 2**32
-    on_gpu = torch.cuda.is_initialized()
-    python_state, numpy_state, state = random.getstate(), _NumpyState(), torch.default_generator.get_state()
-    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    mark = GeneratorMark()
     try:
         # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
+        if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
         yield
     finally:
-        random.setstate(python_state)
-        numpy_state.restore()
-        torch.default_generator.set_state(state)
-        if on_gpu:
-            torch.cuda.set_rng_state_all(gpu_states)
+        mark.restore()
+
+
+@final
+class TorchMark:
+    """Where torch's default generators stand, those of the CPU and of CUDA devices."""
+
+    def __init__(self) -> None:
+        self._cpu = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        same = torch.equal(self._cpu, torch.default_generator.get_state())
+        return not (same and all(map(torch.equal, self._cuda, torch.cuda.get_rng_state_all() if self._cuda else [])))
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+@final
+class GeneratorMark:
+    """Where the default generators of torch, NumPy and Python stand."""
+
+    def __init__(self) -> None:
+        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        self._torch.restore()
+        self._numpy.restore()
+        random.setstate(self._python)
 
 
 class _NumpyState:
@@ -62,24 +94,31 @@ class _NumpyState:
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
     where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for.
+    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
+    held such a number then.
     """
 
-    _known: tuple[bytes, tuple[Any, ...]] | None = None
+    _known: tuple[bytes, Any] | None = None
 
     def __init__(self) -> None:
-        self.address = _address(np.random.get_bit_generator())
+        self.address = _address()
         if self.address is None:
             self.state: Any = np.random.get_state()
             return
         self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw:
+        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
             _NumpyState._known = self.raw, np.random.get_state()
         self.state = _NumpyState._known[1]
 
+    def is_current(self) -> bool:
+        """Whether the generator stands where it did; a normal number that was taken from the reserve is not noticed."""
+        if self.address is None:
+            now: Any = np.random.get_state()
+            return self.state[2:] == now[2:] and np.array_equal(self.state[1], now[1])
+        return ctypes.string_at(self.address, _MT19937_BYTES) == self.raw
+
     def restore(self) -> None:
-        *_, in_reserve, _ = self.state
-        if self.address is None or in_reserve:
+        if self.address is None or _has_reserve(self.state):
             np.random.set_state(self.state)
             return
         # A seed takes away what the pass has left in reserve.
@@ -87,8 +126,15 @@ class _NumpyState:
         ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
 
 
-def _address(generator: Any) -> int | None:
+def _has_reserve(state: Any) -> bool:
+    """Whether the generator holds a normal number in reserve."""
+    *_, in_reserve, _ = state
+    return bool(in_reserve)
+
+
+def _address() -> int | None:
     """Where the bytes of NumPy's default generator lie; None where they are not of the kind that is known here."""
+    generator: Any = np.random.get_bit_generator()
     if type(generator) is not np.random.MT19937 or not _is_laid_out():
         return None
     return generator.ctypes.state_address
