@@ -79,7 +79,7 @@ def adapt(problem: Adapted, start: Params, support: Batch) -> Params:
 
 def trained(steps: int, loss_of: Callable[[Params, Batch, Batch], Tensor]) -> Params:
     """A start, by a loop as for any network."""
-    x = {name: nn.Parameter(leaf) for name, leaf in random_start().items()}
+    x: Params = {name: nn.Parameter(leaf) for name, leaf in random_start().items()}
     optimizer, generator = torch.optim.Adam(x.values(), lr=0.005), torch.Generator().manual_seed(1)
     for _ in range(steps):
         loss = loss_of(x, *draw(generator, TASKS))
