@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,7 +13,8 @@ import torch
 
 from bilevel.distributed import rank, world_size
 
-_MT19937_BYTES = 624 * 4 + 4
+_WORDS = 624
+_MT19937_BYTES = _WORDS * 4 + 4
 
 
 @contextmanager
@@ -93,48 +95,45 @@ class _NumpyState:
     """The state of NumPy's default generator, to be put back.
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
-    held such a number then.
+    where `BitGenerator.ctypes` says. Beside them the generator may hold one normal number in reserve: the next that is
+    drawn, without a change of the bytes.
     """
 
-    _known: tuple[bytes, Any] | None = None
-
     def __init__(self) -> None:
-        self.address = _address()
+        self.generator: Any = np.random.get_bit_generator()
+        self.address = _address(self.generator)
         if self.address is None:
             self.state: Any = np.random.get_state()
             return
         self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
-            _NumpyState._known = self.raw, np.random.get_state()
-        self.state = _NumpyState._known[1]
+        drawn = np.random.randn()
+        self.reserve = drawn if ctypes.string_at(self.address, _MT19937_BYTES) == self.raw else None
+        self.restore()
 
     def is_current(self) -> bool:
-        """Whether the generator stands where it did; a normal number that was taken from the reserve is not noticed."""
-        if self.address is None:
-            now: Any = np.random.get_state()
-            return self.state[2:] == now[2:] and np.array_equal(self.state[1], now[1])
-        return ctypes.string_at(self.address, _MT19937_BYTES) == self.raw
+        """Whether the generator stands where it did."""
+        now = _NumpyState()
+        if self.address is None or now.address is None:
+            same = self.address is now.address
+            return same and self.state[2:] == now.state[2:] and np.array_equal(self.state[1], now.state[1])
+        return (now.raw, now.reserve) == (self.raw, self.reserve)
 
     def restore(self) -> None:
-        if self.address is None or _has_reserve(self.state):
+        if np.random.get_bit_generator() is not self.generator:
+            np.random.set_bit_generator(self.generator)
+        if self.address is None:
             np.random.set_state(self.state)
-            return
-        # A seed takes away what the pass has left in reserve.
-        np.random.seed(0)
-        ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
+        elif self.reserve is not None:
+            words, place = self.raw[: 4 * _WORDS], int.from_bytes(self.raw[4 * _WORDS :], sys.byteorder)
+            np.random.set_state(("MT19937", np.frombuffer(words, np.uint32), place, 1, self.reserve))
+        else:
+            # A seed takes away what a pass has left in reserve.
+            np.random.seed(0)
+            ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
 
 
-def _has_reserve(state: Any) -> bool:
-    """Whether the generator holds a normal number in reserve."""
-    *_, in_reserve, _ = state
-    return bool(in_reserve)
-
-
-def _address() -> int | None:
+def _address(generator: Any) -> int | None:
     """Where the bytes of NumPy's default generator lie; None where they are not of the kind that is known here."""
-    generator: Any = np.random.get_bit_generator()
     if type(generator) is not np.random.MT19937 or not _is_laid_out():
         return None
     return generator.ctypes.state_address
