@@ -84,22 +84,21 @@ class _NumpyState:
     """The state of NumPy's default generator, to be put back.
 
     NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
-    held such a number then.
+    where `BitGenerator.ctypes` says, and in the object around it the normal number that it may hold in reserve. So the
+    array's form is asked for only where bytes have changed since it was last asked for.
     """
 
-    _known: tuple[bytes, tuple[Any, ...]] | None = None
+    _known: tuple[bytes, bytes, Any] = b"", b"", None
 
     def __init__(self) -> None:
         self.address = _address(np.random.get_bit_generator())
         if self.address is None:
             self.state: Any = np.random.get_state()
             return
-        self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
-            _NumpyState._known = self.raw, np.random.get_state()
-        self.state = _NumpyState._known[1]
+        self.raw, around = ctypes.string_at(self.address, _MT19937_BYTES), _around(_default())
+        if _NumpyState._known[:2] != (self.raw, around):
+            _NumpyState._known = self.raw, around, np.random.get_state()
+        self.state = _NumpyState._known[2]
 
     def equals(self, other: "_NumpyState") -> bool:
         mine, theirs = self.state, other.state
@@ -108,7 +107,8 @@ class _NumpyState:
         return mine is theirs or (mine[2:] == theirs[2:] and np.array_equal(mine[1], theirs[1]))
 
     def restore(self) -> None:
-        if self.address is None or _has_reserve(self.state):
+        *_, in_reserve, _ = self.state
+        if self.address is None or in_reserve:
             np.random.set_state(self.state)
             return
         # A seed takes away what the pass has left in reserve.
@@ -116,9 +116,15 @@ class _NumpyState:
         ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
 
 
-def _has_reserve(state: tuple[Any, ...]) -> bool:
-    """Whether the generator holds a normal number in reserve."""
-    return bool(state[3])
+def _default() -> Any:
+    """The object that NumPy's functions draw from."""
+    return getattr(np.random.get_state, "__self__", None)
+
+
+def _around(generator: Any) -> bytes:
+    """What an object holds of its own, but for its count of references."""
+    skipped = object.__basicsize__
+    return ctypes.string_at(id(generator) + skipped, type(generator).__basicsize__ - skipped)
 
 
 def _address(generator: Any) -> int | None:
@@ -130,8 +136,16 @@ def _address(generator: Any) -> int | None:
 
 @cache
 def _is_laid_out() -> bool:
-    """Whether the bytes of a Mersenne twister are its 624 words and its place among them."""
+    """Whether the bytes of a Mersenne twister are its 624 words and its place among them, and those around it change
+    with its reserve."""
     generator = np.random.MT19937(0)
     words = generator.state["state"]
     expected = words["key"].astype(np.uint32).tobytes() + np.int32(words["pos"]).tobytes()
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES) == expected
+    drawing = np.random.RandomState(generator)
+    before = _around(drawing)
+    drawing.standard_normal()
+    return (
+        isinstance(_default(), np.random.RandomState)
+        and ctypes.string_at(np.random.MT19937(0).ctypes.state_address, _MT19937_BYTES) == expected
+        and _around(drawing) != before
+    )

@@ -25,7 +25,7 @@ from bilevel.hypergradients import (
 from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import LOWER, PROBLEM, R, WHOLE, Drive, above, below, blocks, draw, hessian
+from tests.support.sampled_quadratic import LOWER, PROBLEM, WHOLE, Drive, R, above, below, blocks, draw, hessian
 
 ETA = 0.4
 Memory = dict[str, Any]
@@ -165,8 +165,10 @@ def f2sa(run: Drive, memory: Memory, lower: Sequence[Draw], upper: Sequence[Draw
     memory["t"] += 1
     z = run.v if run.state else y[:R]
     penalised, none = torch.cat([z, y[R:]]), torch.zeros(R, dtype=torch.float64)
-    at_y, at_z, (f_x, f_y) = below(x, y, none, lower[0]), below(x, penalised, none, lower[0]), above(
-        x, penalised, upper[0]
+    at_y, at_z, (f_x, f_y) = (
+        below(x, y, none, lower[0]),
+        below(x, penalised, none, lower[0]),
+        above(x, penalised, upper[0]),
     )
     return f_x + sigma * (at_z.upper - at_y.upper), at_y.gradient, z - 0.1 * (at_z.gradient[:R] + f_y / sigma)
 
