@@ -56,12 +56,8 @@ def probe(problem: Problem) -> Callable[[], Any]:
 
 
 def states() -> tuple[Any, ...]:
-    return (
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        repr(np.random.get_state()[1].tolist()),
-        np.random.get_state()[2:],
-    )  # type: ignore[index]
+    _, words, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), np.asarray(words).tolist(), rest
 
 
 @pytest.mark.parametrize("name", [None, *DRAWS])

@@ -1,5 +1,6 @@
 """Where the methods lead on a quadratic whose solution is known."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_decaying_rates_lead_nearer_than_constant_ones(method: Method) -> None:
 def test_the_bias_of_the_penalised_problem_falls_with_the_penalty() -> None:
     biases = [distance(trained(F2SA(penalty=sigma), 250, (0.4 / sigma, 0.4), size=None)) for sigma in (4.0, 8.0, 16.0)]
     assert biases[0] < 0.05
-    ratios = [before / after for before, after in zip(biases, biases[1:], strict=False)]
+    ratios = [before / after for before, after in pairwise(biases)]
     assert all(1.7 < ratio < 2.3 for ratio in ratios), ratios
     grown = distance(trained(F2SA(penalty=1.0, growth=0.1), 300, (0.02, 0.4), size=None))
     assert grown < biases[0]

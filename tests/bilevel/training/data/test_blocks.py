@@ -4,11 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bilevel.distributed import shard
 from bilevel.training import Blocks, Cycle
-from tests.support.rank_processes import on_ranks
 
 
 def made(size: int = 7, block_size: int = 2, **options: Any) -> Blocks:
@@ -131,20 +128,3 @@ def test_a_list_of_batches_is_blocks_that_count_the_same() -> None:
     again = Cycle(["a", "b", "c"])
     again.load_state_dict(source.state_dict())
     assert again.last_block == source.last_block
-
-
-def shares() -> list[list[int]]:
-    """This rank's rows of each block, in the order that they come."""
-
-    def load(indices: Tensor) -> Tensor:
-        return indices[shard(len(indices))]
-
-    source = Blocks(8, 4, load, seed=2)
-    return [source.next().tolist() for _ in range(4)]
-
-
-def test_ranks_share_the_rows_of_the_same_block(tmp_path: Any) -> None:
-    alone = shares()
-    for results in on_ranks(shares, tmp_path).values():
-        together = [sum((result[k] for result in results), []) for k in range(4)]
-        assert together == alone
