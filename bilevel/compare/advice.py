@@ -28,34 +28,34 @@ class Advice:
     Attributes:
         target: the relative error that is enough.
         recommended: the solver that gets there for the fewest products on a first right-hand side, the simplest of
-            those alike; the one of the smallest error where none gets there.
+            those alike; the one of the smallest error where none gets there; None where the reference tells nothing.
         reached: whether it gets there.
         sentences: everything in words, the choice first.
     """
 
     target: float
-    recommended: str
+    recommended: str | None
     reached: bool
     sentences: tuple[str, ...]
 
 
 def advise(figures: Figures) -> Advice:
     """Advice from the figures of a `SolverReport`."""
-    reading = _Reading(figures["curves"], figures["facts"], target_error(figures["facts"]))
-    sentences = [
-        reading.lost_curvature(),
-        reading.choice(),
-        reading.cg_and_neumann(),
-        reading.identity(),
-        reading.reuse(),
-        reading.clock(),
-        reading.spectrum(),
-        reading.noise(),
-        reading.stationarity(),
-        reading.reference(),
-    ]
+    facts = figures["facts"]
+    reading = _Reading(figures["curves"], facts, target_error(facts))
+    around = [reading.spectrum(), reading.noise(), reading.stationarity(), reading.reference()]
+    if not is_resolved(facts):
+        sentences = [reading.lost_curvature(), reading.unresolved(), *around]
+        return Advice(reading.target, None, False, tuple(filter(None, sentences)))
+    solvers = [reading.choice(), reading.cg_and_neumann(), reading.identity(), reading.reuse(), reading.clock()]
     recommended, reached = reading.recommended()
+    sentences = [reading.lost_curvature(), *solvers, *around]
     return Advice(reading.target, recommended, reached, tuple(filter(None, sentences)))
+
+
+def is_resolved(facts: Figures) -> bool:
+    """Whether the reference is accurate enough to tell solvers apart."""
+    return _RESOLVED * facts["reference"]["accuracy"] < _LARGE_NOISE
 
 
 def target_error(facts: Figures) -> float:
@@ -105,6 +105,21 @@ class _Reading:
             return min(solvers, key=self.smallest), False
         least = min(prices.values())
         return next(solver for solver in solvers if prices.get(solver, math.inf) <= _ALIKE * least), True
+
+    def unresolved(self) -> str:
+        """Why nothing can be said, and how far the solvers went."""
+        found = self.facts["reference"]
+        ends = [
+            f"{solver} ended {row['points'][-1]['status']}"
+            for solver in ("CG", "Neumann")
+            if (row := row_of(self.rows, solver=solver, use="first")) is not None
+        ]
+        return (
+            f"No solver can be named: {found['solver']}, which the others are measured against, was left with a "
+            f"relative residual of {number(found['residual'])} when its time was over ({', '.join(ends)}). Give more "
+            "seconds, or take smaller batches; more damping, or a larger tikhonov, makes a system that is easier to "
+            "solve."
+        )
 
     def choice(self) -> str:
         solver, reached = self.recommended()
@@ -160,9 +175,8 @@ class _Reading:
         if row is None:
             return f"{solver} was not measured"
         last = row["points"][-1]
-        text = (
-            f"{solver} has an error of {number(self.smallest(solver))} at the best of up to {last['budget']} iterations"
-        )
+        made = _counted(last["budget"], "iteration")
+        text = f"{solver} has an error of {number(self.smallest(solver))} after up to {made}"
         return text if last["status"] in SUCCESSES else f"{text}, and ended {last['status']}"
 
     def identity(self) -> str | None:
@@ -242,12 +256,15 @@ class _Reading:
         noise, count = self.facts["noise"], self.facts["batches"]
         if noise is None:
             return (
-                "The noise of the batches was not measured, since there is a single one that cannot be halved; with "
-                "two or more lower_batches it is."
+                "The noise of the batches was not measured: that takes two or more lower_batches, or a single one that "
+                "can be halved and the time for it."
             )
         if noise < 1e-9:
             return "The lower batches agree to rounding: there is no noise to stop at."
-        source = "the halves of the single lower batch" if self.facts["noise_from"] == "halves" else "the lower batches"
+        source = {
+            "halves": "the halves of the single lower batch",
+            "product": "one product with the lower batches",
+        }.get(self.facts["noise_from"], "the lower batches")
         text = (
             f"Going by {source}, another choice of {'it' if count == 1 else f'all {count}'} would change x by "
             f"{number(noise)} of its length, if it is a sample of more data"
@@ -281,4 +298,8 @@ class _Reading:
 
 
 def _products(count: float | None) -> str:
-    return "1 product" if count == 1 else f"{count:g} products"
+    return _counted(count, "product")
+
+
+def _counted(count: float | None, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count:g} {noun}s"

@@ -1,7 +1,7 @@
 """`compare_solvers`: every solver on one's own problem."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +22,10 @@ from bilevel.problem import Problem
 from bilevel.products import HVP, as_provider
 from bilevel.tree import Params
 
-_FOR_REFERENCE, _FOR_CURVES = 0.4, 0.8
+_FOR_PACES, _FOR_REFERENCE, _FOR_CURVES = 0.05, 0.4, 0.8
 """Parts of the time that is left."""
+_PER_RIGHT_HAND_SIDE = 40
+"""Products that a right-hand side is worth."""
 
 
 @differentiates
@@ -66,8 +68,8 @@ def compare_solvers(
             iterations, ``{"CG": lambda n: CG(n, None), "mine": CG(5, None, layerwise=True)}``.
         hvp, damping, tikhonov, implicit: as for `linearize`; use those of the training.
         iterations: numbers of iterations of the curves' points, ascending.
-        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; the
-            reference makes at least ten iterations.
+        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; at
+            the least there are ten iterations of the reference and a point each of the first two solvers.
         seed: of random masks.
 
     Raises:
@@ -107,40 +109,42 @@ def _measured(
 ) -> dict[str, Any]:
     """The figures of a report."""
     system = place.linearize(Identity())
-    derivatives = [
-        upper_derivatives(place.problem, place.upper, place.lower, system.implicit, batch) for batch in upper_batches
-    ]
+    derivatives = [_derivatives(place, system, index, upper_batches[index]) for index in range(1)]
+    unit, product = _paces(place, system, derivatives[0][2], deadline)
+    # Few right-hand sides that are solved for say more than many that are not.
+    count = min(len(upper_batches), max(1, int(seconds / (product * _PER_RIGHT_HAND_SIDE))))
+    derivatives += [_derivatives(place, system, index, upper_batches[index]) for index in range(1, count)]
+    cuts = [] if count == len(upper_batches) else [f"only {count} of {len(upper_batches)} upper batches were taken"]
     rights = [v for _, _, v in derivatives]
-    for index, b in enumerate(rights):
-        if not tree.all_finite(b) or float(tree.norm(b)) == 0.0:
-            kind = "zero" if tree.all_finite(b) else "not finite"
-            raise ValueError(
-                f"upper_batches[{index}]: dF/dy is {kind}, so that there is no system to solve; the upper objective "
-                "must depend on the implicit lower variables"
-            )
-    reference = find_reference(place, rights, deadline.share(_FOR_REFERENCE))
+    reference = find_reference(place, rights, product, deadline.share(_FOR_REFERENCE))
+    name = type(place.problem).__name__
     known = KnownSystem(
-        name=type(place.problem).__name__,
-        linearize=place.linearize,
-        gradient=place.gradient,
-        rights=rights,
-        exact=reference.exact,
-        iterations=iterations,
-        noise=reference.noise,
+        name, place.linearize, place.gradient, rights, reference.exact, iterations=iterations, noise=reference.noise
     )
-    unit, product = _paces(known, system, deadline)
     drawn, stopping = _solvers(families, system)
-    curves, cuts = measure_curves(known, drawn, unit, deadline=deadline.share(_FOR_CURVES), pace=product)
-    successive, more = measure_successive(known, stopping, deadline=deadline, pace=product)
+    curves, more = measure_curves(known, drawn, unit, deadline=deadline.share(_FOR_CURVES), pace=product)
+    successive, others = measure_successive(known, stopping, deadline=deadline, pace=product)
     return {
         "environment": machine(next(iter(place.lower.values())).device),
-        "system": known.name,
+        "system": name,
         "seconds": seconds,
         "facts": _facts(place, system, derivatives, reference, unit, product),
         "curves": curves,
         "successive": successive,
-        "cuts": [*cuts, *more],
+        "cuts": [*cuts, *more, *others],
     }
+
+
+def _derivatives(place: Place, system: System, index: int, batch: Any) -> tuple[torch.Tensor, Params, Params]:
+    """F, dF/dx and dF/dy, which is not zero."""
+    found = upper_derivatives(place.problem, place.upper, place.lower, system.implicit, batch)
+    finite = tree.all_finite(found[2])
+    if not finite or float(tree.norm(found[2])) == 0.0:
+        raise ValueError(
+            f"upper_batches[{index}]: dF/dy is {'zero' if finite else 'not finite'}, so that there is no system to "
+            "solve; the upper objective must depend on the implicit lower variables"
+        )
+    return found
 
 
 def _solvers(families: Families | None, system: System) -> tuple[Families, dict[str, tuple[Solver, None]]]:
@@ -158,13 +162,12 @@ def _solvers(families: Families | None, system: System) -> tuple[Families, dict[
     return drawn, {name: (solver, None) for name, solver in stopping.items()}
 
 
-def _paces(known: KnownSystem, system: System, deadline: Deadline) -> tuple[float, float]:
+def _paces(place: Place, system: System, b: Params, deadline: Deadline) -> tuple[float, float]:
     """Seconds of a gradient and of a product, medians of as many as take little of the time."""
-    functions = {"gradient": known.gradient, "product": lambda: system.operator(known.rights[0])}
-    once = interleaved(functions, 1)
-    each = once["gradient"].median + once["product"].median
-    repeats = max(3, min(31, int(0.03 * deadline.left() / max(each, 1e-9))))
-    found = interleaved(functions, repeats, warm_up=0)
+    functions: dict[str, Callable[[], object]] = {"gradient": place.gradient, "product": lambda: system.operator(b)}
+    once = interleaved(functions, 1, warm_up=0)
+    repeats = min(15, int(_FOR_PACES * deadline.left() / (once["gradient"].median + once["product"].median)))
+    found = interleaved(functions, repeats, warm_up=0) if repeats else once
     return found["gradient"].median, found["product"].median
 
 
@@ -249,7 +252,7 @@ def _checked_solvers(solvers: object) -> Families | None:
     checked: dict[str, Family] = {}
     for name, family in solvers.items():
         made = family if isinstance(family, Solver) else family(1) if callable(family) else None
-        if isinstance(family, type) or not isinstance(made, Solver):
+        if not isinstance(made, Solver):
             raise TypeError(
                 f"solvers[{name!r}] must be a solver such as CG(5), or a function of the number of iterations that "
                 f"makes one such as lambda n: CG(n, None); got {family!r:.40}"

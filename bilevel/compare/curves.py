@@ -113,7 +113,8 @@ def measure_curves(
         run = _Curves(known, unit, deadline.share(max(_LARGEST_PART, 1.0 / (len(solvers) - position))), pace)
         budgets = known.iterations[:1] if isinstance(family, Solver) else known.iterations
         for budget in budgets:
-            if not run.fits(of_budget(family, budget), budget):
+            # Of the first two there is a point in any case.
+            if (run.made or position > 1) and not run.fits(of_budget(family, budget), budget):
                 cuts.append(f"{name} ends at {_iterations(run.made)}" if run.made else f"{name} was not measured")
                 break
             if run.measure(of_budget(family, budget), budget):

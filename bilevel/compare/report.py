@@ -47,8 +47,9 @@ class SolverReport:
         return advise(self.figures)
 
     @property
-    def recommended(self) -> str:
-        """The solver that gets to `target` for the fewest products, or the one with the smallest error if none does."""
+    def recommended(self) -> str | None:
+        """The solver that gets to `target` for the fewest products, or the one with the smallest error if none does;
+        None where the reference is not accurate enough to tell solvers apart."""
         return self._advice.recommended
 
     @property

@@ -274,6 +274,11 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` makes something."""
+        return type(self).prepare is not Method.prepare
+
     @abstractmethod
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
         """The direction of one upper step, the same on all ranks.

@@ -108,7 +108,8 @@ def lower_graph(problem: Problem, upper: Params, lower: Params, batch: Any) -> T
 
 def upper_graph(problem: Problem, upper: Params, variables: Params, lower: Params, batch: Any) -> Tensor:
     """F on one batch, 0-d, in the pass that surrounds the call; `variables` take the place of some of `lower`."""
-    loss = check_scalar("upper_objective", problem.upper_objective(upper, {**tree.detach(lower), **variables}, batch))
+    everything = {name: variables[name] if name in variables else leaf.detach() for name, leaf in lower.items()}
+    loss = check_scalar("upper_objective", problem.upper_objective(upper, everything, batch))
     examine_upper(problem, loss, upper, variables)
     return loss
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from bilevel import distributed, tree
@@ -35,7 +34,8 @@ class FirstDerivatives(NamedTuple):
 
 @final
 class Oracles:
-    """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks.
+    """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks. Asked
+    where gradients are recorded, as in all of a method's `propose`.
 
     Args:
         problem: the objectives.
@@ -82,7 +82,7 @@ class Oracles:
     def upper(self, upper: Params, lower: Params, draw: Draw) -> FirstDerivatives:
         """F, dF/dx and dF/dy over the responding lower variables."""
         x, y = tree.as_variables(upper), tree.as_variables({name: lower[name] for name in self.names})
-        with torch.enable_grad(), self._pass(draw, write_buffers=False):
+        with self._pass(draw, write_buffers=False):
             value = upper_graph(self.problem, x, y, lower, draw.batch)
         return self._first(value, x, y, draw.weight)
 
@@ -92,7 +92,7 @@ class Oracles:
         """x, y and G with its graph."""
         x, y = tree.as_variables(upper) if upper_too else upper, tree.as_variables(lower)
         writes, self._writes = self._writes, False
-        with torch.enable_grad(), self._pass(draw, write_buffers=writes):
+        with self._pass(draw, write_buffers=writes):
             return x, y, lower_graph(self.problem, x, y, draw.batch)
 
     def _pass(self, draw: Draw, *, write_buffers: bool) -> AbstractContextManager[None]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bilevel.lower.per_problem import PerProblem
-from bilevel.nn import GeneratorMark
+from bilevel.nn import GeneratorMark, TorchMark
 from bilevel.problem import Problem
 
 T = TypeVar("T")
@@ -23,20 +23,22 @@ _draws = PerProblem(_Draws)
 
 def repeatable(problem: Problem, compute: Callable[[bool], T], probe: Callable[[], object]) -> T:
     """``compute(seeded)`` with seeded=False where the problem's objectives draw no random numbers, which spares the
-    seeding of every pass; one that draws after all is undone in the generators and computed again, seeded.
+    seeding of every pass; one that draws from torch's generator after all is computed again, seeded. NumPy's and
+    Python's generators are looked at once for a problem.
 
     Args:
         compute: makes passes of the objectives, each of which seeds the generators if told so.
         probe: makes one unseeded pass of each objective and writes nothing; called once for a problem.
     """
     draws = _draws.of(problem)
-    mark = GeneratorMark()
     if draws.known is None:
+        everything = GeneratorMark()
         probe()
-        draws.known = mark.moved()
+        draws.known = everything.moved()
         if draws.known:
-            mark.restore()
+            everything.restore()
     if not draws.known:
+        mark = TorchMark()
         result = compute(False)
         if not mark.moved():
             return result

@@ -12,7 +12,7 @@ from bilevel.nn.functional import (
     training_autocast,
     training_pass,
 )
-from bilevel.nn.seeding import GeneratorMark, chunk_seeds, own_draws
+from bilevel.nn.seeding import GeneratorMark, TorchMark, chunk_seeds, own_draws
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "DoublePrecision",
     "GeneratorMark",
     "SyncBatchNorm",
+    "TorchMark",
     "as_double",
     "chunk_seeds",
     "curvature_pass",

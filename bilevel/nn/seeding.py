@@ -42,7 +42,7 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         # torch.manual_seed would keep a stack trace for a GPU that is not in use yet, which takes milliseconds.
         torch.default_generator.manual_seed(seed)
-        if mark.on_gpu:
+        if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -52,32 +52,41 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @final
-class GeneratorMark:
-    """Where the default generators of torch (CPU and CUDA), NumPy and Python stand."""
+class TorchMark:
+    """Where torch's default generators stand, those of the CPU and of CUDA devices."""
 
     def __init__(self) -> None:
-        self.on_gpu = torch.cuda.is_initialized()
-        self._python, self._numpy, self._torch = random.getstate(), _NumpyState(), torch.default_generator.get_state()
-        self._gpus = torch.cuda.get_rng_state_all() if self.on_gpu else []
+        self._cpu = torch.default_generator.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def moved(self) -> bool:
         """Whether any of them has been drawn from, or seeded, since."""
-        now = GeneratorMark()
-        return not (
-            torch.equal(self._torch, now._torch)
-            and self._python == now._python
-            and self._numpy.equals(now._numpy)
-            and len(self._gpus) == len(now._gpus)
-            and all(map(torch.equal, self._gpus, now._gpus))
-        )
+        same = torch.equal(self._cpu, torch.default_generator.get_state())
+        return not (same and all(map(torch.equal, self._cuda, torch.cuda.get_rng_state_all() if self._cuda else [])))
 
     def restore(self) -> None:
         """Put them back to where they stood."""
-        random.setstate(self._python)
+        torch.default_generator.set_state(self._cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+@final
+class GeneratorMark:
+    """Where the default generators of torch, NumPy and Python stand."""
+
+    def __init__(self) -> None:
+        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+
+    def moved(self) -> bool:
+        """Whether any of them has been drawn from, or seeded, since."""
+        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        self._torch.restore()
         self._numpy.restore()
-        torch.default_generator.set_state(self._torch)
-        if self.on_gpu:
-            torch.cuda.set_rng_state_all(self._gpus)
+        random.setstate(self._python)
 
 
 class _NumpyState:
@@ -95,16 +104,16 @@ class _NumpyState:
         if self.address is None:
             self.state: Any = np.random.get_state()
             return
-        self.raw, around = ctypes.string_at(self.address, _MT19937_BYTES), _around(_default())
-        if _NumpyState._known[:2] != (self.raw, around):
-            _NumpyState._known = self.raw, around, np.random.get_state()
+        self.raw, self.around = ctypes.string_at(self.address, _MT19937_BYTES), _around(_default())
+        if _NumpyState._known[:2] != (self.raw, self.around):
+            _NumpyState._known = self.raw, self.around, np.random.get_state()
         self.state = _NumpyState._known[2]
 
-    def equals(self, other: "_NumpyState") -> bool:
-        mine, theirs = self.state, other.state
-        if self.address is None or other.address is None:
-            return repr(mine) == repr(theirs)
-        return mine is theirs or (mine[2:] == theirs[2:] and np.array_equal(mine[1], theirs[1]))
+    def is_current(self) -> bool:
+        """Whether the generator stands where it did."""
+        if self.address is None:
+            return repr(self.state) == repr(np.random.get_state())
+        return (self.raw, self.around) == (ctypes.string_at(self.address, _MT19937_BYTES), _around(_default()))
 
     def restore(self) -> None:
         *_, in_reserve, _ = self.state

@@ -11,6 +11,7 @@ from bilevel.products.hvp import (
     Linearization,
     Objective,
     ReverseOverReverse,
+    hessians,
 )
 from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
@@ -40,6 +41,7 @@ __all__ = [
     "curvature_errors",
     "graph_bytes",
     "graph_nodes",
+    "hessians",
     "linearize_fields",
     "micro_batched_gradient",
     "named_among",

@@ -6,7 +6,7 @@ Costs are in units of one plain gradient of L.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
@@ -25,6 +25,9 @@ from bilevel.tree import Params
 
 Objective = Callable[[Params, Params], Tensor]
 """L(x, y) on one fixed batch with fixed randomness; 0-d."""
+
+_SMALL = 100_000
+"""Up to so many entries the products of all batches are made together, which holds them all at a time."""
 
 
 class Linearization(ABC):
@@ -72,9 +75,25 @@ class Linearization(ABC):
         """Whether dL/dy may change with any upper variable."""
         return bool(self.reached_upper())
 
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        """The lower variables and the gradient of the graph that is kept between products; None where none is kept."""
+        return None
+
     def kept_bytes(self) -> int | None:
         """Bytes of the graph that is kept between products, measured now; None where none is kept."""
         return None
+
+
+def hessians(linearizations: Sequence[Linearization], vector: Params) -> Iterator[Params]:
+    """The product of each with `vector`: one after the other, or of small kept graphs by one pass through all."""
+    graphs = [one.kept_graph() for one in linearizations]
+    if len(graphs) < 2 or tree.size(vector) > _SMALL or any(graph is None for graph in graphs):
+        yield from (one.hessian(vector) for one in linearizations)
+        return
+    kept = [(str(k), *graph) for k, graph in enumerate(graphs) if graph is not None]
+    outputs = {k + name: leaf for k, _, gradient in kept for name, leaf in gradient.items()}
+    along = {k + name: vector[name] for k, _, gradient in kept for name in gradient}
+    yield from tree.pullback(outputs, along, [variables for _, variables, _ in kept], retain_graph=True)
 
 
 class HVPProvider(ABC):
@@ -234,6 +253,9 @@ class _Reverse(Linearization):
             return super().depends_on_upper()
         x, _, g = self._graph
         return bool(reached(g.values(), x))
+
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        return None if self._graph is None else self._graph[1:]
 
     def kept_bytes(self) -> int | None:
         if self._graph is None or self._account is None:

@@ -122,7 +122,8 @@ class Level:
         for name, variable in self.params.items():
             variable.grad = gradient[name]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for variable in self.params.values():
+            variable.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
 

@@ -30,7 +30,7 @@ from bilevel.hypergradients import (
     unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import autocasts, batch_by_batch, differentiates, training_derivatives
+from bilevel.lower import Draw, autocasts, batch_by_batch, differentiates, training_derivatives
 from bilevel.nn import noting_casts
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
@@ -254,11 +254,13 @@ class Trainer(Training):
         if now.upper == 0:
             upper.data.begin_stage(self.schedule.upper_steps * method.upper_draws)
         with unwritten(upper.params, lower.params), batch_by_batch(), self._buffers.noted():
-            prepared = now.prepare(
-                lambda: method.prepare(self._view(now), self._method_state),
-                always=self.problem.curvature_depends_on_upper,
-            )
-            view = self._drawn(self._view(now))
+            prepared = None
+            if method.prepares:
+                prepared = now.prepare(
+                    lambda: method.prepare(self._view(now), self._method_state),
+                    always=self.problem.curvature_depends_on_upper,
+                )
+            view = self._view(now, *self._draws())
             proposal = method.propose(view, self._method_state, prepared)
         proposal = check_proposal(method, proposal, upper.params, lower.params)
         now.proposed = now.proposed or proposal.result is not None
@@ -285,23 +287,24 @@ class Trainer(Training):
             self.problem.after_upper_step(upper.params, lower.params, view.upper_batch, self.steps["upper"])
         self.emit({**record, **upper_record(proposal.result), **proposal.record})
 
-    def _drawn(self, view: UpperStep) -> UpperStep:
-        """The step with its upper batch, and with samples of its own where the method draws such."""
+    def _draws(self) -> tuple[Any, tuple[Draw, ...], tuple[Draw, ...]]:
+        """The upper batch of a step, and samples of its own from both levels where the method draws such."""
         method = self.method
         if not method.lower_draws:
-            return replace(view, upper_batch=self.upper.next_batch())
-        lower = tuple(self.lower.draw() for _ in range(method.lower_draws))
-        upper = tuple(self.upper.draw() for _ in range(method.upper_draws))
-        return replace(view, upper_batch=upper[0].batch, lower_draws=lower, upper_draws=upper)
+            return self.upper.next_batch(), (), ()
+        lower = tuple([self.lower.draw() for _ in range(method.lower_draws)])
+        upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
+        return upper[0].batch, lower, upper
 
-    def _view(self, now: Alternation) -> UpperStep:
+    def _view(self, now: Alternation, batch: Any = None, *draws: tuple[Draw, ...]) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
             upper.params,
             lower.params,
-            None,
+            batch,
             tuple(now.stored),
+            *draws,
             lower_blocks=lower.data.blocks,
             upper_blocks=upper.data.blocks,
             lower_steps=tuple(step for _, step in now.recorded),

@@ -116,13 +116,11 @@ class SingleLoop(Method):
         """v after the step."""
         return v
 
-    def prepare(self, step: UpperStep, state: MethodState) -> tuple[str, ...]:
-        return selected(step.problem, step.lower, None)
-
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
-        names: tuple[str, ...] = prepared
+        v = state.get("v")
+        names = tuple(v) if v else selected(step.problem, step.lower, None)
         lost = self._lost(step, names)
-        v = state["v"] if "v" in state else self.start(step, names)
+        v = self.start(step, names) if v is None else v
         at = Point(step.upper, step.lower, {name: leaf.to(step.lower[name].device) for name, leaf in v.items()})
         attempts: list[bool] = []
 
