@@ -238,8 +238,10 @@ def trained() -> dict[str, list[float]]:
             on_failure="ignore",
         )
         trainer.run()
-        state = [tensor.reshape(-1) for tensor in tensors_in(trainer.state_dict()["method"]["state"])]
-        found[name] = [*upper["s"].tolist(), *lower["w"].tolist(), *(torch.cat(state).tolist() if state else [])]
+        found[name] = [*upper["s"].tolist(), *lower["w"].tolist()]
+        if kind.method.lower_draws:
+            for tensor in tensors_in(trainer.state_dict()["method"]["state"]):
+                found[name] += tensor.reshape(-1).tolist()
     return found
 
 

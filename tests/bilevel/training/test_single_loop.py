@@ -36,6 +36,7 @@ from bilevel.hypergradients import (
     Method,
     StocBiO,
 )
+from bilevel.linear import Dense
 from bilevel.training import Blocks, Callback, NonFiniteError, power_decay
 from tests.support.cases import joined, vector
 from tests.support.methods import METHODS
@@ -96,8 +97,8 @@ def test_a_trainers_steps_are_those_that_were_made_by_hand(method: Method) -> No
                 drawn.append(draw(source, source.last_block))
             samples.append(drawn)
         run.advance(run.propose(*samples))
-    assert torch.equal(joined(trainer.upper.params), run.x)
-    assert torch.equal(joined(trainer.lower.params), run.y)
+    assert torch.allclose(joined(trainer.upper.params), run.x, rtol=1e-11)
+    assert torch.allclose(joined(trainer.lower.params), run.y, rtol=1e-11)
     assert trainer.steps == {"upper": 6, "lower": 6} == trainer.planned
     upper = [record for record in heard.records if record["event"] == "upper"]
     assert [record["step"] for record in upper] == [1, 2, 3, 4, 5, 6]
@@ -140,7 +141,7 @@ def test_power_decay() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 / (t + 1) ** 0.4)
         optimizer.step()
         schedule.step()
-    with pytest.raises(ValueError, match="power_decay: exponent must be a number of at least 0"):
+    with pytest.raises(ValueError, match="power_decay: exponent must be a finite number >= 0, got -0.5"):
         power_decay(optimizer, -0.5)
 
 
@@ -298,7 +299,7 @@ def test_lost_curvature_is_told_once_where_second_derivatives_are_taken(method: 
     if isinstance(method, BOME):
         made(method, problem=Cut(), steps=steps, on_failure="raise").run()
         return
-    with pytest.raises(SolverError, match="lost curvature: .*d2G/dydy"):
+    with pytest.raises(SolverError, match=r"lost curvature: .*d2G/dydy"):
         made(method, problem=Cut(), steps=steps, on_failure="raise").run()
     with pytest.warns(SolverWarning, match="lost curvature") as caught:
         made(method, problem=Cut(), steps=steps).run()
@@ -316,7 +317,7 @@ ANEW = tuple(BatchStack(6, 2, lambda indices, seed: indices.clamp(max=4), seed=k
         (BOME(0.1), {"steps": (1, 1, 3)}, "schedule: lower_steps=1, but BOME moves the lower variables"),
         (SABA(), {"data": ANEW}, "lower: SABA needs data that are cut into fixed blocks"),
         (SRBA(), {"data": (ANEW[0], blocks("lower"))}, "upper: SRBA needs data that are cut into fixed blocks"),
-        (SABA(table_bytes=2000), {}, "SABA: table_bytes=2,000, but tables for 4 lower and 3 upper blocks"),
+        (SABA(table_bytes=1000), {}, "SABA: table_bytes=1,000, but tables for 4 lower and 3 upper blocks"),
     ],
 )
 def test_what_a_method_cannot_serve_is_refused_when_the_trainer_is_made(
@@ -372,13 +373,13 @@ def test_a_single_loop_gives_no_single_hypergradient(name: str) -> None:
 
 
 def test_amigo_says_why_it_needs_a_trainer() -> None:
-    with pytest.raises(ValueError, match="AmIGO: v goes by the lower optimizer's learning rate .* in a Trainer"):
+    with pytest.raises(ValueError, match=r"AmIGO: v goes by the lower optimizer's learning rate .* in a Trainer"):
         hypergradient(PROBLEM, *variables(), AmIGO(), **ONCE)
 
 
 def test_sampled_series_give_hypergradients_outside_of_a_trainer() -> None:
     upper, lower = variables()
-    exact = joined(hypergradient(PROBLEM, upper, lower, **ONCE).grad)
+    exact = joined(hypergradient(PROBLEM, upper, lower, Dense(), **ONCE).grad)
     found = hypergradient(PROBLEM, upper, lower, StocBiO(0.4, terms=150), **ONCE)
     assert torch.allclose(joined(found.grad), exact, rtol=1e-8)
     assert torch.allclose(joined(found.direct) + joined(found.implicit), joined(found.grad), rtol=1e-12)
