@@ -141,7 +141,7 @@ def test_power_decay() -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 / (t + 1) ** 0.4)
         optimizer.step()
         schedule.step()
-    with pytest.raises(ValueError, match="power_decay: exponent must be a finite number >= 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"power_decay: exponent must be a finite number >= 0, got -0.5"):
         power_decay(optimizer, -0.5)
 
 
