@@ -27,7 +27,7 @@ from bilevel.hypergradients import Method
 from bilevel.linear import GMRES
 from bilevel.lower import L1, FixedPointProblem, NonNegative, ProximalMap, RootProblem, Simplex
 from bilevel.training import Callback
-from tests.support.lower_kinds import EXACT, Cubic, Equilibrium, Line, Penalised, draw, f64, iterated
+from tests.support.kinds.problems import EXACT, Cubic, Equilibrium, Line, Penalised, draw, f64, iterated
 
 HESSIAN = (lambda a: a.T @ a / 8.0 + 0.3 * torch.eye(6, dtype=a.dtype))(draw(8, 6, seed=0))
 LINEAR, TARGET, MIXING = 2.0 * draw(6, seed=1), draw(6, seed=2), draw(6, 3, seed=3)
