@@ -392,7 +392,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         problem.step_size = step  # type: ignore[assignment]
         with pytest.raises(ValueError, match=r"Penalised.step_size must be a positive number"):
             linearize(problem, UPPER, START, [1.0])
-    wrong: Any = float
+    wrong: Any = list
     with pytest.raises(TypeError, match=r"proximal_map\(upper\) must be a ProximalMap"):
         linearize(Penalised(HESSIAN, LINEAR, TARGET, wrong), UPPER, START, [1.0])
     with pytest.raises(ValueError, match=r"the map gave \(3, 6\)"):
