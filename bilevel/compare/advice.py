@@ -28,34 +28,34 @@ class Advice:
     Attributes:
         target: the relative error that is enough.
         recommended: the solver that gets there for the fewest products on a first right-hand side, the simplest of
-            those alike; the one of the smallest error where none gets there.
+            those alike; the one of the smallest error where none gets there; None where the reference tells nothing.
         reached: whether it gets there.
         sentences: everything in words, the choice first.
     """
 
     target: float
-    recommended: str
+    recommended: str | None
     reached: bool
     sentences: tuple[str, ...]
 
 
 def advise(figures: Figures) -> Advice:
     """Advice from the figures of a `SolverReport`."""
-    reading = _Reading(figures["curves"], figures["facts"], target_error(figures["facts"]))
-    sentences = [
-        reading.lost_curvature(),
-        reading.choice(),
-        reading.cg_and_neumann(),
-        reading.identity(),
-        reading.reuse(),
-        reading.clock(),
-        reading.spectrum(),
-        reading.noise(),
-        reading.stationarity(),
-        reading.reference(),
-    ]
+    facts = figures["facts"]
+    reading = _Reading(figures["curves"], facts, target_error(facts))
+    around = [reading.spectrum(), reading.noise(), reading.stationarity(), reading.reference()]
+    if not is_resolved(facts):
+        sentences = [reading.flaws(), reading.unresolved(), *around]
+        return Advice(reading.target, None, False, tuple(filter(None, sentences)))
+    solvers = [reading.choice(), reading.two(), reading.identity(), reading.reuse(), reading.clock()]
     recommended, reached = reading.recommended()
+    sentences = [reading.flaws(), *solvers, *around]
     return Advice(reading.target, recommended, reached, tuple(filter(None, sentences)))
+
+
+def is_resolved(facts: Figures) -> bool:
+    """Whether the reference is accurate enough to tell solvers apart."""
+    return _RESOLVED * facts["reference"]["accuracy"] < _LARGE_NOISE
 
 
 def target_error(facts: Figures) -> float:
@@ -85,6 +85,10 @@ class _Reading:
             if points:
                 self.sounds[row["solver"], row["use"]] = {**row, "points": points}
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        return ("CG", "Neumann") if self.facts["symmetric"] else ("GMRES", "adjoint iteration")
+
     def needs(self, solver: str, use: str = "first", what: str = "products") -> float | None:
         """The median of what it takes to the target; None where it is not reached by a solve that succeeds."""
         row = self.sounds.get((solver, use))
@@ -105,6 +109,21 @@ class _Reading:
             return min(solvers, key=self.smallest), False
         least = min(prices.values())
         return next(solver for solver in solvers if prices.get(solver, math.inf) <= _ALIKE * least), True
+
+    def unresolved(self) -> str:
+        """Why nothing can be said, and how far the solvers went."""
+        found = self.facts["reference"]
+        ends = [
+            f"{solver} ended {row['points'][-1]['status']}"
+            for solver in self.pair
+            if (row := row_of(self.rows, solver=solver, use="first")) is not None
+        ]
+        return (
+            f"No solver can be named: {found['solver']}, which the others are measured against, was left with a "
+            f"relative residual of {number(found['residual'])} when its time was over ({', '.join(ends)}). Give more "
+            "seconds, or take smaller batches; more damping, or a larger tikhonov, makes a system that is easier to "
+            "solve."
+        )
 
     def choice(self) -> str:
         solver, reached = self.recommended()
@@ -131,6 +150,8 @@ class _Reading:
             "CG": f"CG({made}, None)",
             "Neumann": f"Neumann({made})",
             "MINRES": f"MINRES({made}, None)",
+            "GMRES": f"GMRES({made}, None, None)",
+            "adjoint iteration": f"AdjointIteration({made}, None)",
             "CG, recycled": f"CG({made}, None, recycle=64)",
         }.get(solver)
         if code is None or made is None:
@@ -139,19 +160,21 @@ class _Reading:
         alternative = ', or CG(50, "noise") which stops there by itself' if by_noise else ""
         return f"As a solver: {code}{alternative}."
 
-    def cg_and_neumann(self) -> str | None:
-        if not {"CG", "Neumann"} <= set(names(self.rows, "solver")):
+    def two(self) -> str | None:
+        """CG beside Neumann, and where A is not symmetric GMRES beside the adjoint iteration."""
+        first, second = self.pair
+        if not {first, second} <= set(names(self.rows, "solver")):
             return None
-        cg, neumann = self.needs("CG"), self.needs("Neumann")
-        if cg is None and neumann is None:
-            return f"Neither CG nor Neumann gets there: {self._end('CG')}, {self._end('Neumann')}."
-        if cg is None:
-            return f"Neumann gets there with {self._cost('Neumann')}; CG does not: {self._end('CG')}."
-        if neumann is None:
-            return f"CG gets there with {self._cost('CG')}; Neumann does not: {self._end('Neumann')}."
+        reached = [solver for solver in self.pair if self.needs(solver) is not None]
+        if not reached:
+            return f"Neither {first} nor {second} gets there: {self._end(first)}, {self._end(second)}."
+        if len(reached) == 1:
+            (there,), (not_there,) = reached, set(self.pair) - set(reached)
+            return f"{there} gets there with {self._cost(there)}; {not_there} does not: {self._end(not_there)}."
+        scale = ", the products for its scale among the first ones" if second == "Neumann" else ""
         return (
-            f"Both CG and Neumann get there: CG with {self._cost('CG')}, Neumann with {self._cost('Neumann')}, the "
-            "products for its scale among the first ones."
+            f"Both {first} and {second} get there: {first} with {self._cost(first)}, {second} with "
+            f"{self._cost(second)}{scale}."
         )
 
     def _end(self, solver: str) -> str:
@@ -160,9 +183,8 @@ class _Reading:
         if row is None:
             return f"{solver} was not measured"
         last = row["points"][-1]
-        text = (
-            f"{solver} has an error of {number(self.smallest(solver))} at the best of up to {last['budget']} iterations"
-        )
+        made = _counted(last["budget"], "iteration")
+        text = f"{solver} has an error of {number(self.smallest(solver))} after up to {made}"
         return text if last["status"] in SUCCESSES else f"{text}, and ended {last['status']}"
 
     def identity(self) -> str | None:
@@ -218,6 +240,11 @@ class _Reading:
         )
 
     def spectrum(self) -> str:
+        if self.facts["eigenvalues"] is None:
+            return (
+                f"{self.facts['variables']:,} variables: A is not symmetric, as that of a fixed point, a root or a "
+                "proximal problem, so that CG, MINRES and Neumann do not serve."
+            )
         low, high = self.facts["eigenvalues"]
         met = "all eigenvalues of A lie" if self.facts["eigenvalues_complete"] else "eigenvalues of A were met"
         text = f"{self.facts['variables']:,} variables: {met} between {number(low)} and {number(high)}"
@@ -242,12 +269,15 @@ class _Reading:
         noise, count = self.facts["noise"], self.facts["batches"]
         if noise is None:
             return (
-                "The noise of the batches was not measured, since there is a single one that cannot be halved; with "
-                "two or more lower_batches it is."
+                "The noise of the batches was not measured: that takes two or more lower_batches, or a single one that "
+                "can be halved and the time for it."
             )
         if noise < 1e-9:
             return "The lower batches agree to rounding: there is no noise to stop at."
-        source = "the halves of the single lower batch" if self.facts["noise_from"] == "halves" else "the lower batches"
+        source = {
+            "halves": "the halves of the single lower batch",
+            "product": "one product with the lower batches",
+        }.get(self.facts["noise_from"], "the lower batches")
         text = (
             f"Going by {source}, another choice of {'it' if count == 1 else f'all {count}'} would change x by "
             f"{number(noise)} of its length, if it is a sample of more data"
@@ -259,8 +289,9 @@ class _Reading:
     def stationarity(self) -> str:
         norm, noise, gain = (self.facts[key] for key in ("stationarity", "gradient_noise", "gain"))
         beside = "" if noise is None or noise == 0.0 else f", {number(norm / noise)} times what the batches leave open"
+        what = "residual y - T(x, y), or S(x, y)," if self.facts["residual"] else "gradient"
         return (
-            f"The lower gradient has a norm of {number(norm)}{beside}: to first order, a lower level that is solved "
+            f"The lower {what} has a norm of {number(norm)}{beside}: to first order, a lower level that is solved "
             f"would change the upper loss {number(self.facts['loss'])} by {number(gain)}. The implicit function "
             "theorem assumes that it is solved."
         )
@@ -275,10 +306,15 @@ class _Reading:
             text += f"; that can hide errors up to {number(min(found['accuracy'], 1.0))}"
         return ". ".join([text, *found["remarks"]]) + "."
 
-    def lost_curvature(self) -> str | None:
-        lost = self.facts["lost_curvature"]
-        return None if lost is None else f"These figures are of another system than that of the loss: {lost}."
+    def flaws(self) -> str | None:
+        """What makes any solver's hypergradient wrong."""
+        found = [flaw for flaw in (self.facts["lost_curvature"], self.facts["flaw"]) if flaw is not None]
+        return f"Whatever the solver, the hypergradient is not right: {'; '.join(found)}." if found else None
 
 
 def _products(count: float | None) -> str:
-    return "1 product" if count == 1 else f"{count:g} products"
+    return _counted(count, "product")
+
+
+def _counted(count: float | None, noun: str) -> str:
+    return f"1 {noun}" if count == 1 else f"{count:g} {noun}s"

@@ -1,7 +1,7 @@
 """`compare_solvers`: every solver on one's own problem."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,17 +13,27 @@ from bilevel.compare.curves import ITERATIONS, KnownSystem, measure_curves
 from bilevel.compare.measuring import Deadline, interleaved, machine
 from bilevel.compare.reference import DENSE_SIZE, Place, Reference, find_reference, own_randomness
 from bilevel.compare.report import SolverReport
-from bilevel.compare.solvers import Families, Family, standard_solvers, stopping_solvers
+from bilevel.compare.solvers import Families, standard_solvers, stopping_solvers
 from bilevel.compare.successive import measure_successive
 from bilevel.hypergradients import SolverWarning, System
 from bilevel.linear import Identity, Solver
-from bilevel.lower import Selection, Tikhonov, check_batch, check_batches, differentiates, upper_derivatives
+from bilevel.lower import (
+    ResidualProblem,
+    Selection,
+    Tikhonov,
+    check_batch,
+    check_batches,
+    differentiates,
+    upper_derivatives,
+)
 from bilevel.problem import Problem
 from bilevel.products import HVP, as_provider
 from bilevel.tree import Params
 
-_FOR_REFERENCE, _FOR_CURVES = 0.4, 0.8
+_FOR_PACES, _FOR_REFERENCE, _FOR_CURVES = 0.05, 0.4, 0.8
 """Parts of the time that is left."""
+_PER_RIGHT_HAND_SIDE = 40
+"""Products that a right-hand side is worth."""
 
 
 @differentiates
@@ -49,7 +59,8 @@ def compare_solvers(
     Each solver makes a growing number of iterations, once for each right-hand side with a fresh state and once for the
     later ones with the state that the first has left. Errors :math:`\|x - x^*\| / \|x^*\|` are against a reference
     :math:`x^*` in float64, where the problem computes in it: by `Dense` where A is small, else by a long solve of CG,
-    or of MINRES where A is indefinite. The noise of the batches is the standard error of x, to first order
+    or of MINRES where A is indefinite. Where A is not symmetric (fixed points, roots, proximal problems) it is GMRES
+    beside the adjoint iteration. The noise of the batches is the standard error of x, to first order
 
     .. math:: \frac{1}{\|x^*\|} \Big(\frac{1}{K (K - 1)} \sum_k \|A^{-1} (A_k - A) x^*\|^2\Big)^{1/2}
 
@@ -66,8 +77,8 @@ def compare_solvers(
             iterations, ``{"CG": lambda n: CG(n, None), "mine": CG(5, None, layerwise=True)}``.
         hvp, damping, tikhonov, implicit: as for `linearize`; use those of the training.
         iterations: numbers of iterations of the curves' points, ascending.
-        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; the
-            reference makes at least ten iterations.
+        seconds: a budget. Nothing is begun that is not likely to be done in time, and the report says what was cut; at
+            the least there are ten iterations of the reference and a point each of the first two solvers.
         seed: of random masks.
 
     Raises:
@@ -107,40 +118,42 @@ def _measured(
 ) -> dict[str, Any]:
     """The figures of a report."""
     system = place.linearize(Identity())
-    derivatives = [
-        upper_derivatives(place.problem, place.upper, place.lower, system.implicit, batch) for batch in upper_batches
-    ]
+    derivatives = [_derivatives(place, system, index, upper_batches[index]) for index in range(1)]
+    unit, product = _paces(place, system, derivatives[0][2], deadline)
+    # Few right-hand sides that are solved for say more than many that are not.
+    count = min(len(upper_batches), max(1, int(seconds / (product * _PER_RIGHT_HAND_SIDE))))
+    derivatives += [_derivatives(place, system, index, upper_batches[index]) for index in range(1, count)]
+    cuts = [] if count == len(upper_batches) else [f"only {count} of {len(upper_batches)} upper batches were taken"]
     rights = [v for _, _, v in derivatives]
-    for index, b in enumerate(rights):
-        if not tree.all_finite(b) or float(tree.norm(b)) == 0.0:
-            kind = "zero" if tree.all_finite(b) else "not finite"
-            raise ValueError(
-                f"upper_batches[{index}]: dF/dy is {kind}, so that there is no system to solve; the upper objective "
-                "must depend on the implicit lower variables"
-            )
-    reference = find_reference(place, rights, deadline.share(_FOR_REFERENCE))
+    reference = find_reference(place, rights, product, deadline.share(_FOR_REFERENCE))
+    name = type(place.problem).__name__
     known = KnownSystem(
-        name=type(place.problem).__name__,
-        linearize=place.linearize,
-        gradient=place.gradient,
-        rights=rights,
-        exact=reference.exact,
-        iterations=iterations,
-        noise=reference.noise,
+        name, place.linearize, place.gradient, rights, reference.exact, iterations=iterations, noise=reference.noise
     )
-    unit, product = _paces(known, system, deadline)
     drawn, stopping = _solvers(families, system)
-    curves, cuts = measure_curves(known, drawn, unit, deadline=deadline.share(_FOR_CURVES), pace=product)
-    successive, more = measure_successive(known, stopping, deadline=deadline, pace=product)
+    curves, more = measure_curves(known, drawn, unit, deadline=deadline.share(_FOR_CURVES), pace=product)
+    successive, others = measure_successive(known, stopping, deadline=deadline, pace=product)
     return {
         "environment": machine(next(iter(place.lower.values())).device),
-        "system": known.name,
+        "system": name,
         "seconds": seconds,
         "facts": _facts(place, system, derivatives, reference, unit, product),
         "curves": curves,
         "successive": successive,
-        "cuts": [*cuts, *more],
+        "cuts": [*cuts, *more, *others],
     }
+
+
+def _derivatives(place: Place, system: System, index: int, batch: Any) -> tuple[torch.Tensor, Params, Params]:
+    """F, dF/dx and dF/dy, which is not zero."""
+    found = upper_derivatives(place.problem, place.upper, place.lower, system.implicit, batch)
+    finite = tree.all_finite(found[2])
+    if not finite or float(tree.norm(found[2])) == 0.0:
+        raise ValueError(
+            f"upper_batches[{index}]: dF/dy is {'zero' if finite else 'not finite'}, so that there is no system to "
+            "solve; the upper objective must depend on the implicit lower variables"
+        )
+    return found
 
 
 def _solvers(families: Families | None, system: System) -> tuple[Families, dict[str, tuple[Solver, None]]]:
@@ -151,20 +164,21 @@ def _solvers(families: Families | None, system: System) -> tuple[Families, dict[
     term = system.tikhonov
     known = float(term) if isinstance(term, (int, float)) and term > 0.0 and not system.regularized else None
     size = tree.size(system.variables(system.lower))
-    drawn = {name: family for name, family in standard_solvers(known).items() if name != "Dense" or size <= DENSE_SIZE}
+    all_of_them = standard_solvers(known, symmetric=system.operator.symmetric)
+    drawn = {name: family for name, family in all_of_them.items() if name != "Dense" or size <= DENSE_SIZE}
     # The noise is that of several batches.
     alone = len(system.lower_batches) == 1
-    stopping = {name: s for name, s in stopping_solvers(known).items() if not (alone and "noise" in name)}
+    stopping = stopping_solvers(known, symmetric=system.operator.symmetric)
+    stopping = {name: solver for name, solver in stopping.items() if not (alone and "noise" in name)}
     return drawn, {name: (solver, None) for name, solver in stopping.items()}
 
 
-def _paces(known: KnownSystem, system: System, deadline: Deadline) -> tuple[float, float]:
+def _paces(place: Place, system: System, b: Params, deadline: Deadline) -> tuple[float, float]:
     """Seconds of a gradient and of a product, medians of as many as take little of the time."""
-    functions = {"gradient": known.gradient, "product": lambda: system.operator(known.rights[0])}
-    once = interleaved(functions, 1)
-    each = once["gradient"].median + once["product"].median
-    repeats = max(3, min(31, int(0.03 * deadline.left() / max(each, 1e-9))))
-    found = interleaved(functions, repeats, warm_up=0)
+    functions: dict[str, Callable[[], object]] = {"gradient": place.gradient, "product": lambda: system.operator(b)}
+    once = interleaved(functions, 1, warm_up=0)
+    repeats = min(15, int(_FOR_PACES * deadline.left() / (once["gradient"].median + once["product"].median)))
+    found = interleaved(functions, repeats, warm_up=0) if repeats else once
     return found["gradient"].median, found["product"].median
 
 
@@ -177,7 +191,7 @@ def _facts(
     product: float,
 ) -> dict[str, Any]:
     """What is known of the system and of the point."""
-    loss, direct, b = derivatives[0]
+    (loss, direct, b), residual = derivatives[0], isinstance(place.problem, ResidualProblem)
     x = tree.unflatten(reference.exact[0].to(next(iter(b.values())).device), b)
     gradient, gradient_noise = system.gradient_and_noise()
     implicit, by_identity = system.cross(x), system.cross(b)
@@ -189,17 +203,20 @@ def _facts(
         "batches": len(place.batches),
         "right_hand_sides": len(derivatives),
         "regularized": system.regularized,
-        "eigenvalues": list(reference.eigenvalues),
+        "symmetric": system.operator.symmetric,
+        "eigenvalues": None if reference.eigenvalues is None else list(reference.eigenvalues),
         "eigenvalues_complete": reference.complete,
-        "bounds": list(reference.bounds),
+        "bounds": None if reference.bounds is None else list(reference.bounds),
         "reference": {name: value for name, value in asdict(reference).items() if name in kept},
         "noise": reference.noise,
         "noise_from": reference.noise_from,
         "loss": float(loss),
+        "residual": residual,
+        "flaw": system.flaw(),
         "stationarity": float(tree.norm(gradient)),
         "gradient_noise": gradient_noise,
-        # F(x, y*) - F(x, y) to first order, A being divided by the weight of the regularizer.
-        "gain": -float(tree.dot(x, gradient)) / system.weight,
+        # F(x, y*) - F(x, y) to first order; that of an objective has A divided by the weight of the regularizer.
+        "gain": -float(tree.dot(x, gradient)) / (1.0 if residual else system.weight),
         "identity": _beside(plain, exact),
         "implicit_share": _ratio(tree.norm(implicit), tree.norm(exact)),
         "lost_curvature": system.curvature.lost(),
@@ -238,7 +255,7 @@ def _check_iterations(iterations: Sequence[int]) -> None:
         raise ValueError(f"iterations must be ascending numbers, got {list(iterations)}")
 
 
-def _checked_solvers(solvers: object) -> Families | None:
+def _checked_solvers(solvers: Families | None) -> Families | None:
     if solvers is None:
         return None
     if not isinstance(solvers, Mapping) or not solvers:
@@ -246,13 +263,11 @@ def _checked_solvers(solvers: object) -> Families | None:
             "solvers must be a mapping of names to solvers, or to functions of the number of iterations such as "
             f"{{'CG': lambda n: CG(n, None)}}; got a {type(solvers).__name__}"
         )
-    checked: dict[str, Family] = {}
     for name, family in solvers.items():
-        made = family if isinstance(family, Solver) else family(1) if callable(family) else None
-        if isinstance(family, type) or not isinstance(made, Solver):
+        made = family if isinstance(family, Solver) or not callable(family) else family(1)
+        if not isinstance(made, Solver):
             raise TypeError(
                 f"solvers[{name!r}] must be a solver such as CG(5), or a function of the number of iterations that "
                 f"makes one such as lambda n: CG(n, None); got {family!r:.40}"
             )
-        checked[str(name)] = family
-    return checked
+    return {str(name): family for name, family in solvers.items()}

@@ -8,7 +8,7 @@ import torch
 from bilevel import tree
 from bilevel.checks import check_kind, check_variables
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, UpperStep, check_proposal, check_serves, unwritten
+from bilevel.hypergradients.method import Method, UpperStep, check_proposal, check_serves, check_stands_alone, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
 from bilevel.linear import GMRES, Solver
 from bilevel.lower import Draw, ResidualProblem, check_batch, check_batches, differentiates
@@ -36,10 +36,10 @@ def hypergradient(
 
     Args:
         upper, lower: variables x and y.
-        method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of your own; a solver stands for
-            ``Implicit(solver)``. For a `bilevel.lower.ResidualProblem` (a fixed point, a proximal problem, a root) the
-            default is ``Implicit(GMRES())``, and `Implicit` alone serves. What a method carries from step to step in a
-            `Trainer` starts afresh here.
+        method: `Implicit`, `Unrolled`, `OneStep`, `SAMA`, `Penalty`, `StocBiO`, `TTSA` or one of your own; a solver
+            stands for ``Implicit(solver)``. For a `bilevel.lower.ResidualProblem` (a fixed point, a proximal problem, a
+            root) the default is ``Implicit(GMRES())``, and `Implicit` alone serves. What a method carries from step to
+            step in a `Trainer` starts afresh here.
         upper_batch: the batch of F.
         lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
             `Unrolled` the lower objective is their mean.
@@ -65,6 +65,7 @@ def hypergradient(
     check_kind("problem", problem, Problem, "an instance of a Problem")
     method = as_method(method, problem)
     check_serves(method, problem)
+    check_stands_alone(method)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)
     check_variables("lower", lower)

@@ -95,7 +95,7 @@ def lower_solution(
     check_recordable("lower_solution")
     _check_surroundings()
     check_kind("problem", problem, Problem, "an instance of a Problem")
-    implicit = _as_implicit(method)
+    implicit = _as_implicit(method, problem)
     check_on_failure(on_failure)
     tree.check_params("upper", upper)
     check_variables("lower", lower)
@@ -113,8 +113,8 @@ def lower_solution(
     return solution
 
 
-def _as_implicit(method: Method | Solver | None) -> Implicit:
-    method = as_method(method)
+def _as_implicit(method: Method | Solver | None, problem: Problem) -> Implicit:
+    method = as_method(method, problem)
     if not isinstance(method, Implicit):
         raise TypeError(
             f"method must be Implicit, or a solver such as CG() in its place, got {type(method).__name__}: "

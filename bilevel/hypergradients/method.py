@@ -177,6 +177,15 @@ def check_serves(method: "Method", problem: Problem) -> None:
         )
 
 
+def check_stands_alone(method: "Method") -> None:
+    """Raise ValueError where a step of the method gives no hypergradient by itself."""
+    if method.moves_lower:
+        raise ValueError(
+            f"{type(method).__name__} moves both levels together, along directions that are no hypergradient; use it "
+            "in a Trainer, and another method, such as Implicit(), for a single hypergradient"
+        )
+
+
 @contextmanager
 def unwritten(upper: Params, lower: Params) -> Iterator[None]:
     """Raises where a variable is written to inside.
@@ -264,6 +273,11 @@ class Method(ABC):
         what it reads of them must not change within a stage, or `starts_anew` must say True.
         """
         return None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` makes something."""
+        return type(self).prepare is not Method.prepare
 
     @abstractmethod
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:

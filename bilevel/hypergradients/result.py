@@ -103,7 +103,7 @@ class AdjointSolve:
     """What is known about one solve of A x = v, v = dF/dy, and the point that it was made at.
 
     Attributes:
-        solution, stationarity, noise, failure, warning: as of a `Hypergradient`.
+        solution, stationarity, noise, failure, warning, active_set: as of a `Hypergradient`.
     """
 
     solution: Solution
@@ -111,6 +111,7 @@ class AdjointSolve:
     noise: float | None = None
     failure: str | None = None
     warning: str | None = None
+    active_set: Tensor | None = None
 
 
 class SolvedSystem(Protocol):

@@ -55,11 +55,11 @@ from bilevel.lower import (
 )
 from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
-from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
+from bilevel.products import Hessians, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
-_coupled = PerProblem[set[bool]](set)
-"""Whether a lower objective's gradient was found to depend on upper variables."""
+_coupled = PerProblem[set[tuple[str, ...]]](set)
+"""Names of upper variables on some of which a lower objective's gradient was found to depend."""
 
 
 class System:
@@ -299,11 +299,11 @@ class System:
     @cached_property
     def _is_coupled(self) -> bool:
         """Whether dL/dy changes with upper variables for any batch on any rank, so that all ranks take part in the mean
-        of the cross term. Where it once did for a problem, that is taken for granted."""
-        known = _coupled.of(self.problem)
-        if not known and self.operator.agree(any(loss.depends_on_upper() for loss in self._losses)):
-            known.add(True)
-        return bool(known)
+        of the cross term. Where it once did for a problem and names, that is taken for granted."""
+        known, names = _coupled.of(self.problem), tuple(self.upper)
+        if names not in known and self.operator.agree(any(loss.depends_on_upper() for loss in self._losses)):
+            known.add(names)
+        return names in known
 
     def _reached_by_penalty(self, upper: Params) -> set[str]:
         x = tree.as_variables(upper)
@@ -336,7 +336,7 @@ class System:
 
     def _without_tikhonov(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
-        operator: LinearOperator = MeanOperator(losses)
+        operator: LinearOperator = MeanOperator(losses, Hessians(self._losses))
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
@@ -378,18 +378,7 @@ def through_system(
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
         implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
-    return Hypergradient(
-        tree.add(direct, implicit_part),
-        direct,
-        implicit_part,
-        loss,
-        made.solution,
-        made.stationarity,
-        noise=made.noise,
-        failure=made.failure,
-        warning=made.warning,
-        active_set=system.active_set(),
-    )
+    return Hypergradient(tree.add(direct, implicit_part), direct, implicit_part, loss, **vars(made))
 
 
 def adjoint(
@@ -413,4 +402,4 @@ def adjoint(
     failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning)
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())

@@ -69,7 +69,7 @@ class Solution:
         status: how the solve ended.
         residual_norms: ``||b - A x|| / ||b||`` at the start and at the end: true residuals, not a recursion that may
             have drifted from them. NaN where it was not measured (`Identity` makes no product, `Neumann(1)` from a
-            start none but that with the start).
+            start none but that with it).
         iterations: iterations made.
         num_hvps: products with A, each over all the batches, preparation included.
         min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.

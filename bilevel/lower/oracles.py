@@ -1,6 +1,6 @@
 """What stochastic methods ask of a problem: all derivatives of one sample at one point, from one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
@@ -43,12 +43,19 @@ class Oracles:
         seeded: seed the generators for each pass; False where the objectives draw no random numbers.
         write_buffers: the first pass of the lower objective writes buffers such as running statistics, as a lower step
             does. All others leave them.
+        watch: called before each pass.
     """
 
     def __init__(
-        self, problem: Problem, names: Sequence[str], *, seeded: bool = True, write_buffers: bool = False
+        self,
+        problem: Problem,
+        names: Sequence[str],
+        *,
+        seeded: bool = True,
+        write_buffers: bool = False,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
-        self.problem, self.names = problem, tuple(names)
+        self.problem, self.names, self._watch = problem, tuple(names), watch
         self._seeded, self._writes = seeded, write_buffers
 
     def lower(self, upper: Params, lower: Params, v: Params, draw: Draw) -> LowerParts:
@@ -89,6 +96,7 @@ class Oracles:
             return x, y, lower_graph(self.problem, x, y, draw.batch)
 
     def _pass(self, draw: Draw, *, write_buffers: bool) -> AbstractContextManager[None]:
+        self._watch()
         return curvature_pass(draw.seed if self._seeded else None, write_buffers=write_buffers)
 
     @staticmethod

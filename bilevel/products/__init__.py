@@ -7,6 +7,7 @@ from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import (
     FiniteDifference,
     ForwardOverReverse,
+    Hessians,
     HVPProvider,
     Linearization,
     Objective,
@@ -27,6 +28,7 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Hessians",
     "Linearization",
     "Measurement",
     "MicroBatched",

@@ -26,6 +26,9 @@ from bilevel.tree import Params
 Objective = Callable[[Params, Params], Tensor]
 """L(x, y) on one fixed batch with fixed randomness; 0-d."""
 
+_SMALL = 100_000
+"""Up to so many entries the products of all batches are made together, which holds them all at a time."""
+
 
 class Linearization(ABC):
     """Second derivatives of one objective at one point (x, y)."""
@@ -72,9 +75,41 @@ class Linearization(ABC):
         """Whether dL/dy may change with any upper variable."""
         return bool(self.reached_upper())
 
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        """The lower variables and the gradient of the graph that is kept between products; None where none is kept."""
+        return None
+
     def kept_bytes(self) -> int | None:
         """Bytes of the graph that is kept between products, measured now; None where none is kept."""
         return None
+
+
+@final
+class Hessians:
+    """The products of several linearizations with one vector after the other: one by one, or of small kept graphs by
+    one pass through all. The products are the same."""
+
+    def __init__(self, linearizations: Sequence[Linearization]) -> None:
+        self.linearizations = tuple(linearizations)
+        self._joined: tuple[list[Params], Params] | None = None
+
+    def __call__(self, vector: Params) -> Iterable[Params]:
+        joined = self._join(vector)
+        if joined is None:
+            return (one.hessian(vector) for one in self.linearizations)
+        variables, gradients = joined
+        along = {name: vector[name].expand_as(leaf) for name, leaf in gradients.items()}
+        return tree.pullback(gradients, along, variables, retain_graph=True)
+
+    @torch.enable_grad()
+    def _join(self, vector: Params) -> tuple[list[Params], Params] | None:
+        """The lower variables of all graphs, and their gradients stacked leaf by leaf; None while not all are kept."""
+        if self._joined is None and len(self.linearizations) > 1 and tree.size(vector) <= _SMALL:
+            kept = [graph for one in self.linearizations if (graph := one.kept_graph()) is not None]
+            if len(kept) == len(self.linearizations):
+                stacked = {name: torch.stack([gradient[name] for _, gradient in kept]) for name in vector}
+                self._joined = [variables for variables, _ in kept], stacked
+        return self._joined
 
 
 class HVPProvider(ABC):
@@ -234,6 +269,9 @@ class _Reverse(Linearization):
             return super().depends_on_upper()
         x, _, g = self._graph
         return bool(reached(g.values(), x))
+
+    def kept_graph(self) -> tuple[Params, Params] | None:
+        return None if self._graph is None else self._graph[1:]
 
     def kept_bytes(self) -> int | None:
         if self._graph is None or self._account is None:

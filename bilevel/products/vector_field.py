@@ -51,12 +51,13 @@ class _FieldLinearization(Linearization):
 
     @torch.enable_grad()
     def cross(self, vector: Params, upper: Params) -> Params:
+        # With y as variables too: a field may take derivatives of its own in it.
         x = tree.as_variables(upper)
-        return tree.pullback(self.field(x, tree.detach(self.lower)), vector, [x])[0]
+        return tree.pullback(self.field(x, tree.as_variables(self.lower)), vector, [x])[0]
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def gradient_at(self, upper: Params) -> Params:
-        return tree.detach(self.field(tree.detach(upper), tree.detach(self.lower)))
+        return tree.detach(self.field(tree.detach(upper), tree.as_variables(self.lower)))
 
     def gradient_near(self, lower: Params) -> Params:
         near = copy.copy(self)

@@ -62,9 +62,9 @@ class Alternation:
         return self.prepared
 
     @contextmanager
-    def undone_if_interrupted(self, sources: Sequence[BatchSource]) -> Iterator[None]:
-        """Make an upper step that is interrupted leave no trace here, in the data that it draws from and in the random
-        state."""
+    def undone_if_interrupted(self, sources: Sequence[BatchSource], undo: Callable[[], None]) -> Iterator[None]:
+        """Make an upper step that is interrupted leave no trace here, in the data that it draws from, in the random
+        state and in what `undo` puts back."""
         if not interruption.may_come():
             yield
             return
@@ -77,6 +77,7 @@ class Alternation:
             for source, kept in zip(sources, data, strict=True):
                 source.load_state_dict(kept)
             set_random_state(state)
+            undo()
             raise
 
     def state_dict(self) -> dict[str, Any]:

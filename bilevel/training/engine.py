@@ -216,11 +216,12 @@ class Training(ABC):
         """
         level, size = self.levels[name], tree.norm(gradient)
         dtype = torch.promote_types(loss.dtype, size.dtype)
-        further = [torch.isfinite(tensor).all().to(size.device) for tensor in also]
-        sound = torch.stack(further).all() if further else torch.ones_like(size, dtype=torch.bool)
+        # Zero times a number is NaN where that is not finite.
+        zeros = [torch.linalg.vector_norm(tensor.detach() * 0.0) for tensor in also]
         sizes = [size, *(tree.norm(others[other]) for other in others)]
-        numbers = torch.stack([number.detach().to(size.device, dtype) for number in (loss, sound, *sizes)])
-        value, all_sound, norm, *norms = numbers.tolist()
+        numbers = [number.detach().to(size.device, dtype) for number in (loss, *sizes, *zeros)]
+        value, norm, *rest = torch.stack(numbers).tolist()
+        norms, all_sound = rest[: len(others)], all(number == 0.0 for number in rest[len(others) :])
         record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}
         for other, its_norm in zip(others, norms, strict=True):
             record |= {f"{other}_lr": self.levels[other].rate, f"{other}_grad_norm": its_norm}

@@ -3,8 +3,9 @@
 import copy
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -29,7 +30,7 @@ from bilevel.hypergradients import (
     unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import autocasts, batch_by_batch, differentiates, training_derivatives
+from bilevel.lower import Draw, autocasts, batch_by_batch, differentiates, training_derivatives
 from bilevel.nn import noting_casts
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
@@ -54,8 +55,8 @@ class Trainer(Training):
         problem: the objectives.
         upper, lower: variables, optimizer and data of each level.
         schedule: how the levels take turns.
-        method: gives the hypergradients: `Implicit` (the default), `Unrolled`, `OneStep`, `SAMA`, `Penalty` or one of
-            your own; a solver stands for ``Implicit(solver)``.
+        method: gives the hypergradients: `Implicit` (the default), `Unrolled`, `OneStep`, `SAMA`, `Penalty`, one of the
+            stochastic methods such as `SOBA`, or one of your own; a solver stands for ``Implicit(solver)``.
         callbacks: called in order.
         nonfinite_skips: how many steps may be left out in the whole run because their loss or gradient is not finite:
             nothing changes in them, neither the method's state nor the learning rate's schedule. One more, by default
@@ -236,25 +237,30 @@ class Trainer(Training):
             data.append(self.lower.data)
         if now.upper == 0 and steps and interruption.may_come() and self.method.starts_anew(self._setup):
             now.fallback = self.state_dict()
+        writes = self.method.moves_lower and (self.nonfinite_skips > 0 or interruption.may_come())
         while now.upper < steps:
-            with now.undone_if_interrupted(data):
-                self._upper_step(now)
+            # The first pass of a lower step may write what the problem keeps, such as running statistics.
+            kept = copy.deepcopy(self.problem.state_dict()) if writes else None
+            undo = partial(self._put_back, kept)
+            with now.undone_if_interrupted(data, undo):
+                self._upper_step(now, undo)
             now.upper += 1
             if now.upper < steps:
                 interruption.check()
 
     @differentiates
-    def _upper_step(self, now: Alternation) -> None:
+    def _upper_step(self, now: Alternation, undo: Callable[[], None]) -> None:
         upper, lower, method = self.upper, self.lower, self.method
         if now.upper == 0:
             upper.data.begin_stage(self.schedule.upper_steps * method.upper_draws)
-        kept = copy.deepcopy(self.problem.state_dict()) if self.nonfinite_skips and method.moves_lower else None
         with unwritten(upper.params, lower.params), batch_by_batch(), self._buffers.noted():
-            prepared = now.prepare(
-                lambda: method.prepare(self._view(now), self._method_state),
-                always=self.problem.curvature_depends_on_upper,
-            )
-            view = self._drawn(self._view(now))
+            prepared = None
+            if method.prepares:
+                prepared = now.prepare(
+                    lambda: method.prepare(self._view(now), self._method_state),
+                    always=self.problem.curvature_depends_on_upper,
+                )
+            view = self._view(now, *self._draws())
             proposal = method.propose(view, self._method_state, prepared)
         proposal = check_proposal(method, proposal, upper.params, lower.params)
         now.proposed = now.proposed or proposal.result is not None
@@ -270,7 +276,7 @@ class Trainer(Training):
             limit_scale=proposal.norm_limit_scale,
             also=also,
             before=lambda: self._report(proposal.result),
-            undo=lambda: self._put_back(kept),
+            undo=undo,
             reason=proposal.result and proposal.result.failure,
         )
         if "skipped" not in record:
@@ -281,23 +287,24 @@ class Trainer(Training):
             self.problem.after_upper_step(upper.params, lower.params, view.upper_batch, self.steps["upper"])
         self.emit({**record, **upper_record(proposal.result), **proposal.record})
 
-    def _drawn(self, view: UpperStep) -> UpperStep:
-        """The step with its upper batch, and with samples of its own where the method draws such."""
+    def _draws(self) -> tuple[Any, tuple[Draw, ...], tuple[Draw, ...]]:
+        """The upper batch of a step, and samples of its own from both levels where the method draws such."""
         method = self.method
         if not method.lower_draws:
-            return replace(view, upper_batch=self.upper.next_batch())
-        lower = tuple(self.lower.draw() for _ in range(method.lower_draws))
-        upper = tuple(self.upper.draw() for _ in range(method.upper_draws))
-        return replace(view, upper_batch=upper[0].batch, lower_draws=lower, upper_draws=upper)
+            return self.upper.next_batch(), (), ()
+        lower = tuple([self.lower.draw() for _ in range(method.lower_draws)])
+        upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
+        return upper[0].batch, lower, upper
 
-    def _view(self, now: Alternation) -> UpperStep:
+    def _view(self, now: Alternation, batch: Any = None, *draws: tuple[Draw, ...]) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
             upper.params,
             lower.params,
-            None,
+            batch,
             tuple(now.stored),
+            *draws,
             lower_blocks=lower.data.blocks,
             upper_blocks=upper.data.blocks,
             lower_steps=tuple(step for _, step in now.recorded),

@@ -24,7 +24,7 @@ from bilevel import (
     functional_call,
     proximal,
 )
-from bilevel.training import Callback
+from bilevel.training import BatchSource, Blocks, Callback
 from tests.support.cases import vector
 from tests.support.two_heads import inverse
 
@@ -91,14 +91,16 @@ def net_trainer(
     folder: Path,
     *extra: Callback,
     method: Method | None = None,
+    lower_steps: int = 3,
     upper_steps: int = 3,
     adapts: bool = True,
+    blocks: bool = False,
     upper_data: Any = None,
     lower_data: Any = None,
     **options: Any,
 ) -> Trainer:
-    """By three iterations of CG on two batches where no method is given, on stacks where no data are; `options` are the
-    trainer's."""
+    """By three iterations of CG on two batches where no method is given, on stacks where no data are, or `blocks`;
+    `options` are the trainer's."""
     problem = Net()
     upper, lower = ({name: p.detach().clone() for name, p in problem.net.named_parameters()} for _ in range(2))
     lower_optimizer = torch.optim.SGD(lower.values(), lr=0.2, momentum=0.9)
@@ -108,25 +110,30 @@ def net_trainer(
         noise = torch.randn(len(indices), 4, generator=torch.Generator().manual_seed(seed))
         return DATA[indices] + 0.1 * noise
 
+    def source(size: int, batch_size: int, seed: int) -> BatchSource:
+        if blocks:
+            return Blocks(size, batch_size, lambda indices: load(indices, 3), seed=seed, sweep_size=batch_size)
+        return BatchStack(size, batch_size, load, seed=seed)
+
     return Trainer(
         problem,
         Level(
             upper,
             upper_optimizer,
-            BatchStack(10, 4, load, seed=2) if upper_data is None else upper_data,
+            source(10, 4, 2) if upper_data is None else upper_data,
             scheduler=torch.optim.lr_scheduler.LambdaLR(upper_optimizer, inverse),
             max_grad_norm=1.0,
         ),
         Level(
             lower,
             lower_optimizer,
-            BatchStack(20, 6, load, seed=1) if lower_data is None else lower_data,
+            source(20, 6, 1) if lower_data is None else lower_data,
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, 12),
             max_grad_norm=1.0,
         ),
-        AlternatingSchedule(4, 3, upper_steps, 2, 0.3, {name: name for name in upper})
+        AlternatingSchedule(4, lower_steps, upper_steps, 2, 0.3, {name: name for name in upper})
         if adapts
-        else AlternatingSchedule(4, 3, upper_steps),
+        else AlternatingSchedule(4, lower_steps, upper_steps),
         Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2) if method is None else method,
         callbacks=[JSONLWriter(folder / "metrics.jsonl", {"seed": 1}), Checkpointing(folder / "checkpoints"), *extra],
         **{"on_failure": "ignore", **options},

@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.checks import check_count, check_function, check_kind, check_number, check_variables
 from bilevel.hypergradients.hypergradient import as_method, hypergradient
 from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.method import Method, check_serves
+from bilevel.hypergradients.method import Method, check_serves, check_stands_alone
 from bilevel.hypergradients.result import Hypergradient
 from bilevel.hypergradients.self_check.differences import Estimate, derivative, step_ranges
 from bilevel.linear import CG, GMRES, Identity, Solver
@@ -162,6 +162,7 @@ def check_hypergradient(
         method = GMRES(200, rtol=1e-10) if isinstance(problem, ResidualProblem) else CG(200, 1e-10)
     point, method = tree.detach(upper), as_method(method)
     check_serves(method, problem)
+    check_stands_alone(method)
     damping = method.damping
     solved_problem = problem if damping == 0.0 else reweighted(problem, problem.regularization_weight + damping)
     solves = Solves(seconds, progress)

@@ -3,7 +3,7 @@
 from bilevel.hypergradients.single_loop.amigo import AmIGO
 from bilevel.hypergradients.single_loop.bome import BOME
 from bilevel.hypergradients.single_loop.f2sa import F2SA
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop, directions
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point, SingleLoop, directions
 from bilevel.hypergradients.single_loop.fsla import FSLA
 from bilevel.hypergradients.single_loop.ma_soba import MASOBA
 from bilevel.hypergradients.single_loop.mrbo import MRBO
@@ -25,6 +25,7 @@ __all__ = [
     "SRBA",
     "SUSTAIN",
     "TTSA",
+    "AdjointLoop",
     "AmIGO",
     "Estimate",
     "Point",

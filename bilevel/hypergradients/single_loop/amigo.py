@@ -7,13 +7,13 @@ from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.hypergradients.method import MethodState, UpperStep
 from bilevel.hypergradients.single_loop.estimators import sampled
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point
 from bilevel.lower import Oracles
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class AmIGO(SingleLoop):
+class AmIGO(AdjointLoop):
     r"""Amortized implicit gradient optimization (AmIGO; Arbel & Mairal 2022, Algorithm 1): y makes the schedule's lower
     steps from where it was, then v makes `v_steps` steps from where it was,
 

@@ -11,7 +11,6 @@ from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.method import MethodState, UpperStep
 from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
 from bilevel.lower import Oracles
-from bilevel.tree import Params
 
 
 @final
@@ -25,9 +24,10 @@ class BOME(SingleLoop):
        \frac{\phi - \langle \nabla F, \nabla q \rangle}{\|\nabla q\|^2}\right), \qquad \phi = \eta \|\nabla q\|^2,
 
     where :math:`\hat y` counts as a constant. The method is made for the whole set as the one sample: the multiplier is
-    a ratio, which samples bias.
+    a ratio, which samples bias. Lower variables that do not respond to the upper ones (`Problem.implicit`) are the same
+    in y and :math:`\hat y`, and descend on G.
 
-    A step costs T + 2 gradients on a lower sample and one on an upper sample; no second derivative is taken. No state.
+    A step costs T + 1 gradients on a lower sample and one on an upper sample; no second derivative is taken. No state.
 
     Args:
         inner_rate: learning rate of the T steps, > 0.
@@ -39,29 +39,27 @@ class BOME(SingleLoop):
     inner_steps: int = field(default=10, kw_only=True)
     control: float = field(default=0.5, kw_only=True)
 
+    takes_products = False
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_number("BOME: inner_rate", self.inner_rate, positive=True)
         check_count("BOME: inner_steps", self.inner_steps, least=1)
         check_number("BOME: control", self.control, positive=True)
 
-    def start(self, step: UpperStep, names: tuple[str, ...]) -> Params:
-        return {}
-
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         (lower,), (upper,) = step.lower_draws, step.upper_draws
-        here, ahead = oracles.lower_gradients(at.upper, at.lower, lower), tree.detach(at.lower)
-        slope = here.lower
+        here = there = oracles.lower_gradients(at.upper, at.lower, lower)
+        ahead = tree.detach({name: at.lower[name] for name in oracles.names})
         for _ in range(self.inner_steps):
-            ahead = tree.axpy(-self.inner_rate, slope, ahead)
-            there = oracles.lower_gradients(at.upper, ahead, lower)
-            slope = there.lower
+            ahead = tree.axpy(-self.inner_rate, {name: there.lower[name] for name in ahead}, ahead)
+            there = oracles.lower_gradients(at.upper, {**at.lower, **ahead}, lower)
         above = oracles.upper(at.upper, at.lower, upper)
-        d_f = Point(above.upper, {**tree.zeros_like(here.lower), **above.lower}, {})
-        d_q = Point(tree.sub(here.upper, there.upper), here.lower, {})
+        d_f = Point(above.upper, above.lower, {})
+        d_q = Point(tree.sub(here.upper, there.upper), {name: here.lower[name] for name in ahead}, {})
         square = _dot(d_q, d_q)
         multiplier = torch.where(square > 0, (self.control - _dot(d_f, d_q) / square).clamp(min=0.0), 0.0)
-        return Estimate(above.value, d_f.plus(multiplier, d_q), {})
+        direction = d_f.plus(multiplier, d_q)
+        return Estimate(above.value, direction._replace(lower={**here.lower, **direction.lower}), {})
 
 
 def _dot(one: Point, other: Point) -> Tensor:

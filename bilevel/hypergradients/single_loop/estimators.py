@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import distributed, tree
 from bilevel.checks import check_count, check_number
 from bilevel.hypergradients.method import MethodState, UpperStep
 from bilevel.hypergradients.result import Hypergradient
@@ -47,14 +47,20 @@ def sampled(oracles: Oracles, at: Point, v: Params, above: FirstDerivatives, low
     implicit = tree.scale(-1.0, below.cross)
     stationarity = float(tree.norm({name: below.gradient[name] for name in oracles.names}))
     total = tree.add(above.upper, implicit)
-    return Hypergradient(total, above.upper, implicit, above.value, None, stationarity)
+    failure = None if tree.all_finite(total) else _NOT_FINITE
+    return Hypergradient(total, above.upper, implicit, above.value, None, stationarity, failure=failure)
 
 
 def random_length(step: UpperStep, terms: int) -> int:
-    """A number uniform in 0 .. terms, a function of the step's number and samples alone."""
+    """A number uniform in 0 .. terms, a function of the step's number and samples alone; the same on all ranks."""
     seed = hash((step.number, *(draw.seed for draw in step.lower_draws)))
     generator = torch.Generator().manual_seed(seed % 2**63)
-    return int(torch.randint(terms + 1, (), generator=generator))
+    return distributed.from_first_rank(int(torch.randint(terms + 1, (), generator=generator)))
+
+
+_NOT_FINITE = (
+    "non-finite: the sampled hypergradient is not finite; lower step_size or the lower learning rate, or check the data"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +85,6 @@ class RecursiveMomentum(SingleLoop):
     decay: float = field(default=2 / 3, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         name = type(self).__name__
         check_number(f"{name}: step_size", self.step_size, positive=True)
         check_count(f"{name}: terms", self.terms, least=1)
@@ -89,9 +94,6 @@ class RecursiveMomentum(SingleLoop):
     @property
     def lower_draws(self) -> int:
         return self.terms + 1
-
-    def start(self, step: UpperStep, names: tuple[str, ...]) -> Params:
-        return {}
 
     @abstractmethod
     def adjoint(self, oracles: Oracles, at: Point, b: Params, step: UpperStep) -> Params:

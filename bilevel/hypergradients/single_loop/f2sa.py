@@ -6,14 +6,14 @@ from typing import final
 from bilevel import tree
 from bilevel.checks import check_number
 from bilevel.hypergradients.method import MethodState, UpperStep
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point
 from bilevel.lower import Oracles
 from bilevel.tree import Params
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class F2SA(SingleLoop):
+class F2SA(AdjointLoop):
     r"""Fully first-order stochastic approximation (F2SA; Kwon, Kwon, Wright & Nowak 2023, Algorithm 1 with T = 1):
 
     .. math:: D_y = \frac{\partial G}{\partial y}(x, y), \qquad
@@ -35,6 +35,8 @@ class F2SA(SingleLoop):
 
     penalty: float = field(default=1.0, kw_only=True)
     growth: float = field(default=0.0, kw_only=True)
+
+    takes_products = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

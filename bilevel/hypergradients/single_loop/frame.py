@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.checks import check_number, warn_outside
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
-from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning
+from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning, joined
 from bilevel.lower import Draw, Oracles, examine_curvature, repeatable, selected
-from bilevel.nn import curvature_pass
+from bilevel.nn import curvature_pass, curvature_surroundings
 from bilevel.products import ReverseOverReverse
 from bilevel.tree import Params
 
@@ -79,23 +79,15 @@ class SingleLoop(Method):
     (Dagréou, Ablin, Vaiter & Moreau 2022, section 2; G = L + lambda r). A subclass estimates them from samples.
 
     In a `Trainer` the upper optimizer goes along D_x and the lower one along D_y, so that rates, momentum and norm
-    limits are those of the levels; v makes a plain step of `v_ratio` times the lower learning rate. The schedule has no
-    lower steps: ``AlternatingSchedule(alternations=T, lower_steps=0, upper_steps=N)`` makes T N steps, and tells
-    callbacks and checkpoints after every N. `Problem.reset_lower` sets v and all else that is carried to zero.
-
-    Args:
-        v_ratio: the learning rate of v over that of the lower optimizer, so that both decay together.
-
-    Raises:
-        ValueError: a number out of its range.
+    limits are those of the levels. The schedule has no lower steps: ``AlternatingSchedule(alternations=T,
+    lower_steps=0, upper_steps=N)`` makes T N steps, and tells callbacks and checkpoints after every N.
+    `Problem.reset_lower` clears v and all else that is carried.
     """
-
-    v_ratio: float = field(default=1.0, kw_only=True)
 
     moves_lower = True
 
-    def __post_init__(self) -> None:
-        check_number(f"{type(self).__name__}: v_ratio", self.v_ratio, positive=True)
+    takes_products = True
+    """Whether second derivatives are taken, which are then examined for lost curvature."""
 
     @property
     def stored_batches(self) -> int:
@@ -116,48 +108,37 @@ class SingleLoop(Method):
         if self.moves_lower and setup.micro_batch is not None:
             raise ValueError(f"lower: {name} takes a batch at once; leave micro_batch out, and draw smaller batches")
 
-    def v_rate(self, step: UpperStep) -> float:
-        """The learning rate of v.
-
-        Raises:
-            ValueError: there is no lower optimizer whose rate it goes by.
-        """
-        if step.lower_rate is None:
-            raise ValueError(
-                f"{type(self).__name__}: v goes by the lower optimizer's learning rate, and there is none here; use "
-                "this method in a Trainer"
-            )
-        return self.v_ratio * step.lower_rate
-
     def start(self, step: UpperStep, names: tuple[str, ...]) -> Params:
-        """Where v begins: at 0, over the lower variables that respond to the upper ones."""
-        return tree.zeros_like({name: step.lower[name].detach() for name in names})
+        """Where v begins; {} where none is carried."""
+        return {}
 
-    def prepare(self, step: UpperStep, state: MethodState) -> tuple[str, ...]:
-        return selected(step.problem, step.lower, None)
+    def moved(self, v: Params, direction: Params, step: UpperStep) -> Params:
+        """v after the step."""
+        return v
 
     def propose(self, step: UpperStep, state: MethodState, prepared: Any) -> Proposal:
-        names: tuple[str, ...] = prepared
-        if "v" not in state:
-            _examine(step, names)
-        v = state["v"] if "v" in state else self.start(step, names)
+        v = state.get("v")
+        names = tuple(v) if v else selected(step.problem, step.lower, None)
+        lost = self._lost(step, names)
+        v = self.start(step, names) if v is None else v
         at = Point(step.upper, step.lower, {name: leaf.to(step.lower[name].device) for name, leaf in v.items()})
+        attempts: list[bool] = []
 
         def estimate(seeded: bool) -> Estimate:
-            writes = self.moves_lower
-            return self.estimate(Oracles(step.problem, names, seeded=seeded, write_buffers=writes), at, state, step)
+            # Buffers are written once, also where a first attempt without seeds is made again.
+            writes = self.moves_lower and not attempts
+            attempts.append(seeded)
+            oracles = Oracles(step.problem, names, seeded=seeded, write_buffers=writes, watch=step.watch)
+            return self.estimate(oracles, at, state, step)
 
-        step.watch()
-        with curvature_pass():
+        with curvature_surroundings():
             found = repeatable(step.problem, estimate, lambda: _probe(step))
-        ahead = at.v
-        if found.direction.v:
-            ahead = tree.axpy(-self.v_rate(step), found.direction.v, at.v)
+        ahead = self.moved(at.v, found.direction.v, step)
         return Proposal(
             found.direction.upper,
             found.loss,
             {"v": ahead, **found.state},
-            found.result,
+            found.result and replace(found.result, failure=joined(lost, found.result.failure)),
             lower_gradient=found.direction.lower if self.moves_lower else None,
             checked=(*ahead.values(), *found.checked),
             commit=found.commit,
@@ -166,6 +147,51 @@ class SingleLoop(Method):
     @abstractmethod
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         """Directions at a point from the step's samples, and the state that is carried on beside v."""
+
+    def _lost(self, step: UpperStep, names: tuple[str, ...]) -> str | None:
+        """What second derivatives lose, in words; a run of directions that are no hypergradient is told at its first
+        step."""
+        if not self.takes_products or (self.moves_lower and step.number > 1):
+            return None
+        batch, provider = step.lower_draws[0].batch, ReverseOverReverse()
+        lost = examine_curvature(step.problem, step.upper, step.lower, batch, names, provider).lost()
+        if self.moves_lower and lost is not None and step.on_failure == "raise":
+            raise SolverError(lost, None)
+        if self.moves_lower and lost is not None and step.on_failure == "warn":
+            warn_outside(lost, SolverWarning)
+        return lost
+
+
+@dataclass(frozen=True, eq=False)
+class AdjointLoop(SingleLoop):
+    """A single loop that carries v, which makes plain steps of `v_ratio` times the lower learning rate, from 0.
+
+    Args:
+        v_ratio: > 0, the learning rate of v over that of the lower optimizer, so that both decay together.
+
+    Raises:
+        ValueError: a number out of its range; no lower optimizer whose rate v goes by.
+    """
+
+    v_ratio: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number(f"{type(self).__name__}: v_ratio", self.v_ratio, positive=True)
+
+    def v_rate(self, step: UpperStep) -> float:
+        """The learning rate of v."""
+        if step.lower_rate is None:
+            raise ValueError(
+                f"{type(self).__name__}: v goes by the lower optimizer's learning rate and is carried from step to "
+                "step, and there is no optimizer here; use this method in a Trainer"
+            )
+        return self.v_ratio * step.lower_rate
+
+    def start(self, step: UpperStep, names: tuple[str, ...]) -> Params:
+        return tree.zeros_like({name: step.lower[name].detach() for name in names})
+
+    def moved(self, v: Params, direction: Params, step: UpperStep) -> Params:
+        return tree.axpy(-self.v_rate(step), direction, v)
 
 
 def directions(oracles: Oracles, at: Point, lower: Draw, upper: Draw) -> tuple[Tensor, Point]:
@@ -176,20 +202,11 @@ def directions(oracles: Oracles, at: Point, lower: Draw, upper: Draw) -> tuple[T
     return above.value, Point(tree.sub(above.upper, below.cross), below.gradient, tree.sub(below.product, above.lower))
 
 
-def _examine(step: UpperStep, names: tuple[str, ...]) -> None:
-    """Say once for a Problem what its second derivatives lose."""
-    batch = step.lower_draws[0].batch
-    lost = examine_curvature(step.problem, step.upper, step.lower, batch, names, ReverseOverReverse()).lost()
-    if lost is not None and step.on_failure == "raise":
-        raise SolverError(lost, None)
-    if lost is not None and step.on_failure == "warn":
-        warn_outside(lost, SolverWarning)
-
-
 @torch.no_grad()
 def _probe(step: UpperStep) -> None:
     """One pass of each objective that writes nothing."""
     problem, upper, lower = step.problem, tree.detach(step.upper), tree.detach(step.lower)
-    problem.lower_objective(upper, lower, step.lower_draws[0].batch)
-    problem.regularizer(upper, lower)
-    problem.upper_objective(upper, lower, step.upper_draws[0].batch)
+    with curvature_pass():
+        problem.lower_objective(upper, lower, step.lower_draws[0].batch)
+        problem.regularizer(upper, lower)
+        problem.upper_objective(upper, lower, step.upper_draws[0].batch)

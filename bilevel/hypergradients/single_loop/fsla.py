@@ -6,13 +6,13 @@ from typing import final
 from bilevel.checks import check_number
 from bilevel.hypergradients.method import MethodState, UpperStep
 from bilevel.hypergradients.single_loop.estimators import storm
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop, directions
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point, directions
 from bilevel.lower import Oracles
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class FSLA(SingleLoop):
+class FSLA(AdjointLoop):
     r"""Fully single loop algorithm (FSLA; Li, Gu & Huang 2022, Algorithm 1): y and v go along stochastic directions,
     and x along
 

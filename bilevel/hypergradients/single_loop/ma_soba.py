@@ -6,13 +6,13 @@ from typing import final
 from bilevel import tree
 from bilevel.checks import check_number
 from bilevel.hypergradients.method import MethodState, UpperStep
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop, directions
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point, directions
 from bilevel.lower import Oracles
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class MASOBA(SingleLoop):
+class MASOBA(AdjointLoop):
     r"""SOBA with a moving average of the direction of x (MA-SOBA; Chen, Xiao & Balasubramanian 2024, Algorithm 1):
 
     .. math:: x \leftarrow x - \alpha h, \qquad h \leftarrow (1 - \theta) h + \theta D_x,

@@ -79,7 +79,6 @@ class SagaTable:
 def _sweep(blocks: Partition | None, step: UpperStep) -> Iterator[Draw]:
     assert blocks is not None
     for number, (batch, weight) in enumerate(blocks.sweep()):
-        step.watch()
         yield Draw(batch, number, None, weight)
 
 

@@ -6,7 +6,7 @@ from typing import final
 from bilevel import tree
 from bilevel.checks import check_count
 from bilevel.hypergradients.method import MethodState, Setup, UpperStep
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point
 from bilevel.hypergradients.single_loop.partitions import SagaTable, check_partitions
 from bilevel.lower import Oracles, selected
 from bilevel.tree import Params
@@ -14,7 +14,7 @@ from bilevel.tree import Params
 
 @final
 @dataclass(frozen=True, eq=False)
-class SABA(SingleLoop):
+class SABA(AdjointLoop):
     r"""Stochastic average bilevel algorithm (SABA; Dagréou, Ablin, Vaiter & Moreau 2022, Algorithm 1 with its section
     3.2): every sum of the three directions is estimated as SAGA does,
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel.hypergradients.method import MethodState, UpperStep
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop, directions
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point, directions
 from bilevel.lower import Oracles
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class SOBA(SingleLoop):
+class SOBA(AdjointLoop):
     r"""Stochastic bilevel algorithm (SOBA; Dagréou, Ablin, Vaiter & Moreau 2022, Algorithm 1 with its section 3.1).
 
     The three directions on one sample of each level. They are unbiased at fixed (x, y, v); with constant rates the

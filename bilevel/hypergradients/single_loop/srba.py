@@ -5,20 +5,20 @@ from typing import final
 
 from bilevel.checks import check_count
 from bilevel.hypergradients.method import MethodState, Setup, UpperStep
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop, directions
+from bilevel.hypergradients.single_loop.frame import AdjointLoop, Estimate, Point, directions
 from bilevel.hypergradients.single_loop.partitions import check_partitions, whole_directions
 from bilevel.lower import Oracles
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class SRBA(SingleLoop):
+class SRBA(AdjointLoop):
     r"""Stochastic recursive bilevel algorithm (SRBA; Dagréou, Moreau, Vaiter & Ablin 2024, Algorithm 1):
 
     .. math:: \Delta_t = D(z_t; \xi_t) - D(z_{t-1}; \xi_t) + \Delta_{t-1}, \qquad
        \Delta_t = D(z_t) \text{ on all samples where } q \text{ divides } t,
 
-    for the three directions D together at z = (x, y, v).
+    for the three directions D together at z = (x, y, v). The paper also keeps v in a ball, which is left out here.
 
     A step costs twice what one of `SOBA` does, and every q-th one a pass over both sets. The state is v, the former
     point and direction, and the count of steps. Needs data with a fixed partition at both levels

@@ -8,7 +8,6 @@ from bilevel.hypergradients.method import MethodState, UpperStep
 from bilevel.hypergradients.single_loop.estimators import neumann, random_length, sampled
 from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
 from bilevel.lower import Oracles
-from bilevel.tree import Params
 
 
 @final
@@ -38,16 +37,12 @@ class TTSA(SingleLoop):
     moves_lower = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_number("TTSA: step_size", self.step_size, positive=True)
         check_count("TTSA: terms", self.terms, least=1)
 
     @property
     def lower_draws(self) -> int:
         return self.terms + 1
-
-    def start(self, step: UpperStep, names: tuple[str, ...]) -> Params:
-        return {}
 
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         above = oracles.upper(at.upper, at.lower, step.upper_draws[0])

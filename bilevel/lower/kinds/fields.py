@@ -141,8 +141,8 @@ def _evaluated(problem: ResidualProblem, upper: Params, everything: Params, vari
     name = "fixed_point_map" if is_map else "residual"
     values = problem.fixed_point_map(upper, lower, batch) if is_map else problem.residual(upper, lower, batch)
     _check_values(f"{type(problem).__name__}.{name}", values, variables)
-    values = {n: values[n] for n in variables}
     examine_lower(problem, name, list(values.values()), upper, variables)
+    values = {n: values[n] for n in variables}
     return tree.sub(variables, values) if is_map else values
 
 

@@ -1,6 +1,5 @@
 """A fixed partition of the data, whose blocks come in shuffled order."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
@@ -51,7 +50,8 @@ class Blocks(BatchSource, Partition):
             raise ValueError(f"Blocks: block_size={block_size} is larger than the data ({size} points); reduce it")
         self.size, self.block_size, self.load, self.seed = size, block_size, load, seed
         self.sweep_size = max(sweep_size, block_size)
-        self._count = math.ceil(size / block_size)
+        self._points = torch.arange(size).split(block_size)
+        self._count = len(self._points)
         self._pass, self._cursor = 0, 0
         self._order = self._permutation()
 
@@ -59,11 +59,10 @@ class Blocks(BatchSource, Partition):
         return self._count
 
     def block(self, index: int) -> Any:
-        return self.load(torch.arange(index * self.block_size, min((index + 1) * self.block_size, self.size)))
+        return self.load(self._points[index])
 
     def weight(self, index: int) -> float:
-        points = min(self.block_size, self.size - index * self.block_size)
-        return self._count * points / self.size
+        return self._count * len(self._points[index]) / self.size
 
     def sweep(self) -> Iterator[tuple[Any, float]]:
         starts = range(0, self.size, self.sweep_size)
@@ -82,9 +81,7 @@ class Blocks(BatchSource, Partition):
     @property
     def last_indices(self) -> Tensor | None:
         index = self.last_block
-        if index is None:
-            return None
-        return torch.arange(index * self.block_size, min((index + 1) * self.block_size, self.size))
+        return None if index is None else self._points[index]
 
     def begin_stage(self, steps: int) -> None:
         return None

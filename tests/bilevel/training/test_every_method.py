@@ -3,8 +3,9 @@
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from bilevel.distributed import shard
 from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
-from bilevel.training import Callback, Inspect, NonFiniteError, SingleLevelTrainer
+from bilevel.training import Blocks, Callback, Inspect, NonFiniteError, SingleLevelTrainer
+from bilevel.tree import tensors_in
 from tests.bilevel.training.test_trainer_resume import metrics
 from tests.support.cases import vector
 from tests.support.methods import METHODS, Kind
@@ -41,13 +43,24 @@ from tests.support.rank_processes import on_ranks
 from tests.support.small_net import Bell, Net, net_trainer
 
 EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
+LOOPS = {name: kind for name, kind in METHODS.items() if kind.method.moves_lower}
+SINGLE_LOOP = pytest.mark.parametrize("kind", LOOPS.values(), ids=LOOPS.keys())
+OTHERS = {name: kind for name, kind in METHODS.items() if name not in LOOPS}
+ALTERNATING = pytest.mark.parametrize("kind", OTHERS.values(), ids=OTHERS.keys())
 
 
 def made(folder: Path, kind: Kind, *extra: Callback, **options: Any) -> Trainer:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(9)
     trainer = net_trainer(
-        folder, *extra, method=kind.method, upper_steps=kind.upper_steps, adapts=kind.adapts, **options
+        folder,
+        *extra,
+        method=kind.method,
+        lower_steps=kind.lower_steps,
+        upper_steps=kind.upper_steps,
+        adapts=kind.adapts,
+        blocks=kind.blocks,
+        **options,
     )
     torch.manual_seed(10)
     return trainer
@@ -107,23 +120,22 @@ class Kept(Callback):
         self.states.append(everything(trainer))
 
 
+def poison(trainer: Trainer, objective: str, when: Callable[[], bool]) -> None:
+    """Let an objective be NaN, with all its derivatives, when it is said."""
+    plain = getattr(trainer.problem, objective)
+
+    def poisoned(upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return plain(upper, lower, batch) * (math.nan if when() else 1.0)
+
+    setattr(trainer.problem, objective, poisoned)
+
+
 @EVERY
 def test_an_upper_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind: Kind) -> None:
     heard = Kept()
     folder = tmp_path / "run"
     trainer = made(folder, kind, heard, Inspect(tmp_path / "inspect"), nonfinite_skips=1)
-    plain, calls = trainer.problem.upper_objective, [0]
-    batches: list[Tensor] = []
-
-    def poisoned(upper: Params, lower: Params, batch: Tensor) -> Tensor:
-        if not any(batch is seen for seen in batches):
-            batches.append(batch)
-        calls[0] += 1
-        # The last upper batch of the first alternation, where an aggregated method solves.
-        bad = batch is batches[kind.upper_steps - 1] if len(batches) >= kind.upper_steps else False
-        return plain(upper, lower, batch) * (math.nan if bad else 1.0)
-
-    trainer.problem.upper_objective = poisoned  # type: ignore[method-assign]
+    poison(trainer, "upper_objective", lambda: trainer.steps["upper"] == kind.upper_steps - 1)
     trainer.run()
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     skipped = [index for index, event in enumerate(events) if event.get("skipped")]
@@ -133,18 +145,17 @@ def test_an_upper_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind
         assert_same(after[part], before[part], part)
     assert trainer.skipped == {"upper": 1}
     assert all(bool(torch.isfinite(leaf).all()) for leaf in trainer.upper.params.values())
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in trainer.lower.params.values())
     assert [path.name for path in (tmp_path / "inspect").iterdir()] == [f"upper-step-{kind.upper_steps}.pt"]
     # Without a skip to spend it ends there, and nothing has changed.
     strict = made(tmp_path / "strict", kind)
-    batches.clear()
-    plain = strict.problem.upper_objective
-    strict.problem.upper_objective = poisoned  # type: ignore[method-assign]
+    poison(strict, "upper_objective", lambda: strict.steps["upper"] == kind.upper_steps - 1)
     with pytest.raises(NonFiniteError, match=rf"upper step {kind.upper_steps} \(alternation 1\)"):
         strict.run()
     assert_same(everything(strict)["levels"], before["levels"])
 
 
-@EVERY
+@ALTERNATING
 def test_a_lower_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind: Kind) -> None:
     heard = Kept()
     trainer = made(tmp_path / "run", kind, heard, nonfinite_skips=1)
@@ -168,6 +179,10 @@ def test_events_have_one_schema(tmp_path: Path, kind: Kind) -> None:
     made(tmp_path / "run", kind).run()
     made(tmp_path / "other", replace(METHODS["implicit"], upper_steps=kind.upper_steps, adapts=kind.adapts)).run()
     ours, theirs = ({line["event"]: line.keys() for line in metrics(tmp_path / name)} for name in ("run", "other"))
+    if kind.method.moves_lower:
+        # A step of both levels has the lower one's numbers beside its own, and there are no steps of that one alone.
+        theirs["upper"] |= {"lower_lr", "lower_grad_norm"}
+        del theirs["lower"]
     assert ours == theirs
 
 
@@ -197,8 +212,13 @@ class Independent(Weighted):
         return 0.5 * (batch[:, :3] @ lower["w"] - batch[:, 3] - batch[:, :2] @ upper["s"]).square().mean()
 
 
+def shared_out(rows: Tensor, indices: Tensor) -> Tensor:
+    """This rank's rows of a block."""
+    return rows[indices][shard(len(indices))]
+
+
 def trained() -> dict[str, list[float]]:
-    """Where every method leads, on this rank's rows."""
+    """Where every method leads, and what it carries, on this rank's rows."""
     torch.manual_seed(0)
     rows = vector(64, 70).reshape(16, 4)
     found: dict[str, list[float]] = {}
@@ -206,16 +226,22 @@ def trained() -> dict[str, list[float]]:
         upper = {"s": vector(2, 71).requires_grad_()}
         lower = {"w": vector(3, 72).requires_grad_()}
         problem = Independent() if name in ("aggregated", "recycled") else Weighted()
+        data: list[Any] = [[rows[8:][shard(8)]], [rows[:8][shard(8)]] * 2]
+        if kind.blocks:
+            data = [Blocks(8, 4, partial(shared_out, half), seed=1) for half in (rows[8:], rows[:8])]
         trainer = Trainer(
             problem,
-            Level(upper, torch.optim.SGD(upper.values(), lr=0.5), [rows[8:][shard(8)]]),
-            Level(lower, torch.optim.SGD(lower.values(), lr=0.3, momentum=0.5), [rows[:8][shard(8)]] * 2),
-            AlternatingSchedule(3, 4, kind.upper_steps),
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.5), data[0]),
+            Level(lower, torch.optim.SGD(lower.values(), lr=0.3, momentum=0.5), data[1]),
+            AlternatingSchedule(3, 0 if kind.method.moves_lower else 4, kind.upper_steps),
             kind.method,
             on_failure="ignore",
         )
         trainer.run()
         found[name] = [*upper["s"].tolist(), *lower["w"].tolist()]
+        if kind.method.lower_draws:
+            for tensor in tensors_in(trainer.state_dict()["method"]["state"]):
+                found[name] += tensor.reshape(-1).tolist()
     return found
 
 
