@@ -167,7 +167,7 @@ def data_cleaning(
 
 
 def hyperparameter_selection(
-    *, samples: int = 4992, above: int = 9152, features: int = 22, budget: int = 1_200_000
+    *, samples: int = 4992, above: int = 9152, features: int = 22, budget: int = 480_000
 ) -> FiniteSum:
     """One weight exp(x_k) of the ridge penalty for each of 22 features of a logistic regression.
 
