@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ from bilevel.lower import (
 )
 from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
-from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, hessians, reached
+from bilevel.products import Hessians, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
 _coupled = PerProblem[set[tuple[str, ...]]](set)
@@ -240,7 +240,7 @@ class System:
     def check_response(self, upper: Params) -> None:
         """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
         problem and names that have once been reached, no more."""
-        examine_response(self.problem, upper, lambda: bool(self._loss_reaches or self._reached_by_penalty(upper)))
+        examine_response(self.problem, upper, lambda: self._is_coupled or bool(self._reached_by_penalty(upper)))
 
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
@@ -305,11 +305,6 @@ class System:
             known.add(names)
         return names in known
 
-    @property
-    def _loss_reaches(self) -> bool:
-        """Whether any batch's loss on any rank reaches an upper variable."""
-        return self.operator.agree(bool(self._reached_upper))
-
     def _reached_by_penalty(self, upper: Params) -> set[str]:
         x = tree.as_variables(upper)
         value = self._objectives.regularizer(x, self.variables(self.lower))
@@ -341,7 +336,7 @@ class System:
 
     def _without_tikhonov(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
-        operator: LinearOperator = MeanOperator(losses, partial(hessians, self._losses))
+        operator: LinearOperator = MeanOperator(losses, Hessians(self._losses))
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))

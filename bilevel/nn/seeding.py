@@ -1,18 +1,14 @@
 """Random masks of one pass: the default generators seeded for its length, and put back."""
 
-import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, final
 
 import numpy as np
 import torch
 
 from bilevel.distributed import rank, world_size
-
-_MT19937_BYTES = 624 * 4 + 4
 
 
 @contextmanager
@@ -76,85 +72,22 @@ class GeneratorMark:
     """Where the default generators of torch, NumPy and Python stand."""
 
     def __init__(self) -> None:
-        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+        self._torch, self._python = TorchMark(), random.getstate()
+        self._numpy: Any = np.random.get_state(legacy=False)
 
     def moved(self) -> bool:
         """Whether any of them has been drawn from, or seeded, since."""
-        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+        now: Any = np.random.get_state(legacy=False)
+        return self._torch.moved() or self._python != random.getstate() or not _same(self._numpy, now)
 
     def restore(self) -> None:
         """Put them back to where they stood."""
         self._torch.restore()
-        self._numpy.restore()
+        np.random.set_state(self._numpy)
         random.setstate(self._python)
 
 
-class _NumpyState:
-    """The state of NumPy's default generator, to be put back.
-
-    NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says, and in the object around it the normal number that it may hold in reserve. So the
-    array's form is asked for only where bytes have changed since it was last asked for.
-    """
-
-    _known: tuple[bytes, bytes, Any] = b"", b"", None
-
-    def __init__(self) -> None:
-        self.address = _address(np.random.get_bit_generator())
-        if self.address is None:
-            self.state: Any = np.random.get_state()
-            return
-        self.raw, self.around = ctypes.string_at(self.address, _MT19937_BYTES), _around(_default())
-        if _NumpyState._known[:2] != (self.raw, self.around):
-            _NumpyState._known = self.raw, self.around, np.random.get_state()
-        self.state = _NumpyState._known[2]
-
-    def is_current(self) -> bool:
-        """Whether the generator stands where it did."""
-        if self.address is None:
-            return repr(self.state) == repr(np.random.get_state())
-        return (self.raw, self.around) == (ctypes.string_at(self.address, _MT19937_BYTES), _around(_default()))
-
-    def restore(self) -> None:
-        *_, in_reserve, _ = self.state
-        if self.address is None or in_reserve:
-            np.random.set_state(self.state)
-            return
-        # A seed takes away what the pass has left in reserve.
-        np.random.seed(0)
-        ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
-
-
-def _default() -> Any:
-    """The object that NumPy's functions draw from."""
-    return getattr(np.random.get_state, "__self__", None)
-
-
-def _around(generator: Any) -> bytes:
-    """What an object holds of its own, but for its count of references."""
-    skipped = object.__basicsize__
-    return ctypes.string_at(id(generator) + skipped, type(generator).__basicsize__ - skipped)
-
-
-def _address(generator: Any) -> int | None:
-    """Where the bytes of NumPy's default generator lie; None where they are not of the kind that is known here."""
-    if type(generator) is not np.random.MT19937 or not _is_laid_out():
-        return None
-    return generator.ctypes.state_address
-
-
-@cache
-def _is_laid_out() -> bool:
-    """Whether the bytes of a Mersenne twister are its 624 words and its place among them, and those around it change
-    with its reserve."""
-    generator = np.random.MT19937(0)
-    words = generator.state["state"]
-    expected = words["key"].astype(np.uint32).tobytes() + np.int32(words["pos"]).tobytes()
-    drawing = np.random.RandomState(generator)
-    before = _around(drawing)
-    drawing.standard_normal()
-    return (
-        isinstance(_default(), np.random.RandomState)
-        and ctypes.string_at(np.random.MT19937(0).ctypes.state_address, _MT19937_BYTES) == expected
-        and _around(drawing) != before
-    )
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return np.array_equal(one, other)

@@ -6,7 +6,7 @@ Costs are in units of one plain gradient of L.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
@@ -84,16 +84,32 @@ class Linearization(ABC):
         return None
 
 
-def hessians(linearizations: Sequence[Linearization], vector: Params) -> Iterator[Params]:
-    """The product of each with `vector`: one after the other, or of small kept graphs by one pass through all."""
-    graphs = [one.kept_graph() for one in linearizations]
-    if len(graphs) < 2 or tree.size(vector) > _SMALL or any(graph is None for graph in graphs):
-        yield from (one.hessian(vector) for one in linearizations)
-        return
-    kept = [(str(k), *graph) for k, graph in enumerate(graphs) if graph is not None]
-    outputs = {k + name: leaf for k, _, gradient in kept for name, leaf in gradient.items()}
-    along = {k + name: vector[name] for k, _, gradient in kept for name in gradient}
-    yield from tree.pullback(outputs, along, [variables for _, variables, _ in kept], retain_graph=True)
+@final
+class Hessians:
+    """The products of several linearizations with one vector after the other: one by one, or of small kept graphs by
+    one pass through all. The products are the same."""
+
+    def __init__(self, linearizations: Sequence[Linearization]) -> None:
+        self.linearizations = tuple(linearizations)
+        self._joined: tuple[list[Params], Params] | None = None
+
+    def __call__(self, vector: Params) -> Iterable[Params]:
+        joined = self._join(vector)
+        if joined is None:
+            return (one.hessian(vector) for one in self.linearizations)
+        variables, gradients = joined
+        along = {name: vector[name].expand_as(leaf) for name, leaf in gradients.items()}
+        return tree.pullback(gradients, along, variables, retain_graph=True)
+
+    @torch.enable_grad()
+    def _join(self, vector: Params) -> tuple[list[Params], Params] | None:
+        """The lower variables of all graphs, and their gradients stacked leaf by leaf; None while not all are kept."""
+        if self._joined is None and len(self.linearizations) > 1 and tree.size(vector) <= _SMALL:
+            kept = [graph for one in self.linearizations if (graph := one.kept_graph()) is not None]
+            if len(kept) == len(self.linearizations):
+                stacked = {name: torch.stack([gradient[name] for _, gradient in kept]) for name in vector}
+                self._joined = [variables for variables, _ in kept], stacked
+        return self._joined
 
 
 class HVPProvider(ABC):
