@@ -1,22 +1,14 @@
 """Random masks of one pass: the default generators seeded for its length, and put back."""
 
-import ctypes
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, final
 
 import numpy as np
 import torch
 
 from bilevel.distributed import rank, world_size
-
-# NumPy's stubs leave its functions for the default bit generator out.
-_random: Any = np.random
-_WORDS = 624
-_MT19937_BYTES = _WORDS * 4 + 4
 
 
 @contextmanager
@@ -80,71 +72,22 @@ class GeneratorMark:
     """Where the default generators of torch, NumPy and Python stand."""
 
     def __init__(self) -> None:
-        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+        self._torch, self._python = TorchMark(), random.getstate()
+        self._numpy: Any = np.random.get_state(legacy=False)
 
     def moved(self) -> bool:
         """Whether any of them has been drawn from, or seeded, since."""
-        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+        now: Any = np.random.get_state(legacy=False)
+        return self._torch.moved() or self._python != random.getstate() or not _same(self._numpy, now)
 
     def restore(self) -> None:
         """Put them back to where they stood."""
         self._torch.restore()
-        self._numpy.restore()
+        np.random.set_state(self._numpy)
         random.setstate(self._python)
 
 
-class _NumpyState:
-    """The state of NumPy's default generator, to be put back.
-
-    NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says. Beside them the generator may hold one normal number in reserve: the next that is
-    drawn, without a change of the bytes.
-    """
-
-    def __init__(self) -> None:
-        self.generator: Any = _random.get_bit_generator()
-        self.address = _address(self.generator)
-        if self.address is None:
-            self.state: Any = np.random.get_state()
-            return
-        self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        drawn = np.random.randn()
-        self.reserve = drawn if ctypes.string_at(self.address, _MT19937_BYTES) == self.raw else None
-        self.restore()
-
-    def is_current(self) -> bool:
-        """Whether the generator stands where it did."""
-        now = _NumpyState()
-        if self.address is None or now.address is None:
-            same = self.address is now.address
-            return same and self.state[2:] == now.state[2:] and np.array_equal(self.state[1], now.state[1])
-        return (now.raw, now.reserve) == (self.raw, self.reserve)
-
-    def restore(self) -> None:
-        if _random.get_bit_generator() is not self.generator:
-            _random.set_bit_generator(self.generator)
-        if self.address is None:
-            np.random.set_state(self.state)
-        elif self.reserve is not None:
-            words, place = self.raw[: 4 * _WORDS], int.from_bytes(self.raw[4 * _WORDS :], sys.byteorder)
-            np.random.set_state(("MT19937", np.frombuffer(words, np.uint32), place, 1, self.reserve))
-        else:
-            # A seed takes away what a pass has left in reserve.
-            np.random.seed(0)
-            ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
-
-
-def _address(generator: Any) -> int | None:
-    """Where the bytes of NumPy's default generator lie; None where they are not of the kind that is known here."""
-    if type(generator) is not np.random.MT19937 or not _is_laid_out():
-        return None
-    return generator.ctypes.state_address
-
-
-@cache
-def _is_laid_out() -> bool:
-    """Whether the bytes of a Mersenne twister are its 624 words and its place among them."""
-    generator = np.random.MT19937(0)
-    words = generator.state["state"]
-    expected = words["key"].astype(np.uint32).tobytes() + np.int32(words["pos"]).tobytes()
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES) == expected
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return np.array_equal(one, other)
