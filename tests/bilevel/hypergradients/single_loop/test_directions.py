@@ -25,7 +25,18 @@ from bilevel.hypergradients import (
 from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import LOWER, PROBLEM, WHOLE, Drive, R, above, below, blocks, draw, hessian
+from tests.support.problems.sampled_quadratic import (
+    LOWER,
+    PROBLEM,
+    WHOLE,
+    Drive,
+    R,
+    above,
+    below,
+    blocks,
+    draw,
+    hessian,
+)
 
 ETA = 0.4
 Memory = dict[str, Any]

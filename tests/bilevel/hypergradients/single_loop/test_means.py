@@ -16,7 +16,7 @@ from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.bilevel.hypergradients.single_loop.test_directions import by_series, close, one_term, series, three
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
+from tests.support.problems.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
 
 ETA, TERMS = 0.4, 2
 

@@ -36,11 +36,11 @@ from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
 from bilevel.training import Blocks, Callback, Inspect, NonFiniteError, SingleLevelTrainer
 from bilevel.tree import tensors_in
-from tests.bilevel.training.test_trainer_resume import metrics
+from tests.bilevel.training.trainer.test_resume import metrics
 from tests.support.cases import vector
 from tests.support.methods import METHODS, Kind
+from tests.support.problems.small_net import Bell, Net, net_trainer
 from tests.support.rank_processes import on_ranks
-from tests.support.small_net import Bell, Net, net_trainer
 
 EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
 LOOPS = {name: kind for name, kind in METHODS.items() if kind.method.moves_lower}
