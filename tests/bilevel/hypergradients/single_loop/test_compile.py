@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bilevel import AlternatingSchedule, Level, Params, Problem, Trainer, functional_call
 from bilevel.hypergradients import F2SA, MRBO, SABA, SOBA, TTSA, SingleLoop
 from tests.support.cases import joined, vector
-from tests.support.sampled_quadratic import PROBLEM, blocks, variables
+from tests.support.problems.sampled_quadratic import PROBLEM, blocks, variables
 
 
 def trained(method: SingleLoop, problem: Problem = PROBLEM) -> Tensor:
