@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_number, warn_outside
+from bilevel.checks import check_kind, check_number, warn_outside
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning, joined
 from bilevel.lower import Draw, Oracles, examine_curvature, repeatable, selected
@@ -82,7 +82,20 @@ class SingleLoop(Method):
     limits are those of the levels. The schedule has no lower steps: ``AlternatingSchedule(alternations=T,
     lower_steps=0, upper_steps=N)`` makes T N steps, and tells callbacks and checkpoints after every N.
     `Problem.reset_lower` clears v and all else that is carried.
+
+    Args:
+        compile: True takes all passes but those of the run's first step through torch.compile, which pays for small
+            problems of many steps; a string names its backend. For objectives that it can take whole, draw no random
+            numbers and write no buffers: plain operations of tensors, modules by torch.func.functional_call (not by
+            `bilevel.functional_call`).
+
+    Raises:
+        TypeError: a `compile` that is neither.
+        ValueError: objectives that draw random numbers, with `compile`.
+        RuntimeError: objectives that torch.compile cannot take.
     """
+
+    compile: bool | str = field(default=False, kw_only=True)
 
     moves_lower = True
 
@@ -99,6 +112,7 @@ class SingleLoop(Method):
 
     def check(self, setup: Setup) -> None:
         name = type(self).__name__
+        check_kind(f"{name}: compile", self.compile, (bool, str), "True, False or the name of a backend")
         selected(setup.problem, setup.lower, None)
         if self.moves_lower and setup.lower_steps:
             raise ValueError(
@@ -128,7 +142,10 @@ class SingleLoop(Method):
             # Buffers are written once, also where a first attempt without seeds is made again.
             writes = self.moves_lower and not attempts
             attempts.append(seeded)
-            oracles = Oracles(step.problem, names, seeded=seeded, write_buffers=writes, watch=step.watch)
+            backend = self._backend(step, seeded)
+            oracles = Oracles(
+                step.problem, names, seeded=seeded, write_buffers=writes, watch=step.watch, backend=backend
+            )
             return self.estimate(oracles, at, state, step)
 
         with curvature_surroundings():
@@ -147,6 +164,19 @@ class SingleLoop(Method):
     @abstractmethod
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         """Directions at a point from the step's samples, and the state that is carried on beside v."""
+
+    def _backend(self, step: UpperStep, seeded: bool) -> str | None:
+        """Of torch.compile. A first step goes without, since only plain passes are examined."""
+        if not self.compile:
+            return None
+        if seeded:
+            raise ValueError(
+                f"{type(self).__name__}: compile={self.compile!r} is for objectives that draw no random numbers, and "
+                f"those of {type(step.problem).__name__} do (dropout, noise); leave compile out"
+            )
+        if step.number == 1:
+            return None
+        return "inductor" if self.compile is True else self.compile
 
     def _lost(self, step: UpperStep, names: tuple[str, ...]) -> str | None:
         """What second derivatives lose, in words; a run of directions that are no hypergradient is told at its first
