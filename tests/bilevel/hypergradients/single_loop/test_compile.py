@@ -51,7 +51,7 @@ def test_what_is_compiled_is_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
         calls.append(f"{function.__name__} {backend}")
         return function(problem, *arguments)
 
-    monkeypatch.setattr("bilevel.lower.compiled.compiled", counting)
+    monkeypatch.setattr("bilevel.lower.samples.compiled.compiled", counting)
     wanted = trained(SOBA())
     assert not calls
     assert torch.allclose(trained(SOBA(compile=True)), wanted, rtol=1e-10)
