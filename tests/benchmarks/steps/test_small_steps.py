@@ -9,7 +9,7 @@ import torch
 from benchmarks import small_steps
 from benchmarks.pages import insert
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KEPT, PAGE = ROOT / "benchmarks" / "results" / "small_steps.json", ROOT / "docs" / "cost.md"
 
 
