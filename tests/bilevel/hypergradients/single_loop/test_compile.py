@@ -53,7 +53,7 @@ def test_the_functions_that_are_compiled_give_the_same(method: SingleLoop, monke
         calls.append(f"{function.__name__} {backend}")
         return function(problem, *arguments)
 
-    monkeypatch.setattr("bilevel.lower.compiled.compiled", counting)
+    monkeypatch.setattr("bilevel.lower.samples.compiled.compiled", counting)
     wanted = trained(method)
     assert not calls
     assert torch.allclose(trained(replace(method, compile=True)), wanted, rtol=1e-10)
