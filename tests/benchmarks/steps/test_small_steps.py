@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import small_steps
 from benchmarks.pages import insert
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 KEPT, PAGE = ROOT / "benchmarks" / "results" / "small_steps.json", ROOT / "docs" / "cost.md"
 
 
