@@ -5,13 +5,14 @@
 The hand-written oracles are what a stochastic single-loop method needs of one sample a level: one forward pass and one
 double backward pass below for dG/dy, the Hessian product and the cross term, one forward and one backward pass above.
 Every other row computes a hypergradient, or makes a step, by this package on the same batches. All rows are timed in
-turn within one run; a figure is the row's time over that of the oracles, repeat by repeat.
+turn within one run, in processor seconds; a figure is the row's over those of the oracles, repeat by repeat.
 
 A row is a function of a `Case` in `ROWS` that returns what is to be timed: one step, called again and again.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.measuring import environment, interleaved, parser, show, use_threads, write_json
+from benchmarks.measuring import Timing, environment, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
 from bilevel import CG, Identity, Implicit, Neumann, Params, Problem, hypergradient, linearize
 from bilevel.linear import Solver
@@ -35,7 +36,7 @@ Batch = tuple[Tensor, ...]
 Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 Step = Callable[[], object]
 
-CALLS, REPEATS = 50, 21
+CALLS, REPEATS = 10, 61
 SAMPLES = 64
 SCALE = 0.1
 """Of the Neumann series: its automatic choice takes five more products."""
@@ -187,12 +188,25 @@ def repeated(step: Step, calls: int) -> Step:
     return several
 
 
+def processor_seconds(steps: Mapping[str, Step], repeats: int) -> dict[str, Timing]:
+    """Of each, all of them once in every repeat, after a round that does not count; other work on the machine disturbs
+    them less than seconds of the clock."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, repeats):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            if repeat >= 0:
+                samples[name].append(time.process_time() - start)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
 def measure(*, quick: bool) -> dict[str, Any]:
     """Milliseconds of the oracles and multiples of them, by case and row."""
     calls, repeats = (2, 2) if quick else (CALLS, REPEATS)
     cases = {}
     for case in (quadratic(), logistic()):
-        times = interleaved({name: repeated(row(case), calls) for name, row in ROWS.items()}, repeats)
+        times = processor_seconds({name: repeated(row(case), calls) for name, row in ROWS.items()}, repeats)
         ratios = {name: timing.over(times[ORACLES]).record() for name, timing in times.items() if name != ORACLES}
         cases[case.name] = {"milliseconds": 1e3 * times[ORACLES].median / calls, "ratios": ratios}
     return {"quick": quick, "environment": environment(), "calls": calls, "repeats": repeats, "cases": cases}

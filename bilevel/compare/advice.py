@@ -62,7 +62,8 @@ def target_error(facts: Figures) -> float:
     """The noise of the batches, where it is known and below a half; never less than the reference resolves."""
     noise = facts["noise"]
     useful = noise is not None and 1e-9 <= noise < _LARGE_NOISE
-    return max(noise if useful else WITHOUT_NOISE, _RESOLVED * facts["reference"]["accuracy"])
+    limit = _RESOLVED * facts["reference"]["accuracy"] if is_resolved(facts) else 0.0
+    return max(noise if useful else WITHOUT_NOISE, limit)
 
 
 def strict_error(facts: Figures) -> float | None:

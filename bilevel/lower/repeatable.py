@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bilevel.lower.per_problem import PerProblem
-from bilevel.nn import GeneratorMark, TorchMark
+from bilevel.nn import GeneratorMark, TorchMark, seeded
 from bilevel.problem import Problem
 
 T = TypeVar("T")
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Draws:
-    """Whether the objectives draw random numbers; None before anybody has looked."""
+    """Whether the objectives draw random numbers; None before a pass has shown it."""
 
     known: bool | None = None
 
@@ -21,27 +21,33 @@ class _Draws:
 _draws = PerProblem(_Draws)
 
 
-def repeatable(problem: Problem, compute: Callable[[bool], T], probe: Callable[[], object]) -> T:
-    """``compute(seeded)`` with seeded=False where the problem's objectives draw no random numbers, which spares the
-    seeding of every pass; one that draws from torch's generator after all is computed again, seeded. NumPy's and
-    Python's generators are looked at once for a problem.
+def repeatable(problem: Problem, seed: int, compute: Callable[[bool], T]) -> T:
+    """A pass of an objective whose random masks are those of `seed`, with the default generators as they were after it.
+
+    A problem whose first pass drew no random numbers is not seeded from then on, which is most of what a small pass
+    would cost; where torch's generator moves after all, the pass is made again, seeded. NumPy's and Python's generators
+    are looked at in the first pass alone.
 
     Args:
-        compute: makes passes of the objectives, each of which seeds the generators if told so.
-        probe: makes one unseeded pass of each objective and writes nothing; called once for a problem.
+        compute: makes the pass; True is passed where it is made again.
     """
-    draws = _draws.of(problem)
-    if draws.known is None:
-        everything = GeneratorMark()
-        probe()
-        draws.known = everything.moved()
-        if draws.known:
-            everything.restore()
-    if not draws.known:
+    found, again = _draws.of(problem), False
+    if found.known is False:
         mark = TorchMark()
         result = compute(False)
         if not mark.moved():
             return result
         mark.restore()
-        draws.known = True
-    return compute(True)
+        found.known = again = True
+    with seeded(seed):
+        if found.known:
+            return compute(again)
+        everything = GeneratorMark()
+        result = compute(False)
+        found.known = everything.moved()
+        return result
+
+
+def draws(problem: Problem) -> bool | None:
+    """Whether the problem's objectives draw random numbers; None before a pass has shown it."""
+    return _draws.of(problem).known

@@ -1,7 +1,7 @@
 """A pass's own random numbers, and the generators as they were after it."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,10 @@ def draws() -> tuple[Any, ...]:
 
 
 @pytest.fixture(autouse=True)
-def generators() -> Iterator[None]:
+def generators() -> None:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    yield
 
 
 def nothing() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import Params
 from bilevel.lower import L1, Box, ByName, ElasticNet, GroupL1, LinearEqualities, NonNegative, ProximalMap, Simplex
-from tests.support.lower_kinds import draw, f64
+from tests.support.kinds.problems import draw, f64
 
 STEP = 0.4
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2])
