@@ -31,7 +31,6 @@ from tests.support.paths import ROOT
 KEPT = ROOT / "benchmarks/results/finite_sums.json"
 PAGE = ROOT / "docs/peers.md"
 CHECKOUT = Path(os.environ.get("BENCHMARK_BILEVEL", "nowhere"))
-needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 needs_checkout = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None
     or importlib.util.find_spec("benchopt") is None
@@ -348,13 +347,11 @@ def test_page_shows_the_kept_figures() -> None:
         assert all(len(row["curves"]) == len(measure.SEEDS) for row in problem["rows"])
 
 
-@needs_jax
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_objectives_in_jax_are_the_same(problem: FiniteSum, rewritten: bool) -> None:
     one_thread()
-    import jax
-    import jax.numpy as jnp
-
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    jnp = pytest.importorskip("jax.numpy", reason="jax is not installed")
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(t.shape, generator=generator).requires_grad_() for t in (problem.upper, problem.lower))
     calls: list[int] = []
@@ -376,10 +373,9 @@ def test_objectives_in_jax_are_the_same(problem: FiniteSum, rewritten: bool) -> 
     assert calls == [BATCH, BATCH, BATCH]
 
 
-@needs_jax
 def test_jaxopt_goes_down() -> None:
-    pytest.importorskip("jaxopt", reason="jaxopt is not installed")
     one_thread()
+    pytest.importorskip("jaxopt", reason="jaxopt is not installed")
     problem = SMALL["quadratics"]()
     (entry,) = peers(None)
     contestant = entry.prepare(problem)
