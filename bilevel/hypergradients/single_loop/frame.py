@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -202,10 +201,9 @@ def directions(oracles: Oracles, at: Point, lower: Draw, upper: Draw) -> tuple[T
     return above.value, Point(tree.sub(above.upper, below.cross), below.gradient, tree.sub(below.product, above.lower))
 
 
-@torch.no_grad()
 def _probe(step: UpperStep) -> None:
-    """One pass of each objective that writes nothing."""
-    problem, upper, lower = step.problem, tree.detach(step.upper), tree.detach(step.lower)
+    """One pass of each objective that writes nothing; an objective may take derivatives of its own in it."""
+    problem, upper, lower = step.problem, tree.as_variables(step.upper), tree.as_variables(step.lower)
     with curvature_pass():
         problem.lower_objective(upper, lower, step.lower_draws[0].batch)
         problem.regularizer(upper, lower)

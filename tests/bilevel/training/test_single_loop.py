@@ -437,3 +437,29 @@ def test_methods_that_carry_no_v_take_no_rate_for_it(name: str) -> None:
     kinds: dict[str, Any] = {"StocBiO": StocBiO, "TTSA": TTSA, "MRBO": MRBO, "SUSTAIN": SUSTAIN, "BOME": BOME}
     with pytest.raises(TypeError, match="v_ratio"):
         kinds[name](0.1, v_ratio=1.0)
+
+
+def test_an_objective_may_take_derivatives_of_its_own() -> None:
+    """As physics-informed losses do; also in the pass that looks for random numbers."""
+
+    class Slope(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            place = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad((lower["y"] * place).sin().sum(), place, create_graph=True)
+            return (slope - upper["x"]).square().mean()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return (
+                (torch.autograd.grad(lower["y"].square().sum(), lower["y"], create_graph=True)[0] - 1.0).square().sum()
+            )
+
+    upper, lower = ({name: torch.full((1,), 0.5, dtype=torch.float64)} for name in "xy")
+    levels = [
+        Level(params, torch.optim.SGD(params.values(), lr=0.1), [torch.linspace(0.0, 1.0, 5, dtype=torch.float64)])
+        for params in (upper, lower)
+    ]
+    Trainer(Slope(), *levels, AlternatingSchedule(1, 0, 1), SOBA()).run()
+    y = torch.tensor(0.5, dtype=torch.float64)
+    t = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    wanted = (2.0 * (y * (y * t).cos() - 0.5) * ((y * t).cos() - y * t * (y * t).sin())).mean()
+    torch.testing.assert_close(lower["y"][0], y - 0.1 * wanted)
