@@ -88,6 +88,7 @@ class System:
         at_once: bool = False,
     ) -> None:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
+        self._upper_versions = [leaf._version for leaf in self.upper.values()]
         self.lower_batches = tuple(lower_batches)
         self.solver, self.hvp, self.damping, self.tikhonov, self.implicit = solver, hvp, damping, tikhonov, implicit
         seed = int(torch.randint(2**31 - 1, ()))
@@ -225,10 +226,11 @@ class System:
         return total
 
     def _cross_of(self, loss: Linearization, upper: Params | None) -> Callable[[Params], Params]:
-        """A batch's cross term at `upper`: from what its products have made, where the marks say that upper variables
-        are as they were then."""
-        watched = self.problem.curvature_depends_on_upper
-        if watched and (upper is None or all(leaf is self.upper.get(name) for name, leaf in upper.items())):
+        """A batch's cross term at `upper`: from what its products have made, where these are the system's own upper
+        variables, which make it stale once they move, and they have not moved."""
+        own = upper is None or all(leaf is self.upper.get(name) for name, leaf in upper.items())
+        still = [leaf._version for leaf in self.upper.values()] == self._upper_versions
+        if own and still and self.problem.curvature_depends_on_upper:
             return loss.cross_here
         point = tree.detach(self.upper if upper is None else upper)
         return lambda v: loss.cross(v, point)

@@ -21,8 +21,8 @@ class Mark(NamedTuple):
     """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most.
 
     A view of a part of its storage shares its counter with the other parts, whose writes change nothing here: where
-    its counter moves, the sum over all its entries decides (`whole`, None for other tensors). Without sums counters
-    decide alone, where they are the tensor's own.
+    its counter moves, the sum over all its entries decides (`whole`, None for other tensors). Without checksums
+    counters decide alone for the others.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Mark(NamedTuple):
 
 
 def take_marks(named: Iterable[tuple[str, Tensor]], *, sums: bool = True) -> tuple[Mark, ...]:
-    """A mark of each tensor; the checksums are read back once a device. None are made without `sums`."""
-    if not sums:
-        return tuple(Mark(name, id(tensor), _version(tensor), None, None) for name, tensor in named)
+    """A mark of each tensor; the checksums are read back once a device. Without `sums` there are only those of views of
+    a part of their storage, whose counters do not tell."""
     named = list(named)
-    rows = zip(named, _checksums([tensor for _, tensor in named]), strict=True)
+    checksums = _checksums([tensor for _, tensor in named]) if sums else [None] * len(named)
+    rows = zip(named, checksums, strict=True)
     return tuple(
         Mark(name, id(tensor), _version(tensor), checksum, _whole_sum(tensor) if _is_part(tensor) else None)
         for (name, tensor), checksum in rows
@@ -93,8 +93,6 @@ def _checksums(tensors: Sequence[Tensor]) -> list[str]:
 
 def _is_written(tensor: Tensor, old: Mark) -> bool:
     """Whether a counter that has moved tells of the tensor itself, not of other parts of its storage."""
-    if old.checksum is None:
-        return not _is_part(tensor)
     return old.whole is None or old.whole != _whole_sum(tensor)
 
 

@@ -210,3 +210,11 @@ def test_a_map_of_ones_own_has_no_kinks_unless_it_says_so() -> None:
 
     assert Halved().distances({"y": f64(1.0)}, STEP) == {}
     assert Halved().separable
+
+
+def test_a_single_number_is_a_group_of_its_own() -> None:
+    z = torch.tensor(2.0, dtype=torch.float64)
+    y = image(GroupL1(0.5), z)
+    assert y.shape == ()
+    assert float(y) == pytest.approx(2.0 - STEP * 0.5)
+    assert float(image(GroupL1(7.0), z)) == 0.0

@@ -303,3 +303,20 @@ def test_any_optimizer_serves_a_fixed_point_and_the_default_method_is_gmres() ->
     assert trainer.solves == {"CONVERGED": 1}
     assert issubclass(FixedPointProblem, Problem)
     assert not RootProblem.symmetric
+
+
+def test_a_schedule_that_parts_the_groups_rates_is_refused() -> None:
+    """The map after a step has one length, and groups of other rates would end at the solution of another problem."""
+    x, y = {"x": f64(0.3, -0.2, 0.1)}, {"y": torch.zeros(6, dtype=torch.float64)}
+    y["z"] = torch.zeros(2, dtype=torch.float64)
+    optimizer = torch.optim.SGD([{"params": [y["y"]]}, {"params": [y["z"]]}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 1.0 / (step + 1)])
+
+    class Both(Penalised):
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return super().lower_objective(upper, lower, batch) + (lower["z"] - 2.0).square().sum()
+
+    problem = Both(HESSIAN, LINEAR, TARGET, lambda upper: L1(0.1), MIXING)
+    lower = Level(y, optimizer, [1.0], scheduler=schedule)
+    trainer = Trainer(problem, level(x, torch.optim.SGD, lr=0.1), lower, AlternatingSchedule(1, 3, 0), EXACT)
+    refused(trainer.run, "parameter groups differ in lr")

@@ -36,7 +36,9 @@ from bilevel.hypergradients import (
     Method,
     StocBiO,
 )
+from bilevel.hypergradients.single_loop.partitions import SagaTable
 from bilevel.linear import Dense
+from bilevel.lower import Draw
 from bilevel.training import Blocks, Callback, NonFiniteError, power_decay
 from tests.support.cases import joined, vector
 from tests.support.methods import METHODS
@@ -437,3 +439,70 @@ def test_methods_that_carry_no_v_take_no_rate_for_it(name: str) -> None:
     kinds: dict[str, Any] = {"StocBiO": StocBiO, "TTSA": TTSA, "MRBO": MRBO, "SUSTAIN": SUSTAIN, "BOME": BOME}
     with pytest.raises(TypeError, match="v_ratio"):
         kinds[name](0.1, v_ratio=1.0)
+
+
+def test_an_objective_may_take_derivatives_of_its_own() -> None:
+    """As physics-informed losses do; also in the pass that looks for random numbers."""
+
+    class Slope(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            place = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad((lower["y"] * place).sin().sum(), place, create_graph=True)
+            return (slope - upper["x"]).square().mean()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return (
+                (torch.autograd.grad(lower["y"].square().sum(), lower["y"], create_graph=True)[0] - 1.0).square().sum()
+            )
+
+    upper, lower = ({name: torch.full((1,), 0.5, dtype=torch.float64)} for name in "xy")
+    levels = [
+        Level(params, torch.optim.SGD(params.values(), lr=0.1), [torch.linspace(0.0, 1.0, 5, dtype=torch.float64)])
+        for params in (upper, lower)
+    ]
+    Trainer(Slope(), *levels, AlternatingSchedule(1, 0, 1), SOBA()).run()
+    y = torch.tensor(0.5, dtype=torch.float64)
+    t = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    wanted = (2.0 * (y * (y * t).cos() - 0.5) * ((y * t).cos() - y * t * (y * t).sin())).mean()
+    torch.testing.assert_close(lower["y"][0], y - 0.1 * wanted)
+
+
+def test_the_tables_mean_is_that_of_its_rows_in_few_bits() -> None:
+    """Steps as by SABA's tables in bfloat16, where the mean over 64 blocks moves by less than its own rounding."""
+    table = Blocks(64, 1, lambda indices: indices, seed=0)
+    generator, state = torch.Generator().manual_seed(0), None
+    centre = torch.randn(64, 10, generator=generator)
+    for number in range(64 * 20):
+        block = number % 64
+        sample = Draw(None, block, block)
+        new = centre[block] + 0.1 * torch.randn(10, generator=generator)
+        now = SagaTable(state, table, [{"y": new.bfloat16()}])
+        estimate = now.estimate(sample)[0]["y"]
+        state = now.following()
+        now.write(sample)
+    assert estimate.dtype == state["rows"].dtype == torch.bfloat16
+    torch.testing.assert_close(state["mean"].double(), state["rows"].double().mean(0), rtol=0.0, atol=1e-5)
+
+
+def test_mixed_precisions_are_counted_as_the_tables_keep_them() -> None:
+    """A row has the wider dtype of y, v and x."""
+
+    class Mixed(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return ((lower["y"].double() - upper["x"]) * batch).square().sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"].double() * batch).square().sum()
+
+    upper, lower = {"x": torch.zeros(3, dtype=torch.float64)}, {"y": torch.zeros(3, dtype=torch.float32)}
+    levels = [
+        Level(params, torch.optim.SGD(params.values(), lr=0.1), [torch.ones(3, dtype=torch.float64)] * 2)
+        for params in (upper, lower)
+    ]
+    wanted = 2 * 8 * (2 * 9 + 2 * 6)
+    with pytest.raises(ValueError, match=f"take {wanted:,};"):
+        Trainer(Mixed(), *levels, AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted - 1))
+    trainer = Trainer(Mixed(), *levels, AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted))
+    trainer.run()
+    state = trainer.state_dict()["method"]["state"]
+    assert 2 * sum(state[level]["rows"].nbytes for level in ("lower", "upper")) == wanted
