@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Params, Problem
-from bilevel.lower import Draw, Oracles, repeatable
+from bilevel.lower import Draw, Oracles, draws, repeatable
 from bilevel.nn import GeneratorMark
 from tests.support.cases import joined, vector
 
@@ -41,18 +41,11 @@ POINT = {"x": vector(3, 1)}, {"y": vector(3, 2)}
 DRAW = Draw(torch.ones(3, dtype=torch.float64), 17)
 
 
-def compute(problem: Problem) -> Callable[[bool], Tensor]:
-    def passes(seeded: bool) -> Tensor:
-        oracles = Oracles(problem, ("y",), seeded=seeded)
-        parts = [oracles.lower(*POINT, POINT[1], DRAW) for _ in range(2)]
-        assert not seeded or torch.equal(joined(parts[0].product), joined(parts[1].product)), "equal masks"
-        return joined(parts[0].product)
-
-    return passes
-
-
-def probe(problem: Problem) -> Callable[[], Any]:
-    return lambda: problem.lower_objective(*POINT, DRAW.batch)
+def product(problem: Problem) -> Tensor:
+    """d2G/dydy v of one sample, at the same point twice with equal masks."""
+    parts = [Oracles(problem, ("y",)).lower(*POINT, POINT[1], DRAW) for _ in range(2)]
+    assert torch.equal(joined(parts[0].product), joined(parts[1].product))
+    return joined(parts[0].product)
 
 
 def states() -> tuple[Any, ...]:
@@ -61,44 +54,33 @@ def states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", [None, *DRAWS])
-def test_seeded_and_unseeded_give_the_same_and_generators_stay(name: str | None) -> None:
-    draw = None if name is None else DRAWS[name]
+def test_equal_samples_give_equal_products_and_generators_stay(name: str | None) -> None:
     np.random.seed(4)
     # One normal number in reserve.
     np.random.randn()
-    before = states()
-    problem = Noisy(draw)
-    found = [repeatable(problem, compute(problem), probe(problem)) for _ in range(3)]
+    before, problem = states(), Noisy(None if name is None else DRAWS[name])
+    assert draws(problem) is None
+    found = [product(problem) for _ in range(3)]
     assert states() == before
+    assert draws(problem) == (name is not None)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    assert torch.equal(found[0], compute(Noisy(draw))(True))
-    assert states() == before
+    assert torch.equal(found[0], product(Noisy(problem.draw)))
 
 
 def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
-    problem, asked = Noisy(DRAWS["torch"], after=4), list[bool]()
+    problem, again = Noisy(DRAWS["torch"], after=2), list[bool]()
     before = states()
 
-    def noted(seeded: bool) -> Tensor:
-        asked.append(seeded)
-        return compute(problem)(seeded)
+    def objective(made_again: bool) -> Tensor:
+        again.append(made_again)
+        return problem.lower_objective(*POINT, DRAW.batch)
 
-    found = [repeatable(problem, noted, probe(problem)) for _ in range(3)]
-    # A probe and two passes, one quiet and one drawing pass that are made again, and two seeded ones.
-    assert asked == [False, False, True, True]
+    found = [float(repeatable(problem, 17, objective)) for _ in range(4)]
+    # Two quiet passes, one that draws and is made again, and one that is seeded at once.
+    assert again == [False, False, False, True, False]
     assert states() == before
-    assert not torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2])
-
-
-def test_a_problem_is_probed_once() -> None:
-    problem, probes = Noisy(None), list[int]()
-    for _ in range(3):
-        repeatable(problem, compute(problem), lambda: probes.append(1))
-    assert probes == [1]
-    repeatable(Noisy(None), compute(problem), lambda: probes.append(1))
-    assert probes == [1, 1]
+    assert found[0] == found[1] != found[2] == found[3]
 
 
 @pytest.mark.parametrize("name", DRAWS)
