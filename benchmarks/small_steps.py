@@ -28,7 +28,20 @@ from torch.nn.functional import softplus
 
 from benchmarks.measuring import Timing, environment, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
-from bilevel import CG, Identity, Implicit, Neumann, Params, Problem, hypergradient, linearize
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    Identity,
+    Implicit,
+    Level,
+    Neumann,
+    Params,
+    Problem,
+    Trainer,
+    hypergradient,
+    linearize,
+)
+from bilevel.hypergradients import SOBA, Draw, SingleLoop, UpperStep
 from bilevel.linear import Solver
 from bilevel.products import ReverseOverReverse
 
@@ -37,6 +50,9 @@ Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 Step = Callable[[], object]
 
 CALLS, REPEATS = 10, 61
+STAGE = CALLS
+"""Steps of a `Trainer` that are timed together: one stage."""
+RATE = 0.1
 SAMPLES = 64
 SCALE = 0.1
 """Of the Neumann series: its automatic choice takes five more products."""
@@ -170,9 +186,50 @@ def from_a_start(solver: Solver) -> Callable[[Case], Step]:
     return row
 
 
+def frame(method: SingleLoop) -> Callable[[Case], Step]:
+    """A single-loop method's directions, without the levels' optimizers."""
+
+    def row(case: Case) -> Step:
+        following, state = case.batches(), {"v": {"y": case.v}}
+
+        def step() -> object:
+            below, above = following()
+            at = UpperStep(
+                case.problem,
+                {"x": case.x},
+                {"y": case.y},
+                above,
+                (),
+                lower_rate=RATE,
+                lower_draws=(Draw(below, 0),),
+                upper_draws=(Draw(above, 1),),
+            )
+            return method.propose(at, state, None)
+
+        return step
+
+    return row
+
+
+def trainer(method: SingleLoop) -> Callable[[Case], Step]:
+    """A whole step of a `Trainer` without callbacks: batches, directions, both optimizers, and the record. The steps
+    lead nowhere: the rate is 0."""
+
+    def row(case: Case) -> Step:
+        x, y = case.x.clone().requires_grad_(), case.y.clone().requires_grad_()
+        upper = Level({"x": x}, torch.optim.SGD([x], lr=0.0), list(case.upper))
+        lower = Level({"y": y}, torch.optim.SGD([y], lr=0.0), list(case.lower))
+        return Trainer(case.problem, upper, lower, AlternatingSchedule(10**9, 0, STAGE), method).advance
+
+    return row
+
+
 ORACLES = "hand-written oracles"
+TRAINER = "step of a Trainer, SOBA"
 ROWS: dict[str, Callable[[Case], Step]] = {
     ORACLES: oracles,
+    "directions, SOBA": frame(SOBA()),
+    TRAINER: trainer(SOBA()),
     "hypergradient, Identity()": by(Identity()),
     "hypergradient, Neumann(1)": by(Neumann(1, scale=SCALE)),
     "hypergradient, Neumann(1), from a start": from_a_start(Neumann(1, scale=SCALE)),
@@ -203,10 +260,11 @@ def processor_seconds(steps: Mapping[str, Step], repeats: int) -> dict[str, Timi
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Milliseconds of the oracles and multiples of them, by case and row."""
-    calls, repeats = (2, 2) if quick else (CALLS, REPEATS)
+    calls, repeats = CALLS, 2 if quick else REPEATS
     cases = {}
     for case in (quadratic(), logistic()):
-        times = processor_seconds({name: repeated(row(case), calls) for name, row in ROWS.items()}, repeats)
+        steps = {name: repeated(row(case), 1 if name == TRAINER else calls) for name, row in ROWS.items()}
+        times = processor_seconds(steps, repeats)
         ratios = {name: timing.over(times[ORACLES]).record() for name, timing in times.items() if name != ORACLES}
         cases[case.name] = {"milliseconds": 1e3 * times[ORACLES].median / calls, "ratios": ratios}
     return {"quick": quick, "environment": environment(), "calls": calls, "repeats": repeats, "cases": cases}

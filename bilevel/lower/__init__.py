@@ -24,7 +24,7 @@ from bilevel.lower.selection import (
     check_tikhonov_names,
     selected,
 )
-from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, strided, take_marks
+from bilevel.lower.staleness import BufferWatch, Inputs, StaleSystemError, strided
 from bilevel.lower.surroundings import (
     autocasts,
     check_batch,
@@ -45,6 +45,7 @@ __all__ = [
     "FirstDerivatives",
     "FixedPointProblem",
     "GroupL1",
+    "Inputs",
     "LinearEqualities",
     "LowerObjectives",
     "LowerParts",
@@ -71,7 +72,6 @@ __all__ = [
     "batch_by_batch",
     "check_batch",
     "check_batches",
-    "check_marks",
     "check_recordable",
     "check_selection",
     "check_step_size",
@@ -95,7 +95,6 @@ __all__ = [
     "reweighted",
     "selected",
     "strided",
-    "take_marks",
     "thorough_examinations",
     "training_derivatives",
     "training_residual",
