@@ -43,7 +43,7 @@ class LowerObjectives:
                 with curvature_pass(notes=self.watch):
                     return self.problem.lower_objective(upper, lower, batch)
 
-            loss = check_scalar("lower_objective", repeatable(self.problem, seed, evaluated))
+            loss = check_scalar("lower_objective", repeatable(self.problem, "lower", seed, evaluated))
             examine_lower(self.problem, "lower_objective", loss, upper, variables)
             return loss
 

@@ -1,7 +1,7 @@
 """What stochastic methods ask of a problem: all derivatives of one sample at one point, from one pass."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class Oracles:
         if self._backend is not None:
             return FirstDerivatives(*self._compiled(compiled.upper, draw, upper, responding, lower))
         x, y = tree.as_variables(upper), tree.as_variables(responding)
-        value = self._pass(draw, lambda: upper_graph(self.problem, x, y, lower, draw.batch))
+        value = self._pass("upper", draw, lambda: upper_graph(self.problem, x, y, lower, draw.batch))
         return self._first(value, x, y, draw.weight)
 
     def _lower_value(
@@ -102,7 +102,7 @@ class Oracles:
         """x, y and G with its graph."""
         x, y = tree.as_variables(upper) if upper_too else upper, tree.as_variables(lower)
         writes, self._writes = self._writes, False
-        return x, y, self._pass(draw, lambda: lower_graph(self.problem, x, y, draw.batch), writes=writes)
+        return x, y, self._pass("lower", draw, lambda: lower_graph(self.problem, x, y, draw.batch), writes=writes)
 
     def _compiled(self, function: Callable[..., Any], draw: Draw, *points: Params) -> tuple[Any, ...]:
         assert self._backend is not None
@@ -110,7 +110,9 @@ class Oracles:
         arguments = (*map(tree.detach, points), draw.batch)
         return _mean(draw.weight, *compiled.compiled(function, self._backend, self.problem, *arguments))
 
-    def _pass(self, draw: Draw, objective: Callable[[], Tensor], *, writes: bool = False) -> Tensor:
+    def _pass(
+        self, level: Literal["upper", "lower"], draw: Draw, objective: Callable[[], Tensor], *, writes: bool = False
+    ) -> Tensor:
         self._watch()
 
         def evaluated(again: bool) -> Tensor:
@@ -118,7 +120,7 @@ class Oracles:
             with curvature_pass(write_buffers=writes and not again):
                 return objective()
 
-        return repeatable(self.problem, draw.seed, evaluated)
+        return repeatable(self.problem, level, draw.seed, evaluated)
 
     @staticmethod
     def _first(value: Tensor, x: Params, y: Params, weight: float) -> FirstDerivatives:
