@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel import Params, Problem
-<<<<<<< HEAD
-from bilevel.lower import Draw, Oracles, draws, repeatable
-from bilevel.nn import GeneratorMark
-=======
 from bilevel.lower import Draw, Oracles, draws
 from bilevel.lower.repeatable import repeatable
 from bilevel.nn import GeneratorMark, seeded
->>>>>>> methods
 from tests.support.cases import joined, vector
 
 DRAWS: dict[str, Callable[[], float]] = {
@@ -48,15 +43,8 @@ DRAW = Draw(torch.ones(3, dtype=torch.float64), 17)
 
 
 def product(problem: Problem) -> Tensor:
-<<<<<<< HEAD
-    """d2G/dydy v of one sample, at the same point twice with equal masks."""
-    parts = [Oracles(problem, ("y",)).lower(*POINT, POINT[1], DRAW) for _ in range(2)]
-    assert torch.equal(joined(parts[0].product), joined(parts[1].product))
-    return joined(parts[0].product)
-=======
     """d2G/dydy v, scaled by what the problem draws in its one pass."""
     return joined(Oracles(problem, ("y",)).lower(*POINT, POINT[1], DRAW).product)
->>>>>>> methods
 
 
 def states() -> tuple[Any, ...]:
@@ -65,37 +53,6 @@ def states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", [None, *DRAWS])
-<<<<<<< HEAD
-def test_equal_samples_give_equal_products_and_generators_stay(name: str | None) -> None:
-    np.random.seed(4)
-    # One normal number in reserve.
-    np.random.randn()
-    before, problem = states(), Noisy(None if name is None else DRAWS[name])
-    assert draws(problem) is None
-    found = [product(problem) for _ in range(3)]
-    assert states() == before
-    assert draws(problem) is (True if name is not None else None), "nobody has asked for the upper level"
-    Oracles(problem, ("y",)).upper(*POINT, DRAW)
-    assert draws(problem) == (name is not None)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[0], product(Noisy(problem.draw)))
-
-
-def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
-    problem, again = Noisy(DRAWS["torch"], after=2), list[bool]()
-    before = states()
-
-    def objective(made_again: bool) -> Tensor:
-        again.append(made_again)
-        return problem.lower_objective(*POINT, DRAW.batch)
-
-    found = [float(repeatable(problem, "lower", 17, objective)) for _ in range(4)]
-    # Two quiet passes, one that draws and is made again, and one that is seeded at once.
-    assert again == [False, False, False, True, False]
-    assert states() == before
-    assert found[0] == found[1] != found[2] == found[3]
-=======
 def test_equal_samples_have_equal_masks_and_generators_stay(name: str | None) -> None:
     draw = None if name is None else DRAWS[name]
     np.random.seed(4)
@@ -104,6 +61,8 @@ def test_equal_samples_have_equal_masks_and_generators_stay(name: str | None) ->
     before, problem = states(), Noisy(draw)
     assert draws(problem) is None
     found = [product(problem) for _ in range(3)]
+    assert draws(problem) is (None if name is None else True), "nobody has asked for the upper level"
+    Oracles(problem, ("y",)).upper(*POINT, DRAW)
     assert draws(problem) is (name is not None)
     assert states() == before
     with seeded(DRAW.seed):
@@ -121,7 +80,7 @@ def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
         asked.append(again)
         return problem.lower_objective(*POINT, DRAW.batch)
 
-    found = [repeatable(problem, DRAW.seed, noted) for _ in range(4)]
+    found = [repeatable(problem, "lower", DRAW.seed, noted) for _ in range(4)]
     # Two quiet passes; one that draws and is made again, and a seeded one.
     assert asked == [False, False, False, True, False]
     assert draws(problem) is True
@@ -129,7 +88,6 @@ def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
     assert torch.equal(found[2], found[3])
->>>>>>> methods
 
 
 @pytest.mark.parametrize("name", DRAWS)
