@@ -2,10 +2,10 @@
 
     python examples/lasso.py [--quick]
 
-Lower level: y = argmin 1/(2n) ||X y - t||^2 + sum_j exp(a_j) |y_j| + exp(b)/2 ||y||^2 on training data, solved by
-scikit-learn's Lasso. Upper level: squared error on validation data, over one weight a, over a and b, or over a weight
-a_j for each feature. On the support S the hypergradient is -exp(a_j) sign(y_j) [H_SS^-1 v]_j in a_j and
--exp(b) y' H_SS^-1 v in b, with v = dF/dy. Data: scikit-learn's diabetes set, its 10 measurements and their 45 products.
+Lower level: y = argmin 1/(2n) ||X y - t||^2 + sum_j exp(a_j) |y_j| + exp(b)/2 ||y||^2, solved by scikit-learn's Lasso.
+Upper level: squared error on validation data, over one weight a, over a and b, or over an a_j for each feature. On the
+support S the hypergradient is -exp(a_j) sign(y_j) u_j and -exp(b) y'u, with H_SS u = dF/dy. Data: scikit-learn's
+diabetes set, its 10 measurements and their 45 products.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from torch import Tensor
 from bilevel import AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
 from bilevel.linear import GMRES
 from bilevel.lower import ElasticNet, ProximalMap, ProximalProblem
-from bilevel.products import ReverseOverReverse
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,15 +39,13 @@ def fit(x: Params, batch: Batch) -> Tensor:
 
 class Sparse(ProximalProblem):
     def __init__(self, train: Batch) -> None:
-        self.train = train
-        self.step_size = len(train[0]) / float(torch.linalg.matrix_norm(train[0], 2)) ** 2
+        self.train, self.step_size = train, len(train[0]) / float(torch.linalg.matrix_norm(train[0], 2)) ** 2
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         X, t = batch
         return 0.5 * (X @ lower["w"] - t).square().mean()
 
-    def upper_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
-        return self.lower_objective(upper, lower, batch)
+    upper_objective = lower_objective
 
     def proximal_map(self, upper: Params) -> ProximalMap:
         return ElasticNet(*weights(upper))
@@ -62,9 +59,8 @@ def closed_form(x: Params, w: Tensor, train: Batch, val: Batch) -> Params:
     (l1, ridge), S = weights(x), w != 0
     X, V = train[0][:, S], val[0][:, S]
     H = X.T @ X / len(X) + ridge * torch.eye(X.shape[1])
-    adjoint = torch.linalg.solve(H, V.T @ (V @ w[S] - val[1]) / len(V))
-    of_l1 = torch.zeros_like(w).masked_scatter(S, -w[S].sign() * adjoint)
-    return {"a": l1 * (of_l1 if l1.dim() else of_l1.sum()), "b": -ridge * (w[S] @ adjoint)}
+    u = torch.zeros_like(w).masked_scatter(S, torch.linalg.solve(H, V.T @ (V @ w[S] - val[1]) / len(V)))
+    return {"a": -l1 * (w.sign() * u if l1.dim() else w.sign() @ u), "b": -ridge * (w @ u)}
 
 
 def load(seed: int) -> list[Batch]:
@@ -79,7 +75,7 @@ def load(seed: int) -> list[Batch]:
 
 def tune(x: Params, train: Batch, val: Batch, steps: int) -> float:
     """Adam along hypergradients, each at the lower solution: their largest error, relative to the largest of them."""
-    problem, method = Sparse(train), Implicit(GMRES(60, rtol=1e-13), hvp=ReverseOverReverse(keep_graph=True))
+    problem, method = Sparse(train), Implicit(GMRES(60, rtol=1e-13))
     y, errors, sizes = problem.reset_lower(x), [], []
     levels = Level(x, torch.optim.Adam(x.values(), lr=0.1), [val]), Level(y, torch.optim.SGD(y.values()), [train])
     trainer = Trainer(problem, *levels, AlternatingSchedule(steps, lower_steps=0, upper_steps=1), method)
@@ -87,8 +83,8 @@ def tune(x: Params, train: Batch, val: Batch, steps: int) -> float:
         y = problem.reset_lower(x)
         found = hypergradient(problem, x, y, method, upper_batch=val, lower_batches=[train]).grad
         exact = closed_form(x, y["w"], train, val)
-        errors += [float((found[name] - exact[name]).norm()) for name in x]
-        sizes += [float(exact[name].norm()) for name in x]
+        errors += [float((found[n] - exact[n]).norm()) for n in x]
+        sizes += [float(exact[n].norm()) for n in x]
         trainer.advance()
     return max(errors) / max(sizes)
 
