@@ -38,19 +38,17 @@ from bilevel.linear import (
 from bilevel.lower import (
     BufferWatch,
     Examination,
+    Inputs,
     LowerObjectives,
     PerProblem,
-    StaleSystemError,
     Tikhonov,
     check_batch,
-    check_marks,
     cross_examined,
     differentiates,
     examine_cross,
     examine_curvature,
     examine_response,
     halves,
-    take_marks,
     upper_derivatives,
 )
 from bilevel.nn import curvature_surroundings
@@ -103,7 +101,6 @@ class System:
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
                 "tikhonov for Tikhonov damping of A alone"
             )
-        self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
         self.regularized = self.has_regularizer and total > 0.0
         self.weight = total if self.regularized else 1.0
@@ -115,8 +112,7 @@ class System:
         self.curvature = self._examined()
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
-        self._invalidated = False
-        self._marks = take_marks(self._named_tensors(), sums=not at_once)
+        self._inputs = Inputs(problem, self.upper, self.lower, self.lower_batches, self._buffers, sums=not at_once)
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -273,25 +269,15 @@ class System:
 
     def batch_sums(self) -> tuple[str, ...]:
         """Checksums of the tensors of the lower batches."""
-        named = [(str(k), tensor) for k, batch in enumerate(self.lower_batches) for tensor in tree.tensors_in(batch)]
-        return tuple(str(mark.checksum) for mark in take_marks(named))
+        return self._inputs.batch_sums()
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
-        self._invalidated = True
+        self._inputs.invalidate()
 
     def check_fresh(self) -> None:
         """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums."""
-        if self._invalidated:
-            raise StaleSystemError("the system was invalidated; call linearize again")
-        weight = self.problem.regularization_weight
-        if weight != self._regularization_weight:
-            raise StaleSystemError(
-                f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
-                "linearize again"
-            )
-        check_marks(self._marks, self._named_tensors())
-        self._buffers.check()
+        self._inputs.check()
 
     @cached_property
     def _reached_upper(self) -> set[str]:
@@ -353,15 +339,6 @@ class System:
     @cached_property
     def _loss_gradient_here(self) -> tuple[Params, Tensor | None]:
         return mean_and_error([loss.gradient() for loss in self._losses])
-
-    def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        """All tensors that the system was built from, under the names that messages give them."""
-        named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
-        if self.problem.curvature_depends_on_upper:
-            named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
-        for k, batch in enumerate(self.lower_batches):
-            named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
-        return named
 
 
 def through_system(

@@ -150,8 +150,8 @@ class ReverseOverReverse(HVPProvider):
     Args:
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
             after the first, and the cross term, saves the forward and the first backward pass, for the memory of one
-            graph per batch in the variables of both levels. The choice for problems of small tensors, where a pass
-            costs mostly the calls it is made of.
+            graph per batch in the variables of both levels. None keeps it where variables and batches have no more than
+            100,000 entries together, where a pass costs mostly the calls it is made of.
         memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
             measured (`bilevel.products.graph_bytes`) when the batch's first product has built it, and kept
             if it still fits beside those kept before; the other batches are recomputed for every product, and the
@@ -161,7 +161,7 @@ class ReverseOverReverse(HVPProvider):
         ValueError: a budget without `keep_graph`, or one that is not a number of bytes >= 0.
     """
 
-    keep_graph: bool = False
+    keep_graph: bool | None = None
     memory_budget: float | None = None
 
     def __post_init__(self) -> None:
@@ -181,8 +181,11 @@ class ReverseOverReverse(HVPProvider):
         self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
     ) -> list[Linearization]:
         living = (*upper.values(), *lower.values(), *resident)
+        keep = self.keep_graph
+        if keep is None:
+            keep = bool(resident) and sum(tensor.numel() for tensor in living) <= _SMALL
         limit = inf if self.memory_budget is None else self.memory_budget
-        account = GraphAccount(limit, living) if self.keep_graph else None
+        account = GraphAccount(limit, living) if keep else None
         return [_Reverse(objective, upper, lower, account) for objective in objectives]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.measuring import free_port
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Hypergradient,
     Implicit,
@@ -42,8 +41,9 @@ from bilevel.distributed import (
     shard,
     world_size,
 )
+from bilevel.hypergradients import SAMA
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
-from bilevel.nn.functional import own_draws
+from bilevel.nn import own_draws
 from bilevel.products import ForwardOverReverse, ReverseOverReverse
 from bilevel.products.automatic import Automatic
 from recipes.experiment.ranks.processes import Launch, Ranks

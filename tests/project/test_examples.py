@@ -202,6 +202,70 @@ def test_maml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert result["failed_solves"] <= 3
 
 
+def test_lasso(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("lasso", monkeypatch, capsys, tmp_path)
+    assert result["mismatch"] < 1e-7
+    # The mean of the targets, about 1, is what no features give.
+    assert all(error < 0.8 for name, error in result.items() if name != "mismatch")
+
+
+def test_lasso_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    lasso = load("lasso", monkeypatch)
+    train, _, _ = lasso.load(3)
+    generator = torch.Generator().manual_seed(0)
+    x = {"a": -3.0 + torch.rand(55, generator=generator).double(), "b": torch.tensor(-4.0).double()}
+    w, (X, t) = lasso.fit(x, train), train
+    slope = X.T @ (X @ w - t) / len(t) + x["b"].exp() * w
+    assert 0 < int((w != 0).sum()) < 55
+    # The conditions for a minimum: the slope is the weight against the sign on the support, and no larger elsewhere.
+    assert torch.allclose(slope[w != 0], -x["a"].exp()[w != 0] * w[w != 0].sign(), rtol=1e-6)
+    assert bool((slope.abs() <= x["a"].exp() * (1.0 + 1e-6)).all())
+
+
+def test_svm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("svm", monkeypatch, capsys, tmp_path)
+    assert result["failures"] == 0
+    assert result["stationarity"] < 1e-10
+    assert result["C and 30 widths"][0] < result["grid of 64, C and one width"][0]
+
+
+def test_svm_is_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    svm = load("svm", monkeypatch)
+    train, _, _ = svm.load(3)
+    x = {"log_C": torch.tensor(1.0).double(), "log_width": torch.tensor(-4.0).double()}
+    machine = svm.Machine(train)
+    y = machine.reset_lower(x)["y"]
+    slope = machine.quadratic(x) @ y - 1.0
+    assert 0 < int((y > 0).sum()) < len(y)
+    assert float(slope[y > 0].abs().max()) < 1e-9
+    assert float(slope.min()) > -1e-9
+
+
+def test_equilibrium(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("equilibrium", monkeypatch, capsys, tmp_path)
+    assert result["equilibrium"]["test"] > result["linear"]["test"]
+    assert result["equilibrium"]["kept"] < 0.25 * result["30"]["kept"]
+
+
+def test_equilibrium_gradients_are_those_of_many_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("equilibrium", monkeypatch)
+    torch.manual_seed(0)
+    network, X = example.Network(None), torch.rand(5, 64)
+    gradients = []
+    for steps in (None, 200):
+        network.steps = steps
+        network.zero_grad()
+        network(X).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert torch.linalg.vector_norm(gradients[0] - gradients[1]) < 1e-2 * torch.linalg.vector_norm(gradients[1])
+
+
+def test_sklearn_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("sklearn_layer", monkeypatch, capsys, tmp_path)
+    assert result["lower_gradient"] < 1e-4
+    assert result["classifier on learned features"] > 50.0
+
+
 def test_long_tail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = quick("long_tail", monkeypatch, capsys, tmp_path)
     assert result["lower_gradient"] < 1e-3

@@ -12,21 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    MINRES,
-    Identity,
-    Neumann,
-    Nystrom,
-    Params,
-    Problem,
-    SGDUpdate,
-    Unrolled,
-    hypergradient,
-    linearize,
-)
+from bilevel import CG, MINRES, Identity, Neumann, Params, Problem, SGDUpdate, Unrolled, hypergradient, linearize
 from bilevel.hypergradients import System
-from bilevel.linear import Dense, LinearOperator, Solver
+from bilevel.linear import Dense, LinearOperator, Nystrom, Solver
 from bilevel.linear.operators import MeanOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
 from bilevel.linear.solvers.escalating import Escalating
@@ -34,8 +22,8 @@ from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, 
 from bilevel.products.automatic import Automatic
 from bilevel.products.micro_batch import MicroBatched
 from tests.support.cases import DEFINITE, Case, dense, joined, vector, with_spectrum
-from tests.support.smooth import BATCHES, Smooth, variables
-from tests.support.unrolled_cases import Quadratic, relative_error, split
+from tests.support.problems.smooth import BATCHES, Smooth, variables
+from tests.support.problems.unrolled_cases import Quadratic, relative_error, split
 
 DRAWN = settings(max_examples=15, derandomize=True, deadline=None, database=None)
 SEEDS = st.integers(0, 99)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
-    SAMA,
-    AdamUpdate,
     Identity,
     Implicit,
     Method,
@@ -29,6 +27,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import SAMA, AdamUpdate
 from bilevel.lower import curvature as curvature_module
 from bilevel.products import (
     FiniteDifference,
@@ -38,7 +37,7 @@ from bilevel.products import (
     MicroBatched,
     ReverseOverReverse,
 )
-from tests.support.small_modules import (
+from tests.support.problems.small_modules import (
     FAULTY,
     Activation,
     KeepsAnIntermediate,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel import Params, Problem
-from bilevel.lower import Draw, Oracles, repeatable
-from bilevel.nn import GeneratorMark
+from bilevel.lower import Draw, Oracles, draws
+from bilevel.lower.repeatable import repeatable
+from bilevel.nn import GeneratorMark, seeded
 from tests.support.cases import joined, vector
 
 DRAWS: dict[str, Callable[[], float]] = {
@@ -41,18 +42,9 @@ POINT = {"x": vector(3, 1)}, {"y": vector(3, 2)}
 DRAW = Draw(torch.ones(3, dtype=torch.float64), 17)
 
 
-def compute(problem: Problem) -> Callable[[bool], Tensor]:
-    def passes(seeded: bool) -> Tensor:
-        oracles = Oracles(problem, ("y",), seeded=seeded)
-        parts = [oracles.lower(*POINT, POINT[1], DRAW) for _ in range(2)]
-        assert not seeded or torch.equal(joined(parts[0].product), joined(parts[1].product)), "equal masks"
-        return joined(parts[0].product)
-
-    return passes
-
-
-def probe(problem: Problem) -> Callable[[], Any]:
-    return lambda: problem.lower_objective(*POINT, DRAW.batch)
+def product(problem: Problem) -> Tensor:
+    """d2G/dydy v, scaled by what the problem draws in its one pass."""
+    return joined(Oracles(problem, ("y",)).lower(*POINT, POINT[1], DRAW).product)
 
 
 def states() -> tuple[Any, ...]:
@@ -61,44 +53,41 @@ def states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", [None, *DRAWS])
-def test_seeded_and_unseeded_give_the_same_and_generators_stay(name: str | None) -> None:
+def test_equal_samples_have_equal_masks_and_generators_stay(name: str | None) -> None:
     draw = None if name is None else DRAWS[name]
     np.random.seed(4)
     # One normal number in reserve.
     np.random.randn()
-    before = states()
-    problem = Noisy(draw)
-    found = [repeatable(problem, compute(problem), probe(problem)) for _ in range(3)]
+    before, problem = states(), Noisy(draw)
+    assert draws(problem) is None
+    found = [product(problem) for _ in range(3)]
+    assert draws(problem) is (None if name is None else True), "nobody has asked for the upper level"
+    Oracles(problem, ("y",)).upper(*POINT, DRAW)
+    assert draws(problem) is (name is not None)
     assert states() == before
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[0], compute(Noisy(draw))(True))
+    with seeded(DRAW.seed):
+        scale = 1.0 if draw is None else draw()
+    wanted = scale * 12.0 * joined(POINT[1]) ** 3
+    assert all(torch.allclose(one, wanted, rtol=1e-12) for one in found)
     assert states() == before
 
 
 def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
-    problem, asked = Noisy(DRAWS["torch"], after=4), list[bool]()
+    problem, asked = Noisy(DRAWS["torch"], after=2), list[bool]()
     before = states()
 
-    def noted(seeded: bool) -> Tensor:
-        asked.append(seeded)
-        return compute(problem)(seeded)
+    def noted(again: bool) -> Tensor:
+        asked.append(again)
+        return problem.lower_objective(*POINT, DRAW.batch)
 
-    found = [repeatable(problem, noted, probe(problem)) for _ in range(3)]
-    # A probe and two passes, one quiet and one drawing pass that are made again, and two seeded ones.
-    assert asked == [False, False, True, True]
+    found = [repeatable(problem, "lower", DRAW.seed, noted) for _ in range(4)]
+    # Two quiet passes; one that draws and is made again, and a seeded one.
+    assert asked == [False, False, False, True, False]
+    assert draws(problem) is True
     assert states() == before
-    assert not torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2])
-
-
-def test_a_problem_is_probed_once() -> None:
-    problem, probes = Noisy(None), list[int]()
-    for _ in range(3):
-        repeatable(problem, compute(problem), lambda: probes.append(1))
-    assert probes == [1]
-    repeatable(Noisy(None), compute(problem), lambda: probes.append(1))
-    assert probes == [1, 1]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert torch.equal(found[2], found[3])
 
 
 @pytest.mark.parametrize("name", DRAWS)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel import Params, Problem, hypergradient, linearize
-from bilevel.lower import BufferWatch, StaleSystemError, check_marks, take_marks
+from bilevel.lower import BufferWatch, StaleSystemError
+from bilevel.lower.staleness import check_marks, take_marks
 from bilevel.tree import tensors_in
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
@@ -26,11 +25,12 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import SAMA
 from bilevel.lower import StaleSystemError
 from bilevel.nn import training_autocast
 from bilevel.training import SingleLevelTrainer, gradient_of
 from tests.support.cases import vector
-from tests.support.smooth import BATCHES, Smooth, variables
+from tests.support.problems.smooth import BATCHES, Smooth, variables
 
 ARGUMENTS: dict[str, Any] = {"upper_batch": BATCHES[0], "lower_batches": BATCHES}
 METHODS: list[Method] = [Implicit(CG(20, 1e-12)), Unrolled(SGDUpdate(0.01)), Implicit(CG(20, 1e-12), hvp="auto")]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, Implicit, Nystrom, Params, Problem, SolverError, SolverWarning, Status, linearize
+from bilevel import CG, Implicit, Params, Problem, SolverError, SolverWarning, Status, linearize
 from bilevel.hypergradients import LowerSolution, OnFailure, System, lower_solution
-from bilevel.linear import Solver
+from bilevel.linear import Nystrom, Solver
 from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
 from tests.bilevel.hypergradients.lower_solution.fits import EXACT, TARGET, Network, RidgeFit, X, fitted, ridge_solution
 from tests.support.cases import vector
-from tests.support.closed_forms import NO_BATCH, QuadraticBilevel, quadratic
+from tests.support.problems.closed_forms import NO_BATCH, QuadraticBilevel, quadratic
 
 LOG_WEIGHT = vector(5, 30)
 

@@ -10,7 +10,7 @@ from bilevel import AlternatingSchedule, Level, Trainer
 from bilevel.hypergradients import BOME, F2SA, MASOBA, SABA, SOBA, SRBA, Method
 from bilevel.training import power_decay
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import PROBLEM, blocks, solution, variables
+from tests.support.problems.sampled_quadratic import PROBLEM, blocks, solution, variables
 
 
 def trained(

@@ -16,7 +16,7 @@ from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.bilevel.hypergradients.single_loop.test_directions import by_series, close, one_term, series, three
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
+from tests.support.problems.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
 
 ETA, TERMS = 0.4, 2
 
@@ -105,7 +105,7 @@ def test_sampled_series_have_the_mean_of_the_whole_sets(name: str, monkeypatch: 
 
 
 def test_the_whole_sets_series_is_as_near_to_the_inverse_as_the_docstring_says() -> None:
-    f_y = above(*(torch.ones(n).double() for n in (4, 7)), WHOLE[1])[1]
+    f_y = above(torch.ones(4).double(), torch.ones(7).double(), WHOLE[1])[1]
     H = hessian()
     least, largest = float(torch.linalg.eigvalsh(H)[0]), float(torch.linalg.eigvalsh(H)[-1])
     assert 2 / largest > ETA

@@ -13,7 +13,7 @@ from bilevel import CG, Params, Problem, functional_call, linearize
 from bilevel.hypergradients import System
 from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
-from tests.support.smooth import BATCHES, Separable, Smooth, variables
+from tests.support.problems.smooth import BATCHES, Separable, Smooth, variables
 
 
 def fresh_system(problem: Problem | None = None) -> tuple[System, Params, Params, list[dict[str, Tensor]]]:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from bilevel import (
     CG,
-    SAMA,
-    AdamUpdate,
     AlternatingSchedule,
     Identity,
     Implicit,
@@ -31,16 +29,16 @@ from bilevel import (
 )
 from bilevel.checkpoint import load_checkpoint
 from bilevel.distributed import shard
-from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
+from bilevel.hypergradients import SAMA, AdamUpdate, Method, MethodState, Proposal, UpperStep
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
 from bilevel.training import Blocks, Callback, Inspect, NonFiniteError, SingleLevelTrainer
 from bilevel.tree import tensors_in
-from tests.bilevel.training.test_trainer_resume import metrics
+from tests.bilevel.training.trainer.test_resume import metrics
 from tests.support.cases import vector
 from tests.support.methods import METHODS, Kind
+from tests.support.problems.small_net import Bell, Net, net_trainer
 from tests.support.rank_processes import on_ranks
-from tests.support.small_net import Bell, Net, net_trainer
 
 EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
 LOOPS = {name: kind for name, kind in METHODS.items() if kind.method.moves_lower}
@@ -178,7 +176,7 @@ def test_a_lower_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind:
 def test_events_have_one_schema(tmp_path: Path, kind: Kind) -> None:
     made(tmp_path / "run", kind).run()
     made(tmp_path / "other", replace(METHODS["implicit"], upper_steps=kind.upper_steps, adapts=kind.adapts)).run()
-    ours, theirs = ({line["event"]: line.keys() for line in metrics(tmp_path / name)} for name in ("run", "other"))
+    ours, theirs = ({line["event"]: set(line) for line in metrics(tmp_path / name)} for name in ("run", "other"))
     if kind.method.moves_lower:
         # A step of both levels has the lower one's numbers beside its own, and there are no steps of that one alone.
         theirs["upper"] |= {"lower_lr", "lower_grad_norm"}

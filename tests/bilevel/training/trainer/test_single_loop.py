@@ -43,7 +43,7 @@ from bilevel.lower import Draw
 from bilevel.training import Blocks, Callback, NonFiniteError, power_decay
 from tests.support.cases import joined, vector
 from tests.support.methods import METHODS
-from tests.support.sampled_quadratic import PROBLEM, Drive, blocks, draw, variables
+from tests.support.problems.sampled_quadratic import PROBLEM, Drive, blocks, draw, variables
 
 LOOPS = {name: kind.method for name, kind in METHODS.items() if kind.method.moves_lower}
 SAMPLED = {name: kind.method for name, kind in METHODS.items() if kind.method.lower_draws}

@@ -15,7 +15,6 @@ from bilevel import (
     BatchStack,
     Checkpointing,
     Implicit,
-    JSONLWriter,
     Level,
     Method,
     Params,
@@ -24,9 +23,9 @@ from bilevel import (
     functional_call,
     proximal,
 )
-from bilevel.training import BatchSource, Blocks, Callback
+from bilevel.training import BatchSource, Blocks, Callback, JSONLWriter
 from tests.support.cases import vector
-from tests.support.two_heads import inverse
+from tests.support.problems.two_heads import inverse
 
 
 class Net(Problem):
