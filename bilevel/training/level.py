@@ -102,12 +102,13 @@ class Level:
             self.waited += time.perf_counter() - began
 
     def draw(self) -> Draw:
-        """The data's next batch as a sample: a block with its weight, where the data are cut into fixed blocks, whose
-        random masks are always the same; otherwise with a seed from the default generator."""
+        """The data's next batch as a sample, with a seed from the default generator; a block with its weight, where the
+        data are cut into fixed blocks."""
         batch, block, blocks = self.next_batch(), self.data.last_block, self.data.blocks
+        seed = int(torch.randint(2**31 - 1, ()))
         if block is None or blocks is None:
-            return Draw(batch, int(torch.randint(2**31 - 1, ())))
-        return Draw(batch, block, block, blocks.weight(block))
+            return Draw(batch, seed)
+        return Draw(batch, seed, block, blocks.weight(block))
 
     @property
     def rate(self) -> float:

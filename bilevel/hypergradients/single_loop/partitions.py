@@ -34,8 +34,9 @@ def check_partitions(method: str, setup: Setup | UpperStep) -> tuple[int, int]:
 
 def whole_directions(oracles: Oracles, at: Point, step: UpperStep) -> tuple[Tensor, Point]:
     """F and the three directions on all samples of both levels."""
-    below = _mean([oracles.lower(at.upper, at.lower, at.v, draw) for draw in _sweep(step.lower_blocks, step)])
-    above = _mean([oracles.upper(at.upper, at.lower, draw) for draw in _sweep(step.upper_blocks, step)])
+    samples = _sweep(step.lower_blocks, step.lower_draws), _sweep(step.upper_blocks, step.upper_draws)
+    below = _mean([oracles.lower(at.upper, at.lower, at.v, draw) for draw in samples[0]])
+    above = _mean([oracles.upper(at.upper, at.lower, draw) for draw in samples[1]])
     _, d_y, product, cross = below
     loss, d_x, d_f = above
     return loss["value"], Point(tree.sub(d_x, cross), d_y, tree.sub(product, d_f))
@@ -82,10 +83,11 @@ class SagaTable:
         self.rows[draw.block] = self.new
 
 
-def _sweep(blocks: Partition | None, step: UpperStep) -> Iterator[Draw]:
+def _sweep(blocks: Partition | None, draws: Sequence[Draw]) -> Iterator[Draw]:
+    """The whole set, with seeds from that of the step's own sample."""
     assert blocks is not None
     for number, (batch, weight) in enumerate(blocks.sweep()):
-        yield Draw(batch, number, None, weight)
+        yield Draw(batch, draws[0].seed + number, None, weight)
 
 
 def _mean(samples: Sequence[tuple[Tensor, *tuple[Params, ...]]]) -> list[Params]:

@@ -23,7 +23,8 @@ class Blocks(BatchSource, Partition):
         size: n, the number of points.
         block_size: points a block.
         load: ``load(indices) -> batch``; `indices` is int64 [points]. The same points give the same batch: no random
-            augmentation. Over several ranks each loads its share, `bilevel.distributed.shard`.
+            augmentation. Over several ranks each loads its share, `bilevel.distributed.shard`; derivatives are means
+            over the ranks, so that their number must divide the points of every batch, or some count more than others.
         seed: of the order, >= 0.
         sweep_size: points a batch where the whole set is gone through at once; default 4096, at least `block_size`.
 
