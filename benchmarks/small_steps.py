@@ -5,13 +5,14 @@
 The hand-written oracles are what a stochastic single-loop method needs of one sample a level: one forward pass and one
 double backward pass below for dG/dy, the Hessian product and the cross term, one forward and one backward pass above.
 Every other row computes a hypergradient, or makes a step, by this package on the same batches. All rows are timed in
-turn within one run; a figure is the row's time over that of the oracles, repeat by repeat.
+turn within one run, in processor seconds; a figure is the row's over those of the oracles, repeat by repeat.
 
 A row is a function of a `Case` in `ROWS` that returns what is to be timed: one step, called again and again.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.measuring import environment, interleaved, parser, show, use_threads, write_json
+from benchmarks.measuring import Timing, environment, parser, show, use_threads, write_json
 from benchmarks.pages import conditions, table, update
-from bilevel import CG, Identity, Implicit, Neumann, Params, Problem, hypergradient, linearize
+from bilevel import (
+    CG,
+    AlternatingSchedule,
+    Identity,
+    Implicit,
+    Level,
+    Neumann,
+    Params,
+    Problem,
+    Trainer,
+    hypergradient,
+    linearize,
+)
+from bilevel.hypergradients import SOBA, Draw, SingleLoop, UpperStep
 from bilevel.linear import Solver
 from bilevel.products import ReverseOverReverse
 
@@ -35,7 +49,10 @@ Batch = tuple[Tensor, ...]
 Loss = Callable[[Tensor, Tensor, Batch], Tensor]
 Step = Callable[[], object]
 
-CALLS, REPEATS = 50, 21
+CALLS, REPEATS = 10, 61
+STAGE = CALLS
+"""Steps of a `Trainer` that are timed together: one stage."""
+RATE = 0.1
 SAMPLES = 64
 SCALE = 0.1
 """Of the Neumann series: its automatic choice takes five more products."""
@@ -169,9 +186,50 @@ def from_a_start(solver: Solver) -> Callable[[Case], Step]:
     return row
 
 
+def frame(method: SingleLoop) -> Callable[[Case], Step]:
+    """A single-loop method's directions, without the levels' optimizers."""
+
+    def row(case: Case) -> Step:
+        following, state = case.batches(), {"v": {"y": case.v}}
+
+        def step() -> object:
+            below, above = following()
+            at = UpperStep(
+                case.problem,
+                {"x": case.x},
+                {"y": case.y},
+                above,
+                (),
+                lower_rate=RATE,
+                lower_draws=(Draw(below, 0),),
+                upper_draws=(Draw(above, 1),),
+            )
+            return method.propose(at, state, None)
+
+        return step
+
+    return row
+
+
+def trainer(method: SingleLoop) -> Callable[[Case], Step]:
+    """A whole step of a `Trainer` without callbacks: batches, directions, both optimizers, and the record. The steps
+    lead nowhere: the rate is 0."""
+
+    def row(case: Case) -> Step:
+        x, y = case.x.clone().requires_grad_(), case.y.clone().requires_grad_()
+        upper = Level({"x": x}, torch.optim.SGD([x], lr=0.0), list(case.upper))
+        lower = Level({"y": y}, torch.optim.SGD([y], lr=0.0), list(case.lower))
+        return Trainer(case.problem, upper, lower, AlternatingSchedule(10**9, 0, STAGE), method).advance
+
+    return row
+
+
 ORACLES = "hand-written oracles"
+TRAINER = "step of a Trainer, SOBA"
 ROWS: dict[str, Callable[[Case], Step]] = {
     ORACLES: oracles,
+    "directions, SOBA": frame(SOBA()),
+    TRAINER: trainer(SOBA()),
     "hypergradient, Identity()": by(Identity()),
     "hypergradient, Neumann(1)": by(Neumann(1, scale=SCALE)),
     "hypergradient, Neumann(1), from a start": from_a_start(Neumann(1, scale=SCALE)),
@@ -187,12 +245,26 @@ def repeated(step: Step, calls: int) -> Step:
     return several
 
 
+def processor_seconds(steps: Mapping[str, Step], repeats: int) -> dict[str, Timing]:
+    """Of each, all of them once in every repeat, after a round that does not count; other work on the machine disturbs
+    them less than seconds of the clock."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, repeats):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            if repeat >= 0:
+                samples[name].append(time.process_time() - start)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
 def measure(*, quick: bool) -> dict[str, Any]:
     """Milliseconds of the oracles and multiples of them, by case and row."""
-    calls, repeats = (2, 2) if quick else (CALLS, REPEATS)
+    calls, repeats = CALLS, 2 if quick else REPEATS
     cases = {}
     for case in (quadratic(), logistic()):
-        times = interleaved({name: repeated(row(case), calls) for name, row in ROWS.items()}, repeats)
+        steps = {name: repeated(row(case), 1 if name == TRAINER else calls) for name, row in ROWS.items()}
+        times = processor_seconds(steps, repeats)
         ratios = {name: timing.over(times[ORACLES]).record() for name, timing in times.items() if name != ORACLES}
         cases[case.name] = {"milliseconds": 1e3 * times[ORACLES].median / calls, "ratios": ratios}
     return {"quick": quick, "environment": environment(), "calls": calls, "repeats": repeats, "cases": cases}

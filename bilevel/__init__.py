@@ -1,7 +1,7 @@
 """Gradient-based bilevel optimization for PyTorch: hypergradients, implicit-gradient solvers, alternating training.
 
 Here are the names that a first reader needs; the others are public in their rooms: `bilevel.hypergradients`,
-`bilevel.linear`, `bilevel.products`, `bilevel.training`, `bilevel.nn`.
+`bilevel.linear`, `bilevel.products`, `bilevel.training`, `bilevel.compare`, `bilevel.nn`.
 """
 
 from bilevel.hypergradients import (

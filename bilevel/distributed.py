@@ -58,6 +58,8 @@ def mean_over_ranks(x: Params) -> Params:
 
 def mean_with_gradient(value: Tensor, gradient: Params) -> tuple[Tensor, Params]:
     """`mean_over_ranks` of a 0-d value and of its gradient, in one exchange."""
+    if world_size() == 1:
+        return value, gradient
     both = mean_over_ranks({"value": value, **{f"d {name}": leaf for name, leaf in gradient.items()}})
     return both["value"], {name: both[f"d {name}"] for name in gradient}
 

@@ -21,6 +21,9 @@ class Problem(ABC):
     (`lower_objective`) and, if there is one, r (`regularizer`). Objectives are pure functions of their arguments: they
     return a 0-d tensor, bind modules through `functional_call` and write to nothing. An expectation over a batch is
     a mean, so that the mean over several batches is the objective on their union.
+
+    For lower levels that are fixed points, constrained, penalised by what is not smooth, or roots, derive from one of
+    the kinds in `bilevel.lower`.
     """
 
     regularization_weight: float = 0.0

@@ -85,7 +85,7 @@ def dot(x: Params, y: Params) -> Tensor:
 
 def norm(x: Params) -> Tensor:
     """Euclidean norm over all leaves, 0-d."""
-    norms = torch._foreach_norm(list(x.values())) if x else [torch.zeros(())]
+    norms = list(torch._foreach_norm(list(x.values()))) if x else [torch.zeros(())]
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 

@@ -45,11 +45,11 @@ def advise(figures: Figures) -> Advice:
     reading = _Reading(figures["curves"], facts, target_error(facts))
     around = [reading.spectrum(), reading.noise(), reading.stationarity(), reading.reference()]
     if not is_resolved(facts):
-        sentences = [reading.lost_curvature(), reading.unresolved(), *around]
+        sentences = [reading.flaws(), reading.unresolved(), *around]
         return Advice(reading.target, None, False, tuple(filter(None, sentences)))
-    solvers = [reading.choice(), reading.cg_and_neumann(), reading.identity(), reading.reuse(), reading.clock()]
+    solvers = [reading.choice(), reading.two(), reading.identity(), reading.reuse(), reading.clock()]
     recommended, reached = reading.recommended()
-    sentences = [reading.lost_curvature(), *solvers, *around]
+    sentences = [reading.flaws(), *solvers, *around]
     return Advice(reading.target, recommended, reached, tuple(filter(None, sentences)))
 
 
@@ -62,7 +62,8 @@ def target_error(facts: Figures) -> float:
     """The noise of the batches, where it is known and below a half; never less than the reference resolves."""
     noise = facts["noise"]
     useful = noise is not None and 1e-9 <= noise < _LARGE_NOISE
-    return max(noise if useful else WITHOUT_NOISE, _RESOLVED * facts["reference"]["accuracy"])
+    limit = _RESOLVED * facts["reference"]["accuracy"] if is_resolved(facts) else 0.0
+    return max(noise if useful else WITHOUT_NOISE, limit)
 
 
 def strict_error(facts: Figures) -> float | None:
@@ -84,6 +85,10 @@ class _Reading:
             points = [point for point in row["points"] if point["status"] in SUCCESSES]
             if points:
                 self.sounds[row["solver"], row["use"]] = {**row, "points": points}
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return ("CG", "Neumann") if self.facts["symmetric"] else ("GMRES", "adjoint iteration")
 
     def needs(self, solver: str, use: str = "first", what: str = "products") -> float | None:
         """The median of what it takes to the target; None where it is not reached by a solve that succeeds."""
@@ -111,7 +116,7 @@ class _Reading:
         found = self.facts["reference"]
         ends = [
             f"{solver} ended {row['points'][-1]['status']}"
-            for solver in ("CG", "Neumann")
+            for solver in self.pair
             if (row := row_of(self.rows, solver=solver, use="first")) is not None
         ]
         return (
@@ -146,6 +151,8 @@ class _Reading:
             "CG": f"CG({made}, None)",
             "Neumann": f"Neumann({made})",
             "MINRES": f"MINRES({made}, None)",
+            "GMRES": f"GMRES({made}, None, None)",
+            "adjoint iteration": f"AdjointIteration({made}, None)",
             "CG, recycled": f"CG({made}, None, recycle=64)",
         }.get(solver)
         if code is None or made is None:
@@ -154,19 +161,21 @@ class _Reading:
         alternative = ', or CG(50, "noise") which stops there by itself' if by_noise else ""
         return f"As a solver: {code}{alternative}."
 
-    def cg_and_neumann(self) -> str | None:
-        if not {"CG", "Neumann"} <= set(names(self.rows, "solver")):
+    def two(self) -> str | None:
+        """CG beside Neumann, and where A is not symmetric GMRES beside the adjoint iteration."""
+        first, second = self.pair
+        if not {first, second} <= set(names(self.rows, "solver")):
             return None
-        cg, neumann = self.needs("CG"), self.needs("Neumann")
-        if cg is None and neumann is None:
-            return f"Neither CG nor Neumann gets there: {self._end('CG')}, {self._end('Neumann')}."
-        if cg is None:
-            return f"Neumann gets there with {self._cost('Neumann')}; CG does not: {self._end('CG')}."
-        if neumann is None:
-            return f"CG gets there with {self._cost('CG')}; Neumann does not: {self._end('Neumann')}."
+        reached = [solver for solver in self.pair if self.needs(solver) is not None]
+        if not reached:
+            return f"Neither {first} nor {second} gets there: {self._end(first)}, {self._end(second)}."
+        if len(reached) == 1:
+            (there,), (not_there,) = reached, set(self.pair) - set(reached)
+            return f"{there} gets there with {self._cost(there)}; {not_there} does not: {self._end(not_there)}."
+        scale = ", the products for its scale among the first ones" if second == "Neumann" else ""
         return (
-            f"Both CG and Neumann get there: CG with {self._cost('CG')}, Neumann with {self._cost('Neumann')}, the "
-            "products for its scale among the first ones."
+            f"Both {first} and {second} get there: {first} with {self._cost(first)}, {second} with "
+            f"{self._cost(second)}{scale}."
         )
 
     def _end(self, solver: str) -> str:
@@ -232,6 +241,11 @@ class _Reading:
         )
 
     def spectrum(self) -> str:
+        if self.facts["eigenvalues"] is None:
+            return (
+                f"{self.facts['variables']:,} variables: A is not symmetric, as that of a fixed point, a root or a "
+                "proximal problem, so that CG, MINRES and Neumann do not serve."
+            )
         low, high = self.facts["eigenvalues"]
         met = "all eigenvalues of A lie" if self.facts["eigenvalues_complete"] else "eigenvalues of A were met"
         text = f"{self.facts['variables']:,} variables: {met} between {number(low)} and {number(high)}"
@@ -276,8 +290,9 @@ class _Reading:
     def stationarity(self) -> str:
         norm, noise, gain = (self.facts[key] for key in ("stationarity", "gradient_noise", "gain"))
         beside = "" if noise is None or noise == 0.0 else f", {number(norm / noise)} times what the batches leave open"
+        what = "residual y - T(x, y), or S(x, y)," if self.facts["residual"] else "gradient"
         return (
-            f"The lower gradient has a norm of {number(norm)}{beside}: to first order, a lower level that is solved "
+            f"The lower {what} has a norm of {number(norm)}{beside}: to first order, a lower level that is solved "
             f"would change the upper loss {number(self.facts['loss'])} by {number(gain)}. The implicit function "
             "theorem assumes that it is solved."
         )
@@ -292,9 +307,10 @@ class _Reading:
             text += f"; that can hide errors up to {number(min(found['accuracy'], 1.0))}"
         return ". ".join([text, *found["remarks"]]) + "."
 
-    def lost_curvature(self) -> str | None:
-        lost = self.facts["lost_curvature"]
-        return None if lost is None else f"These figures are of another system than that of the loss: {lost}."
+    def flaws(self) -> str | None:
+        """What makes any solver's hypergradient wrong."""
+        found = [flaw for flaw in (self.facts["lost_curvature"], self.facts["flaw"]) if flaw is not None]
+        return f"Whatever the solver, the hypergradient is not right: {'; '.join(found)}." if found else None
 
 
 def _products(count: float | None) -> str:

@@ -13,11 +13,19 @@ from bilevel.compare.curves import ITERATIONS, KnownSystem, measure_curves
 from bilevel.compare.measuring import Deadline, interleaved, machine
 from bilevel.compare.reference import DENSE_SIZE, Place, Reference, find_reference, own_randomness
 from bilevel.compare.report import SolverReport
-from bilevel.compare.solvers import Families, Family, standard_solvers, stopping_solvers
+from bilevel.compare.solvers import Families, standard_solvers, stopping_solvers
 from bilevel.compare.successive import measure_successive
 from bilevel.hypergradients import SolverWarning, System
 from bilevel.linear import Identity, Solver
-from bilevel.lower import Selection, Tikhonov, check_batch, check_batches, differentiates, upper_derivatives
+from bilevel.lower import (
+    ResidualProblem,
+    Selection,
+    Tikhonov,
+    check_batch,
+    check_batches,
+    differentiates,
+    upper_derivatives,
+)
 from bilevel.problem import Problem
 from bilevel.products import HVP, as_provider
 from bilevel.tree import Params
@@ -51,7 +59,8 @@ def compare_solvers(
     Each solver makes a growing number of iterations, once for each right-hand side with a fresh state and once for the
     later ones with the state that the first has left. Errors :math:`\|x - x^*\| / \|x^*\|` are against a reference
     :math:`x^*` in float64, where the problem computes in it: by `Dense` where A is small, else by a long solve of CG,
-    or of MINRES where A is indefinite. The noise of the batches is the standard error of x, to first order
+    or of MINRES where A is indefinite. Where A is not symmetric (fixed points, roots, proximal problems) it is GMRES
+    beside the adjoint iteration. The noise of the batches is the standard error of x, to first order
 
     .. math:: \frac{1}{\|x^*\|} \Big(\frac{1}{K (K - 1)} \sum_k \|A^{-1} (A_k - A) x^*\|^2\Big)^{1/2}
 
@@ -155,10 +164,12 @@ def _solvers(families: Families | None, system: System) -> tuple[Families, dict[
     term = system.tikhonov
     known = float(term) if isinstance(term, (int, float)) and term > 0.0 and not system.regularized else None
     size = tree.size(system.variables(system.lower))
-    drawn = {name: family for name, family in standard_solvers(known).items() if name != "Dense" or size <= DENSE_SIZE}
+    all_of_them = standard_solvers(known, symmetric=system.operator.symmetric)
+    drawn = {name: family for name, family in all_of_them.items() if name != "Dense" or size <= DENSE_SIZE}
     # The noise is that of several batches.
     alone = len(system.lower_batches) == 1
-    stopping = {name: s for name, s in stopping_solvers(known).items() if not (alone and "noise" in name)}
+    stopping = stopping_solvers(known, symmetric=system.operator.symmetric)
+    stopping = {name: solver for name, solver in stopping.items() if not (alone and "noise" in name)}
     return drawn, {name: (solver, None) for name, solver in stopping.items()}
 
 
@@ -180,7 +191,7 @@ def _facts(
     product: float,
 ) -> dict[str, Any]:
     """What is known of the system and of the point."""
-    loss, direct, b = derivatives[0]
+    (loss, direct, b), residual = derivatives[0], isinstance(place.problem, ResidualProblem)
     x = tree.unflatten(reference.exact[0].to(next(iter(b.values())).device), b)
     gradient, gradient_noise = system.gradient_and_noise()
     implicit, by_identity = system.cross(x), system.cross(b)
@@ -192,17 +203,20 @@ def _facts(
         "batches": len(place.batches),
         "right_hand_sides": len(derivatives),
         "regularized": system.regularized,
-        "eigenvalues": list(reference.eigenvalues),
+        "symmetric": system.operator.symmetric,
+        "eigenvalues": None if reference.eigenvalues is None else list(reference.eigenvalues),
         "eigenvalues_complete": reference.complete,
-        "bounds": list(reference.bounds),
+        "bounds": None if reference.bounds is None else list(reference.bounds),
         "reference": {name: value for name, value in asdict(reference).items() if name in kept},
         "noise": reference.noise,
         "noise_from": reference.noise_from,
         "loss": float(loss),
+        "residual": residual,
+        "flaw": system.flaw(),
         "stationarity": float(tree.norm(gradient)),
         "gradient_noise": gradient_noise,
-        # F(x, y*) - F(x, y) to first order, A being divided by the weight of the regularizer.
-        "gain": -float(tree.dot(x, gradient)) / system.weight,
+        # F(x, y*) - F(x, y) to first order; that of an objective has A divided by the weight of the regularizer.
+        "gain": -float(tree.dot(x, gradient)) / (1.0 if residual else system.weight),
         "identity": _beside(plain, exact),
         "implicit_share": _ratio(tree.norm(implicit), tree.norm(exact)),
         "lost_curvature": system.curvature.lost(),
@@ -241,7 +255,7 @@ def _check_iterations(iterations: Sequence[int]) -> None:
         raise ValueError(f"iterations must be ascending numbers, got {list(iterations)}")
 
 
-def _checked_solvers(solvers: object) -> Families | None:
+def _checked_solvers(solvers: Families | None) -> Families | None:
     if solvers is None:
         return None
     if not isinstance(solvers, Mapping) or not solvers:
@@ -249,13 +263,11 @@ def _checked_solvers(solvers: object) -> Families | None:
             "solvers must be a mapping of names to solvers, or to functions of the number of iterations such as "
             f"{{'CG': lambda n: CG(n, None)}}; got a {type(solvers).__name__}"
         )
-    checked: dict[str, Family] = {}
     for name, family in solvers.items():
-        made = family if isinstance(family, Solver) else family(1) if callable(family) else None
+        made = family if isinstance(family, Solver) or not callable(family) else family(1)
         if not isinstance(made, Solver):
             raise TypeError(
                 f"solvers[{name!r}] must be a solver such as CG(5), or a function of the number of iterations that "
                 f"makes one such as lambda n: CG(n, None); got {family!r:.40}"
             )
-        checked[str(name)] = family
-    return checked
+    return {str(name): family for name, family in solvers.items()}

@@ -17,6 +17,7 @@ from bilevel.compare.measuring import Deadline, Timing, interleaved, now
 from bilevel.compare.solvers import Families, of_budget, preparation
 from bilevel.hypergradients import System
 from bilevel.linear import Dense, Solution, Solver, Status
+from bilevel.lower import ProximalProblem, ResidualProblem
 from bilevel.nn import curvature_pass
 from bilevel.problem import Problem
 from bilevel.products import HVPProvider
@@ -63,9 +64,15 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 
 def lower_gradient(problem: Problem, upper: Params, lower: Params, batch: Any) -> Params:
-    """dL/dy on one batch by a plain pass that writes no buffer: what times are multiples of."""
+    """dL/dy on one batch by a plain pass that writes no buffer: what times are multiples of.
+
+    Of a lower level without an objective it is the gradient of ``1/2 ||S||^2``, S being its residual.
+    """
     y = tree.as_variables(lower)
     with torch.enable_grad(), curvature_pass():
+        if isinstance(problem, ResidualProblem) and not isinstance(problem, ProximalProblem):
+            residual = problem.residual(tree.detach(upper), y, batch)
+            return tree.gradients(0.5 * tree.dot(residual, residual), y)
         return tree.gradients(problem.lower_objective(tree.detach(upper), y, batch), y)
 
 

@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.compare.curves import lower_gradient
 from bilevel.compare.measuring import Deadline
 from bilevel.hypergradients import System, linearize
-from bilevel.linear import CG, MINRES, Dense, Identity, Solution, Solver, Status, spectrum_bounds
+from bilevel.linear import CG, GMRES, MINRES, Dense, Identity, Solution, Solver, Status, spectrum_bounds
 from bilevel.lower import halves, in_double_precision
 from bilevel.nn import as_double
 from bilevel.problem import Problem
@@ -23,7 +23,8 @@ from bilevel.tree import Params
 DENSE_SIZE = 1500
 """Variables up to which A is formed."""
 _STEPS, _FEWEST_STEPS = 40, 10
-_MOST_ITERATIONS, _FEWEST_ITERATIONS = 3000, 3
+_MOST_ITERATIONS, _FEWEST_ITERATIONS, _MOST_VECTORS = 3000, 3, 200
+_RTOL = 1e-12
 _FOR_FLOAT64 = 60
 """Products a right-hand side that there must be time for."""
 _NOISE_RTOL, _NOISE_BATCHES = 0.05, 8
@@ -80,8 +81,9 @@ class Reference:
         residual: the largest ``||b - A x|| / ||b||``, measured in `dtype`.
         accuracy: relative error of x that such a residual can hide, where A is definite by the smallest eigenvalue met.
         status: of the worst solve.
-        eigenvalues: smallest and largest one, met by Lanczos steps or, if `complete`, of all.
-        bounds: smallest and largest eigenvalue that A has hardly anything beyond.
+        eigenvalues: smallest and largest one, met by Lanczos steps or, if `complete`, of all; None where A is not
+            symmetric.
+        bounds: smallest and largest eigenvalue that A has hardly anything beyond, None as well.
         noise: standard error of x from the choice of the lower batches, relative to x; None where not measured.
         noise_from: "batches"; "halves" of a single one; "product" where there was no time for solves and it is that of
             A x, relative to b; "" where not measured.
@@ -94,8 +96,8 @@ class Reference:
     residual: float
     accuracy: float
     status: str
-    eigenvalues: tuple[float, float]
-    bounds: tuple[float, float]
+    eigenvalues: tuple[float, float] | None
+    bounds: tuple[float, float] | None
     complete: bool
     noise: float | None
     noise_from: str
@@ -152,12 +154,12 @@ class _Search:
                 "the product of A with dF/dy is not finite, so that there is no system to compare solvers on; check "
                 "the lower objective, its data and the lower variables"
             )
-        met = self._lanczos(system)
-        solver = self._solver(met)
+        met = self._lanczos(system) if system.operator.symmetric else []
+        solver = self._solver(met, symmetric=system.operator.symmetric)
         solved = self.place.linearize(solver)
         solutions = [solved.solve(b) for b in self.rights]
         if any(s.status is Status.NEGATIVE_CURVATURE for s in solutions):
-            solver = MINRES(self._iterations(), 1e-12)
+            solver = MINRES(self._iterations(), _RTOL)
             solved = self.place.linearize(solver)
             solutions = [solved.solve(b) for b in self.rights]
         self._check(solutions)
@@ -169,7 +171,7 @@ class _Search:
             solver=type(solver).__name__,
             dtype=str(next(iter(self.rights[0].values())).dtype).removeprefix("torch."),
             residual=max(s.residual_norms[1] for s in solutions),
-            accuracy=self._accuracy(solutions, eigenvalues[0]),
+            accuracy=self._accuracy(solutions, eigenvalues),
             status=max(solutions, key=lambda s: s.residual_norms[1]).status.name,
             eigenvalues=eigenvalues,
             bounds=self._bounds(system, eigenvalues),
@@ -189,19 +191,21 @@ class _Search:
         start = tree.axpy(1.0 / float(tree.norm(drawn)), drawn, b)
         return [MINRES(steps, None).solve(system.operator, start)]
 
-    def _bounds(self, system: System, eigenvalues: tuple[float, float]) -> tuple[float, float]:
+    def _bounds(self, system: System, eigenvalues: tuple[float, float] | None) -> tuple[float, float] | None:
         """Wider than what was met where that is negative, and a term is to be suggested for it."""
-        found = None
-        if eigenvalues[0] <= 0.0 and self.affordable() > 15:
-            found = spectrum_bounds(system.operator, self.rights[0])
+        if eigenvalues is None or eigenvalues[0] > 0.0 or self.affordable() < 15:
+            return eigenvalues
+        found = spectrum_bounds(system.operator, self.rights[0])
         return eigenvalues if found is None else (min(found[0], eigenvalues[0]), max(found[1], eigenvalues[1]))
 
-    def _solver(self, met: Sequence[Solution]) -> Solver:
+    def _solver(self, met: Sequence[Solution], *, symmetric: bool) -> Solver:
         n = tree.size(self.rights[0])
         if n <= DENSE_SIZE and n <= 0.3 * self.affordable():
             return Dense()
-        most = self._iterations()
-        return MINRES(most, 1e-12) if met and _range(met)[0] <= 0.0 else CG(most, 1e-12)
+        most, seen = self._iterations(), _range(met)
+        if not symmetric:
+            return GMRES(min(most, _MOST_VECTORS), None, _RTOL)
+        return MINRES(most, _RTOL) if seen is not None and seen[0] <= 0.0 else CG(most, _RTOL)
 
     def _iterations(self) -> int:
         """For each right-hand side, of about half of what there is time for."""
@@ -215,8 +219,8 @@ class _Search:
                     f"compared with ({solution.status.value})"
                 )
 
-    def _accuracy(self, solutions: Sequence[Solution], smallest: float) -> float:
-        found = 0.0
+    def _accuracy(self, solutions: Sequence[Solution], eigenvalues: tuple[float, float] | None) -> float:
+        found, smallest = 0.0, 0.0 if eigenvalues is None else eigenvalues[0]
         for solution, b in zip(solutions, self.rights, strict=True):
             stretch = float(tree.norm(b) / tree.norm(solution.value)) / smallest if smallest > 0.0 else _INDEFINITE
             found = max(found, solution.residual_norms[1] * max(stretch, 1.0))
@@ -240,8 +244,7 @@ class _Search:
             return None, ""
         mean = tree.scale(1.0 / len(products), _total(products))
         if not isinstance(solver, Dense):
-            rough = CG if isinstance(solver, CG) else MINRES
-            solved = self.place.linearize(rough(min(iterations, _MOST_ITERATIONS), _NOISE_RTOL))
+            solved = self.place.linearize(_rough(solver, iterations))
         squares = 0.0
         for product in products:
             squares += float(tree.norm(solved.solve(tree.sub(product, mean)).value)) ** 2
@@ -251,9 +254,19 @@ class _Search:
         return error / float(tree.norm(x)), source
 
 
-def _range(solutions: Sequence[Solution]) -> tuple[float, float]:
-    """Smallest and largest eigenvalue estimate that solves have met."""
+def _rough(solver: Solver, iterations: int) -> Solver:
+    """The same method to a few percent."""
+    if isinstance(solver, GMRES):
+        return GMRES(min(iterations, _MOST_VECTORS), None, _NOISE_RTOL)
+    kind = CG if isinstance(solver, CG) else MINRES
+    return kind(min(iterations, _MOST_ITERATIONS), _NOISE_RTOL)
+
+
+def _range(solutions: Sequence[Solution]) -> tuple[float, float] | None:
+    """Smallest and largest eigenvalue estimate that solves have met; None where there is none."""
     ranges = [s.ritz_range for s in solutions if s.ritz_range is not None]
+    if not ranges:
+        return None
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 

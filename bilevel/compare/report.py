@@ -4,7 +4,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +136,7 @@ class SolverReport:
         cuts, seconds = self.figures["cuts"], self.figures["seconds"]
         return [f"The time of {seconds:g} seconds did not suffice for all: {'; '.join(cuts)}."] if cuts else []
 
-    def _tables(self) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Title, header and rows."""
         rows, name = self.figures["curves"], self.figures["system"]
         strict = strict_error(self.figures["facts"])
@@ -181,7 +181,8 @@ def _finite(value: Any) -> Any:
 
 _READING = f"""\
 Errors are relative errors of x, A x = dF/dy being the system of one hypergradient, and products those with A over all
-lower batches. Time is in gradients of the lower objective over the same batches; that of a first right-hand side
-includes the linearization. A later right-hand side finds what a solver has kept in its state. Medians over the
-right-hand sides, with quartiles where these differ; a dash where an error was not reached. Products are those of the
-first of the tried numbers of iterations that gets there. The numbers are in {CURVES}."""
+lower batches. Time is in gradients of the lower objective over the same batches (for a fixed point or a root, of half
+the square of its residual); that of a first right-hand side includes the linearization. A later right-hand side finds
+what a solver has kept in its state. Medians over the right-hand sides, with quartiles where these differ; a dash where
+an error was not reached. Products are those of the first of the tried numbers of iterations that gets there. The
+numbers are in {CURVES}."""

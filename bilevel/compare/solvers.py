@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 
 from bilevel.linear import (
     CG,
+    GMRES,
     MINRES,
+    AdjointIteration,
     Dense,
     Diagonal,
     Escalating,
@@ -22,12 +24,20 @@ Families = Mapping[str, Family]
 RANK = 30
 
 
-def standard_solvers(tikhonov: float | None = None) -> dict[str, Family]:
+def standard_solvers(tikhonov: float | None = None, *, symmetric: bool = True) -> dict[str, Family]:
     """Every solver of the library by name, simple ones first; those that iterate as functions of the iterations.
 
     Args:
         tikhonov: multiple of the identity that A is known to contain, for the Nyström models; None where none is known.
+        symmetric: False leaves those that serve where A is not.
     """
+    if not symmetric:
+        return {
+            "GMRES": lambda n: GMRES(n, None, None),
+            "adjoint iteration": lambda n: AdjointIteration(n, None),
+            "Identity": Identity(),
+            "Dense": Dense(),
+        }
     model = NystromPreconditioner(RANK, tikhonov=tikhonov)
     return {
         "CG": lambda n: CG(n, None),
@@ -44,21 +54,29 @@ def standard_solvers(tikhonov: float | None = None) -> dict[str, Family]:
     }
 
 
-def stopping_solvers(tikhonov: float | None = None) -> dict[str, Solver]:
-    """As they would be used: fixed numbers of iterations and rules that end a solve."""
+def stopping_solvers(tikhonov: float | None = None, *, symmetric: bool = True) -> dict[str, Solver]:
+    """As they would be used: fixed numbers of iterations and rules that end a solve; arguments as for
+    `standard_solvers`."""
+    if not symmetric:
+        return {
+            "GMRES to 1e-2": GMRES(50, None, 1e-2),
+            "adjoint iteration to 1e-2": AdjointIteration(50, 1e-2),
+            "Identity": Identity(),
+        }
+    model = NystromPreconditioner(RANK, tikhonov=tikhonov)
     return {
-        "layer-wise CG, 5 iterations": CG(5, None, layerwise=True),
-        "CG, 5 iterations": CG(5, None),
-        "CG, 2 iterations": CG(2, None),
-        "CG to 1e-2": CG(50, 1e-2),
-        "CG recycled, to 1e-2": CG(50, 1e-2, recycle=40),
-        "CG to the noise": CG(50, "noise"),
-        "CG recycled, to the noise": CG(50, "noise", recycle=40),
-        "CG, Nyström, to 1e-2": CG(50, 1e-2, preconditioner=NystromPreconditioner(RANK, tikhonov=tikhonov)),
-        "MINRES to 1e-2": MINRES(50, 1e-2),
-        "Neumann to 1e-2": Neumann(50, 1e-2),
-        "Nyström to 1e-2": Nystrom(RANK, tikhonov=tikhonov, max_refinements=50, rtol=1e-2),
         "Identity": Identity(),
+        "CG to the noise": CG(50, "noise"),
+        "CG to 1e-2": CG(50, 1e-2),
+        "Neumann to 1e-2": Neumann(50, 1e-2),
+        "CG, 2 iterations": CG(2, None),
+        "CG, 5 iterations": CG(5, None),
+        "MINRES to 1e-2": MINRES(50, 1e-2),
+        "CG recycled, to the noise": CG(50, "noise", recycle=40),
+        "CG recycled, to 1e-2": CG(50, 1e-2, recycle=40),
+        "Nyström to 1e-2": Nystrom(RANK, tikhonov=tikhonov, max_refinements=50, rtol=1e-2),
+        "CG, Nyström, to 1e-2": CG(50, 1e-2, preconditioner=model),
+        "layer-wise CG, 5 iterations": CG(5, None, layerwise=True),
     }
 
 

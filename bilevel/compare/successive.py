@@ -8,7 +8,7 @@ from bilevel import tree
 from bilevel.compare.curves import KnownSystem
 from bilevel.compare.measuring import Deadline, Timing, interleaved, now
 from bilevel.compare.solvers import preparation
-from bilevel.linear import Solution, Solver
+from bilevel.linear import Identity, Solution, Solver
 from bilevel.products import HVPProvider
 
 _TYPICAL = 10
@@ -53,6 +53,8 @@ def measure_successive(
 
 
 def _expected(known: KnownSystem, solver: Solver, pace: float) -> float:
+    if isinstance(solver, Identity):
+        return 0.0
     return pace * (preparation(solver, tree.size(known.rights[0])) + _TYPICAL * len(known.rights))
 
 

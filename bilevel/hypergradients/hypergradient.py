@@ -72,7 +72,7 @@ def hypergradient(
     check_batches(lower_batches)
     check_batch("upper_batch", [upper_batch])
     draws = once_drawn(method, upper_batch, lower_batches)
-    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), *draws, on_failure=on_failure)
+    step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), on_failure=on_failure, **draws)
     result = propose_once(step, method)
     report_failure(result, on_failure)
     return result
@@ -91,17 +91,17 @@ def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     return result
 
 
-def once_drawn(
-    method: Method, upper_batch: Any, lower_batches: Sequence[Any]
-) -> tuple[tuple[Draw, ...], tuple[Draw, ...]]:
-    """The samples of a method that draws its own: the given batches, again and again where they do not suffice."""
+def once_drawn(method: Method, upper_batch: Any, lower_batches: Sequence[Any]) -> dict[str, tuple[Draw, ...]]:
+    """The samples of an `UpperStep` of a method that draws its own: the given batches, again and again where they do
+    not suffice."""
     if not method.lower_draws:
-        return (), ()
+        return {}
 
     def drawn(count: int, batches: Sequence[Any]) -> tuple[Draw, ...]:
         return tuple(Draw(batches[k % len(batches)], int(torch.randint(2**31 - 1, ()))) for k in range(count))
 
-    return drawn(method.lower_draws, lower_batches), drawn(method.upper_draws, [upper_batch])
+    lower, upper = drawn(method.lower_draws, lower_batches), drawn(method.upper_draws, [upper_batch])
+    return {"lower_draws": lower, "upper_draws": upper}
 
 
 def as_method(method: object, problem: Problem | None = None) -> Method:

@@ -53,9 +53,6 @@ class UpperStep:
         problem, upper, lower: the problem and its variables x and y as they are.
         upper_batch: the batch of F.
         lower_batches: as many of the alternation's lower batches as `Method.stored_batches` asks for.
-        lower_draws, upper_draws: samples for this step alone, as many as the method's `lower_draws` and `upper_draws`
-            say, the first upper one being `upper_batch`.
-        lower_blocks, upper_blocks: the partition that a level's samples are blocks of; None where its data have none.
         lower_steps: as many of the last lower steps as `Method.replayed_steps` asks for, in order; None where nobody
             recorded any (`hypergradient` outside a trainer).
         lower_update: gives the live lower optimizer's next step and its state; None where there is no optimizer.
@@ -65,6 +62,9 @@ class UpperStep:
         watch: to be called before every expensive part; it raises `bilevel.interruption.Interrupted` where the run is
             asked to stop, which undoes the step.
         on_failure: what will be done about a failure; with "ignore" nothing is spent on advice that nobody sees.
+        lower_draws, upper_draws: samples for this step alone, as many as the method's `lower_draws` and `upper_draws`
+            say, the first upper one being `upper_batch`.
+        lower_blocks, upper_blocks: the partition that a level's samples are blocks of; None where its data have none.
     """
 
     problem: Problem
@@ -72,10 +72,6 @@ class UpperStep:
     lower: Params
     upper_batch: Any
     lower_batches: tuple[Any, ...]
-    lower_draws: tuple[Draw, ...] = ()
-    upper_draws: tuple[Draw, ...] = ()
-    lower_blocks: Partition | None = None
-    upper_blocks: Partition | None = None
     lower_steps: tuple[LowerStep, ...] | None = None
     lower_update: Callable[[], tuple[Update, State]] | None = None
     lower_rate: float | None = None
@@ -85,6 +81,10 @@ class UpperStep:
     number: int = 1
     watch: Callable[[], None] = lambda: None
     on_failure: OnFailure = "ignore"
+    lower_draws: tuple[Draw, ...] = ()
+    upper_draws: tuple[Draw, ...] = ()
+    lower_blocks: Partition | None = None
+    upper_blocks: Partition | None = None
 
 
 @dataclass(frozen=True)

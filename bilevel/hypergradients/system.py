@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,24 +38,22 @@ from bilevel.linear import (
 from bilevel.lower import (
     BufferWatch,
     Examination,
+    Inputs,
     LowerObjectives,
     PerProblem,
-    StaleSystemError,
     Tikhonov,
     check_batch,
-    check_marks,
     cross_examined,
     differentiates,
     examine_cross,
     examine_curvature,
     examine_response,
     halves,
-    take_marks,
     upper_derivatives,
 )
 from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
-from bilevel.products import HVPProvider, Linearization, MicroBatched, ReverseOverReverse, hessians, reached
+from bilevel.products import Hessians, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
 from bilevel.tree import Params
 
 _coupled = PerProblem[set[tuple[str, ...]]](set)
@@ -90,6 +88,7 @@ class System:
         at_once: bool = False,
     ) -> None:
         self.problem, self.upper, self.lower = problem, dict(upper), dict(lower)
+        self._upper_versions = [leaf._version for leaf in self.upper.values()]
         self.lower_batches = tuple(lower_batches)
         self.solver, self.hvp, self.damping, self.tikhonov, self.implicit = solver, hvp, damping, tikhonov, implicit
         seed = int(torch.randint(2**31 - 1, ()))
@@ -102,7 +101,6 @@ class System:
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
                 "tikhonov for Tikhonov damping of A alone"
             )
-        self._regularization_weight = problem.regularization_weight
         total = problem.regularization_weight + damping
         self.regularized = self.has_regularizer and total > 0.0
         self.weight = total if self.regularized else 1.0
@@ -114,8 +112,7 @@ class System:
         self.curvature = self._examined()
         self.operator = self._build_operator(point)
         self.state = solver.prepare(self.operator)
-        self._invalidated = False
-        self._marks = take_marks(self._named_tensors(), sums=not at_once)
+        self._inputs = Inputs(problem, self.upper, self.lower, self.lower_batches, self._buffers, sums=not at_once)
 
     def variables(self, lower: Params) -> Params:
         """The implicit part of `lower`, detached."""
@@ -229,10 +226,11 @@ class System:
         return total
 
     def _cross_of(self, loss: Linearization, upper: Params | None) -> Callable[[Params], Params]:
-        """A batch's cross term at `upper`: from what its products have made, where the marks say that upper variables
-        are as they were then."""
-        watched = self.problem.curvature_depends_on_upper
-        if watched and (upper is None or all(leaf is self.upper.get(name) for name, leaf in upper.items())):
+        """A batch's cross term at `upper`: from what its products have made, where these are the system's own upper
+        variables, which make it stale once they move, and they have not moved."""
+        own = upper is None or all(leaf is self.upper.get(name) for name, leaf in upper.items())
+        still = [leaf._version for leaf in self.upper.values()] == self._upper_versions
+        if own and still and self.problem.curvature_depends_on_upper:
             return loss.cross_here
         point = tree.detach(self.upper if upper is None else upper)
         return lambda v: loss.cross(v, point)
@@ -240,7 +238,7 @@ class System:
     def check_response(self, upper: Params) -> None:
         """Raise ValueError where neither L nor r reaches any upper variable, so that y does not respond to them; for a
         problem and names that have once been reached, no more."""
-        examine_response(self.problem, upper, lambda: bool(self._loss_reaches or self._reached_by_penalty(upper)))
+        examine_response(self.problem, upper, lambda: self._is_coupled or bool(self._reached_by_penalty(upper)))
 
     def stationarity(self, upper: Params | None = None) -> float:
         """Norm of `gradient`."""
@@ -271,25 +269,15 @@ class System:
 
     def batch_sums(self) -> tuple[str, ...]:
         """Checksums of the tensors of the lower batches."""
-        named = [(str(k), tensor) for k, batch in enumerate(self.lower_batches) for tensor in tree.tensors_in(batch)]
-        return tuple(str(mark.checksum) for mark in take_marks(named))
+        return self._inputs.batch_sums()
 
     def invalidate(self) -> None:
         """Declare the system stale by hand, for changes that it cannot see (data in objects of one's own)."""
-        self._invalidated = True
+        self._inputs.invalidate()
 
     def check_fresh(self) -> None:
         """Raise StaleSystemError if variables or batches are other objects, other versions or have other sums."""
-        if self._invalidated:
-            raise StaleSystemError("the system was invalidated; call linearize again")
-        weight = self.problem.regularization_weight
-        if weight != self._regularization_weight:
-            raise StaleSystemError(
-                f"regularization_weight changed after linearize ({self._regularization_weight} -> {weight}); call "
-                "linearize again"
-            )
-        check_marks(self._marks, self._named_tensors())
-        self._buffers.check()
+        self._inputs.check()
 
     @cached_property
     def _reached_upper(self) -> set[str]:
@@ -304,11 +292,6 @@ class System:
         if names not in known and self.operator.agree(any(loss.depends_on_upper() for loss in self._losses)):
             known.add(names)
         return names in known
-
-    @property
-    def _loss_reaches(self) -> bool:
-        """Whether any batch's loss on any rank reaches an upper variable."""
-        return self.operator.agree(bool(self._reached_upper))
 
     def _reached_by_penalty(self, upper: Params) -> set[str]:
         x = tree.as_variables(upper)
@@ -341,7 +324,7 @@ class System:
 
     def _without_tikhonov(self, point: Params) -> LinearOperator:
         losses = [FunctionOperator(loss.hessian, exact=self.hvp.exact) for loss in self._losses]
-        operator: LinearOperator = MeanOperator(losses, partial(hessians, self._losses))
+        operator: LinearOperator = MeanOperator(losses, Hessians(self._losses))
         if self.regularized:
             exact = ReverseOverReverse().linearize(self._objectives.penalty, self.upper, point)
             operator = SumOperator(ScaledOperator(1.0 / self.weight, operator), FunctionOperator(exact.hessian))
@@ -356,15 +339,6 @@ class System:
     @cached_property
     def _loss_gradient_here(self) -> tuple[Params, Tensor | None]:
         return mean_and_error([loss.gradient() for loss in self._losses])
-
-    def _named_tensors(self) -> list[tuple[str, Tensor]]:
-        """All tensors that the system was built from, under the names that messages give them."""
-        named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
-        if self.problem.curvature_depends_on_upper:
-            named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
-        for k, batch in enumerate(self.lower_batches):
-            named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
-        return named
 
 
 def through_system(

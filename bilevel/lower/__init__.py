@@ -2,7 +2,6 @@
 
 from bilevel.lower.curvature import Examination, examine_curvature, in_double_precision, thorough_examinations
 from bilevel.lower.derivatives import lower_derivatives, lower_value, training_derivatives, upper_derivatives
-from bilevel.lower.draws import Draw, Partition
 from bilevel.lower.kinds.fields import ProximalPoint, largest_entry, mean_residual, residual_field, training_residual
 from bilevel.lower.kinds.maps import ByName, ProximalMap
 from bilevel.lower.kinds.penalties import L1, ElasticNet, GroupL1
@@ -10,11 +9,12 @@ from bilevel.lower.kinds.proximal import ProximalProblem, apply_map, check_step_
 from bilevel.lower.kinds.residual import FixedPointProblem, ResidualProblem, RootProblem
 from bilevel.lower.kinds.sets import Box, LinearEqualities, NonNegative, Simplex
 from bilevel.lower.objectives import LowerObjectives
-from bilevel.lower.oracles import FirstDerivatives, LowerParts, Oracles
 from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross, examine_response
-from bilevel.lower.repeatable import repeatable
+from bilevel.lower.repeatable import draws, repeatable
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
+from bilevel.lower.samples.draws import Draw, Partition
+from bilevel.lower.samples.oracles import FirstDerivatives, LowerParts, Oracles
 from bilevel.lower.sampling import are_samples, halves
 from bilevel.lower.selection import (
     Selection,
@@ -24,7 +24,7 @@ from bilevel.lower.selection import (
     check_tikhonov_names,
     selected,
 )
-from bilevel.lower.staleness import BufferWatch, StaleSystemError, check_marks, strided, take_marks
+from bilevel.lower.staleness import BufferWatch, Inputs, StaleSystemError, strided
 from bilevel.lower.surroundings import (
     autocasts,
     check_batch,
@@ -45,6 +45,7 @@ __all__ = [
     "FirstDerivatives",
     "FixedPointProblem",
     "GroupL1",
+    "Inputs",
     "LinearEqualities",
     "LowerObjectives",
     "LowerParts",
@@ -71,7 +72,6 @@ __all__ = [
     "batch_by_batch",
     "check_batch",
     "check_batches",
-    "check_marks",
     "check_recordable",
     "check_selection",
     "check_step_size",
@@ -79,6 +79,7 @@ __all__ = [
     "check_tikhonov_names",
     "cross_examined",
     "differentiates",
+    "draws",
     "examine_cross",
     "examine_curvature",
     "examine_response",
@@ -94,7 +95,6 @@ __all__ = [
     "reweighted",
     "selected",
     "strided",
-    "take_marks",
     "thorough_examinations",
     "training_derivatives",
     "training_residual",

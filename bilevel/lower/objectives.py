@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.lower.reach import examine_lower
+from bilevel.lower.repeatable import repeatable
 from bilevel.lower.staleness import BufferWatch
 from bilevel.lower.surroundings import check_recordable
 from bilevel.nn import chunk_seeds, curvature_pass
@@ -36,9 +37,13 @@ class LowerObjectives:
 
         def objective(upper: Params, variables: Params) -> Tensor:
             check_recordable("lower_objective")
-            with curvature_pass(seed, self.watch):
-                loss = self.problem.lower_objective(upper, {**self.everything, **variables}, batch)
-            check_scalar("lower_objective", loss)
+            lower = {**self.everything, **variables}
+
+            def evaluated(_: bool) -> Tensor:
+                with curvature_pass(notes=self.watch):
+                    return self.problem.lower_objective(upper, lower, batch)
+
+            loss = check_scalar("lower_objective", repeatable(self.problem, "lower", seed, evaluated))
             examine_lower(self.problem, "lower_objective", loss, upper, variables)
             return loss
 

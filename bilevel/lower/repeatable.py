@@ -1,47 +1,47 @@
 """Passes whose random masks repeat, seeded only where a problem draws any."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from bilevel.lower.per_problem import PerProblem
-from bilevel.nn import GeneratorMark, TorchMark
+from bilevel.nn import GeneratorMark, TorchMark, seeded
 from bilevel.problem import Problem
 
 T = TypeVar("T")
 
-
-@dataclass
-class _Draws:
-    """Whether the objectives draw random numbers; None before anybody has looked."""
-
-    known: bool | None = None
+_draws = PerProblem(dict[str, bool])
+"""Whether an objective draws random numbers, by level; a level is missing before a pass has shown it."""
 
 
-_draws = PerProblem(_Draws)
+def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, compute: Callable[[bool], T]) -> T:
+    """A pass of a level's objective whose random masks are those of `seed`, with the default generators as they were
+    after it.
 
-
-def repeatable(problem: Problem, compute: Callable[[bool], T], probe: Callable[[], object]) -> T:
-    """``compute(seeded)`` with seeded=False where the problem's objectives draw no random numbers, which spares the
-    seeding of every pass; one that draws from torch's generator after all is computed again, seeded. NumPy's and
-    Python's generators are looked at once for a problem.
+    One whose first pass drew no random numbers is not seeded from then on, which is most of what a small pass would
+    cost; where torch's generator moves after all, the pass is made again, seeded. NumPy's and Python's generators are
+    looked at in the first pass alone.
 
     Args:
-        compute: makes passes of the objectives, each of which seeds the generators if told so.
-        probe: makes one unseeded pass of each objective and writes nothing; called once for a problem.
+        compute: makes the pass; True is passed where it is made again.
     """
-    draws = _draws.of(problem)
-    if draws.known is None:
-        everything = GeneratorMark()
-        probe()
-        draws.known = everything.moved()
-        if draws.known:
-            everything.restore()
-    if not draws.known:
+    found, again = _draws.of(problem), False
+    if found.get(level) is False:
         mark = TorchMark()
         result = compute(False)
         if not mark.moved():
             return result
         mark.restore()
-        draws.known = True
-    return compute(True)
+        found[level] = again = True
+    with seeded(seed):
+        if level in found:
+            return compute(again)
+        everything = GeneratorMark()
+        result = compute(False)
+        found[level] = everything.moved()
+        return result
+
+
+def draws(problem: Problem) -> bool | None:
+    """Whether one of the problem's objectives draws random numbers; None before passes of both have shown it."""
+    found = _draws.of(problem)
+    return True if any(found.values()) else False if len(found) == 2 else None

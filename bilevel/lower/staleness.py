@@ -1,10 +1,14 @@
 """What tensors looked like, to tell later whether anything has changed since."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+
+from bilevel import tree
+from bilevel.problem import Problem
+from bilevel.tree import Params
 
 _SAMPLES = 4096
 
@@ -17,8 +21,8 @@ class Mark(NamedTuple):
     """What a tensor looked like: version counters miss writes through `.data` and collectives, a sum catches most.
 
     A view of a part of its storage shares its counter with the other parts, whose writes change nothing here: where
-    its counter moves, the sum over all its entries decides (`whole`, None for other tensors). Without sums counters
-    decide alone, where they are the tensor's own.
+    its counter moves, the sum over all its entries decides (`whole`, None for other tensors). Without checksums
+    counters decide alone for the others.
     """
 
     name: str
@@ -29,11 +33,11 @@ class Mark(NamedTuple):
 
 
 def take_marks(named: Iterable[tuple[str, Tensor]], *, sums: bool = True) -> tuple[Mark, ...]:
-    """A mark of each tensor; the checksums are read back once a device. None are made without `sums`."""
-    if not sums:
-        return tuple(Mark(name, id(tensor), _version(tensor), None, None) for name, tensor in named)
+    """A mark of each tensor; the checksums are read back once a device. Without `sums` there are only those of views of
+    a part of their storage, whose counters do not tell."""
     named = list(named)
-    rows = zip(named, _checksums([tensor for _, tensor in named]), strict=True)
+    checksums = _checksums([tensor for _, tensor in named]) if sums else [None] * len(named)
+    rows = zip(named, checksums, strict=True)
     return tuple(
         Mark(name, id(tensor), _version(tensor), checksum, _whole_sum(tensor) if _is_part(tensor) else None)
         for (name, tensor), checksum in rows
@@ -89,8 +93,6 @@ def _checksums(tensors: Sequence[Tensor]) -> list[str]:
 
 def _is_written(tensor: Tensor, old: Mark) -> bool:
     """Whether a counter that has moved tells of the tensor itself, not of other parts of its storage."""
-    if old.checksum is None:
-        return not _is_part(tensor)
     return old.whole is None or old.whole != _whole_sum(tensor)
 
 
@@ -138,3 +140,58 @@ def strided(tensor: Tensor) -> Tensor:
 
 _PLAIN, _REAL = (Tensor, torch.nn.Parameter), (torch.float32, torch.float64, torch.int64)
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
+@final
+class Inputs:
+    """What a linear system was built from, and whether it is still that.
+
+    Args:
+        batches: the lower ones.
+        buffers: those that the lower objective has read.
+        sums: take checksums of the tensors, which tell of changes that no version counter does.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        upper: Params,
+        lower: Params,
+        batches: Sequence[Any],
+        buffers: BufferWatch,
+        *,
+        sums: bool,
+    ) -> None:
+        self.problem, self.upper, self.lower, self.batches, self.buffers = problem, upper, lower, batches, buffers
+        self._weight, self._invalidated = problem.regularization_weight, False
+        self._marks = take_marks(self._named_tensors(), sums=sums)
+
+    def invalidate(self) -> None:
+        """Declare that it is not."""
+        self._invalidated = True
+
+    def check(self) -> None:
+        """Raise StaleSystemError if tensors are other objects, other versions or have other sums."""
+        if self._invalidated:
+            raise StaleSystemError("the system was invalidated; call linearize again")
+        weight = self.problem.regularization_weight
+        if weight != self._weight:
+            raise StaleSystemError(
+                f"regularization_weight changed after linearize ({self._weight} -> {weight}); call linearize again"
+            )
+        check_marks(self._marks, self._named_tensors())
+        self.buffers.check()
+
+    def batch_sums(self) -> tuple[str, ...]:
+        """Checksums of the tensors of the batches."""
+        named = [(str(k), tensor) for k, batch in enumerate(self.batches) for tensor in tree.tensors_in(batch)]
+        return tuple(str(mark.checksum) for mark in take_marks(named))
+
+    def _named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors, under the names that messages give them."""
+        named = [(f"lower[{n!r}]", t) for n, t in self.lower.items()]
+        if self.problem.curvature_depends_on_upper:
+            named += [(f"upper[{n!r}]", t) for n, t in self.upper.items()]
+        for k, batch in enumerate(self.batches):
+            named += [(f"lower_batches[{k}], tensor {i}", t) for i, t in enumerate(tree.tensors_in(batch))]
+        return named

@@ -12,7 +12,7 @@ from bilevel.nn.functional import (
     training_autocast,
     training_pass,
 )
-from bilevel.nn.seeding import GeneratorMark, TorchMark, chunk_seeds, own_draws
+from bilevel.nn.seeding import GeneratorMark, TorchMark, chunk_seeds, own_draws, seeded
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "noting_casts",
     "noting_writers",
     "own_draws",
+    "seeded",
     "synchronised",
     "training_autocast",
     "training_pass",

@@ -1,18 +1,14 @@
 """Random masks of one pass: the default generators seeded for its length, and put back."""
 
-import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, final
 
 import numpy as np
 import torch
 
 from bilevel.distributed import rank, world_size
-
-_MT19937_BYTES = 624 * 4 + 4
 
 
 @contextmanager
@@ -76,74 +72,22 @@ class GeneratorMark:
     """Where the default generators of torch, NumPy and Python stand."""
 
     def __init__(self) -> None:
-        self._torch, self._numpy, self._python = TorchMark(), _NumpyState(), random.getstate()
+        self._torch, self._python = TorchMark(), random.getstate()
+        self._numpy: Any = np.random.get_state(legacy=False)
 
     def moved(self) -> bool:
         """Whether any of them has been drawn from, or seeded, since."""
-        return self._torch.moved() or self._python != random.getstate() or not self._numpy.is_current()
+        now: Any = np.random.get_state(legacy=False)
+        return self._torch.moved() or self._python != random.getstate() or not _same(self._numpy, now)
 
     def restore(self) -> None:
         """Put them back to where they stood."""
         self._torch.restore()
-        self._numpy.restore()
+        np.random.set_state(self._numpy)
         random.setstate(self._python)
 
 
-class _NumpyState:
-    """The state of NumPy's default generator, to be put back.
-
-    NumPy takes 70 microseconds to give it as an array and take it back, half of what a small pass costs. Its bytes lie
-    where `BitGenerator.ctypes` says; beside them the generator may hold one normal number in reserve, of which only the
-    array's form tells. So that form is asked for where the bytes have changed since it was last asked for, or where it
-    held such a number then.
-    """
-
-    _known: tuple[bytes, Any] | None = None
-
-    def __init__(self) -> None:
-        self.address = _address()
-        if self.address is None:
-            self.state: Any = np.random.get_state()
-            return
-        self.raw = ctypes.string_at(self.address, _MT19937_BYTES)
-        if _NumpyState._known is None or _NumpyState._known[0] != self.raw or _has_reserve(_NumpyState._known[1]):
-            _NumpyState._known = self.raw, np.random.get_state()
-        self.state = _NumpyState._known[1]
-
-    def is_current(self) -> bool:
-        """Whether the generator stands where it did; a normal number that was taken from the reserve is not noticed."""
-        if self.address is None:
-            now: Any = np.random.get_state()
-            return self.state[2:] == now[2:] and np.array_equal(self.state[1], now[1])
-        return ctypes.string_at(self.address, _MT19937_BYTES) == self.raw
-
-    def restore(self) -> None:
-        if self.address is None or _has_reserve(self.state):
-            np.random.set_state(self.state)
-            return
-        # A seed takes away what the pass has left in reserve.
-        np.random.seed(0)
-        ctypes.memmove(self.address, self.raw, _MT19937_BYTES)
-
-
-def _has_reserve(state: Any) -> bool:
-    """Whether the generator holds a normal number in reserve."""
-    *_, in_reserve, _ = state
-    return bool(in_reserve)
-
-
-def _address() -> int | None:
-    """Where the bytes of NumPy's default generator lie; None where they are not of the kind that is known here."""
-    generator: Any = np.random.get_bit_generator()
-    if type(generator) is not np.random.MT19937 or not _is_laid_out():
-        return None
-    return generator.ctypes.state_address
-
-
-@cache
-def _is_laid_out() -> bool:
-    """Whether the bytes of a Mersenne twister are its 624 words and its place among them."""
-    generator = np.random.MT19937(0)
-    words = generator.state["state"]
-    expected = words["key"].astype(np.uint32).tobytes() + np.int32(words["pos"]).tobytes()
-    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES) == expected
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    return np.array_equal(one, other)

@@ -7,11 +7,11 @@ from bilevel.products.graph_memory import graph_bytes
 from bilevel.products.hvp import (
     FiniteDifference,
     ForwardOverReverse,
+    Hessians,
     HVPProvider,
     Linearization,
     Objective,
     ReverseOverReverse,
-    hessians,
 )
 from bilevel.products.lost_curvature import LOST, CurvatureErrors, curvature_errors, suspicious_operations
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
@@ -28,6 +28,7 @@ __all__ = [
     "ForwardOverReverse",
     "GaussNewton",
     "HVPProvider",
+    "Hessians",
     "Linearization",
     "Measurement",
     "MicroBatched",
@@ -41,7 +42,6 @@ __all__ = [
     "curvature_errors",
     "graph_bytes",
     "graph_nodes",
-    "hessians",
     "linearize_fields",
     "micro_batched_gradient",
     "named_among",

@@ -6,7 +6,7 @@ Costs are in units of one plain gradient of L.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import inf
@@ -84,16 +84,32 @@ class Linearization(ABC):
         return None
 
 
-def hessians(linearizations: Sequence[Linearization], vector: Params) -> Iterator[Params]:
-    """The product of each with `vector`: one after the other, or of small kept graphs by one pass through all."""
-    graphs = [one.kept_graph() for one in linearizations]
-    if len(graphs) < 2 or tree.size(vector) > _SMALL or any(graph is None for graph in graphs):
-        yield from (one.hessian(vector) for one in linearizations)
-        return
-    kept = [(str(k), *graph) for k, graph in enumerate(graphs) if graph is not None]
-    outputs = {k + name: leaf for k, _, gradient in kept for name, leaf in gradient.items()}
-    along = {k + name: vector[name] for k, _, gradient in kept for name in gradient}
-    yield from tree.pullback(outputs, along, [variables for _, variables, _ in kept], retain_graph=True)
+@final
+class Hessians:
+    """The products of several linearizations with one vector after the other: one by one, or of small kept graphs by
+    one pass through all. The products are the same."""
+
+    def __init__(self, linearizations: Sequence[Linearization]) -> None:
+        self.linearizations = tuple(linearizations)
+        self._joined: tuple[list[Params], Params] | None = None
+
+    def __call__(self, vector: Params) -> Iterable[Params]:
+        joined = self._join(vector)
+        if joined is None:
+            return (one.hessian(vector) for one in self.linearizations)
+        variables, gradients = joined
+        along = {name: vector[name].expand_as(leaf) for name, leaf in gradients.items()}
+        return tree.pullback(gradients, along, variables, retain_graph=True)
+
+    @torch.enable_grad()
+    def _join(self, vector: Params) -> tuple[list[Params], Params] | None:
+        """The lower variables of all graphs, and their gradients stacked leaf by leaf; None while not all are kept."""
+        if self._joined is None and len(self.linearizations) > 1 and tree.size(vector) <= _SMALL:
+            kept = [graph for one in self.linearizations if (graph := one.kept_graph()) is not None]
+            if len(kept) == len(self.linearizations):
+                stacked = {name: torch.stack([gradient[name] for _, gradient in kept]) for name in vector}
+                self._joined = [variables for variables, _ in kept], stacked
+        return self._joined
 
 
 class HVPProvider(ABC):
@@ -134,8 +150,8 @@ class ReverseOverReverse(HVPProvider):
     Args:
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
             after the first, and the cross term, saves the forward and the first backward pass, for the memory of one
-            graph per batch in the variables of both levels. The choice for problems of small tensors, where a pass
-            costs mostly the calls it is made of.
+            graph per batch in the variables of both levels. None keeps it where variables and batches have no more than
+            100,000 entries together, where a pass costs mostly the calls it is made of.
         memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
             measured (`bilevel.products.graph_bytes`) when the batch's first product has built it, and kept
             if it still fits beside those kept before; the other batches are recomputed for every product, and the
@@ -145,7 +161,7 @@ class ReverseOverReverse(HVPProvider):
         ValueError: a budget without `keep_graph`, or one that is not a number of bytes >= 0.
     """
 
-    keep_graph: bool = False
+    keep_graph: bool | None = None
     memory_budget: float | None = None
 
     def __post_init__(self) -> None:
@@ -165,8 +181,11 @@ class ReverseOverReverse(HVPProvider):
         self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
     ) -> list[Linearization]:
         living = (*upper.values(), *lower.values(), *resident)
+        keep = self.keep_graph
+        if keep is None:
+            keep = bool(resident) and sum(tensor.numel() for tensor in living) <= _SMALL
         limit = inf if self.memory_budget is None else self.memory_budget
-        account = GraphAccount(limit, living) if self.keep_graph else None
+        account = GraphAccount(limit, living) if keep else None
         return [_Reverse(objective, upper, lower, account) for objective in objectives]
 
 

@@ -35,12 +35,6 @@ def check_lower_kind(problem: Problem, lower: Level) -> None:
             f"step it would not end at the solution of {name}; take torch.optim.SGD, with momentum if you like, or "
             "solve the lower level in a loop of your own and call hypergradient"
         )
-    options = {_options(group) for group in lower.optimizer.param_groups}
-    if len(options) > 1:
-        raise ValueError(
-            f"lower: the optimizer's parameter groups differ in lr, momentum or dampening, {sorted(options)}, and a "
-            f"proximal map has one step; give all groups of the lower level of {name} the same"
-        )
     if lower.max_grad_norm is not None:
         raise ValueError(
             f"lower: max_grad_norm={lower.max_grad_norm:g} shortens the gradient but not the proximal map after it, so "
@@ -72,9 +66,15 @@ def long_run_step(lower: Level) -> float:
     With this step in the map, y* is where the steps stay: the momentum is there 1 / (1 - momentum) gradients.
 
     Raises:
-        ValueError: a momentum of 1 or more, with which that is infinite.
+        ValueError: a momentum of 1 or more, with which that is infinite; parameter groups that differ in it.
     """
-    rate, momentum, dampening = _options(lower.optimizer.param_groups[0])
+    options = {_options(group) for group in lower.optimizer.param_groups}
+    if len(options) > 1:
+        raise ValueError(
+            f"lower: the optimizer's parameter groups differ in lr, momentum or dampening, {sorted(options)}, and a "
+            "proximal map has one step; give all groups, and what a schedule makes of them, the same"
+        )
+    ((rate, momentum, dampening),) = options
     if momentum >= 1.0:
         raise ValueError(f"lower: momentum={momentum:g} never forgets a gradient; take one below 1")
     return rate if momentum == 0.0 else rate * (1.0 - dampening) / (1.0 - momentum)

@@ -260,7 +260,7 @@ class Trainer(Training):
                     lambda: method.prepare(self._view(now), self._method_state),
                     always=self.problem.curvature_depends_on_upper,
                 )
-            view = self._view(now, *self._draws())
+            view = self._view(now, **self._draws())
             proposal = method.propose(view, self._method_state, prepared)
         proposal = check_proposal(method, proposal, upper.params, lower.params)
         now.proposed = now.proposed or proposal.result is not None
@@ -287,24 +287,24 @@ class Trainer(Training):
             self.problem.after_upper_step(upper.params, lower.params, view.upper_batch, self.steps["upper"])
         self.emit({**record, **upper_record(proposal.result), **proposal.record})
 
-    def _draws(self) -> tuple[Any, tuple[Draw, ...], tuple[Draw, ...]]:
-        """The upper batch of a step, and samples of its own from both levels where the method draws such."""
+    def _draws(self) -> dict[str, Any]:
+        """Of an `UpperStep`, the upper batch, and samples of its own where the method draws such."""
         method = self.method
         if not method.lower_draws:
-            return self.upper.next_batch(), (), ()
+            return {"upper_batch": self.upper.next_batch()}
         lower = tuple([self.lower.draw() for _ in range(method.lower_draws)])
         upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
-        return upper[0].batch, lower, upper
+        return {"upper_batch": upper[0].batch, "lower_draws": lower, "upper_draws": upper}
 
-    def _view(self, now: Alternation, batch: Any = None, *draws: tuple[Draw, ...]) -> UpperStep:
+    def _view(self, now: Alternation, upper_batch: Any = None, **draws: tuple[Draw, ...]) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,
             upper.params,
             lower.params,
-            batch,
+            upper_batch,
             tuple(now.stored),
-            *draws,
+            **draws,
             lower_blocks=lower.data.blocks,
             upper_blocks=upper.data.blocks,
             lower_steps=tuple(step for _, step in now.recorded),

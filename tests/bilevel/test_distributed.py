@@ -43,7 +43,7 @@ from bilevel.distributed import (
     world_size,
 )
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
-from bilevel.nn.functional import own_draws
+from bilevel.nn import own_draws
 from bilevel.products import ForwardOverReverse, ReverseOverReverse
 from bilevel.products.automatic import Automatic
 from recipes.experiment.ranks.processes import Launch, Ranks

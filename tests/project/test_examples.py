@@ -260,6 +260,12 @@ def test_sklearn_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert result["classifier on learned features"] > 50.0
 
 
+def test_maml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("maml", monkeypatch, capsys, tmp_path)
+    assert result["maml_strong"] < 0.9 * result["random_strong"]
+    assert result["failed_solves"] <= 3
+
+
 def test_long_tail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = quick("long_tail", monkeypatch, capsys, tmp_path)
     assert result["lower_gradient"] < 1e-3

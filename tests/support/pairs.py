@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bilevel import AlternatingSchedule, Level, Params, Problem, Trainer, functional_call
 from recipes.vision.losses import nt_xent
 from tests.support.cases import joined, vector
-from tests.support.small_modules import double
+from tests.support.problems.small_modules import double
 
 SAMPLES = 7
 Batch = tuple[Tensor, Tensor]

@@ -38,12 +38,16 @@ from bilevel.training import Blocks, derive_seed, power_decay
 Look = Callable[[Tensor], bool]
 """Takes x before the first iteration and after every chunk of them; False ends the run. The clock stands meanwhile."""
 
+COUNTED_SHARE = 0.25
+"""Oracle calls are counted for this share of the budget; what comes later is taken to go on so."""
+
 
 class Contestant(ABC):
-    """A method made ready for a problem; it may run several times."""
+    """A method made ready for a problem: warm, compiled, and with its oracle calls counted."""
 
     def __init__(self, problem: FiniteSum) -> None:
-        self.problem = problem
+        self.problem, self.calls = problem, 0
+        self.counts: list[int] = []
 
     @property
     def chunk(self) -> int:
@@ -54,30 +58,50 @@ class Contestant(ABC):
     def run(self, steps: Steps, seed: int, look: Look) -> None:
         """One run from the problem's start."""
 
-    @abstractmethod
-    def oracles(self, chunks: int) -> list[int]:
-        """Oracle calls of the last run before each of its looks: before the first iteration and after each of so many
-        chunks."""
+    def oracles(self, chunks: float) -> float:
+        """Oracle calls of the first so many chunks."""
+        counted = len(self.counts) - 1
+        if chunks <= counted:
+            return self.counts[int(chunks)]
+        return self.counts[-1] * chunks / counted
+
+    def count(self, samples: int) -> None:
+        """Hears of every oracle call in a run that counts."""
+        self.calls += samples
+
+    def counting(self, x: Tensor) -> bool:
+        """The `Look` of such a run."""
+        if not self.counts:
+            # Of a compilation.
+            self.calls = 0
+        self.counts.append(self.calls)
+        return self.calls < COUNTED_SHARE * self.problem.budget
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`package` is the name of what it belongs to, in the tables; "" for this one."""
+    """`package` is the name of what it belongs to, in the tables, "" for this one; `only` the problem that it is for,
+    "" for all."""
 
     name: str
     package: str
     prepare: Callable[[FiniteSum], Contestant]
+    only: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.package})" if self.package else self.name
 
 
-class Counting(Problem):
-    """A finite sum whose objectives count oracle calls: a gradient of F counts one a sample; at G every derivative in
-    one level's variables does, a gradient, a product with d2G/dydy and one with d2G/dxdy.
+class SumProblem(Problem):
+    """A finite sum. With `count` its objectives tell of oracle calls: a gradient of F counts one a sample; at G every
+    derivative in one level's variables does, a gradient, a product with d2G/dydy and one with d2G/dxdy.
 
     What is asked of automatic differentiation counts, used or not: a product by itself includes its gradient.
     """
 
-    def __init__(self, problem: FiniteSum) -> None:
-        self.problem, self.count = problem, 0
+    def __init__(self, problem: FiniteSum, count: Callable[[int], None] | None = None) -> None:
+        self.problem, self.count = problem, count
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         x, y = (self._counted(leaf, len(batch[0])) for leaf in (upper["x"], lower["y"]))
@@ -88,14 +112,10 @@ class Counting(Problem):
 
     def _counted(self, tensor: Tensor, samples: int) -> Tensor:
         """The tensor, which counts whenever a derivative comes through it."""
-        if not tensor.requires_grad:
+        if self.count is None or not tensor.requires_grad:
             return tensor
-
-        def count(_: Tensor) -> None:
-            self.count += samples
-
-        watched = tensor.view_as(tensor)
-        watched.register_hook(count)
+        told, watched = self.count, tensor.view_as(tensor)
+        watched.register_hook(lambda _: told(samples))
         return watched
 
 
@@ -119,25 +139,24 @@ class OwnContestant(Contestant):
 
     def __init__(self, problem: FiniteSum, how: Own) -> None:
         super().__init__(problem)
-        self.how, self.counts = how, [0]
+        self.how = how
+        self._run(SumProblem(problem, self.count), problem.grid[0], 0, self.counting)
 
     def run(self, steps: Steps, seed: int, look: Look) -> None:
-        problem, how = Counting(self.problem), self.how
+        self._run(SumProblem(self.problem), steps, seed, look)
+
+    def _run(self, problem: SumProblem, steps: Steps, seed: int, look: Look) -> None:
+        how = self.how
         x, y = (start.clone().requires_grad_() for start in (self.problem.upper, self.problem.lower))
         lower = self._level("y", y, self.problem.lower_data, steps.size, how.decays[0], seed)
         upper = self._level("x", x, self.problem.upper_data, steps.upper, how.decays[1], seed)
-        in_turn = 1 if how.lower_steps else self.problem.chunk
+        in_turn = 1 if how.lower_steps else self.chunk
         # How many alternations are made is for `look` to say.
         schedule = AlternatingSchedule(1, how.lower_steps, upper_steps=in_turn)
         trainer = Trainer(problem, upper, lower, schedule, how.method(steps), on_failure="ignore")
-        self.counts = [0]
         while look(x.detach()):
-            for _ in range(self.problem.chunk // in_turn):
+            for _ in range(self.chunk // in_turn):
                 trainer.advance()
-            self.counts.append(problem.count)
-
-    def oracles(self, chunks: int) -> list[int]:
-        return self.counts[: chunks + 1]
 
     def _level(self, name: str, start: Tensor, data: Batch, rate: float, decay: float, seed: int) -> Level:
         optimizer = torch.optim.SGD([start], lr=rate)

@@ -46,8 +46,8 @@ def one_thread() -> None:
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 
-def losses(problem: FiniteSum) -> tuple[Objective, Objective]:
-    """G and F of (x, y, batch), as in `problems`."""
+def losses(problem: FiniteSum, *, rewritten: bool = False) -> tuple[Objective, Objective]:
+    """G and F of (x, y, batch), with the quadratics as benchmark_bilevel writes them: one sample, mapped over all."""
     jax, np_ = importlib.import_module("jax"), importlib.import_module("jax.numpy")
 
     def quadratic(x: Any, y: Any, batch: Any) -> Any:
@@ -55,6 +55,13 @@ def losses(problem: FiniteSum) -> tuple[Objective, Objective]:
             return 0.5 * y @ (A @ y) + 0.5 * x @ (B @ x) + x @ (C @ y) + a @ y + b @ x
 
         return np_.mean(jax.vmap(one)(*batch[1:]))
+
+    def products(x: Any, y: Any, batch: Any) -> Any:
+        def forms(matrices: Any, left: Any, right: Any) -> Any:
+            return matrices.reshape(len(matrices), -1) @ np_.outer(left, right).reshape(-1)
+
+        _, A, B, C, a, b = batch
+        return np_.mean(0.5 * forms(A, y, y) + 0.5 * forms(B, x, x) + forms(C, x, y) + a @ y + b @ x)
 
     def entropies(y: Any, batch: Any) -> Any:
         scores = batch[1] @ y.reshape(-1, 10)
@@ -66,6 +73,8 @@ def losses(problem: FiniteSum) -> tuple[Objective, Objective]:
     def logistic(x: Any, y: Any, batch: Any) -> Any:
         return -np_.mean(jax.nn.log_sigmoid(batch[2] * (batch[1] @ y)))
 
+    if rewritten:
+        quadratic = products
     return {
         "quadratics": (quadratic, quadratic),
         "data cleaning": (cleaning, lambda x, y, batch: np_.mean(entropies(y, batch))),
@@ -76,9 +85,11 @@ def losses(problem: FiniteSum) -> tuple[Objective, Objective]:
     }[problem.name]
 
 
-def objectives(problem: FiniteSum, count: Callable[[int], None] | None = None) -> tuple[Objective, Objective]:
-    """The signature that benchmark_bilevel's solvers take. `count` hears the samples of every oracle call, by the rule
-    of `contestants.Counting`."""
+def objectives(
+    problem: FiniteSum, count: Callable[[int], None] | None = None, *, rewritten: bool = False
+) -> tuple[Objective, Objective]:
+    """With the signature that benchmark_bilevel's solvers ask for. `count` hears the samples of every oracle call, by
+    the rule of `contestants.SumProblem`."""
     jax, np_ = importlib.import_module("jax"), importlib.import_module("jax.numpy")
 
     def counted(samples: int) -> Callable[[Any], Any]:
@@ -105,7 +116,7 @@ def objectives(problem: FiniteSum, count: Callable[[int], None] | None = None) -
 
         return objective
 
-    below, above = losses(problem)
+    below, above = losses(problem, rewritten=rewritten)
     return of(problem.lower_data, below, gradients=False), of(problem.upper_data, above, gradients=True)
 
 
@@ -115,39 +126,23 @@ class JaxContestant(Contestant):
     Args:
         checkout: its folder.
         file: of the solver, without .py.
+        rewritten: with the objective of the quadratics as this package's side writes it.
     """
 
-    def __init__(self, problem: FiniteSum, checkout: Path, file: str) -> None:
+    def __init__(self, problem: FiniteSum, checkout: Path, file: str, *, rewritten: bool = False) -> None:
         super().__init__(problem)
         self.checkout, self.file = checkout, file
-        self.solver = self._solver(objectives(problem))
-        self.counts = [0]
+        # Objectives that count would cost the timed runs too much.
+        counting = self._solver(objectives(problem, self.count, rewritten=rewritten))
+        self._run(counting, problem.grid[0], 0, self.counting)
+        self.solver = self._solver(objectives(problem, rewritten=rewritten))
 
     def run(self, steps: Steps, seed: int, look: Look) -> None:
         self._run(self.solver, steps, seed, look)
 
-    def oracles(self, chunks: int) -> list[int]:
-        """From a run of its own with objectives that count, which would cost the timed ones too much."""
-        if len(self.counts) <= chunks:
-            calls = [0]
-
-            def count(samples: int) -> None:
-                calls[0] += samples
-
-            jax, counts = importlib.import_module("jax"), list[int]()
-            solver = self._solver(objectives(self.problem, count))
-
-            def look(x: Tensor) -> bool:
-                jax.effects_barrier()
-                if not counts:
-                    # Of the compilation's own iterations.
-                    calls[0] = 0
-                counts.append(calls[0])
-                return len(counts) <= chunks
-
-            self._run(solver, self.problem.grid[0], 0, look)
-            self.counts = counts
-        return self.counts[: chunks + 1]
+    def counting(self, x: Tensor) -> bool:
+        importlib.import_module("jax").effects_barrier()
+        return super().counting(x)
 
     def _solver(self, functions: tuple[Objective, Objective]) -> Any:
         """Compiled: its `set_objective` makes two rounds."""
@@ -178,39 +173,26 @@ class JaxContestant(Contestant):
 
 
 class JaxoptContestant(Contestant):
-    """Gradient descent on F(x, y*(x)) with all samples: jaxopt's L-BFGS below, from the last solution on, differentiated
-    implicitly (conjugate gradients on the normal equations by default)."""
+    """Gradient descent on F(x, y*(x)) with all samples: jaxopt's L-BFGS below, from the last solution on, with its
+    implicit differentiation (conjugate gradients on the normal equations by default)."""
 
     iterations = 20
 
     def __init__(self, problem: FiniteSum) -> None:
         super().__init__(problem)
-        self.calls = 0
-        self.step, self.counting = self._compiled(None), self._compiled(self._count)
-        self.steps = problem.grid[0]
+        self._run(self._compiled(self.count), problem.grid[0], self.counting)
+        self.step = self._compiled(None)
 
     @property
     def chunk(self) -> int:
         return 1
 
     def run(self, steps: Steps, seed: int, look: Look) -> None:
-        self.steps = steps
-        self._run(self.step, look)
+        self._run(self.step, steps, look)
 
-    def oracles(self, chunks: int) -> list[int]:
-        """From the last run made once more with objectives that count."""
-        jax, counts, self.calls = importlib.import_module("jax"), list[int](), 0
-
-        def look(x: Tensor) -> bool:
-            jax.effects_barrier()
-            counts.append(self.calls)
-            return len(counts) <= chunks
-
-        self._run(self.counting, look)
-        return counts
-
-    def _count(self, samples: int) -> None:
-        self.calls += samples
+    def counting(self, x: Tensor) -> bool:
+        importlib.import_module("jax").effects_barrier()
+        return super().counting(x)
 
     def _compiled(self, count: Callable[[int], None] | None) -> Callable[..., Any]:
         """x, y and the upper rate to the next x and y."""
@@ -235,11 +217,11 @@ class JaxoptContestant(Contestant):
         np_ = importlib.import_module("jax.numpy")
         return [np_.asarray(start.numpy()) for start in (self.problem.upper, self.problem.lower)]
 
-    def _run(self, step: Callable[..., Any], look: Look) -> None:
+    def _run(self, step: Callable[..., Any], steps: Steps, look: Look) -> None:
         jax = importlib.import_module("jax")
         x, y = self._start()
         while look(torch.from_numpy(np.array(jax.block_until_ready(x)))):
-            x, y = step(x, y, self.steps.upper)
+            x, y = step(x, y, steps.upper)
 
 
 def solver_class(checkout: Path, file: str) -> Any:
@@ -252,7 +234,8 @@ def solver_class(checkout: Path, file: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give the folder of a checkout of benchmark_bilevel")
     spec = importlib.util.spec_from_file_location(f"benchmark_bilevel_{file}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with _first_in_path(checkout), contextlib.redirect_stdout(io.StringIO()):
         spec.loader.exec_module(module)
@@ -272,11 +255,15 @@ def peers(checkout: Path | None) -> list[Entry]:
     """What can take part here."""
     if installed("jax") is None:
         return []
-    entries = [Entry("implicit L-BFGS", "jaxopt", JaxoptContestant)] if installed("jaxopt") else []
+    entries = [Entry("implicit, L-BFGS", "jaxopt", JaxoptContestant)] if installed("jaxopt") else []
     if checkout is None or installed("benchopt") is None:
         return entries
-    return [*(_solver(name, checkout, file) for name, file in SOLVERS.items()), *entries]
+    rewritten = _solver("SABA, rewritten", checkout, "saba", only="quadratics")
+    return [*(_solver(name, checkout, file) for name, file in SOLVERS.items()), rewritten, *entries]
 
 
-def _solver(name: str, checkout: Path, file: str) -> Entry:
-    return Entry(name, "benchmark_bilevel", lambda problem: JaxContestant(problem, checkout, file))
+def _solver(name: str, checkout: Path, file: str, *, only: str = "") -> Entry:
+    def prepare(problem: FiniteSum) -> Contestant:
+        return JaxContestant(problem, checkout, file, rewritten=bool(only))
+
+    return Entry(name, "JAX", prepare, only)

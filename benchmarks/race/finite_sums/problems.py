@@ -64,7 +64,7 @@ def grid(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> tuple[Steps, ..
     return tuple(Steps(size, ratio) for size in sizes for ratio in ratios)
 
 
-def quadratics(*, samples: int = 1024, size: int = 100, seed: int = 2442) -> FiniteSum:
+def quadratics(*, samples: int = 1024, size: int = 100, seed: int = 2442, budget: int = 100_000) -> FiniteSum:
     """Random quadratics in (x, y), 1024 in each sum, of 100 + 100 variables; the mean ones have condition 10 in y.
 
     Each is 1/2 y'Ay + 1/2 x'Bx + x'Cy + a'y + b'x with A, B, C of rank one: A = s s' with E[s s'] of eigenvalues from
@@ -86,7 +86,7 @@ def quadratics(*, samples: int = 1024, size: int = 100, seed: int = 2442) -> Fin
         upper_loss=quadratic_loss,
         reduced=mean,
         chunk=2,
-        budget=100_000,
+        budget=budget,
         grid=grid((0.1, 0.3, 0.5), (0.3, 1.0)),
     )
 
@@ -113,10 +113,17 @@ def quadratic_samples(samples: int, size: int, generator: Generator) -> Batch:
 
 def quadratic_loss(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
     _, A, B, C, a, b = batch
-    return (0.5 * (A @ y) @ y + 0.5 * (B @ x) @ x + (C @ y) @ x + a @ y + b @ x).mean()
+
+    def forms(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """left' M right of every sample's M, by one product with a matrix of one row a sample."""
+        return matrices.flatten(1) @ torch.outer(left, right).flatten()
+
+    return (0.5 * forms(A, y, y) + 0.5 * forms(B, x, x) + forms(C, x, y) + a @ y + b @ x).mean()
 
 
-def data_cleaning(*, samples: int = 1152, clean: int = 512, wrong: float = 0.5, weight: float = 0.2) -> FiniteSum:
+def data_cleaning(
+    *, samples: int = 1152, clean: int = 512, wrong: float = 0.5, weight: float = 0.2, budget: int = 400_000
+) -> FiniteSum:
     """One weight sigmoid(x_i) for each of 1152 digits, whose label is replaced by a random one with probability 1/2.
 
     G = 1/n sum_i sigmoid(x_i) CE(Y'z_i, t_i) + 0.2 ||Y||^2 with standardised pixels z_i; F is the mean cross-entropy of
@@ -154,12 +161,14 @@ def data_cleaning(*, samples: int = 1152, clean: int = 512, wrong: float = 0.5, 
         upper_loss=upper_loss,
         reduced=ReSolved(upper, lower, lower_loss, below, upper_loss, above),
         chunk=32,
-        budget=600_000,
+        budget=budget,
         grid=grid((0.1, 0.3, 1.0), (1e-4, 3e-4)),
     )
 
 
-def hyperparameter_selection(*, samples: int = 4992, above: int = 9152, features: int = 22) -> FiniteSum:
+def hyperparameter_selection(
+    *, samples: int = 4992, above: int = 9152, features: int = 22, budget: int = 480_000
+) -> FiniteSum:
     """One weight exp(x_k) of the ridge penalty for each of 22 features of a logistic regression.
 
     G = 1/n sum_i log(1 + exp(-t_i z_i'y)) + 1/2 sum_k exp(x_k) y_k^2; F is the mean logistic loss on other samples.
@@ -197,6 +206,6 @@ def hyperparameter_selection(*, samples: int = 4992, above: int = 9152, features
         upper_loss=upper_loss,
         reduced=ReSolved(upper, lower, lower_loss, below, upper_loss, higher),
         chunk=32,
-        budget=2_400_000,
+        budget=budget,
         grid=grid((0.1, 0.3, 1.0), (0.1, 0.3)),
     )

@@ -5,15 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_number, warn_outside
+from bilevel.checks import check_kind, check_number, warn_outside
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning, joined
-from bilevel.lower import Draw, Oracles, examine_curvature, repeatable, selected
-from bilevel.nn import curvature_pass, curvature_surroundings
+from bilevel.lower import Draw, Oracles, draws, examine_curvature, selected
+from bilevel.nn import curvature_surroundings
 from bilevel.products import ReverseOverReverse
 from bilevel.tree import Params
 
@@ -82,7 +81,20 @@ class SingleLoop(Method):
     limits are those of the levels. The schedule has no lower steps: ``AlternatingSchedule(alternations=T,
     lower_steps=0, upper_steps=N)`` makes T N steps, and tells callbacks and checkpoints after every N.
     `Problem.reset_lower` clears v and all else that is carried.
+
+    Args:
+        compile: True takes all passes but those of the run's first step through torch.compile, which pays for small
+            problems of many steps; a string names its backend. For objectives that it can take whole, draw no random
+            numbers and write no buffers: plain operations of tensors, modules by torch.func.functional_call (not by
+            `bilevel.functional_call`).
+
+    Raises:
+        TypeError: a `compile` that is neither.
+        ValueError: objectives that draw random numbers, with `compile`.
+        RuntimeError: objectives that torch.compile cannot take.
     """
+
+    compile: bool | str = field(default=False, kw_only=True)
 
     moves_lower = True
 
@@ -99,6 +111,7 @@ class SingleLoop(Method):
 
     def check(self, setup: Setup) -> None:
         name = type(self).__name__
+        check_kind(f"{name}: compile", self.compile, (bool, str), "True, False or the name of a backend")
         selected(setup.problem, setup.lower, None)
         if self.moves_lower and setup.lower_steps:
             raise ValueError(
@@ -122,17 +135,11 @@ class SingleLoop(Method):
         lost = self._lost(step, names)
         v = self.start(step, names) if v is None else v
         at = Point(step.upper, step.lower, {name: leaf.to(step.lower[name].device) for name, leaf in v.items()})
-        attempts: list[bool] = []
-
-        def estimate(seeded: bool) -> Estimate:
-            # Buffers are written once, also where a first attempt without seeds is made again.
-            writes = self.moves_lower and not attempts
-            attempts.append(seeded)
-            oracles = Oracles(step.problem, names, seeded=seeded, write_buffers=writes, watch=step.watch)
-            return self.estimate(oracles, at, state, step)
-
+        oracles = Oracles(
+            step.problem, names, write_buffers=self.moves_lower, watch=step.watch, backend=self._backend(step)
+        )
         with curvature_surroundings():
-            found = repeatable(step.problem, estimate, lambda: _probe(step))
+            found = self.estimate(oracles, at, state, step)
         ahead = self.moved(at.v, found.direction.v, step)
         return Proposal(
             found.direction.upper,
@@ -147,6 +154,18 @@ class SingleLoop(Method):
     @abstractmethod
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         """Directions at a point from the step's samples, and the state that is carried on beside v."""
+
+    def _backend(self, step: UpperStep) -> str | None:
+        """Of torch.compile. A first step goes without, since only plain passes are examined."""
+        drawing = draws(step.problem)
+        if self.compile and drawing:
+            raise ValueError(
+                f"{type(self).__name__}: compile={self.compile!r} is for objectives that draw no random numbers, and "
+                f"those of {type(step.problem).__name__} do (dropout, noise); leave compile out"
+            )
+        if not self.compile or step.number == 1 or drawing is None:
+            return None
+        return "inductor" if self.compile is True else self.compile
 
     def _lost(self, step: UpperStep, names: tuple[str, ...]) -> str | None:
         """What second derivatives lose, in words; a run of directions that are no hypergradient is told at its first
@@ -200,13 +219,3 @@ def directions(oracles: Oracles, at: Point, lower: Draw, upper: Draw) -> tuple[T
     below = oracles.lower(at.upper, at.lower, at.v, lower)
     above = oracles.upper(at.upper, at.lower, upper)
     return above.value, Point(tree.sub(above.upper, below.cross), below.gradient, tree.sub(below.product, above.lower))
-
-
-@torch.no_grad()
-def _probe(step: UpperStep) -> None:
-    """One pass of each objective that writes nothing."""
-    problem, upper, lower = step.problem, tree.detach(step.upper), tree.detach(step.lower)
-    with curvature_pass():
-        problem.lower_objective(upper, lower, step.lower_draws[0].batch)
-        problem.regularizer(upper, lower)
-        problem.upper_objective(upper, lower, step.upper_draws[0].batch)

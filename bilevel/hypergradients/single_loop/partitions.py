@@ -45,6 +45,8 @@ def whole_directions(oracles: Oracles, at: Point, step: UpperStep) -> tuple[Tens
 class SagaTable:
     """Rows phi_b of the parts that block b gave when it was drawn last, with their mean; one level's.
 
+    The mean is moved with every row, in float32 at least: in fewer bits its small changes would be lost.
+
     Args:
         state: rows and mean of a `MethodState`; None begins at zero.
         blocks: the partition.
@@ -56,13 +58,17 @@ class SagaTable:
         self.parts = parts
         self.new = torch.cat([tree.flatten(part) for part in parts])
         if state is None:
-            self.rows, self.mean = self.new.new_zeros(len(blocks), len(self.new)), torch.zeros_like(self.new)
+            wide = torch.promote_types(self.new.dtype, torch.float32)
+            self.rows, self.mean = (
+                self.new.new_zeros(len(blocks), len(self.new)),
+                torch.zeros_like(self.new, dtype=wide),
+            )
         else:
             self.rows, self.mean = state["rows"].to(self.new.device), state["mean"].to(self.new.device)
 
     def estimate(self, draw: Draw) -> list[Params]:
         """``new - row + mean`` for each part."""
-        self.change = self.new - self.rows[draw.block]
+        self.change = self.new.to(self.mean.dtype) - self.rows[draw.block]
         sizes = [tree.size(part) for part in self.parts]
         chunks = (self.change + self.mean).split(sizes)
         return [tree.unflatten(chunk, part) for chunk, part in zip(chunks, self.parts, strict=True)]

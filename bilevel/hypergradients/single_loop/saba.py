@@ -1,7 +1,10 @@
 """Directions with SAGA's variance reduction: a table of what every block gave last."""
 
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import final
+
+import torch
 
 from bilevel import tree
 from bilevel.checks import check_count
@@ -42,7 +45,7 @@ class SABA(AdjointLoop):
         below, above = check_partitions("SABA", setup)
         x, y = setup.upper, setup.lower
         v = {name: y[name] for name in selected(setup.problem, y, None)}
-        needed = 2 * (below * sum(map(_bytes, (y, v, x))) + above * sum(map(_bytes, (x, v))))
+        needed = 2 * (below * _row_bytes(y, v, x) + above * _row_bytes(x, v))
         if needed > self.table_bytes:
             raise ValueError(
                 f"SABA: table_bytes={self.table_bytes:,}, but tables for {below} lower and {above} upper blocks and "
@@ -71,5 +74,8 @@ class SABA(AdjointLoop):
         )
 
 
-def _bytes(variables: Params) -> int:
-    return sum(leaf.numel() * leaf.element_size() for leaf in variables.values())
+def _row_bytes(*parts: Params) -> int:
+    """Of one row, which has the widest of the parts' dtypes."""
+    leaves = [leaf for part in parts for leaf in part.values()]
+    width = reduce(torch.promote_types, (leaf.dtype for leaf in leaves)).itemsize
+    return width * sum(leaf.numel() for leaf in leaves)

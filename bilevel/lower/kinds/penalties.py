@@ -113,7 +113,8 @@ class GroupL1(ProximalMap):
             # Not divided where the group is 0, whose derivative is that of a constant.
             safe = torch.where(alive, norms, torch.ones_like(norms))
             share = torch.where(alive, 1.0 - step * weight / safe, torch.zeros_like(norms))
-            moved[name] = z * (share.unsqueeze(-1) if labels is None else share[labels])
+            shares = (share.unsqueeze(-1) if z.dim() else share) if labels is None else share[labels]
+            moved[name] = z * shares
         return moved
 
     def distances(self, point: Params, step: float) -> Params:

@@ -123,7 +123,7 @@ class LinearEqualities(ProximalMap):
     r"""The projection onto :math:`\{y : A y = b\}`, :math:`z - A^+ (A z - b)`, with a fixed A.
 
     The derivative in z is the projector :math:`I - A^+ A` onto the null space, that in b is :math:`A^+`; there are no
-    kinks.
+    kinks. The pseudo-inverse is taken when the map is made: keep the map where b does not depend on x.
 
     Args:
         matrix: A, [m, n], over all the variables in their order, each flattened; n is the number of their entries.

@@ -10,7 +10,7 @@ import torch
 from bilevel import CG, Implicit, Method, Params, SGDUpdate, Unrolled, check_hypergradient
 from bilevel.hypergradients import HypergradientCheck
 from bilevel.lower import resolved as resolved_module
-from tests.support.closed_forms import QuadraticBilevel, proximal_point, quadratic
+from tests.support.problems.closed_forms import QuadraticBilevel, proximal_point, quadratic
 
 Solver = Callable[[Any, Params, Params, Sequence[Any]], Params]
 

@@ -26,7 +26,7 @@ from bilevel.hypergradients import HypergradientCheck
 from bilevel.linear import ApproximateInverse, Dense
 from bilevel.products import FiniteDifference, ReverseOverReverse
 from tests.support.cases import joined
-from tests.support.closed_forms import QuadraticBilevel, quadratic, relative_error
+from tests.support.problems.closed_forms import QuadraticBilevel, quadratic, relative_error
 
 RATE, MANY = 0.3, 120
 

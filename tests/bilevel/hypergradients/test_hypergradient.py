@@ -10,7 +10,7 @@ from bilevel import CG, Identity, Implicit, Neumann, Params, Status, hypergradie
 from bilevel.linear import Dense, Solver
 from bilevel.products import FiniteDifference, HVPProvider
 from tests.support.cases import joined, vector
-from tests.support.closed_forms import (
+from tests.support.problems.closed_forms import (
     NO_BATCH,
     PROVIDERS,
     SOLVERS,

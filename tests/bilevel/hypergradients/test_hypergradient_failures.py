@@ -27,7 +27,7 @@ from bilevel.hypergradients.updates.update import SGDUpdate
 from bilevel.linear import Dense, Solver
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined
-from tests.support.closed_forms import NO_BATCH, PROVIDERS, Proximal, proximal_point, relative_error, run
+from tests.support.problems.closed_forms import NO_BATCH, PROVIDERS, Proximal, proximal_point, relative_error, run
 
 
 class Broken(Proximal):

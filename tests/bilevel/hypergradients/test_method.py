@@ -36,7 +36,7 @@ from bilevel.hypergradients import Hypergradient, LowerStep, MethodState, Propos
 from bilevel.products import Automatic, ReverseOverReverse
 from tests.support.by_hand import BATCHES, UPPER_BATCH, Smooth, smooth
 from tests.support.cases import joined, vector
-from tests.support.closed_forms import proximal_point, quadratic, relative_error, run
+from tests.support.problems.closed_forms import proximal_point, quadratic, relative_error, run
 
 NO_METHODS: list[tuple[Any, str]] = [
     ("cg", "got 'cg'"),

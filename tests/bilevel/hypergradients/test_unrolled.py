@@ -11,7 +11,7 @@ from bilevel.hypergradients.updates.torch_updates import TorchUpdate, from_optim
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate, Update
 from bilevel.linear import Dense
 from tests.support.cases import joined, vector
-from tests.support.unrolled_cases import (
+from tests.support.problems.unrolled_cases import (
     BATCHES,
     BOTH,
     PROCEDURES,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bilevel import Hypergradient, Params, Problem, SolverError, SolverWarning, functional_call
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
 from tests.support.cases import joined, vector
-from tests.support.unrolled_cases import (
+from tests.support.problems.unrolled_cases import (
     BATCHES,
     BOTH,
     PROCEDURES,

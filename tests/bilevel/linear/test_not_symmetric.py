@@ -23,7 +23,7 @@ from bilevel.linear import (
     WatchedOperator,
 )
 from tests.support.cases import BY_NAME, CASES, CONSISTENT, DEFINITE, INCONSISTENT, INDEFINITE, NON_FINITE, Case
-from tests.support.not_symmetric import joined, matrix, operator, right, split
+from tests.support.kinds.operators import joined, matrix, operator, right, split
 from tests.support.solver_checks import check_honest, relative_error, solve_case
 
 NEED_SYMMETRIC: list[Solver] = [

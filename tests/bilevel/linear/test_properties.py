@@ -34,8 +34,8 @@ from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, 
 from bilevel.products.automatic import Automatic
 from bilevel.products.micro_batch import MicroBatched
 from tests.support.cases import DEFINITE, Case, dense, joined, vector, with_spectrum
-from tests.support.smooth import BATCHES, Smooth, variables
-from tests.support.unrolled_cases import Quadratic, relative_error, split
+from tests.support.problems.smooth import BATCHES, Smooth, variables
+from tests.support.problems.unrolled_cases import Quadratic, relative_error, split
 
 DRAWN = settings(max_examples=15, derandomize=True, deadline=None, database=None)
 SEEDS = st.integers(0, 99)

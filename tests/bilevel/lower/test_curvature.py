@@ -38,7 +38,7 @@ from bilevel.products import (
     MicroBatched,
     ReverseOverReverse,
 )
-from tests.support.small_modules import (
+from tests.support.problems.small_modules import (
     FAULTY,
     Activation,
     KeepsAnIntermediate,

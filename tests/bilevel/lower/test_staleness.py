@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel import Params, Problem, hypergradient, linearize
-from bilevel.lower import BufferWatch, StaleSystemError, check_marks, take_marks
+from bilevel.lower import BufferWatch, StaleSystemError
+from bilevel.lower.staleness import check_marks, take_marks
 from bilevel.tree import tensors_in
 
 pytestmark = pytest.mark.filterwarnings(
@@ -196,3 +197,32 @@ def test_a_watch_knows_a_buffer_as_it_was_when_first_read() -> None:
     watch.note([("mean", read)])
     with pytest.raises(StaleSystemError, match="buffer 'mean' changed after linearize"):
         watch.check()
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_batch_that_the_upper_objective_writes_to_is_noticed(part: bool) -> None:
+    """Within a single hypergradient, too, and where the batch is a slice of the data."""
+
+    class Writing(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"] * batch - upper["x"]).square().sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"] * batch.mul_(1.5)).square().sum()
+
+    data = torch.linspace(1.0, 2.0, 6, dtype=torch.float64)
+    batch = data[:3] if part else data[:3].clone()
+    variables = [{name: torch.ones(3, dtype=torch.float64)} for name in "xy"]
+    with pytest.raises(StaleSystemError, match=r"lower_batches\[0\], tensor 0 changed after linearize"):
+        hypergradient(Writing(), *variables, upper_batch=batch, lower_batches=[batch])
+
+
+def test_a_write_beside_the_batch_is_none_to_it() -> None:
+    data = torch.linspace(1.0, 2.0, 6)
+    named = [("batch", data[:3])]
+    marks = take_marks(named, sums=False)
+    data[3:].add_(1.0)
+    check_marks(marks, named)
+    data[0] = 7.0
+    with pytest.raises(StaleSystemError, match="batch changed"):
+        check_marks(marks, named)

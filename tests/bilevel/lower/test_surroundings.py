@@ -30,7 +30,7 @@ from bilevel.lower import StaleSystemError
 from bilevel.nn import training_autocast
 from bilevel.training import SingleLevelTrainer, gradient_of
 from tests.support.cases import vector
-from tests.support.smooth import BATCHES, Smooth, variables
+from tests.support.problems.smooth import BATCHES, Smooth, variables
 
 ARGUMENTS: dict[str, Any] = {"upper_batch": BATCHES[0], "lower_batches": BATCHES}
 METHODS: list[Method] = [Implicit(CG(20, 1e-12)), Unrolled(SGDUpdate(0.01)), Implicit(CG(20, 1e-12), hvp="auto")]

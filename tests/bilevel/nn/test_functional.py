@@ -14,7 +14,7 @@ from bilevel.linear import Dense
 from bilevel.nn.functional import _announce_plain_attention, curvature_pass
 from bilevel.products import FiniteDifference, HVPProvider
 from tests.support.cases import joined, vector
-from tests.support.small_modules import (
+from tests.support.problems.small_modules import (
     EXACT,
     IMAGES,
     Fit,

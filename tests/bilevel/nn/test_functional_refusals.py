@@ -12,7 +12,7 @@ from bilevel import Implicit, Params, functional_call, hypergradient, linearize
 from bilevel.nn.functional import curvature_pass
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined, vector
-from tests.support.small_modules import (
+from tests.support.problems.small_modules import (
     BATCH,
     EXACT,
     IMAGES,

@@ -29,7 +29,7 @@ from bilevel.hypergradients import SAMA, Method, SGDUpdate
 from bilevel.nn import curvature_pass, layers
 from bilevel.products import FiniteDifference, GaussNewton, HVPProvider, MicroBatched, ReverseOverReverse
 from tests.support.cases import joined, vector
-from tests.support.small_modules import BATCH, EXACT, Fit, check_products, double, parameters, split
+from tests.support.problems.small_modules import BATCH, EXACT, Fit, check_products, double, parameters, split
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -15,8 +15,8 @@ from bilevel.nn.functional import curvature_pass
 from bilevel.nn.sync_batch_norm import SyncBatchNorm, synchronised
 from bilevel.products import ForwardOverReverse
 from tests.support.cases import joined, vector
+from tests.support.problems.small_modules import double, parameters
 from tests.support.rank_processes import WORLDS, on_ranks
-from tests.support.small_modules import double, parameters
 
 # Layer and shape of the whole batch; neither 2 nor 4 divides its rows.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

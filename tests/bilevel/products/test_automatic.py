@@ -11,8 +11,8 @@ from bilevel import Implicit, Params, Problem, SolverWarning, linearize
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from bilevel.products import automatic as automatic_module
 from bilevel.products.automatic import Automatic, as_provider
-from tests.support.closed_forms import proximal_point, run
-from tests.support.two_heads import implicit, make
+from tests.support.problems.closed_forms import proximal_point, run
+from tests.support.problems.two_heads import implicit, make
 
 
 def test_auto_gives_the_exact_hypergradient_and_reports() -> None:

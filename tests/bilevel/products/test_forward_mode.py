@@ -16,7 +16,7 @@ from bilevel.products import (
     ReverseOverReverse,
 )
 from tests.support.cases import vector
-from tests.support.small_modules import BATCH, Fit, double, parameters
+from tests.support.problems.small_modules import BATCH, Fit, double, parameters
 
 
 class Backward(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bilevel.nn import CheapDoubleBackward, SyncBatchNorm, curvature_pass
 from bilevel.products import LOST, ReverseOverReverse, curvature_errors, suspicious_operations
-from tests.support.small_modules import FAULTY, OnceDifferentiable, Right, network
+from tests.support.problems.small_modules import FAULTY, OnceDifferentiable, Right, network
 
 
 def names(loss: Tensor, *variables: Tensor) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from recipes.vision.losses import nt_xent
 from tests.support.cases import joined, vector
 from tests.support.pairs import SAMPLES, Pairs, close, conv_net, trainer, upper_point, views, whole
-from tests.support.small_modules import parameters, split
+from tests.support.problems.small_modules import parameters, split
 
 SHIFT = 0.25
 SIZES = [1, 3, 7, 20]

@@ -12,7 +12,7 @@ from bilevel import Params, Problem, functional_call, linearize
 from bilevel.products import GaussNewton
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from tests.support.pairs import Batch, Pairs, conv_net, trainer, upper_point, views
-from tests.support.small_modules import parameters
+from tests.support.problems.small_modules import parameters
 
 
 class Undivided(Pairs):

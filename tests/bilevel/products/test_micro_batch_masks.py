@@ -12,7 +12,7 @@ from bilevel.products import HVPProvider, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched
 from tests.support.cases import joined, vector
 from tests.support.pairs import close
-from tests.support.small_modules import parameters, split
+from tests.support.problems.small_modules import parameters, split
 
 SAMPLES = 6
 

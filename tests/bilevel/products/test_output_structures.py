@@ -16,7 +16,7 @@ from bilevel.products import GaussNewton, ReverseOverReverse
 from bilevel.products.micro_batch import MicroBatched, micro_batched_gradient
 from tests.support.cases import joined, vector
 from tests.support.pairs import close, trainer, whole
-from tests.support.small_modules import split
+from tests.support.problems.small_modules import split
 
 SAMPLES, CLASSES = 7, 3
 BATCH = {

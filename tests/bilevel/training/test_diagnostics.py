@@ -14,7 +14,7 @@ from bilevel import CG, Hypergradient, Status, hypergradient
 from bilevel.training import Callback
 from bilevel.training.callbacks import Diagnostics, diagnostics_cells
 from tests.support.cases import joined
-from tests.support.two_heads import LAMBDA, LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
+from tests.support.problems.two_heads import LAMBDA, LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
 
 TITLES = [
     *("alternation", "residual", "iterations", "products", "curvature", "Ritz values", "|x-v|/|v|", "cos(x, v)"),

@@ -139,9 +139,9 @@ def before_steps(patch: pytest.MonkeyPatch, stage: str, hook: Callable[[], None]
     if stage == "bissl":
         real = Trainer._upper_step
 
-        def upper_step(self: Trainer, now: Any) -> None:
+        def upper_step(self: Trainer, *given: Any) -> None:
             hook()
-            real(self, now)
+            real(self, *given)
 
         patch.setattr(Trainer, "_upper_step", upper_step)
         return

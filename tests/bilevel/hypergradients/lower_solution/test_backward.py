@@ -15,7 +15,7 @@ from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
 from tests.bilevel.hypergradients.lower_solution.fits import EXACT, TARGET, Network, RidgeFit, X, fitted, ridge_solution
 from tests.support.cases import vector
-from tests.support.closed_forms import NO_BATCH, QuadraticBilevel, quadratic
+from tests.support.problems.closed_forms import NO_BATCH, QuadraticBilevel, quadratic
 
 LOG_WEIGHT = vector(5, 30)
 

@@ -21,7 +21,14 @@ from tests.bilevel.hypergradients.lower_solution.fits import (
     ridge_solution,
 )
 from tests.support.cases import joined, vector
-from tests.support.closed_forms import NO_BATCH, PROVIDERS, Proximal, QuadraticBilevel, proximal_point, quadratic
+from tests.support.problems.closed_forms import (
+    NO_BATCH,
+    PROVIDERS,
+    Proximal,
+    QuadraticBilevel,
+    proximal_point,
+    quadratic,
+)
 
 SOLVERS: list[Solver] = [EXACT, Neumann(3000, rtol=1e-12), MINRES(50, rtol=1e-12), Dense(), Nystrom(5)]
 

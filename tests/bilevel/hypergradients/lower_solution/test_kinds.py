@@ -23,7 +23,7 @@ from bilevel.lower import (
     Simplex,
 )
 from tests.support.cases import vector, with_spectrum
-from tests.support.closed_forms import NO_BATCH
+from tests.support.problems.closed_forms import NO_BATCH
 
 SOLVERS: list[Solver] = [GMRES(50, rtol=1e-12), AdjointIteration(3000, rtol=1e-12), Dense()]
 A = with_spectrum([0.5, 0.8, 1.0, 1.5, 2.0])

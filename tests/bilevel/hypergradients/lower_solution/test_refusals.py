@@ -14,7 +14,7 @@ from bilevel import CG, Implicit, Params, Problem, SGDUpdate, Unrolled, hypergra
 from bilevel.hypergradients import lower_solution
 from tests.bilevel.hypergradients.lower_solution.fits import TARGET, RidgeFit, X, fitted, ridge_solution
 from tests.support.cases import vector
-from tests.support.closed_forms import NO_BATCH, quadratic
+from tests.support.problems.closed_forms import NO_BATCH, quadratic
 
 
 def variable() -> Tensor:

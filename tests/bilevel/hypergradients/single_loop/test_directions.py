@@ -25,15 +25,27 @@ from bilevel.hypergradients import (
 from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import LOWER, PROBLEM, WHOLE, Drive, R, above, below, blocks, draw, hessian
+from tests.support.problems.sampled_quadratic import (
+    LOWER,
+    PROBLEM,
+    WHOLE,
+    Drive,
+    R,
+    above,
+    below,
+    blocks,
+    draw,
+    hessian,
+)
 
 ETA = 0.4
 Memory = dict[str, Any]
+Triple = tuple[Tensor, Tensor, Tensor]
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 """D_x, D_y (None where y is not moved) and v after the step (None where none is carried)."""
 
 
-def three(x: Tensor, y: Tensor, v: Tensor, lower: Draw, upper: Draw) -> tuple[Tensor, Tensor, Tensor]:
+def three(x: Tensor, y: Tensor, v: Tensor, lower: Draw, upper: Draw) -> Triple:
     """D_x, D_y, D_v on one sample of each level."""
     low, (f_x, f_y) = below(x, y, v, lower), above(x, y, upper)
     return f_x - low.cross, low.gradient, low.product - f_y
@@ -60,7 +72,7 @@ def saba(run: Drive, memory: Memory, lower: Sequence[Draw], upper: Sequence[Draw
     ):
         count = len(run.partitions[level])
         for place, new in enumerate(parts):
-            rows = memory.setdefault((level, place), [torch.zeros_like(new) for _ in range(count)])
+            rows = memory.setdefault(f"{level} {place}", [torch.zeros_like(new) for _ in range(count)])
             sums.append(new - rows[sample.block] + sum(rows) / count)
             rows[sample.block] = new
     d_y, product, cross_v, f_x, f_y = sums
@@ -72,11 +84,9 @@ def srba(run: Drive, memory: Memory, lower: Sequence[Draw], upper: Sequence[Draw
     if memory.setdefault("t", 0) % 3 == 0:
         found = three(*point, *WHOLE)
     else:
+        former: Triple = memory["point"]
         pairs = zip(
-            three(*point, lower[0], upper[0]),
-            three(*memory["point"], lower[0], upper[0]),
-            memory["direction"],
-            strict=True,
+            three(*point, lower[0], upper[0]), three(*former, lower[0], upper[0]), memory["direction"], strict=True
         )
         found = tuple(new - old + before for new, old, before in pairs)
     memory |= {"t": memory["t"] + 1, "point": point, "direction": found}
@@ -88,7 +98,8 @@ def fsla(run: Drive, memory: Memory, lower: Sequence[Draw], upper: Sequence[Draw
     d_x, d_y, d_v = three(*point, lower[0], upper[0])
     if "point" in memory:
         eta = 0.6 / (memory["t"] + 1) ** 0.5
-        d_x = d_x + (1 - eta) * (memory["d"] - three(*memory["point"], lower[0], upper[0])[0])
+        former: Triple = memory["point"]
+        d_x = d_x + (1 - eta) * (memory["d"] - three(*former, lower[0], upper[0])[0])
     memory |= {"t": memory.get("t", 0) + 1, "point": point, "d": d_x}
     return d_x, d_y, run.v - 0.1 * d_v
 
@@ -120,12 +131,9 @@ def by_series(x: Tensor, y: Tensor, lower: Sequence[Draw], upper: Sequence[Draw]
 
 
 def momentum(run: Drive, memory: Memory, lower: Sequence[Draw], upper: Sequence[Draw], length: int | None) -> Found:
-    point = run.x, run.y
-    none = torch.zeros(R, dtype=torch.float64)
-    found = [
-        (by_series(*at, lower, upper, length), below(*at, none, lower[-1]).gradient)
-        for at in (point, memory.get("point", point))
-    ]
+    point, none = (run.x, run.y), torch.zeros(R, dtype=torch.float64)
+    points: list[tuple[Tensor, Tensor]] = [point, memory.get("point", point)]
+    found = [(by_series(x, y, lower, upper, length), below(x, y, none, lower[-1]).gradient) for x, y in points]
     (d_x, d_y), (old_x, old_y) = found
     if "point" in memory:
         eta = 0.7 / (memory["t"] + 1) ** 0.5

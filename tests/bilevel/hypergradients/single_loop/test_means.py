@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from bilevel.hypergradients.single_loop.estimators import random_length
 from bilevel.lower import Draw
 from tests.bilevel.hypergradients.single_loop.test_directions import by_series, close, one_term, series, three
 from tests.support.cases import joined
-from tests.support.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
+from tests.support.problems.sampled_quadratic import WHOLE, Drive, R, above, below, blocks, cross, draw, hessian
 
 ETA, TERMS = 0.4, 2
 
@@ -105,7 +105,7 @@ def test_sampled_series_have_the_mean_of_the_whole_sets(name: str, monkeypatch: 
 
 
 def test_the_whole_sets_series_is_as_near_to_the_inverse_as_the_docstring_says() -> None:
-    f_y = above(*(torch.ones(n).double() for n in (4, 7)), WHOLE[1])[1]
+    f_y = above(torch.ones(4).double(), torch.ones(7).double(), WHOLE[1])[1]
     H = hessian()
     least, largest = float(torch.linalg.eigvalsh(H)[0]), float(torch.linalg.eigvalsh(H)[-1])
     assert 2 / largest > ETA
@@ -154,7 +154,7 @@ def test_random_lengths_are_uniform_and_functions_of_step_and_samples() -> None:
     assert sorted(counts) == [0, 1, 2, 3]
     # 1000 each, with a standard deviation of 27.
     assert all(850 < count < 1150 for count in counts.values())
-    follows = Counter(zip(lengths, lengths[1:], strict=False))
+    follows = Counter(pairwise(lengths))
     assert all(170 < count < 330 for count in follows.values()), "250 each of the 16 pairs, with a deviation of 15"
     assert len({random_length(run.step([draw(lower, k)] * 4, [draw(upper, 0)]), 1000) for k in range(4)}) == 4
 

@@ -26,6 +26,7 @@ from bilevel import (
     ridge,
 )
 from bilevel.linear import Dense, Diagonal, Escalating, FunctionOperator, Solver, spectrum_bounds
+from bilevel.products import ReverseOverReverse
 from tests.support.cases import BY_NAME, Case, Quadratic, vector, with_spectrum
 
 SPLIT = ((2, 2), (), (3,))
@@ -42,6 +43,9 @@ SYSTEMS = [
         )
     ),
 ]
+RECOMPUTED = ReverseOverReverse(keep_graph=False)
+"""A pass a product, for counting."""
+
 SOLVERS: list[Solver] = [CG(200, 1e-6), CG(200, 1e-6, preconditioner=Diagonal()), Nystrom(4, max_refinements=200)]
 
 
@@ -196,7 +200,7 @@ class Task(Counted):
 def cost(problem: Counted, on_failure: Any, term: float = 0.0) -> tuple[int, str]:
     """Evaluations of the lower objective that a hypergradient takes, and what it warns of."""
     lower, before = problem.case.split(torch.zeros(8, dtype=torch.float64)), problem.calls
-    upper, method = {"x": torch.zeros((), dtype=torch.float64)}, Implicit(CG(200, 1e-6), tikhonov=term)
+    upper, method = {"x": torch.zeros((), dtype=torch.float64)}, Implicit(CG(200, 1e-6), tikhonov=term, hvp=RECOMPUTED)
     with warnings.catch_warnings(record=True) as caught, contextlib.suppress(SolverError):
         warnings.simplefilter("always")
         hypergradient(problem, upper, lower, method, upper_batch=None, lower_batches=[1.0], on_failure=on_failure)
@@ -245,7 +249,7 @@ def test_a_trainer_makes_them_once_a_run() -> None:
             Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [None]),
             Level(lower, torch.optim.SGD(lower.values(), lr=0.0), [1.0, 1.5, 2.0]),
             AlternatingSchedule(alternations, 1, 1),
-            CG(200, 1e-6),
+            Implicit(CG(200, 1e-6), hvp=RECOMPUTED),
             on_failure=on_failure,
         )
         with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from bilevel.hypergradients import System
 from bilevel.linear import Dense
 from bilevel.products import FiniteDifference, ForwardOverReverse, ReverseOverReverse
 from tests.support.cases import joined, vector
-from tests.support.smooth import BATCHES, Separable, Smooth, variables
+from tests.support.problems.smooth import BATCHES, Separable, Smooth, variables
 
 EXACT = [ReverseOverReverse(), ReverseOverReverse(keep_graph=True), ForwardOverReverse()]
 

@@ -11,8 +11,8 @@ from bilevel import CG, Identity, Implicit, Params, SolverError, SolverWarning, 
 from bilevel.lower import StaleSystemError
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import joined
-from tests.support.closed_forms import NO_BATCH, Proximal, proximal_point
-from tests.support.smooth import BATCHES, Separable, Smooth, variables
+from tests.support.problems.closed_forms import NO_BATCH, Proximal, proximal_point
+from tests.support.problems.smooth import BATCHES, Separable, Smooth, variables
 
 
 @pytest.mark.parametrize("hvp", [ReverseOverReverse(), ForwardOverReverse(), FiniteDifference()], ids=str)

@@ -13,7 +13,7 @@ from bilevel import CG, Params, Problem, functional_call, linearize
 from bilevel.hypergradients import System
 from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
-from tests.support.smooth import BATCHES, Separable, Smooth, variables
+from tests.support.problems.smooth import BATCHES, Separable, Smooth, variables
 
 
 def fresh_system(problem: Problem | None = None) -> tuple[System, Params, Params, list[dict[str, Tensor]]]:
@@ -168,3 +168,18 @@ def test_a_dropped_system_is_gone_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_the_cross_term_is_at_the_upper_variables_as_they_are_now(keep_graph: bool) -> None:
+    class Weighted(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            # The exponential's derivative is taken from its value, which no counter watches.
+            return 0.5 * (upper["x"].exp() * lower["y"].square()).sum()
+
+    x, y = {"x": torch.zeros(2, dtype=torch.float64)}, {"y": torch.ones(2, dtype=torch.float64)}
+    system = linearize(Weighted(), x, y, [None], hvp=ReverseOverReverse(keep_graph=keep_graph))
+    system.operator(y)
+    assert torch.equal(system.cross(y)["x"], torch.ones(2, dtype=torch.float64))
+    x["x"].add_(1.0)
+    torch.testing.assert_close(system.cross(y)["x"], torch.ones(2, dtype=torch.float64).exp())

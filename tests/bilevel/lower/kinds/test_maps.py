@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import Params
 from bilevel.lower import L1, Box, ByName, ElasticNet, GroupL1, LinearEqualities, NonNegative, ProximalMap, Simplex
-from tests.support.lower_kinds import draw, f64
+from tests.support.kinds.problems import draw, f64
 
 STEP = 0.4
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2])
@@ -210,3 +210,11 @@ def test_a_map_of_ones_own_has_no_kinks_unless_it_says_so() -> None:
 
     assert Halved().distances({"y": f64(1.0)}, STEP) == {}
     assert Halved().separable
+
+
+def test_a_single_number_is_a_group_of_its_own() -> None:
+    z = torch.tensor(2.0, dtype=torch.float64)
+    y = image(GroupL1(0.5), z)
+    assert y.shape == ()
+    assert float(y) == pytest.approx(2.0 - STEP * 0.5)
+    assert float(image(GroupL1(7.0), z)) == 0.0

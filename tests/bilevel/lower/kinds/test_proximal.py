@@ -1,6 +1,5 @@
 """Hypergradients of constrained and penalised lower levels against closed forms, and what is said of bad points."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,7 @@ from bilevel import (
 from bilevel.linear import GMRES, AdjointIteration, Dense
 from bilevel.lower import L1, Box, ByName, ElasticNet, GroupL1, LinearEqualities, NonNegative, ProximalMap, Simplex
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
-from tests.support.lower_kinds import EXACT, Penalised, draw, f64
+from tests.support.kinds.problems import EXACT, Penalised, draw, f64
 
 HESSIAN = (lambda a: a.T @ a / 8.0 + 0.3 * torch.eye(6, dtype=a.dtype))(draw(8, 6, seed=0))
 LINEAR, TARGET, MIXING = 2.0 * draw(6, seed=1), draw(6, seed=2), draw(6, 3, seed=3)
@@ -393,7 +392,7 @@ def test_what_makes_no_sense_is_refused_by_name() -> None:
         problem.step_size = step  # type: ignore[assignment]
         with pytest.raises(ValueError, match=r"Penalised.step_size must be a positive number"):
             linearize(problem, UPPER, START, [1.0])
-    wrong: Callable[[Params], Any] = lambda x: 0.1  # noqa: E731
+    wrong: Any = list
     with pytest.raises(TypeError, match=r"proximal_map\(upper\) must be a ProximalMap"):
         linearize(Penalised(HESSIAN, LINEAR, TARGET, wrong), UPPER, START, [1.0])
     with pytest.raises(ValueError, match=r"the map gave \(3, 6\)"):

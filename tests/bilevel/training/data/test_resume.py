@@ -13,8 +13,8 @@ from bilevel.checkpoint import load_checkpoint
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.training import Callback, LoaderSource, SingleLevelTrainer, gradient_of
 from tests.bilevel.training.data.data_sets import Own
-from tests.bilevel.training.test_trainer_resume import metrics
-from tests.support.small_net import DATA, Bell, Net, net_trainer
+from tests.bilevel.training.trainer.test_resume import metrics
+from tests.support.problems.small_net import DATA, Bell, Net, net_trainer
 
 
 class Augmented(Dataset[Tensor]):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 from bilevel import AlternatingSchedule, BatchStack, Params, Trainer
 from bilevel.training import Cycle, Level, LoaderSource, SingleLevelTrainer, Training
 from tests.bilevel.training.data.data_sets import Points, Stream, loader
-from tests.support.closed_forms import quadratic
+from tests.support.problems.closed_forms import quadratic
 
 
 def test_the_explicit_class_takes_loaders_alone() -> None:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from bilevel import AlternatingSchedule, Level, OneStep, Params, Trainer
 from tests.bilevel.training.levels.making import level
-from tests.support.closed_forms import quadratic
+from tests.support.problems.closed_forms import quadratic
 
 
 class NeedsBoth(Optimizer):

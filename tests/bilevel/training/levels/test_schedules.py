@@ -33,7 +33,7 @@ from bilevel.hypergradients import from_optimizer
 from bilevel.training import Callback, SingleLevelTrainer, gradient_of
 from tests.bilevel.training.levels.making import Make, level, none
 from tests.support.cases import vector
-from tests.support.closed_forms import quadratic
+from tests.support.problems.closed_forms import quadratic
 
 STEPS = 8
 SCHEDULES: dict[str, Make] = {

@@ -16,8 +16,8 @@ from bilevel.linear import Dense
 from bilevel.products import ReverseOverReverse
 from bilevel.training import BatchSource, Callback, NonFiniteError, SingleLevelTrainer, gradient_of
 from tests.support.cases import joined
-from tests.support.small_net import DATA, Net
-from tests.support.two_heads import (
+from tests.support.problems.small_net import DATA, Net
+from tests.support.problems.two_heads import (
     DAMPING,
     GAMMA,
     LAMBDA,

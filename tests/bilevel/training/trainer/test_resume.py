@@ -11,8 +11,8 @@ from bilevel import AlternatingSchedule
 from bilevel.checkpoint import load_checkpoint
 from bilevel.training import Callback, Diagnostics
 from tests.support.cases import joined
-from tests.support.small_net import Net, net_trainer
-from tests.support.two_heads import make
+from tests.support.problems.small_net import Net, net_trainer
+from tests.support.problems.two_heads import make
 
 
 class Interrupt(Callback):

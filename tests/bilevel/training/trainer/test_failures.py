@@ -22,7 +22,7 @@ from bilevel import (
 )
 from bilevel.training import Callback, NonFiniteError
 from tests.support.cases import joined
-from tests.support.two_heads import LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
+from tests.support.problems.two_heads import LOWER_BATCHES, UPPER_BATCHES, TwoHeads, implicit, make, variables
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["misses", "adds"])

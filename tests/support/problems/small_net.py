@@ -26,7 +26,7 @@ from bilevel import (
 )
 from bilevel.training import BatchSource, Blocks, Callback
 from tests.support.cases import vector
-from tests.support.two_heads import inverse
+from tests.support.problems.two_heads import inverse
 
 
 class Net(Problem):

@@ -25,9 +25,9 @@ from bilevel import (
 )
 from bilevel.hypergradients import Method
 from bilevel.linear import GMRES
-from bilevel.lower import L1, FixedPointProblem, NonNegative, ProximalMap, RootProblem, Simplex
+from bilevel.lower import L1, FixedPointProblem, NonNegative, ProximalMap, ProximalProblem, RootProblem, Simplex
 from bilevel.training import Callback
-from tests.support.lower_kinds import EXACT, Cubic, Equilibrium, Line, Penalised, draw, f64, iterated
+from tests.support.kinds.problems import EXACT, Cubic, Equilibrium, Line, Penalised, draw, f64, iterated
 
 HESSIAN = (lambda a: a.T @ a / 8.0 + 0.3 * torch.eye(6, dtype=a.dtype))(draw(8, 6, seed=0))
 LINEAR, TARGET, MIXING = 2.0 * draw(6, seed=1), draw(6, seed=2), draw(6, 3, seed=3)
@@ -208,6 +208,42 @@ def test_changes_of_the_active_set_are_reported() -> None:
     assert sum(changed) > 0
 
 
+class Rows(ProximalProblem):
+    """A non-negative least squares problem in two parts, for micro-batches."""
+
+    step_size = 0.3
+
+    def lower_outputs(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return batch[:, :3] @ lower["y"] - upper["x"] * batch[:, 3]
+
+    def lower_output_loss(self, upper: Params, outputs: Tensor, batch: Tensor) -> Tensor:
+        return 0.5 * outputs.square().mean()
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+        return self.lower_output_loss(upper, self.lower_outputs(upper, lower, batch), batch)
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        return lower["y"].sum()
+
+    def proximal_map(self, upper: Params) -> ProximalMap:
+        return NonNegative()
+
+
+def test_micro_batches_of_a_proximal_problem_are_those_of_its_smooth_part() -> None:
+    rows, ends = draw(10, 4, seed=12), []
+    for micro_batch in (None, 3):
+        y: Params = {"y": torch.zeros(3, dtype=torch.float64)}
+        lower = Level(y, torch.optim.SGD(y.values(), lr=0.3, momentum=0.5), [rows], micro_batch=micro_batch)
+        x = {"x": torch.ones(1, dtype=torch.float64)}
+        upper = Level(x, torch.optim.SGD(x.values(), lr=0.0), [None])
+        Trainer(Rows(), upper, lower, AlternatingSchedule(1, 60, 0)).run()
+        ends.append(y["y"])
+    assert torch.allclose(ends[0], ends[1], rtol=1e-12)
+    active = ends[0] == 0.0
+    assert bool(active.any())
+    assert not bool(active.all())
+
+
 class Deaf(Line):
     """Has lower outputs, which a fixed point does not need."""
 
@@ -267,3 +303,20 @@ def test_any_optimizer_serves_a_fixed_point_and_the_default_method_is_gmres() ->
     assert trainer.solves == {"CONVERGED": 1}
     assert issubclass(FixedPointProblem, Problem)
     assert not RootProblem.symmetric
+
+
+def test_a_schedule_that_parts_the_groups_rates_is_refused() -> None:
+    """The map after a step has one length, and groups of other rates would end at the solution of another problem."""
+    x, y = {"x": f64(0.3, -0.2, 0.1)}, {"y": torch.zeros(6, dtype=torch.float64)}
+    y["z"] = torch.zeros(2, dtype=torch.float64)
+    optimizer = torch.optim.SGD([{"params": [y["y"]]}, {"params": [y["z"]]}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 1.0 / (step + 1)])
+
+    class Both(Penalised):
+        def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+            return super().lower_objective(upper, lower, batch) + (lower["z"] - 2.0).square().sum()
+
+    problem = Both(HESSIAN, LINEAR, TARGET, lambda upper: L1(0.1), MIXING)
+    lower = Level(y, optimizer, [1.0], scheduler=schedule)
+    trainer = Trainer(problem, level(x, torch.optim.SGD, lr=0.1), lower, AlternatingSchedule(1, 3, 0), EXACT)
+    refused(trainer.run, "parameter groups differ in lr")

@@ -10,7 +10,17 @@ from torch import Tensor
 from bilevel import AlternatingSchedule, Params
 from bilevel.training import Callback
 from tests.support.cases import joined
-from tests.support.two_heads import DAMPING, GAMMA, LAMBDA, LOWER_BATCHES, UPPER_BATCHES, K, TwoHeads, implicit, make
+from tests.support.problems.two_heads import (
+    DAMPING,
+    GAMMA,
+    LAMBDA,
+    LOWER_BATCHES,
+    UPPER_BATCHES,
+    K,
+    TwoHeads,
+    implicit,
+    make,
+)
 
 STEPS = 3
 SCHEDULE = AlternatingSchedule(1, K, STEPS)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from bilevel.distributed import shard
 from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
-from bilevel.training import Callback, Inspect, NonFiniteError, SingleLevelTrainer
-from tests.bilevel.training.test_trainer_resume import metrics
+from bilevel.training import Blocks, Callback, Inspect, NonFiniteError, SingleLevelTrainer
+from bilevel.tree import tensors_in
+from tests.bilevel.training.trainer.test_resume import metrics
 from tests.support.cases import vector
 from tests.support.methods import METHODS, Kind
+from tests.support.problems.small_net import Bell, Net, net_trainer
 from tests.support.rank_processes import on_ranks
-from tests.support.small_net import Bell, Net, net_trainer
 
 EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
 LOOPS = {name: kind for name, kind in METHODS.items() if kind.method.moves_lower}
@@ -176,7 +178,7 @@ def test_a_lower_step_that_is_not_finite_is_left_out_whole(tmp_path: Path, kind:
 def test_events_have_one_schema(tmp_path: Path, kind: Kind) -> None:
     made(tmp_path / "run", kind).run()
     made(tmp_path / "other", replace(METHODS["implicit"], upper_steps=kind.upper_steps, adapts=kind.adapts)).run()
-    ours, theirs = ({line["event"]: line.keys() for line in metrics(tmp_path / name)} for name in ("run", "other"))
+    ours, theirs = ({line["event"]: set(line) for line in metrics(tmp_path / name)} for name in ("run", "other"))
     if kind.method.moves_lower:
         # A step of both levels has the lower one's numbers beside its own, and there are no steps of that one alone.
         theirs["upper"] |= {"lower_lr", "lower_grad_norm"}
@@ -210,8 +212,13 @@ class Independent(Weighted):
         return 0.5 * (batch[:, :3] @ lower["w"] - batch[:, 3] - batch[:, :2] @ upper["s"]).square().mean()
 
 
+def shared_out(rows: Tensor, indices: Tensor) -> Tensor:
+    """This rank's rows of a block."""
+    return rows[indices][shard(len(indices))]
+
+
 def trained() -> dict[str, list[float]]:
-    """Where every method leads, on this rank's rows."""
+    """Where every method leads, and what it carries, on this rank's rows."""
     torch.manual_seed(0)
     rows = vector(64, 70).reshape(16, 4)
     found: dict[str, list[float]] = {}
@@ -219,16 +226,22 @@ def trained() -> dict[str, list[float]]:
         upper = {"s": vector(2, 71).requires_grad_()}
         lower = {"w": vector(3, 72).requires_grad_()}
         problem = Independent() if name in ("aggregated", "recycled") else Weighted()
+        data: list[Any] = [[rows[8:][shard(8)]], [rows[:8][shard(8)]] * 2]
+        if kind.blocks:
+            data = [Blocks(8, 4, partial(shared_out, half), seed=1) for half in (rows[8:], rows[:8])]
         trainer = Trainer(
             problem,
-            Level(upper, torch.optim.SGD(upper.values(), lr=0.5), [rows[8:][shard(8)]]),
-            Level(lower, torch.optim.SGD(lower.values(), lr=0.3, momentum=0.5), [rows[:8][shard(8)]] * 2),
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.5), data[0]),
+            Level(lower, torch.optim.SGD(lower.values(), lr=0.3, momentum=0.5), data[1]),
             AlternatingSchedule(3, 0 if kind.method.moves_lower else 4, kind.upper_steps),
             kind.method,
             on_failure="ignore",
         )
         trainer.run()
         found[name] = [*upper["s"].tolist(), *lower["w"].tolist()]
+        if kind.method.lower_draws:
+            for tensor in tensors_in(trainer.state_dict()["method"]["state"]):
+                found[name] += tensor.reshape(-1).tolist()
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import AlternatingSchedule, Checkpointing, Identity, Level, Params
 from bilevel.training import Inspect, NonFiniteError, SingleLevelTrainer, gradient_of
-from tests.support.two_heads import LOWER_BATCHES, TwoHeads, implicit, make
+from tests.support.problems.two_heads import LOWER_BATCHES, TwoHeads, implicit, make
 
 
 @pytest.mark.parametrize("level", ["lower", "upper"])

@@ -13,8 +13,8 @@ from bilevel import CG, Identity, Implicit, Neumann, Trainer
 from bilevel.checkpoint import load_checkpoint
 from bilevel.interruption import SIGNALS, Interrupted, Interruption, check, deferred, installed
 from bilevel.linear import Solver
-from tests.bilevel.training.test_trainer_resume import metrics
-from tests.support.small_net import Bell, Net, net_trainer
+from tests.bilevel.training.trainer.test_resume import metrics
+from tests.support.problems.small_net import Bell, Net, net_trainer
 
 
 def made(folder: Path, solver: Solver, aggregate: bool, fresh: bool = False) -> Trainer:
