@@ -5,8 +5,8 @@ Here are the names that a first reader needs; the others are public in their roo
 """
 
 from bilevel.hypergradients import (
-    SAMA,
-    AdamUpdate,
+    SABA,
+    SOBA,
     Hypergradient,
     Implicit,
     Method,
@@ -19,15 +19,15 @@ from bilevel.hypergradients import (
     check_hypergradient,
     hypergradient,
     linearize,
+    lower_solution,
 )
-from bilevel.linear import CG, MINRES, Identity, Neumann, Nystrom, Status
+from bilevel.linear import CG, GMRES, MINRES, Identity, Neumann, Status
 from bilevel.nn import functional_call
 from bilevel.problem import Problem, proximal, ridge
 from bilevel.training import (
     AlternatingSchedule,
     BatchStack,
     Checkpointing,
-    JSONLWriter,
     Level,
     ProgressBar,
     Trainer,
@@ -38,20 +38,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "GMRES",
     "MINRES",
-    "SAMA",
-    "AdamUpdate",
+    "SABA",
+    "SOBA",
     "AlternatingSchedule",
     "BatchStack",
     "Checkpointing",
     "Hypergradient",
     "Identity",
     "Implicit",
-    "JSONLWriter",
     "Level",
     "Method",
     "Neumann",
-    "Nystrom",
     "OneStep",
     "Params",
     "Penalty",
@@ -67,6 +66,7 @@ __all__ = [
     "functional_call",
     "hypergradient",
     "linearize",
+    "lower_solution",
     "proximal",
     "ridge",
 ]

@@ -13,8 +13,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bilevel import AdamUpdate, Params, Problem, Unrolled, functional_call, hypergradient
-from bilevel.hypergradients import Update
+from bilevel import Params, Problem, Unrolled, functional_call, hypergradient
+from bilevel.hypergradients import AdamUpdate, Update
 
 CLASSES = 10
 KINDS = {"log_decay": "weight decay", "smoothing": "smoothing", "weights": "sample weights"}

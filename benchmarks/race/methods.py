@@ -16,12 +16,10 @@ from benchmarks.peers.adapters import quiet
 from benchmarks.race.problems import Batch, Race, Rates
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
     Method,
-    Nystrom,
     OneStep,
     Params,
     Penalty,
@@ -30,7 +28,8 @@ from bilevel import (
     Trainer,
     Unrolled,
 )
-from bilevel.linear import Solver
+from bilevel.hypergradients import SAMA
+from bilevel.linear import Nystrom, Solver
 from bilevel.products import ReverseOverReverse
 from bilevel.training import BatchSource
 

@@ -15,9 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.measuring import Timing, interleaved
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, functional_call, linearize, proximal
+from bilevel import CG, MINRES, Identity, Neumann, Params, Problem, functional_call, linearize, proximal
 from bilevel.compare import lower_gradient, relative
-from bilevel.linear import Diagonal, Escalating, FunctionOperator, LinearOperator, Solver
+from bilevel.linear import Diagonal, Escalating, FunctionOperator, LinearOperator, Nystrom, Solver
 from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 
 WEIGHTS = (10.0, 3.0, 1.0)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Problem, linearize
-from bilevel.linear import Dense, Diagonal, Escalating, NystromPreconditioner, Solver
+from bilevel import CG, MINRES, Identity, Neumann, Params, Problem, linearize
+from bilevel.linear import Dense, Diagonal, Escalating, Nystrom, NystromPreconditioner, Solver
 from bilevel.products import FiniteDifference, ForwardOverReverse, GaussNewton, HVPProvider, ReverseOverReverse
 
 RTOL = 1e-8

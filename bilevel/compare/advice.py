@@ -264,10 +264,14 @@ class _Reading:
                 f"{text}. A is singular or nearly so: a tikhonov of about {number(needed_tikhonov((low, high)))} "
                 "would bound what small eigenvalues amplify."
             )
-        return f"{text}, a condition number of {number(high / low)}."
+        least = "" if self.facts["eigenvalues_complete"] else "at least "
+        return f"{text}, a condition number of {least}{number(high / low)}."
 
-    def noise(self) -> str:
+    def noise(self) -> str | None:
         noise, count = self.facts["noise"], self.facts["batches"]
+        if not is_resolved(self.facts):
+            # It is relative to x.
+            return None
         if noise is None:
             return (
                 "The noise of the batches was not measured: that takes two or more lower_batches, or a single one that "
@@ -291,10 +295,15 @@ class _Reading:
         norm, noise, gain = (self.facts[key] for key in ("stationarity", "gradient_noise", "gain"))
         beside = "" if noise is None or noise == 0.0 else f", {number(norm / noise)} times what the batches leave open"
         what = "residual y - T(x, y), or S(x, y)," if self.facts["residual"] else "gradient"
+        text, assumed = (
+            f"The lower {what} has a norm of {number(norm)}{beside}",
+            "The implicit function theorem assumes",
+        )
+        if not is_resolved(self.facts):
+            return f"{text}. {assumed} that it is 0."
         return (
-            f"The lower {what} has a norm of {number(norm)}{beside}: to first order, a lower level that is solved "
-            f"would change the upper loss {number(self.facts['loss'])} by {number(gain)}. The implicit function "
-            "theorem assumes that it is solved."
+            f"{text}: to first order, a lower level that is solved would change the upper loss "
+            f"{number(self.facts['loss'])} by {number(gain)}. {assumed} that it is solved."
         )
 
     def reference(self) -> str:

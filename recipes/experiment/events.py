@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bilevel import JSONLWriter
 from bilevel.checkpoint import write_atomic
 from bilevel.distributed import rank
-from bilevel.training import Callback, Tracker, TrackerError
+from bilevel.training import Callback, JSONLWriter, Tracker, TrackerError
 
 from .errors import ConfigError
 

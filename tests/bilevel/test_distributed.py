@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.measuring import free_port
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Hypergradient,
     Implicit,
@@ -42,6 +41,7 @@ from bilevel.distributed import (
     shard,
     world_size,
 )
+from bilevel.hypergradients import SAMA
 from bilevel.hypergradients.updates.update import AdamUpdate, SGDUpdate
 from bilevel.nn import own_draws
 from bilevel.products import ForwardOverReverse, ReverseOverReverse

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bilevel import CG, SAMA, Implicit, Method, OneStep, Penalty, SGDUpdate, Unrolled
+from bilevel import CG, Implicit, Method, OneStep, Penalty, SGDUpdate, Unrolled
 from bilevel.hypergradients import (
     BOME,
     F2SA,
@@ -10,6 +10,7 @@ from bilevel.hypergradients import (
     MASOBA,
     MRBO,
     SABA,
+    SAMA,
     SOBA,
     SRBA,
     SUSTAIN,

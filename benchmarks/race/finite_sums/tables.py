@@ -35,7 +35,7 @@ def way(row: Figures, target: float) -> str:
 def rate(row: Figures) -> str:
     """Iterations a second."""
     rates = [c["iterations"][-1] / c["seconds"][-1] for c in row["curves"] if c["seconds"] and c["seconds"][-1] > 0]
-    return f"{float(f'{statistics.median(rates):.2g}'):,.0f}" if rates else "–"
+    return f"{float(f'{statistics.median(rates):.2g}'):,g}" if rates else "–"
 
 
 def end(row: Figures, problem: Figures) -> str:

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom
-from bilevel.linear import Escalating, Solver
+from bilevel import CG, MINRES, Identity, Neumann
+from bilevel.linear import Escalating, Nystrom, Solver
 from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 
 from .sections import Section

@@ -174,6 +174,18 @@ class TestAdvice:
             "No solver can be named: CG, which the others are measured against, was left"
         )
         assert "Give more seconds" in report.advice[0]
+        # What is told by x is not told of an x that is not known.
+        said = " ".join(report.advice)
+        assert "The lower gradient has a norm of" in said
+        assert "would change" not in said
+
+    def test_eigenvalues_that_were_met_bound_the_condition_number_from_below(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = {"CG": CG(20, None)}
+        assert "a condition number of 4." in " ".join(compare(Point(WELL), solvers=one).advice)
+        monkeypatch.setattr("bilevel.compare.reference.DENSE_SIZE", 5)
+        assert "a condition number of at least 4." in " ".join(compare(Point(WELL), solvers=one).advice)
 
 
 class Net(Problem):

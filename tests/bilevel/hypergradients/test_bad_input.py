@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import AdamUpdate, OneStep, Params, Problem, SGDUpdate, check_hypergradient, hypergradient, linearize
+from bilevel import OneStep, Params, Problem, SGDUpdate, check_hypergradient, hypergradient, linearize
+from bilevel.hypergradients import AdamUpdate
 
 
 class Plain(Problem):

@@ -9,8 +9,6 @@ import torch
 from bilevel import (
     CG,
     MINRES,
-    SAMA,
-    AdamUpdate,
     Identity,
     Implicit,
     Method,
@@ -22,7 +20,7 @@ from bilevel import (
     Unrolled,
     check_hypergradient,
 )
-from bilevel.hypergradients import HypergradientCheck
+from bilevel.hypergradients import SAMA, AdamUpdate, HypergradientCheck
 from bilevel.linear import ApproximateInverse, Dense
 from bilevel.products import FiniteDifference, ReverseOverReverse
 from tests.support.cases import joined

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bilevel import (
     CG,
-    SAMA,
     Identity,
     Implicit,
     Neumann,
@@ -23,6 +22,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import SAMA
 from bilevel.hypergradients.updates.update import SGDUpdate
 from bilevel.linear import Dense, Solver
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from bilevel import (
     CG,
-    SAMA,
-    AdamUpdate,
     AlternatingSchedule,
     Implicit,
     Level,
@@ -32,7 +30,16 @@ from bilevel import (
     check_hypergradient,
     hypergradient,
 )
-from bilevel.hypergradients import Hypergradient, LowerStep, MethodState, Proposal, UpperStep, as_method
+from bilevel.hypergradients import (
+    SAMA,
+    AdamUpdate,
+    Hypergradient,
+    LowerStep,
+    MethodState,
+    Proposal,
+    UpperStep,
+    as_method,
+)
 from bilevel.products import Automatic, ReverseOverReverse
 from tests.support.by_hand import BATCHES, UPPER_BATCH, Smooth, smooth
 from tests.support.cases import joined, vector

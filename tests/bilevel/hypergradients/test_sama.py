@@ -8,18 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    SAMA,
-    AdamUpdate,
-    Hypergradient,
-    Params,
-    Problem,
-    SGDUpdate,
-    SolverError,
-    SolverWarning,
-    hypergradient,
-)
-from bilevel.hypergradients import TorchUpdate, Update, from_optimizer
+from bilevel import Hypergradient, Params, Problem, SGDUpdate, SolverError, SolverWarning, hypergradient
+from bilevel.hypergradients import SAMA, AdamUpdate, TorchUpdate, Update, from_optimizer
 from bilevel.hypergradients.updates.update import State
 from bilevel.linear import ApproximateInverse
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse

@@ -14,7 +14,6 @@ from bilevel import (
     Implicit,
     Level,
     Neumann,
-    Nystrom,
     Params,
     Problem,
     Status,
@@ -22,7 +21,7 @@ from bilevel import (
     linearize,
 )
 from bilevel.hypergradients import MethodState, Proposal, System, UpperStep
-from bilevel.linear import ApproximateInverse, Dense, Escalating, NystromPreconditioner, Solver
+from bilevel.linear import ApproximateInverse, Dense, Escalating, Nystrom, NystromPreconditioner, Solver
 from bilevel.training import Callback
 from tests.support.cases import BY_NAME, Case, Counting, dense, joined, vector
 

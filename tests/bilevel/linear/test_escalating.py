@@ -9,23 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    AlternatingSchedule,
-    Identity,
-    JSONLWriter,
-    Level,
-    Neumann,
-    Params,
-    Problem,
-    Status,
-    Trainer,
-    linearize,
-)
+from bilevel import CG, AlternatingSchedule, Identity, Level, Neumann, Params, Problem, Status, Trainer, linearize
 from bilevel.linear import Dense, Solver
 from bilevel.linear.solvers.escalating import Escalating
 from bilevel.linear.solvers.minres import MINRES
 from bilevel.linear.solvers.nystrom import Nystrom
+from bilevel.training import JSONLWriter
 from tests.support.cases import (
     BY_NAME,
     CASES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Status
+from bilevel import CG, MINRES, Identity, Neumann, Params, Status
 from bilevel.linear import (
     GMRES,
     AdjointIteration,
@@ -16,6 +16,7 @@ from bilevel.linear import (
     Escalating,
     FunctionOperator,
     MeanOperator,
+    Nystrom,
     ScaledOperator,
     Solver,
     SumOperator,

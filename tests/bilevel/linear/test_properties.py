@@ -12,21 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel import (
-    CG,
-    MINRES,
-    Identity,
-    Neumann,
-    Nystrom,
-    Params,
-    Problem,
-    SGDUpdate,
-    Unrolled,
-    hypergradient,
-    linearize,
-)
+from bilevel import CG, MINRES, Identity, Neumann, Params, Problem, SGDUpdate, Unrolled, hypergradient, linearize
 from bilevel.hypergradients import System
-from bilevel.linear import Dense, LinearOperator, Solver
+from bilevel.linear import Dense, LinearOperator, Nystrom, Solver
 from bilevel.linear.operators import MeanOperator, ScaledOperator, SumOperator, TikhonovOperator
 from bilevel.linear.preconditioner import Diagonal, NystromPreconditioner
 from bilevel.linear.solvers.escalating import Escalating

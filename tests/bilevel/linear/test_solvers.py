@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, MINRES, Identity, Neumann, Nystrom, Params, Status, linearize
-from bilevel.linear import Dense, Escalating, LinearOperator, Solution, Solver
+from bilevel import CG, MINRES, Identity, Neumann, Params, Status, linearize
+from bilevel.linear import Dense, Escalating, LinearOperator, Nystrom, Solution, Solver
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.cases import (
     BY_NAME,

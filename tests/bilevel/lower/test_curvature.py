@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
-    SAMA,
-    AdamUpdate,
     Identity,
     Implicit,
     Method,
@@ -29,6 +27,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import SAMA, AdamUpdate
 from bilevel.lower import curvature as curvature_module
 from bilevel.products import (
     FiniteDifference,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
@@ -26,6 +25,7 @@ from bilevel import (
     hypergradient,
     linearize,
 )
+from bilevel.hypergradients import SAMA
 from bilevel.lower import StaleSystemError
 from bilevel.nn import training_autocast
 from bilevel.training import SingleLevelTrainer, gradient_of

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, BatchStack, Checkpointing, JSONLWriter, Level, ProgressBar
-from bilevel.training import Cycle, Diagnostics, Inspect, TensorBoardLogger, WandbLogger
+from bilevel import AlternatingSchedule, BatchStack, Checkpointing, Level, ProgressBar
+from bilevel.training import Cycle, Diagnostics, Inspect, JSONLWriter, TensorBoardLogger, WandbLogger
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bilevel import Checkpointing, JSONLWriter, ProgressBar
+from bilevel import Checkpointing, ProgressBar
 from bilevel.checkpoint import load_checkpoint
-from bilevel.training import Callback
+from bilevel.training import Callback, JSONLWriter
 
 
 def trainer(progress: int, total: int = 5, waiting: float = 0.0, **skipped: int) -> Any:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
@@ -25,7 +24,7 @@ from bilevel import (
     linearize,
 )
 from bilevel import tree as trees
-from bilevel.hypergradients import SGDUpdate
+from bilevel.hypergradients import SAMA, SGDUpdate
 from bilevel.training import Callback
 from tests.support.cases import vector
 

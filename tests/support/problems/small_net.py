@@ -15,7 +15,6 @@ from bilevel import (
     BatchStack,
     Checkpointing,
     Implicit,
-    JSONLWriter,
     Level,
     Method,
     Params,
@@ -24,7 +23,7 @@ from bilevel import (
     functional_call,
     proximal,
 )
-from bilevel.training import BatchSource, Blocks, Callback
+from bilevel.training import BatchSource, Blocks, Callback, JSONLWriter
 from tests.support.cases import vector
 from tests.support.problems.two_heads import inverse
 

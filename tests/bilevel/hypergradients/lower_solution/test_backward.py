@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, Implicit, Nystrom, Params, Problem, SolverError, SolverWarning, Status, linearize
+from bilevel import CG, Implicit, Params, Problem, SolverError, SolverWarning, Status, linearize
 from bilevel.hypergradients import LowerSolution, OnFailure, System, lower_solution
-from bilevel.linear import Solver
+from bilevel.linear import Nystrom, Solver
 from bilevel.lower import StaleSystemError
 from bilevel.products import ReverseOverReverse
 from tests.bilevel.hypergradients.lower_solution.fits import EXACT, TARGET, Network, RidgeFit, X, fitted, ridge_solution

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel import CG, MINRES, Implicit, Neumann, Nystrom, Params, Problem, functional_call, hypergradient
+from bilevel import CG, MINRES, Implicit, Neumann, Params, Problem, functional_call, hypergradient
 from bilevel.hypergradients import lower_solution
-from bilevel.linear import Dense, Solver
+from bilevel.linear import Dense, Nystrom, Solver
 from bilevel.products import HVPProvider
 from tests.bilevel.hypergradients.lower_solution.fits import (
     EXACT,

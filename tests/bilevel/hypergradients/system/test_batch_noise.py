@@ -16,7 +16,6 @@ from bilevel import (
     Implicit,
     Level,
     Neumann,
-    Nystrom,
     Params,
     Problem,
     SolverWarning,
@@ -26,7 +25,7 @@ from bilevel import (
     linearize,
 )
 from bilevel.hypergradients import Method
-from bilevel.linear import Dense, Escalating, Solver
+from bilevel.linear import Dense, Escalating, Nystrom, Solver
 from bilevel.tree import norm
 
 ROWS, SIZE = 1024, 10

@@ -17,7 +17,6 @@ from bilevel import (
     Implicit,
     Level,
     Neumann,
-    Nystrom,
     Params,
     SolverError,
     Status,
@@ -25,7 +24,7 @@ from bilevel import (
     hypergradient,
     ridge,
 )
-from bilevel.linear import Dense, Diagonal, Escalating, FunctionOperator, Solver, spectrum_bounds
+from bilevel.linear import Dense, Diagonal, Escalating, FunctionOperator, Nystrom, Solver, spectrum_bounds
 from bilevel.products import ReverseOverReverse
 from tests.support.cases import BY_NAME, Case, Quadratic, vector, with_spectrum
 

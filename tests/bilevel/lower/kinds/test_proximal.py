@@ -10,12 +10,10 @@ from torch import Tensor
 from bilevel import (
     CG,
     MINRES,
-    SAMA,
     Hypergradient,
     Implicit,
     Method,
     Neumann,
-    Nystrom,
     OneStep,
     Params,
     Penalty,
@@ -29,7 +27,8 @@ from bilevel import (
     linearize,
     ridge,
 )
-from bilevel.linear import GMRES, AdjointIteration, Dense
+from bilevel.hypergradients import SAMA
+from bilevel.linear import GMRES, AdjointIteration, Dense, Nystrom
 from bilevel.lower import L1, Box, ByName, ElasticNet, GroupL1, LinearEqualities, NonNegative, ProximalMap, Simplex
 from bilevel.products import FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 from tests.support.kinds.problems import EXACT, Penalised, draw, f64

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bilevel import (
     CG,
-    SAMA,
     AlternatingSchedule,
     Implicit,
     Level,
@@ -23,7 +22,7 @@ from bilevel import (
     Trainer,
     Unrolled,
 )
-from bilevel.hypergradients import Method
+from bilevel.hypergradients import SAMA, Method
 from bilevel.linear import GMRES
 from bilevel.lower import L1, FixedPointProblem, NonNegative, ProximalMap, ProximalProblem, RootProblem, Simplex
 from bilevel.training import Callback

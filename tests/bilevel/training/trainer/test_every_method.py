@@ -15,8 +15,6 @@ from torch import Tensor
 
 from bilevel import (
     CG,
-    SAMA,
-    AdamUpdate,
     AlternatingSchedule,
     Identity,
     Implicit,
@@ -31,7 +29,7 @@ from bilevel import (
 )
 from bilevel.checkpoint import load_checkpoint
 from bilevel.distributed import shard
-from bilevel.hypergradients import Method, MethodState, Proposal, UpperStep
+from bilevel.hypergradients import SAMA, AdamUpdate, Method, MethodState, Proposal, UpperStep
 from bilevel.interruption import Interrupted, Interruption
 from bilevel.lower import upper_derivatives
 from bilevel.training import Blocks, Callback, Inspect, NonFiniteError, SingleLevelTrainer

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from bilevel import CG, MINRES, Nystrom
+from bilevel import CG, MINRES
+from bilevel.linear import Nystrom
 from bilevel.linear.solvers.escalating import Escalating
 from bilevel.products import ReverseOverReverse
 from bilevel.products.automatic import Automatic
