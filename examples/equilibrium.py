@@ -16,8 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bilevel import Params
-from bilevel.hypergradients import lower_solution
+from bilevel import Params, lower_solution
 from bilevel.linear import AdjointIteration
 from bilevel.lower import FixedPointProblem
 

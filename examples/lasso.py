@@ -17,8 +17,7 @@ from sklearn.linear_model import ElasticNetCV, Lasso
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
-from bilevel.linear import GMRES
+from bilevel import GMRES, AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
 from bilevel.lower import ElasticNet, ProximalMap, ProximalProblem
 
 Batch = tuple[Tensor, Tensor]

@@ -1,6 +1,7 @@
 """The bias of mini-batch systems is measured at a point where the true hypergradient is zero."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import batch_bias
 from benchmarks.race.finite_sums.contestants import SumProblem
 from benchmarks.race.finite_sums.problems import quadratics
 from bilevel import CG, hypergradient
+from tests.support.paths import ROOT
 
 
 def test_the_hypergradient_of_the_whole_set_is_zero_at_the_optimum() -> None:
@@ -39,3 +41,12 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figures = json.loads(path.read_text(encoding="utf-8"))
     assert set(figures["bias"]) == {"8", "64"}
     assert set(figures["bias"]["8"]) == set(batch_bias.SOLVERS)
+
+
+def test_the_page_shows_the_kept_figures() -> None:
+    kept = json.loads((ROOT / "benchmarks" / "results" / "batch_bias.json").read_text(encoding="utf-8"))["bias"]
+    page = (ROOT / "docs" / "choosing_method.md").read_text(encoding="utf-8")
+    for title, rows in (("64", "64"), ("256", "256"), ("all 1024", "1024")):
+        (line,) = re.findall(rf"^\| {title} \| (.*) \|$", page, re.M)
+        shown = [float(cell.split(" ± ")[0]) for cell in line.split(" | ")]
+        assert shown == pytest.approx([kept[rows][name]["bias"] for name in batch_bias.SOLVERS], rel=0.06)
