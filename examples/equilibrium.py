@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             seconds = train(network, images[:600], labels[:600], seed, steps)
             memory, test = kept(network(images[:BATCH])), (images[600:], labels[600:])
             reached = accuracy(network, *test)
-            if depth:
+            if isinstance(network, Network) and depth:
                 network.steps = 300
             rows.setdefault(name, []).append((reached, accuracy(network, *test), memory, 1000 * seconds))
     print("trained with   test accuracy   run on to the equilibrium   KiB kept")
