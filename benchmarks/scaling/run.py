@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks import measuring
 from benchmarks.scaling import model as scaling_model
 from benchmarks.solvers import tables as solvers_tables
-from benchmarks.solvers.network import Contrastive, gradient, network
+from benchmarks.solvers.network import Contrastive, network
 from bilevel import CG, linearize
 from bilevel.products import HVPProvider, ReverseOverReverse
 
@@ -87,7 +87,8 @@ class Step:
         return sum(p.numel() for p in self.lower.values())
 
     def gradient(self) -> None:
-        gradient(self.problem, self.lower, self.batches[0])
+        y = {name: value.detach().requires_grad_() for name, value in self.lower.items()}
+        torch.autograd.grad(self.problem.lower_objective({}, y, self.batches[0]), list(y.values()))
 
     def product(self, hvp: HVPProvider) -> Callable[[], object]:
         """A product on the first batch, its linearization made beforehand."""

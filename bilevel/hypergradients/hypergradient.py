@@ -91,7 +91,7 @@ def propose_once(step: UpperStep, method: Method) -> Hypergradient:
     return result
 
 
-def once_drawn(method: Method, upper_batch: Any, lower_batches: Sequence[Any]) -> dict[str, tuple[Draw, ...]]:
+def once_drawn(method: Method, upper_batch: Any, lower_batches: Sequence[Any]) -> dict[str, Any]:
     """The samples of an `UpperStep` of a method that draws its own: the given batches, again and again where they do
     not suffice."""
     if not method.lower_draws:

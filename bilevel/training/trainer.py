@@ -30,7 +30,7 @@ from bilevel.hypergradients import (
     unwritten,
 )
 from bilevel.linear import Solver, Status
-from bilevel.lower import Draw, autocasts, batch_by_batch, differentiates, training_derivatives
+from bilevel.lower import autocasts, batch_by_batch, differentiates, training_derivatives
 from bilevel.nn import noting_casts
 from bilevel.problem import Problem
 from bilevel.training.alternation import Alternation, restored
@@ -296,7 +296,7 @@ class Trainer(Training):
         upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
         return {"upper_batch": upper[0].batch, "lower_draws": lower, "upper_draws": upper}
 
-    def _view(self, now: Alternation, upper_batch: Any = None, **draws: tuple[Draw, ...]) -> UpperStep:
+    def _view(self, now: Alternation, upper_batch: Any = None, **draws: Any) -> UpperStep:
         upper, lower = self.upper, self.lower
         return UpperStep(
             self.problem,

@@ -196,6 +196,12 @@ def test_imaml_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len({digit for _, digit in characters}) == imaml.WAYS
 
 
+def test_maml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    result = quick("maml", monkeypatch, capsys, tmp_path)
+    assert result["maml_strong"] < 0.9 * result["random_strong"]
+    assert result["failed_solves"] <= 3
+
+
 def test_lasso(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = quick("lasso", monkeypatch, capsys, tmp_path)
     assert result["mismatch"] < 1e-7
@@ -258,12 +264,6 @@ def test_sklearn_layer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     result = quick("sklearn_layer", monkeypatch, capsys, tmp_path)
     assert result["lower_gradient"] < 1e-4
     assert result["classifier on learned features"] > 50.0
-
-
-def test_maml(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    result = quick("maml", monkeypatch, capsys, tmp_path)
-    assert result["maml_strong"] < 0.9 * result["random_strong"]
-    assert result["failed_solves"] <= 3
 
 
 def test_long_tail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
