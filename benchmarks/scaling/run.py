@@ -29,6 +29,7 @@ from benchmarks.scaling import model as scaling_model
 from benchmarks.solvers import tables as solvers_tables
 from benchmarks.solvers.network import Contrastive, network
 from bilevel import CG, linearize
+from bilevel.compare import lower_gradient
 from bilevel.products import HVPProvider, ReverseOverReverse
 
 PROVIDERS: dict[str, HVPProvider] = {
@@ -87,8 +88,7 @@ class Step:
         return sum(p.numel() for p in self.lower.values())
 
     def gradient(self) -> None:
-        y = {name: value.detach().requires_grad_() for name, value in self.lower.items()}
-        torch.autograd.grad(self.problem.lower_objective({}, y, self.batches[0]), list(y.values()))
+        lower_gradient(self.problem, {}, self.lower, self.batches[0])
 
     def product(self, hvp: HVPProvider) -> Callable[[], object]:
         """A product on the first batch, its linearization made beforehand."""

@@ -212,9 +212,9 @@ def test_a_batch_that_the_upper_objective_writes_to_is_noticed(part: bool) -> No
 
     data = torch.linspace(1.0, 2.0, 6, dtype=torch.float64)
     batch = data[:3] if part else data[:3].clone()
-    variables = [{name: torch.ones(3, dtype=torch.float64)} for name in "xy"]
+    x, y = ({name: torch.ones(3, dtype=torch.float64)} for name in "xy")
     with pytest.raises(StaleSystemError, match=r"lower_batches\[0\], tensor 0 changed after linearize"):
-        hypergradient(Writing(), *variables, upper_batch=batch, lower_batches=[batch])
+        hypergradient(Writing(), x, y, upper_batch=batch, lower_batches=[batch])
 
 
 def test_a_write_beside_the_batch_is_none_to_it() -> None:

@@ -460,7 +460,7 @@ def test_an_objective_may_take_derivatives_of_its_own() -> None:
         Level(params, torch.optim.SGD(params.values(), lr=0.1), [torch.linspace(0.0, 1.0, 5, dtype=torch.float64)])
         for params in (upper, lower)
     ]
-    Trainer(Slope(), *levels, AlternatingSchedule(1, 0, 1), SOBA()).run()
+    Trainer(Slope(), levels[0], levels[1], AlternatingSchedule(1, 0, 1), SOBA()).run()
     y = torch.tensor(0.5, dtype=torch.float64)
     t = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
     wanted = (2.0 * (y * (y * t).cos() - 0.5) * ((y * t).cos() - y * t * (y * t).sin())).mean()
@@ -470,13 +470,13 @@ def test_an_objective_may_take_derivatives_of_its_own() -> None:
 def test_the_tables_mean_is_that_of_its_rows_in_few_bits() -> None:
     """Steps as by SABA's tables in bfloat16, where the mean over 64 blocks moves by less than its own rounding."""
     table = Blocks(64, 1, lambda indices: indices, seed=0)
-    generator, state = torch.Generator().manual_seed(0), None
+    generator, state = torch.Generator().manual_seed(0), dict[str, Any]()
     centre = torch.randn(64, 10, generator=generator)
     for number in range(64 * 20):
         block = number % 64
         sample = Draw(None, block, block)
         new = centre[block] + 0.1 * torch.randn(10, generator=generator)
-        now = SagaTable(state, table, [{"y": new.bfloat16()}])
+        now = SagaTable(state or None, table, [{"y": new.bfloat16()}])
         estimate = now.estimate(sample)[0]["y"]
         state = now.following()
         now.write(sample)
@@ -501,8 +501,8 @@ def test_mixed_precisions_are_counted_as_the_tables_keep_them() -> None:
     ]
     wanted = 2 * 8 * (2 * 9 + 2 * 6)
     with pytest.raises(ValueError, match=f"take {wanted:,};"):
-        Trainer(Mixed(), *levels, AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted - 1))
-    trainer = Trainer(Mixed(), *levels, AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted))
+        Trainer(Mixed(), levels[0], levels[1], AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted - 1))
+    trainer = Trainer(Mixed(), levels[0], levels[1], AlternatingSchedule(1, 0, 2), SABA(table_bytes=wanted))
     trainer.run()
     state = trainer.state_dict()["method"]["state"]
     assert 2 * sum(state[level]["rows"].nbytes for level in ("lower", "upper")) == wanted
