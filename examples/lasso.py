@@ -17,8 +17,7 @@ from sklearn.linear_model import ElasticNetCV, Lasso
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
-from bilevel import AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
-from bilevel.linear import GMRES
+from bilevel import GMRES, AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
 from bilevel.lower import ElasticNet, ProximalMap, ProximalProblem
 
 Batch = tuple[Tensor, Tensor]
@@ -68,7 +67,7 @@ def load(seed: int) -> list[Batch]:
     X, t = load_diabetes(return_X_y=True, scaled=False)
     X, t = (part[np.random.default_rng(seed).permutation(len(t))] for part in (X, t))
     for step in (StandardScaler(), PolynomialFeatures(2, interaction_only=True, include_bias=False), StandardScaler()):
-        X = step.fit(X[:300]).transform(X)
+        X = np.asarray(step.fit(X[:300]).transform(X))
     X, t = torch.from_numpy(X), torch.from_numpy((t - t[:300].mean()) / t[:300].std())
     return [(X[a:b], t[a:b]) for a, b in ((0, 180), (180, 300), (300, len(t)))]
 
@@ -95,8 +94,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     splits, steps = (1, 10) if parser.parse_args(arguments).quick else (5, 30)
     rows, mismatch = {}, 0.0
     for train, val, (X, t) in (load(100 + seed) for seed in range(splits)):
-        start, both = torch.tensor(-3.0).double(), tuple(map(torch.cat, zip(train, val, strict=True)))
-        grid = ElasticNetCV(l1_ratio=[0.1, 0.5, 0.9, 1.0], cv=5, fit_intercept=False, max_iter=10**5, eps=0.01)
+        start, both = torch.tensor(-3.0).double(), (torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]]))
+        grid = ElasticNetCV(cv=5, fit_intercept=False, max_iter=10**5, eps=0.01)
+        grid.set_params(l1_ratio=[0.1, 0.5, 0.9, 1.0])
         found = {"elastic net, cross-validated grid": torch.from_numpy(grid.fit(*(p.numpy() for p in both)).coef_)}
         for name, x in (
             ("Lasso, one weight", {"a": start.clone()}),

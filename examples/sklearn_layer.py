@@ -16,8 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bilevel import CG, Problem
-from bilevel.hypergradients import LowerSolution, lower_solution
+from bilevel import CG, Problem, lower_solution
+from bilevel.hypergradients import LowerSolution
 
 LABELLED, WIDTH, RATE = 200, 16, 2e-3
 RAW, END_TO_END, LEARNED = "classifier on raw pixels", "network end to end", "classifier on learned features"

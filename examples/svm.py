@@ -18,8 +18,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bilevel import AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
-from bilevel.linear import GMRES
+from bilevel import GMRES, AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient
 from bilevel.lower import NonNegative, ProximalMap, ProximalProblem
 
 Batch = tuple[Tensor, Tensor]
