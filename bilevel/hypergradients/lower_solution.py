@@ -9,7 +9,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_legacy_batchedtensor
 
 from bilevel import distributed, tree
 from bilevel.checks import check_kind, check_variables
@@ -123,13 +122,34 @@ def _as_implicit(method: Method | Solver | None, problem: Problem) -> Implicit:
     return method
 
 
+class _NoTransform(torch.autograd.Function):
+    """A function of the kind that torch.func transforms refuse, wherever its input comes from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+def _is_batched(cotangent: Tensor) -> bool:
+    """Whether this stands for several cotangents at once: autograd batches by tensors without memory of their own."""
+    if cotangent.layout is not torch.strided:
+        return False
+    try:
+        cotangent.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return True
+    return False
+
+
 def _check_surroundings() -> None:
     """Raise RuntimeError inside what would differentiate, batch or recompute the solution."""
-    if torch._C._are_functorch_transforms_active():
+    try:
+        _NoTransform.apply(torch.empty(0))
+    except RuntimeError as error:
         raise RuntimeError(
             "lower_solution was called under a torch.func transform (grad, vmap, jacrev, jvp), which cannot see into "
             "its backward pass; take torch.autograd.grad, and a loop in place of vmap"
-        )
+        ) from error
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
@@ -245,8 +265,7 @@ class _Solved(torch.autograd.Function):
                 "create_graph=True asks for second derivatives through what lower_solution gave, which has first "
                 "derivatives only; leave it out"
             )
-        # A backward pass is batched by an older vmap than that of torch.func.
-        if any(c is not None and is_legacy_batchedtensor(c) for c in cotangents):
+        if any(c is not None and _is_batched(c) for c in cotangents):
             raise RuntimeError(
                 "lower_solution cannot pass back a batch of gradients (is_grads_batched=True, vectorize=True); pass "
                 "them one at a time"

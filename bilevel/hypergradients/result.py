@@ -61,8 +61,8 @@ class Hypergradient:
         lower: the lower variables after the steps of a method that makes some, None where none is made.
         failure: in words what went wrong, None where nothing did: curvature that an operation of the lower objective
             loses, a solve whose status is not a success, a part that is not finite; for a `ResidualProblem` also a y
-            that is no solution (the residual is above a hundredth of ||y|| and of what its batches explain), and a
-            point so near a kink of a proximal map that its active set is not known.
+            that is no solution (the residual is above a hundredth of ||y||, what its batches explain and the square
+            root of the rounding unit), and a point so near a kink of a proximal map that its active set is not known.
         warning: in words that the solve is more accurate than the lower batches can tell, or that they cannot tell its
             solution from zero (`Status.LOST_IN_THE_NOISE`), each once for a problem; None otherwise. `Solution.noise`
             is the measure, None for a single batch: it was not measured there.

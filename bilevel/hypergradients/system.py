@@ -70,7 +70,8 @@ class System:
         weight: c = regularization_weight + damping, by which A and the cross term are divided; 1 without regularizer.
         curvature: what is known of second derivatives that the lower objective loses (`Problem.check_curvature`).
         has_regularizer: whether there is one, whatever its weight, so that damping is something to raise.
-        at_once: whether it is used within the call that makes it, so that version counters tell of all changes.
+        at_once: whether it is used within the call that makes it, where version counters are asked for changes, and no
+            checksums are made.
     """
 
     def __init__(

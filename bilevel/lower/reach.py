@@ -1,6 +1,7 @@
 """Which variables the objectives reach: a variable that none reaches gets a zero that looks like a result."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,12 +25,13 @@ _REMEDY = (
 
 @dataclass
 class _ReachedUpper:
-    """Upper variables that have been found in the graphs of F, and of L and r; None before they were examined."""
+    """Upper variables that have been found in the graphs of F, and of L and r; None before they were examined. Whether
+    those that none reaches were listed, and whether the lower level was seen to reach any."""
 
     of_upper: set[str] | None = None
     of_lower: set[str] | None = None
-    judged: set[tuple[str, ...]] = field(default_factory=set)
-    responded_to: set[tuple[str, ...]] = field(default_factory=set)
+    judged: bool = False
+    responds: bool = False
     misses: int = 0
 
 
@@ -41,7 +43,9 @@ class _ReachedLower:
     listed: set[str] = field(default_factory=set)
 
 
-_lower, _upper = PerProblem(_ReachedLower), PerProblem(_ReachedUpper)
+_lower = PerProblem(_ReachedLower)
+_upper = PerProblem(lambda: defaultdict[tuple[str, ...], _ReachedUpper](_ReachedUpper))
+"""By the names of the upper variables."""
 
 
 _patience: ContextVar[int] = ContextVar("bilevel_reach_patience", default=0)
@@ -96,8 +100,8 @@ def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) 
     Raises:
         ValueError: it reaches none of the lower variables, so that the upper level does not see the lower one.
     """
-    found = _upper.of(problem)
-    if found.of_upper is not None and tuple(upper) in found.judged:
+    found = _reached(problem, upper)
+    if found.of_upper is not None and found.judged:
         return
     leaves = beginnings([loss])
     if not named_among(leaves, lower):
@@ -108,13 +112,17 @@ def examine_upper(problem: Problem, loss: Tensor, upper: Params, lower: Params) 
     _judge_upper(problem, upper)
 
 
+def _reached(problem: Problem, upper: Params) -> _ReachedUpper:
+    return _upper.of(problem)[tuple(upper)]
+
+
 def examine_cross(problem: Problem, found: set[str], upper: Params) -> None:
     """Take note of the names of the upper variables that L or r reaches.
 
     Raises:
         ValueError: F reaches none either.
     """
-    _upper.of(problem).of_lower = found
+    _reached(problem, upper).of_lower = found
     _judge_upper(problem, upper)
 
 
@@ -124,22 +132,22 @@ def examine_response(problem: Problem, upper: Params, reaches: Callable[[], bool
     Raises:
         ValueError: they do not.
     """
-    known = _upper.of(problem).responded_to
-    if upper and tuple(upper) not in known:
+    known = _reached(problem, upper)
+    if upper and not known.responds:
         if not reaches():
             raise ValueError(_reaches_none("no objective of the lower level", "upper", upper))
-        known.add(tuple(upper))
+        known.responds = True
 
 
 def cross_examined(problem: Problem, upper: Params) -> bool:
     """Whether `examine_cross` has nothing more to find."""
-    found = _upper.of(problem)
-    return found.of_lower is not None and (found.of_upper is None or tuple(upper) in found.judged)
+    found = _reached(problem, upper)
+    return found.of_lower is not None and (found.of_upper is None or found.judged)
 
 
 def _judge_upper(problem: Problem, upper: Params) -> None:
     """Raise where no objective reaches any upper variable; say once which ones none reaches."""
-    found = _upper.of(problem)
+    found = _reached(problem, upper)
     if not upper or found.of_upper is None or found.of_lower is None:
         return
     missing = set(upper) - found.of_upper - found.of_lower
@@ -149,8 +157,8 @@ def _judge_upper(problem: Problem, upper: Params) -> None:
         if found.misses > _patience.get():
             raise ValueError(_reaches_none("no objective, neither upper nor lower,", "upper", upper))
         return
-    if tuple(upper) not in found.judged:
-        found.judged.add(tuple(upper))
+    if not found.judged:
+        found.judged = True
         _list("no objective reaches", "upper", missing, upper)
 
 

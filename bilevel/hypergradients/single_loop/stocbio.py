@@ -19,8 +19,8 @@ class StocBiO(SingleLoop):
     .. math:: v = \eta \sum_{q=0}^{Q} \prod_{j \le q} \left(I - \eta \frac{\partial^2 G}{\partial y^2}(\xi_j)\right)
        \frac{\partial F}{\partial y}(\xi)
 
-    and x one step along dF/dx - d2G/dxdy v. Unbiased for the same series of the whole set's Hessian, which differs from
-    its inverse by ``(1 - eta mu)^(Q+1) / mu`` at most, mu being its smallest eigenvalue.
+    and x one step along dF/dx - d2G/dxdy v. On independent samples the mean of v is this series of the whole set's
+    Hessian, which differs from its inverse by ``(1 - eta mu)^(Q+1) / mu`` at most, mu being its smallest eigenvalue.
 
     An upper step costs Q Hessian-vector products, a cross product and a gradient on lower samples, and a gradient on an
     upper one. No state.

@@ -314,3 +314,21 @@ def test_a_loss_that_does_not_reach_its_outputs_is_an_error(hvp: Any, spelling: 
     )
     with pytest.raises(ValueError, match="lower_output_loss reaches none of the outputs"):
         trainer.run()
+
+
+def test_other_upper_variables_of_the_same_problem_are_judged_anew(caplog: pytest.LogCaptureFixture) -> None:
+    class Weighted(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: None) -> Tensor:
+            weight = torch.stack([leaf.exp() for leaf in upper.values()]).sum()
+            return (0.5 * weight * lower["y"] ** 2 - lower["y"]).sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: None) -> Tensor:
+            return lower["y"].square().sum()
+
+    problem, y = Weighted(), {"y": torch.ones(2, dtype=torch.float64)}
+    with caplog.at_level(logging.WARNING, logger="bilevel"):
+        for names in ("a", "ab"):
+            x = {name: torch.zeros((), dtype=torch.float64) for name in names}
+            found = hypergradient(problem, x, y, upper_batch=None, lower_batches=[None], on_failure="ignore")
+            assert all(float(leaf) < 0.0 for leaf in found.grad.values())
+    assert not caplog.records
