@@ -246,8 +246,8 @@ class Training(ABC):
         if self.skipped.total() >= self.nonfinite_skips:
             raise NonFiniteError(
                 f"{self.place(name)}: loss {record['loss']}, gradient norm {record['grad_norm']}; "
-                f"{'; '.join([*reasons, 'no variable was changed', *notes])}. Lower the learning rate "
-                f"({record['lr']:g}), or check the data of this batch"
+                f"{'; '.join([*reasons, 'no variable was changed', *notes])}. {_lower_rates(name, record)}, or check "
+                "the data of this batch"
             )
         self.skipped[name] += 1
         self.skipped_last[name] += 1
@@ -332,3 +332,12 @@ class Training(ABC):
     @abstractmethod
     def load_kept(self, kept: Mapping[str, Any]) -> None:
         """Inverse of `kept`."""
+
+
+def _lower_rates(name: str, record: Record) -> str:
+    """What to lower, with the rates of all levels that the step was to move."""
+    others = {field.removesuffix("_lr"): rate for field, rate in record.items() if field.endswith("_lr")}
+    if not others:
+        return f"Lower the learning rate ({record['lr']:g})"
+    rates = [f"{name} {record['lr']:g}", *(f"{other} {rate:g}" for other, rate in others.items())]
+    return f"Lower one of the learning rates ({', '.join(rates)})"

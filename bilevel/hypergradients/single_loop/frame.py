@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -186,7 +187,9 @@ class AdjointLoop(SingleLoop):
     """A single loop that carries v, which makes plain steps of `v_ratio` times the lower learning rate, from 0.
 
     Args:
-        v_ratio: > 0, the learning rate of v over that of the lower optimizer, so that both decay together.
+        v_ratio: > 0, the learning rate of v over that of the lower optimizer, so that both decay together. 1 is for SGD
+            below, whose rate suits the Hessian; the rate of an adaptive optimizer says nothing of it, and a trainer
+            warns.
 
     Raises:
         ValueError: a number out of its range; no lower optimizer whose rate v goes by.
@@ -196,6 +199,17 @@ class AdjointLoop(SingleLoop):
 
     def __post_init__(self) -> None:
         check_number(f"{type(self).__name__}: v_ratio", self.v_ratio, positive=True)
+
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
+        optimizer = setup.lower_optimizer
+        if self.v_ratio == 1.0 and not isinstance(optimizer, torch.optim.SGD):
+            warn_outside(
+                f"{type(self).__name__}: v makes plain steps of v_ratio=1 times the lower learning rate "
+                f"({optimizer.param_groups[0]['lr']:g}), which for {type(optimizer).__name__} is no step along a "
+                "gradient: v may lag far behind, and the direction of x with it. Pass a v_ratio by which that product "
+                "is near 1 over the largest eigenvalue of d2G/dydy, or take torch.optim.SGD below"
+            )
 
     def v_rate(self, step: UpperStep) -> float:
         """The learning rate of v."""

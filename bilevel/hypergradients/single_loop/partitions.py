@@ -25,7 +25,8 @@ def check_partitions(method: str, setup: Setup | UpperStep) -> tuple[int, int]:
         if blocks is None:
             raise ValueError(
                 f"{level}: {method} needs data that are cut into fixed blocks, and these group their samples anew in "
-                "every pass; pass bilevel.training.Blocks(size, block_size, load, seed=...), or a list of batches"
+                "every pass; pass bilevel.training.Blocks(size, block_size, load, seed=...), or a list of batches, "
+                "which all count the same"
             )
         return len(blocks)
 

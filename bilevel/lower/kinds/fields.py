@@ -152,6 +152,8 @@ def _check_values(what: str, values: object, like: Params) -> None:
         raise TypeError(f"{what} must return a dict with a tensor for each lower variable, got {type(values).__name__}")
     for name, leaf in like.items():
         value = values.get(name)
+        if name not in values:
+            raise ValueError(f"{what} gave nothing for lower variable {name!r}, but {sorted(values)}")
         if not isinstance(value, Tensor) or value.shape != leaf.shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(

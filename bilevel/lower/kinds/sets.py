@@ -23,7 +23,7 @@ class Box(ProximalMap):
 
     Raises:
         TypeError: bounds of another kind.
-        ValueError: no bound at all; numbers with l > u.
+        ValueError: no bound at all; l > u somewhere, of tensors when the map is applied.
     """
 
     def __init__(self, low: Parameter | None = None, high: Parameter | None = None) -> None:
@@ -50,6 +50,11 @@ class Box(ProximalMap):
 
     def _bounds(self, name: str, leaf: Tensor) -> tuple[Tensor | None, Tensor | None]:
         low, high = (None if b is None else of_name(b, name, leaf) for b in (self.low, self.high))
+        if low is not None and high is not None and bool((low > high).any()):
+            raise ValueError(
+                f"Box: {int((low > high).sum())} entries of low are above those of high for {name!r}, with nothing "
+                "between them; parametrise the bounds so that they cannot cross, such as high = low + width.exp()"
+            )
         return low, high
 
 

@@ -218,3 +218,9 @@ def test_a_single_number_is_a_group_of_its_own() -> None:
     assert y.shape == ()
     assert float(y) == pytest.approx(2.0 - STEP * 0.5)
     assert float(image(GroupL1(7.0), z)) == 0.0
+
+
+def test_bounds_that_have_crossed_are_refused_with_their_number() -> None:
+    low, high = torch.tensor([0.0, 2.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Box: 2 entries of low are above those of high for 'y'"):
+        Box(low, high)({"y": torch.zeros(3, dtype=torch.float64)}, 0.1)

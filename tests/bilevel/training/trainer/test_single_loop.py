@@ -1,6 +1,7 @@
 """Single loops in a trainer: what a step does to both levels, to the data, buffers and masks, and what is refused."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -121,7 +122,7 @@ def test_norm_limits_optimizers_and_schedules_are_each_levels_own() -> None:
         assert float(moved.norm()) == pytest.approx(lr * 1e-3, rel=1e-9)
         assert level.rate == pytest.approx(lr / 2**0.5)
     assert first.records[0]["lr"] == 0.05
-    adam = made(SOBA(), steps=(1, 0, 1), optimizer=torch.optim.Adam)
+    adam = made(SOBA(v_ratio=2.0), steps=(1, 0, 1), optimizer=torch.optim.Adam)
     adam.run()
     for level, lr, before in ((adam.upper, 0.05, plain[0]), (adam.lower, 0.1, plain[1])):
         # Adam's first step is a rate's length in every entry.
@@ -524,3 +525,46 @@ def test_a_block_meets_other_masks_whenever_it_is_drawn(method: Method) -> None:
     # Each of the 3 blocks was drawn at least twice, and there is the pass that looks for random numbers.
     met = {tuple(mask.flatten().tolist()) for mask in trainer.problem.masks if mask.any()}
     assert len(met) >= 1 + 8
+
+
+def test_an_adaptive_lower_optimizer_is_warned_of_unless_v_has_a_ratio_of_its_own() -> None:
+    upper, lower = {"x": torch.zeros(1)}, {"y": torch.zeros(1)}
+
+    class Square(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"] - upper["x"] - batch).square().sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return lower["y"].square().sum()
+
+    def trainer(method: SOBA, kind: Any) -> Trainer:
+        levels = (
+            Level(upper, torch.optim.SGD(upper.values(), lr=0.1), [torch.ones(1)]),
+            Level(lower, kind(lower.values(), lr=1e-3), [torch.ones(1)]),
+        )
+        return Trainer(Square(), levels[0], levels[1], AlternatingSchedule(1, 0, 1), method)
+
+    with pytest.warns(UserWarning, match=r"SOBA: v makes plain steps of v_ratio=1 times .* \(0\.001\), which for Adam"):
+        trainer(SOBA(), torch.optim.Adam)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(SOBA(v_ratio=200.0), torch.optim.Adam)
+        trainer(SOBA(), torch.optim.SGD)
+
+
+def test_a_step_that_is_not_finite_names_the_rates_of_both_levels() -> None:
+    upper, lower = {"x": torch.zeros(1)}, {"y": torch.ones(1)}
+
+    class Steep(Problem):
+        def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"] ** 4 + upper["x"] * lower["y"]).sum()
+
+        def upper_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
+            return (lower["y"] ** 2 + upper["x"] ** 2).sum()
+
+    levels = (
+        Level(upper, torch.optim.SGD(upper.values(), lr=1e-4), [torch.ones(1)]),
+        Level(lower, torch.optim.SGD(lower.values(), lr=50.0), [torch.ones(1)]),
+    )
+    with pytest.raises(NonFiniteError, match=r"Lower one of the learning rates \(upper 0.0001, lower 50\)"):
+        Trainer(Steep(), levels[0], levels[1], AlternatingSchedule(1, 0, 100), SOBA()).run()
