@@ -109,6 +109,8 @@ class System:
         if hvp.needs_outputs and not isinstance(hvp, MicroBatched):
             self._objectives.check_composition(self.lower_batches[0], upper, point)
         living = [*lower.values(), *tree.tensors_in(self.lower_batches)]
+        if at_once and isinstance(hvp, ReverseOverReverse):
+            self.hvp = hvp.for_use_at_once([*upper.values(), *living])
         self._losses = self._linearizations(self.lower_batches, living)
         self.curvature = self._examined()
         self.operator = self._build_operator(point)
@@ -290,8 +292,12 @@ class System:
         """Whether dL/dy changes with upper variables for any batch on any rank, so that all ranks take part in the mean
         of the cross term. Where it once did for a problem and names, that is taken for granted."""
         known, names = _coupled.of(self.problem), tuple(self.upper)
-        if names not in known and self.operator.agree(any(loss.depends_on_upper() for loss in self._losses)):
-            known.add(names)
+        if names not in known:
+            kept = all(loss.kept_graph() is not None for loss in self._losses)
+            # Without kept graphs it takes a pass, which `_reached_upper` makes once.
+            depends = any(loss.depends_on_upper() for loss in self._losses) if kept else bool(self._reached_upper)
+            if self.operator.agree(depends):
+                known.add(names)
         return names in known
 
     def _reached_by_penalty(self, upper: Params) -> set[str]:

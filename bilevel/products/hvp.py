@@ -27,7 +27,8 @@ Objective = Callable[[Params, Params], Tensor]
 """L(x, y) on one fixed batch with fixed randomness; 0-d."""
 
 _SMALL = 100_000
-"""Up to so many entries the products of all batches are made together, which holds them all at a time."""
+"""Up to so many entries the products of all batches are made together, which holds them all at a time, and graphs are
+kept without being asked for."""
 
 
 class Linearization(ABC):
@@ -150,8 +151,9 @@ class ReverseOverReverse(HVPProvider):
     Args:
         keep_graph: keep the graph of the first backward pass for as long as the linearization lives. Every product
             after the first, and the cross term, saves the forward and the first backward pass, for the memory of one
-            graph per batch in the variables of both levels. None keeps it where variables and batches have no more than
-            100,000 entries together, where a pass costs mostly the calls it is made of.
+            graph per batch in the variables of both levels. None keeps it within a call that makes a system and uses it
+            at once (`hypergradient`, a trainer's upper step) where variables and batches have no more than 100,000
+            entries together: there a pass costs mostly the calls it is made of.
         memory_budget: bytes that the kept graphs of one system may hold together; None is no limit. Each graph is
             measured (`bilevel.products.graph_bytes`) when the batch's first product has built it, and kept
             if it still fits beside those kept before; the other batches are recomputed for every product, and the
@@ -174,6 +176,12 @@ class ReverseOverReverse(HVPProvider):
                 "keep_graph=True with it"
             )
 
+    def for_use_at_once(self, tensors: Iterable[Tensor]) -> "ReverseOverReverse":
+        """With `keep_graph` decided for a system of these variables and batches that none of them outlives."""
+        if self.keep_graph is not None:
+            return self
+        return ReverseOverReverse(keep_graph=sum(tensor.numel() for tensor in tensors) <= _SMALL)
+
     def linearize(self, objective: Objective, upper: Params, lower: Params) -> Linearization:
         return self.linearize_all([objective], upper, lower)[0]
 
@@ -181,11 +189,8 @@ class ReverseOverReverse(HVPProvider):
         self, objectives: Sequence[Objective], upper: Params, lower: Params, *, resident: Iterable[Tensor] = ()
     ) -> list[Linearization]:
         living = (*upper.values(), *lower.values(), *resident)
-        keep = self.keep_graph
-        if keep is None:
-            keep = bool(resident) and sum(tensor.numel() for tensor in living) <= _SMALL
         limit = inf if self.memory_budget is None else self.memory_budget
-        account = GraphAccount(limit, living) if keep else None
+        account = GraphAccount(limit, living) if self.keep_graph else None
         return [_Reverse(objective, upper, lower, account) for objective in objectives]
 
 

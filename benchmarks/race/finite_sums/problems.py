@@ -122,7 +122,7 @@ def quadratic_loss(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
 
 
 def data_cleaning(
-    *, samples: int = 1152, clean: int = 512, wrong: float = 0.5, weight: float = 0.2, budget: int = 400_000
+    *, samples: int = 1152, clean: int = 512, wrong: float = 0.5, weight: float = 0.2, budget: int = 1_000_000
 ) -> FiniteSum:
     """One weight sigmoid(x_i) for each of 1152 digits, whose label is replaced by a random one with probability 1/2.
 
@@ -167,7 +167,7 @@ def data_cleaning(
 
 
 def hyperparameter_selection(
-    *, samples: int = 4992, above: int = 9152, features: int = 22, budget: int = 480_000
+    *, samples: int = 4992, above: int = 9152, features: int = 22, budget: int = 1_000_000
 ) -> FiniteSum:
     """One weight exp(x_k) of the ridge penalty for each of 22 features of a logistic regression.
 

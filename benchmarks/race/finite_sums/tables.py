@@ -39,12 +39,13 @@ def rate(row: Figures) -> str:
 
 
 def end(row: Figures, problem: Figures) -> str:
-    """How far the middle run came, in percent of the way."""
+    """How far the middle run of those that did not diverge came, in percent of the way, and how many did."""
     values = [curve["values"][-1] for curve in row["curves"] if curve["values"] and "failure" not in curve]
     if not values:
         return "diverged"
     share = (problem["start"] - statistics.median(values)) / (problem["start"] - problem["lowest"])
-    return f"{100 * share:.1f}%" if share > -1 else "diverged"
+    text, lost = f"{100 * share:.1f}%" if share > -1 else "diverged", len(row["curves"]) - len(values)
+    return f"{text} ({lost} of {len(row['curves'])} runs diverged)" if lost else text
 
 
 def problem_table(problem: Figures) -> tuple[list[str], list[list[str]]]:

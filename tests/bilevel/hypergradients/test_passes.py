@@ -51,9 +51,9 @@ def made(problem: Coupled, solver: Solver, hvp: ReverseOverReverse, batches: int
     ("solver", "hvp", "passes"),
     [
         (Identity(), KEPT, 1),
-        (Identity(), ReverseOverReverse(), 1),
+        (Identity(), ReverseOverReverse(keep_graph=False), 1),
         (Neumann(1, scale=0.1), KEPT, 1),
-        (Neumann(1, scale=0.1), ReverseOverReverse(), 2),
+        (Neumann(1, scale=0.1), ReverseOverReverse(keep_graph=False), 2),
         (CG(4, None), KEPT, 1),
     ],
 )

@@ -18,6 +18,7 @@ SAMPLED = {name: kind.method for name, kind in METHODS.items() if isinstance(kin
 
 
 def trained(method: SingleLoop, problem: Problem = PROBLEM) -> Tensor:
+    torch.manual_seed(0)
     upper, lower = variables()
     trainer = Trainer(
         problem,
