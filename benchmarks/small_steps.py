@@ -201,6 +201,8 @@ def frame(method: SingleLoop) -> Callable[[Case], Step]:
                 above,
                 (),
                 lower_rate=RATE,
+                # In the first one a problem is examined.
+                number=2,
                 lower_draws=(Draw(below, 0),),
                 upper_draws=(Draw(above, 1),),
             )

@@ -101,11 +101,10 @@ class Level:
         finally:
             self.waited += time.perf_counter() - began
 
-    def draw(self) -> Draw:
-        """The data's next batch as a sample, with a seed from the default generator; a block with its weight, where the
+    def draw(self, seed: int) -> Draw:
+        """The data's next batch as a sample whose random masks are those of `seed`; a block with its weight, where the
         data are cut into fixed blocks."""
         batch, block, blocks = self.next_batch(), self.data.last_block, self.data.blocks
-        seed = int(torch.randint(2**31 - 1, ()))
         if block is None or blocks is None:
             return Draw(batch, seed)
         return Draw(batch, seed, block, blocks.weight(block))

@@ -292,8 +292,9 @@ class Trainer(Training):
         method = self.method
         if not method.lower_draws:
             return {"upper_batch": self.upper.next_batch()}
-        lower = tuple([self.lower.draw() for _ in range(method.lower_draws)])
-        upper = tuple([self.upper.draw() for _ in range(method.upper_draws)])
+        seed = int(torch.randint(2**30, ()))
+        lower = tuple([self.lower.draw(seed + k) for k in range(method.lower_draws)])
+        upper = tuple([self.upper.draw(seed + method.lower_draws + k) for k in range(method.upper_draws)])
         return {"upper_batch": upper[0].batch, "lower_draws": lower, "upper_draws": upper}
 
     def _view(self, now: Alternation, upper_batch: Any = None, **draws: Any) -> UpperStep:

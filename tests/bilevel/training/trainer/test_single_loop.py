@@ -93,14 +93,15 @@ def test_a_trainers_steps_are_those_that_were_made_by_hand(method: Method) -> No
     run = Drive(method)
     torch.manual_seed(1)
     for _ in range(6):
-        samples = []
+        samples, seed = [], int(torch.randint(2**30, ()))
         for level, count in (("lower", method.lower_draws), ("upper", method.upper_draws)):
             source = run.partitions[level]
             drawn = []
             for _ in range(count):
                 source.next()
                 assert source.last_block is not None
-                drawn.append(replace(draw(source, source.last_block), seed=int(torch.randint(2**31 - 1, ()))))
+                drawn.append(replace(draw(source, source.last_block), seed=seed))
+                seed += 1
             samples.append(drawn)
         run.advance(run.propose(*samples))
     assert torch.allclose(joined(trainer.upper.params), run.x, rtol=1e-11)
