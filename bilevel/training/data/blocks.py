@@ -119,4 +119,4 @@ class Blocks(BatchSource, Partition):
 
     def _permutation(self) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "blocks", self._pass))
-        return torch.randperm(self._count, generator=generator).tolist()
+        return torch.randperm(len(self), generator=generator).tolist()
