@@ -46,6 +46,7 @@ def test_derivatives_of_what_closes_over_float32_are_those_of_float64(provider: 
         found = provider.linearize(objective, {}, {"y": y}).hessian({"y": w})["y"]
     X, scale = X.double(), scale.double()
     H = torch.autograd.functional.hessian(lambda y: (X @ (scale * y)).tanh().square().sum(), y)
+    assert isinstance(H, Tensor)
     torch.testing.assert_close(found, H @ w, rtol=1e-12, atol=1e-12)
 
 
