@@ -124,7 +124,7 @@ class Automatic(HVPProvider):
         self.report = ()
 
     def _candidates(self) -> list[HVPProvider]:
-        candidates = [ReverseOverReverse(keep_graph=False), ForwardOverReverse(), FiniteDifference()]
+        candidates = [ReverseOverReverse(), ForwardOverReverse(), FiniteDifference()]
         if self.memory_budget is not None:
             candidates.append(ReverseOverReverse(keep_graph=True, memory_budget=self.memory_budget))
         return candidates
@@ -175,7 +175,7 @@ def _measure(batch: _FirstBatch) -> tuple[Measurement, ...]:
     vector = batch.vector()
     report: list[Measurement] = []
     reference: Params | None = None
-    for provider in (ReverseOverReverse(keep_graph=False), ForwardOverReverse()):
+    for provider in (ReverseOverReverse(), ForwardOverReverse()):
         linearization = batch.linearize(provider)
         try:
             product = linearization.hessian(vector)
@@ -214,7 +214,7 @@ def _measure_kept(
     kept = min(batches, int(memory_budget // max(size, 1)))
     later_share = kept / batches * (_EXPECTED_PRODUCTS - 1) / _EXPECTED_PRODUCTS
     seconds = recomputed - later_share * (recomputed - _median_seconds(linearization, vector))
-    reference = batch.linearize(ReverseOverReverse(keep_graph=False)).hessian(vector)
+    reference = batch.linearize(ReverseOverReverse()).hessian(vector)
     return (Measurement(provider, seconds, _difference(product, reference)),)
 
 

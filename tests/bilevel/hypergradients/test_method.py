@@ -236,7 +236,7 @@ def test_a_method_asks_for_what_it_needs() -> None:
 
 def test_the_choice_of_a_provider_is_carried_and_taken_up() -> None:
     step = upper_step(1)
-    for chosen in ("ReverseOverReverse(keep_graph=False, memory_budget=None)", "ForwardOverReverse()"):
+    for chosen in ("ReverseOverReverse(keep_graph=None, memory_budget=None)", "ForwardOverReverse()"):
         method = Implicit(CG(3, None), hvp="auto")
         prepared = method.prepare(step, {"hvp": chosen})
         assert isinstance(prepared.hvp, Automatic)
