@@ -1,8 +1,8 @@
 """What several stochastic methods share: recursive momentum and sampled Neumann series."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -64,40 +64,68 @@ _NOT_FINITE = (
 
 
 @dataclass(frozen=True, eq=False)
-class RecursiveMomentum(SingleLoop):
-    r"""Both levels go along recursive momenta (`storm`),
-
-    .. math:: d_t = D(\xi_t; x_t, y_t) + (1 - \eta_t) \left(d_{t-1} - D(\xi_t; x_{t-1}, y_{t-1})\right), \qquad
-       \eta_t = \frac{\text{momentum}}{(t + 1)^{\text{decay}}},
-
-    where the adjoint variable of x's direction comes from a Neumann series on samples. A subclass says which.
+class SeriesLoop(SingleLoop):
+    """The adjoint variable comes from a Neumann series on samples, anew in each step.
 
     Args:
         step_size: eta of the series, > 0, below 2 over the largest eigenvalue of any sample's d2G/dydy.
         terms: Q >= 1, its length.
-        momentum: in (0, 1].
-        decay: >= 0; the papers' rates decay as t^(-1/3) (`power_decay`), and the momentum as t^(-2/3).
     """
 
     step_size: float
     terms: int = field(default=10, kw_only=True)
-    momentum: float = field(default=0.5, kw_only=True)
-    decay: float = field(default=2 / 3, kw_only=True)
+
+    one_term: ClassVar[bool] = False
+    """Whether one random term stands for the series (`neumann`)."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_number(f"{name}: step_size", self.step_size, positive=True)
         check_count(f"{name}: terms", self.terms, least=1)
-        check_number(f"{name}: momentum", self.momentum, positive=True, most=1.0)
-        check_number(f"{name}: decay", self.decay)
 
     @property
     def lower_draws(self) -> int:
         return self.terms + 1
 
-    @abstractmethod
     def adjoint(self, oracles: Oracles, at: Point, b: Params, step: UpperStep) -> Params:
         """About A^-1 b from all samples but the last."""
+        length = random_length(step, self.terms) if self.one_term else None
+        return neumann(oracles, at, b, step.lower_draws[:-1], self.step_size, randomly=length)
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesHypergradient(SeriesLoop):
+    """A hypergradient by the series after the schedule's lower steps."""
+
+    moves_lower = False
+
+    def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
+        above = oracles.upper(at.upper, at.lower, step.upper_draws[0])
+        v = self.adjoint(oracles, at, above.lower, step)
+        found = sampled(oracles, at, v, above, step.lower_draws[-1])
+        return Estimate(found.loss, Point(found.grad, {}, {}), {}, result=found)
+
+
+@dataclass(frozen=True, eq=False)
+class RecursiveMomentum(SeriesLoop):
+    r"""Both levels go along recursive momenta (`storm`),
+
+    .. math:: d_t = D(\xi_t; x_t, y_t) + (1 - \eta_t) \left(d_{t-1} - D(\xi_t; x_{t-1}, y_{t-1})\right), \qquad
+       \eta_t = \frac{\text{momentum}}{(t + 1)^{\text{decay}}}.
+
+    Args:
+        momentum: in (0, 1].
+        decay: >= 0; the papers' rates decay as t^(-1/3) (`power_decay`), and the momentum as t^(-2/3).
+    """
+
+    momentum: float = field(default=0.5, kw_only=True)
+    decay: float = field(default=2 / 3, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        check_number(f"{name}: momentum", self.momentum, positive=True, most=1.0)
+        check_number(f"{name}: decay", self.decay)
 
     def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
         count = state.get("count", 0)

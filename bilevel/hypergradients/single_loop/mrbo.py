@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.hypergradients.method import UpperStep
-from bilevel.hypergradients.single_loop.estimators import RecursiveMomentum, neumann
-from bilevel.hypergradients.single_loop.frame import Point
-from bilevel.lower import Oracles
-from bilevel.tree import Params
+from bilevel.hypergradients.single_loop.estimators import RecursiveMomentum
 
 
 @final
@@ -22,6 +18,3 @@ class MRBO(RecursiveMomentum):
     A step costs, at two points each, a gradient, a cross product and Q Hessian-vector products on lower samples, and a
     gradient on an upper one. The state is the former point and directions.
     """
-
-    def adjoint(self, oracles: Oracles, at: Point, b: Params, step: UpperStep) -> Params:
-        return neumann(oracles, at, b, step.lower_draws[:-1], self.step_size)

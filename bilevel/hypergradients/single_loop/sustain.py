@@ -1,13 +1,9 @@
 """Recursive momentum for both levels, with one random term of the Neumann series."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
-from bilevel.hypergradients.method import UpperStep
-from bilevel.hypergradients.single_loop.estimators import RecursiveMomentum, neumann, random_length
-from bilevel.hypergradients.single_loop.frame import Point
-from bilevel.lower import Oracles
-from bilevel.tree import Params
+from bilevel.hypergradients.single_loop.estimators import RecursiveMomentum
 
 
 @final
@@ -23,6 +19,4 @@ class SUSTAIN(RecursiveMomentum):
     samples, and a gradient on an upper one. The state is the former point and directions.
     """
 
-    def adjoint(self, oracles: Oracles, at: Point, b: Params, step: UpperStep) -> Params:
-        length = random_length(step, self.terms)
-        return neumann(oracles, at, b, step.lower_draws[:-1], self.step_size, randomly=length)
+    one_term: ClassVar[bool] = True

@@ -1,18 +1,14 @@
 """The hypergradient by one random term of the Neumann series, on two time scales."""
 
-from dataclasses import dataclass, field
-from typing import final
+from dataclasses import dataclass
+from typing import ClassVar, final
 
-from bilevel.checks import check_count, check_number
-from bilevel.hypergradients.method import MethodState, UpperStep
-from bilevel.hypergradients.single_loop.estimators import neumann, random_length, sampled
-from bilevel.hypergradients.single_loop.frame import Estimate, Point, SingleLoop
-from bilevel.lower import Oracles
+from bilevel.hypergradients.single_loop.estimators import SeriesHypergradient
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class TTSA(SingleLoop):
+class TTSA(SeriesHypergradient):
     r"""Two-timescale stochastic approximation (TTSA; Hong, Wai, Wang & Yang 2023, Algorithm 1): one lower step, then
     one upper step along dF/dx - d2G/dxdy v with
 
@@ -31,22 +27,4 @@ class TTSA(SingleLoop):
         terms: Q >= 1.
     """
 
-    step_size: float
-    terms: int = field(default=10, kw_only=True)
-
-    moves_lower = False
-
-    def __post_init__(self) -> None:
-        check_number("TTSA: step_size", self.step_size, positive=True)
-        check_count("TTSA: terms", self.terms, least=1)
-
-    @property
-    def lower_draws(self) -> int:
-        return self.terms + 1
-
-    def estimate(self, oracles: Oracles, at: Point, state: MethodState, step: UpperStep) -> Estimate:
-        above = oracles.upper(at.upper, at.lower, step.upper_draws[0])
-        *samples, last = step.lower_draws
-        v = neumann(oracles, at, above.lower, samples, self.step_size, randomly=random_length(step, self.terms))
-        found = sampled(oracles, at, v, above, last)
-        return Estimate(found.loss, Point(found.grad, {}, {}), {}, result=found)
+    one_term: ClassVar[bool] = True

@@ -52,18 +52,17 @@ class Blocks(BatchSource, Partition):
         self.size, self.block_size, self.load, self.seed = size, block_size, load, seed
         self.sweep_size = max(sweep_size, block_size)
         self._points = torch.arange(size).split(block_size)
-        self._count = len(self._points)
         self._pass, self._cursor = 0, 0
         self._order = self._permutation()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._points)
 
     def block(self, index: int) -> Any:
         return self.load(self._points[index])
 
     def weight(self, index: int) -> float:
-        return self._count * len(self._points[index]) / self.size
+        return len(self) * len(self._points[index]) / self.size
 
     def sweep(self) -> Iterator[tuple[Any, float]]:
         starts = range(0, self.size, self.sweep_size)
@@ -88,7 +87,7 @@ class Blocks(BatchSource, Partition):
         return None
 
     def next(self) -> Any:
-        if self._cursor == self._count:
+        if self._cursor == len(self):
             self._pass, self._cursor = self._pass + 1, 0
             self._order = self._permutation()
         self._cursor += 1
