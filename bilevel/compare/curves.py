@@ -60,6 +60,7 @@ class KnownSystem:
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
+    """``||x - reference|| / ||reference||``, in the precision of the reference."""
     return float((x.to(reference) - reference).norm() / reference.norm())
 
 

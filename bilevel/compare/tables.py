@@ -26,11 +26,13 @@ def number(value: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Header and rows in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def words(status: str) -> str:
+    """The name of a `Status` as it stands in a sentence."""
     return status.lower().replace("_", " ")
 
 
@@ -56,6 +58,7 @@ def row_of(rows: Sequence[Row], **where: object) -> Row | None:
 
 
 def curves_header(columns: Sequence[Column]) -> list[str]:
+    """Of the table of what each solver needs for the errors of the columns."""
     cells = [f"{use}, to {number(error)}: {what}" for use, error in columns for what in ("products", "gradients")]
     return ["solver", *cells, "smallest error"]
 
