@@ -23,12 +23,14 @@ FORBIDDEN: dict[str, Callable[[ast.Call], bool]] = {
 """Calls that can run what a file holds, and when they do."""
 
 ALLOWED = {
+    ("bilevel/compare/command.py", "importlib.import_module"): "module:factory of the command line",
     ("bilevel/training/trackers.py", "importlib.import_module"): "one name, written there: an optional package",
     ("recipes/experiment/plugins.py", "importlib.import_module"): "module:Class of the command line or a config file",
     ("recipes/vision/pictures/arrow.py", "importlib.import_module"): "names written there: an optional package",
     ("benchmarks/loading/sides.py", "importlib.import_module"): "a name written there: a package to compare with",
     ("benchmarks/peers/adapters.py", "importlib.import_module"): "names written there: packages to compare with",
     ("benchmarks/pretext.py", "importlib.import_module"): "names written there: packages to compare with",
+    ("benchmarks/race/finite_sums/jax_contestants.py", "importlib.import_module"): "names written there: JAX",
     ("benchmarks/race/methods.py", "importlib.import_module"): "names written there: packages to compare with",
 }
 
