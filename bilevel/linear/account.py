@@ -8,7 +8,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import attainable, classify_curvature, product_error, residual, rounding_unit
+from bilevel.linear.solver import classify_curvature, product_error, residual, rounding_unit
 from bilevel.tree import Params
 
 
@@ -53,6 +53,7 @@ class Account:
         self.max_iterations, self.rtol = max_iterations, rtol
         self.norm_b = float(tree.norm(b))
         self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
+        self._sized: tuple[Params, float] | None = None
         self.norm_a = 0.0
         self.min_curvature: float | None = None
         self.curve: list[float] = []
@@ -67,7 +68,7 @@ class Account:
         return residual(self.operator, self.b, x)
 
     def relative(self, r: Params) -> float:
-        return float(tree.norm(r)) / self.norm_b
+        return (self.norm_b if r is self.b else float(tree.norm(r))) / self.norm_b
 
     def meet(self, curvature: float, gain: float) -> Status | None:
         """Take note of a direction; what it says about A, as `classify_curvature`."""
@@ -77,7 +78,10 @@ class Account:
         return classify_curvature(curvature, gain, self.norm_a, self.product_error)
 
     def attainable(self, x: Params) -> float:
-        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+        """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+        if self._sized is None or self._sized[0] is not x:
+            self._sized = x, float(tree.norm(x))
+        return self.rounding * (1.0 + self.norm_a * self._sized[1] / self.norm_b)
 
     def drifted(self, x: Params, relative: float) -> bool:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""

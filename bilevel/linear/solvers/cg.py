@@ -13,7 +13,7 @@ from bilevel.linear.operators import LinearOperator
 from bilevel.linear.preconditioner import Inverse, Preconditioner
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_rtol
+from bilevel.linear.solver import Solver, check_rtol, reads_are_free
 from bilevel.tree import Params
 
 
@@ -147,7 +147,7 @@ class CG(Solver):
             inverse=state.inverse,
             directions=state.directions,
             stop_at_noise=self.rtol == "noise" and state.noise is None,
-            watched=self.rtol is not None or not next(iter(b.values())).is_cuda,
+            watched=self.rtol is not None or reads_are_free(b),
         )
         found = run.solve(x0, r, relative)
         state.noise, state.norm_a = account.noise, account.norm_a if self.recycle else 0.0
