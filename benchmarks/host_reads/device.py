@@ -7,7 +7,7 @@ adaptive ones too, and whatever an accelerator would have to wait for or refuse 
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -63,6 +63,21 @@ class DeviceTensor(Tensor):
         return self.detach().cpu().tolist()
 
 
+_torch_autocast = torch.autocast
+
+
+def _autocast(device_type: str, **options: Any) -> AbstractContextManager[Any]:
+    """torch knows of no autocast of the meta device."""
+    return nullcontext() if device_type == _DEVICE.type else _torch_autocast(device_type, **options)
+
+
+class _Generator(torch.Generator):
+    """A generator of the device draws on the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu")
+
+
 @dataclass(frozen=True)
 class Crossing:
     """Something that a device path should do without, or do rarely.
@@ -98,6 +113,8 @@ class SimulatedDevice(TorchDispatchMode):
     def __enter__(self) -> "SimulatedDevice":
         for name in ("tensor", "as_tensor"):
             self._stack.enter_context(patch.object(torch, name, self._from_data(getattr(torch, name))))
+        self._stack.enter_context(patch.object(torch, "Generator", _Generator))
+        self._stack.enter_context(patch.object(torch, "autocast", _autocast))
         super().__enter__()
         return self
 
