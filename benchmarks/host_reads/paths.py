@@ -1,12 +1,12 @@
 """Paths of the package on a simulated device: steps, products and solves, and what crosses over in each."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from benchmarks.host_reads.device import Crossing, SimulatedDevice
 from bilevel import (
@@ -54,6 +54,7 @@ from bilevel.linear import (
     FunctionOperator,
     Nystrom,
     NystromPreconditioner,
+    Solution,
     Solver,
 )
 from bilevel.products import (
@@ -66,6 +67,9 @@ from bilevel.products import (
     ReverseOverReverse,
 )
 from bilevel.training import Blocks, Callback
+
+Put = Callable[[Any], Any]
+"""Gives a copy of a structure of tensors, or a module itself, where the path runs."""
 
 STEPS = 3
 """Lower and upper steps an alternation."""
@@ -99,25 +103,31 @@ class Net(Problem):
 
 @dataclass(frozen=True)
 class Setting:
-    """The problem on a device: variables of both levels, and batches."""
+    """The problem where `put` puts it: variables of both levels, and batches."""
 
-    device: SimulatedDevice
     problem: Net
     upper: Params
     lower: Params
     batches: tuple[Tensor, ...]
 
 
-def setting(device: SimulatedDevice) -> Setting:
+def setting(put: Put) -> Setting:
     """A fresh problem, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         problem = Net()
         start = {name: leaf.detach() for name, leaf in problem.net.named_parameters()}
-        batches = tuple(device.put(torch.randn(6, 4)) for _ in range(4))
-    device.put(problem.net)
-    upper, lower = device.put(start), device.put({name: 1.1 * leaf for name, leaf in start.items()})
-    return Setting(device, problem, upper, lower, batches)
+        batches = tuple(put(torch.randn(6, 4)) for _ in range(4))
+    upper, lower = put(start), put({name: 1.1 * leaf for name, leaf in start.items()})
+    put(problem.net)
+    return Setting(problem, upper, lower, batches)
+
+
+def on_cpu(given: Any) -> Any:
+    """Stands for `SimulatedDevice.put` where there is no device."""
+    return (
+        given if isinstance(given, nn.Module) else tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given)
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ METHODS: Mapping[str, Kind] = {
 
 
 class _Watch(Callback):
-    """The crossings of each step since the event before it."""
+    """The crossings of each step since the event before it, by the kind of step."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device, self.seen = device, len(device.crossings)
@@ -172,28 +182,38 @@ class _Watch(Callback):
         self.seen = len(self.device.crossings)
 
 
-def training(kind: Kind) -> list[tuple[str, list[Crossing]]]:
-    """The steps of the last of three alternations, by event, and what crossed over in each."""
-    with SimulatedDevice() as device, torch.random.fork_rng(devices=[]):
+def train(kind: Kind, put: Put, callbacks: Sequence[Callback] = ()) -> Params:
+    """The upper variables after three alternations."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        made = setting(device)
-        rows = torch.randn(12, 4)
+        made, rows = setting(put), torch.randn(12, 4)
 
         def data() -> Any:
             if not kind.blocks:
                 return list(made.batches)
-            return Blocks(12, 6, lambda indices: device.put(rows[indices]), seed=0, sweep_size=6)
+            return Blocks(12, 6, lambda indices: put(rows[indices]), seed=0, sweep_size=6)
 
-        watch = _Watch(device)
         lower_steps = 0 if kind.method.moves_lower else STEPS
         upper, lower = (
             Level(variables, torch.optim.SGD(variables.values(), lr=0.05, momentum=0.9), data(), max_grad_norm=1.0)
             for variables in (made.upper, made.lower)
         )
         schedule = AlternatingSchedule(3, lower_steps, kind.upper_steps)
-        Trainer(made.problem, upper, lower, schedule, kind.method, callbacks=[watch], on_failure="ignore").run()
+        Trainer(made.problem, upper, lower, schedule, kind.method, callbacks=callbacks, on_failure="ignore").run()
+        return made.upper
+
+
+def steps(kind: Kind) -> dict[str, list[Crossing]]:
+    """What crosses over in the steps of the last of three alternations: in a lower one, and in the first and the last
+    upper one."""
+    with SimulatedDevice() as device:
+        watch = _Watch(device)
+        train(kind, device.put, [watch])
     ends = [index for index, (event, _) in enumerate(watch.steps) if event == "alternation"]
-    return watch.steps[ends[-2] + 1 : ends[-1]]
+    last = watch.steps[ends[-2] + 1 : ends[-1]]
+    upper = [crossings for event, crossings in last if event == "upper"]
+    lower = [crossings for event, crossings in last if event == "lower"]
+    return {**({"lower": lower[-1]} if lower else {}), "first upper": upper[0], "upper": upper[-1]}
 
 
 PROVIDERS: Mapping[str, Callable[[], HVPProvider]] = {
@@ -212,7 +232,7 @@ PROVIDERS: Mapping[str, Callable[[], HVPProvider]] = {
 def product(provider: HVPProvider) -> dict[str, list[Crossing]]:
     """What crosses over in `linearize`, in a product with A from two batches, in a cross term and in a gradient."""
     with SimulatedDevice() as device:
-        made = setting(device)
+        made = setting(device.put)
         arguments = made.problem, made.upper, made.lower, made.batches[:2]
         options: dict[str, Any] = {"hvp": provider, "damping": 2.0}
         # What is done once for a problem is not counted.
@@ -225,7 +245,7 @@ def product(provider: HVPProvider) -> dict[str, list[Crossing]]:
         with device.watched() as found["product"]:
             system.operator(made.lower)
         system.cross(made.lower)
-        with device.watched() as found["cross"]:
+        with device.watched() as found["cross term"]:
             system.cross(made.lower)
         with device.watched() as found["gradient"]:
             system.gradient()
@@ -262,46 +282,39 @@ ADAPTIVE: Mapping[str, Solver] = {
 """Solvers that stop where their residual says so."""
 
 
-@dataclass(frozen=True)
-class Solve:
-    """What crossed over in a solve: from its beginning to its end, and from its first to its last product."""
+def solve(solver: Solver, put: Put, *, watch: Callable[[], None] = lambda: None) -> Iterator[Solution]:
+    """Two right-hand sides of one system in two leaves; `watch` is called before and after each product."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 30, generator=generator, dtype=torch.float64)
+    # All eigenvalues are in (0, 2), so that the iteration with I - A contracts too.
+    matrix = put(0.1 * torch.eye(30, dtype=torch.float64) + rows @ rows.T / 160)
 
-    whole: Sequence[Crossing]
-    between: Sequence[Crossing]
-    products: int
+    def multiply(vector: Params) -> Params:
+        watch()
+        image = matrix @ torch.cat([vector["a"].reshape(-1), vector["b"]])
+        watch()
+        return {"a": image[:12].reshape(3, 4), "b": image[12:]}
+
+    operator = FunctionOperator(multiply)
+    state = solver.prepare(operator)
+    for _ in range(2):
+        shapes = {"a": (3, 4), "b": (18,)}
+        b = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        yield solver.solve(operator, put(b), state=state)
 
 
-def solve(solver: Solver, right_hand_sides: int = 2) -> Solve:
-    """The last of several solves of one system in two leaves, of which the first makes what all share."""
+def solved(solver: Solver) -> dict[str, list[Crossing]]:
+    """What crosses over in the solve of a first right-hand side, in that of a second one, and in the latter from the
+    beginning of its first product to the end of its last iteration's."""
     with SimulatedDevice() as device:
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(30, 30, generator=generator, dtype=torch.float64)
-        matrix = device.put(0.4 * torch.eye(30, dtype=torch.float64) + rows @ rows.T / 40)
-        # Not symmetric would not do for most, and 1 - A must contract for AdjointIteration.
-        matrix = matrix / 4
-        spans: list[int] = []
-
-        def multiply(vector: Params) -> Params:
-            spans.append(len(device.crossings))
-            image = matrix @ torch.cat([vector["a"].reshape(-1), vector["b"]])
-            spans.append(len(device.crossings))
-            return {"a": image[:12].reshape(3, 4), "b": image[12:]}
-
-        operator = FunctionOperator(multiply)
-        state, begin = solver.prepare(operator), 0
-        for _ in range(right_hand_sides):
-            b = device.put(
-                {"a": torch.randn(3, 4, generator=generator, dtype=torch.float64)}
-                | {"b": torch.randn(18, generator=generator, dtype=torch.float64)}
-            )
-            spans.clear()
-            begin = len(device.crossings)
-            solver.solve(operator, b, state=state)
-        between = device.crossings[spans[0] : spans[-1]] if spans else []
-        return Solve(device.crossings[begin:], between, len(spans) // 2)
-
-
-def counts(crossings: Sequence[Crossing]) -> dict[str, int]:
-    """How many crossings of each kind."""
-    found = Counter(crossing.kind for crossing in crossings)
-    return {kind: found[kind] for kind in ("read", "copy")}
+        marks: list[int] = []
+        solves = solve(solver, device.put, watch=lambda: marks.append(len(device.crossings)))
+        found: dict[str, list[Crossing]] = {}
+        with device.watched() as found["first"]:
+            next(solves)
+        marks.clear()
+        with device.watched() as found["later"]:
+            solution = next(solves)
+        last = 2 * solution.iterations - 1
+        found["between products"] = device.crossings[marks[0] : marks[min(last, len(marks) - 1)]] if marks else []
+        return found

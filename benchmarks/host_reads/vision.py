@@ -29,7 +29,12 @@ SIZE = 6
 """Side of the images (px)."""
 TASKS: Mapping[str, type[TwoViewTask]] = {"SimCLR": SimCLR, "BYOL": BYOL, "VICReg": VICReg}
 VIEW = ViewPolicy(
-    size=SIZE, rotation=20.0, blur_probability=0.5, blur_sigma=(0.1, 1.0), solarize_probability=0.5, crop_scale=(0.5, 1.0)
+    size=SIZE,
+    rotation=20.0,
+    blur_probability=0.5,
+    blur_sigma=(0.1, 1.0),
+    solarize_probability=0.5,
+    crop_scale=(0.5, 1.0),
 )
 """With everything that a view may be made of."""
 
@@ -41,7 +46,8 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), *pooled)
 
     def forward(self, x: Tensor, feature_map: bool = False) -> Tensor:
         return self.body(x)
@@ -77,12 +83,12 @@ def loss_of(name: str) -> Found:
         # What is done once for a problem is not counted.
         linearize(made, upper, lower, [views], hvp=ReverseOverReverse())
         found: Found = {}
-        with device.watched() as found["lower gradient"]:
+        with device.watched() as found[f"{name}: gradient of a lower step"]:
             tree.gradients(made.lower_objective(upper, lower, views), lower)
-        with device.watched() as found["upper gradient"]:
+        with device.watched() as found[f"{name}: gradient of the upper objective"]:
             tree.gradients(made.upper_objective(upper, lower, labelled), upper | lower)
         system = linearize(made, upper, lower, [views], hvp=ReverseOverReverse(), implicit=made.implicit)
-        with device.watched() as found["product"]:
+        with device.watched() as found[f"{name}: product with A"]:
             system.operator({name: lower[name].detach() for name in system.implicit})
         return found
 
@@ -123,10 +129,12 @@ def chunks() -> Found:
         variables = {name: leaf.detach() for name, leaf in module.named_parameters()}
         parts = [device.put(torch.randn(3, 4)) for _ in range(3)]
         with device.watched() as found:
-            micro_batched_gradient(
-                lambda y, chunk: functional_call(module, y, chunk), lambda z: (z @ z.T).logsumexp(1).sum(), variables, parts
-            )
+            micro_batched_gradient(partial(functional_call, module), _contrast, variables, parts)
         return {"micro-batched gradient": found}
+
+
+def _contrast(z: Tensor) -> Tensor:
+    return (z @ z.T).logsumexp(1).sum()
 
 
 def _scores(*shape: int) -> Callable[[torch.Generator], Tensor]:
@@ -169,7 +177,7 @@ def neighbours() -> Found:
 
 
 PATHS: Mapping[str, Callable[[], Found]] = {
-    **{f"BiSSL, {name}": partial(loss_of, name) for name in TASKS},
+    **{name: partial(loss_of, name) for name in TASKS},
     "views": views,
     "optimizer": optimizer,
     "chunks": chunks,
