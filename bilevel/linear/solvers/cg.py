@@ -76,8 +76,9 @@ class CG(Solver):
         inexact: make products after the first one on as many of A's batches as their noise asks for, so that what they
             leave out changes the residual by at most half the tolerance (`InexactProducts`, with the sources), and make
             one more step at the end along the next direction, of the smallest step length met, whose product nobody
-            makes. What that step leads to is not measured: `Solution.residual_norms` and the status are those before
-            it, by the recursion, to which the batches that were left out are unknown.
+            makes. The last residual is then expected, not measured: that of the recursion, to which the batches left
+            out are unknown, times what the step before brought, at least 1/2. It ends the iterations and makes the
+            status.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -129,8 +130,8 @@ class CG(Solver):
             raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
         if self.layerwise and (self.recycle or self.memory or self.inexact):
             raise ValueError(
-                "CG: layerwise=True has no conjugate directions to recycle or to remember, and whole products only, but "
-                f"recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
+                "CG: layerwise=True has no conjugate directions to recycle or to remember, and no inexact products, "
+                f"but recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
             )
         if self.memory and self.preconditioner is not None:
             raise ValueError(
