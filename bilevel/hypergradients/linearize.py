@@ -76,6 +76,10 @@ def linearize(
             without a regularizer; an unknown name in `tikhonov`; for a `ResidualProblem` a solver that needs a
             symmetric A, damping, or a provider that has no meaning there.
     """
+    check_kind("problem", problem, Problem, "an instance of a Problem")
+    tree.check_params("upper", upper)
+    check_variables("lower", lower)
+    check_batches(lower_batches)
     system = make_system(
         problem,
         upper,
@@ -106,12 +110,8 @@ def make_system(
     implicit: Selection | None = None,
     at_once: bool = False,
 ) -> System:
-    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it; `at_once` as for
-    `System`."""
-    check_kind("problem", problem, Problem, "an instance of a Problem")
-    tree.check_params("upper", upper)
-    check_variables("lower", lower)
-    check_batches(lower_batches)
+    """`linearize` of variables and batches that were checked, without its warning of lost curvature, where a
+    `Hypergradient.failure` carries it; `at_once` as for `System`."""
     check_number("damping", damping)
     check_number("regularization_weight", problem.regularization_weight)
     check_tikhonov(tikhonov)

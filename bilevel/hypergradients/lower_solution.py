@@ -234,7 +234,7 @@ class _WayBack:
             if not tree.all_finite(v):
                 self.record.append(_not_finite(system, v))
                 return {name: torch.full_like(leaf, math.nan) for name, leaf in upper.items()}
-            gradient, made = adjoint(system, v, upper, solve=system.solve, on_failure=self.on_failure)
+            gradient, _, made = adjoint(system, v, upper, solve=system.solve, on_failure=self.on_failure)
             system.check_response(upper)
         self.record.append(made)
         report_failure(made, self.on_failure)

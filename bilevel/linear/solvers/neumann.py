@@ -86,7 +86,7 @@ class Neumann(Solver):
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
         watched = self.rtol is not None or not next(iter(b.values())).is_cuda
-        found = replace(_Series(account, state.value, watched=watched).sum(x0), ritz_range=seen)
+        found = _Series(account, state.value, watched=watched, seen=seen).sum(x0)
         if kept and found.status is Status.DIVERGED:
             # The scale is that of an earlier right-hand side, which had no part along the largest eigenvalues.
             state.value = None
@@ -100,10 +100,13 @@ class _Series:
 
     Args:
         watched: read every term's numbers at once and stop at a breakdown; otherwise none is read before the last.
+        seen: smallest and largest Ritz value that came of the choice of alpha.
     """
 
-    def __init__(self, account: Account, alpha: float, *, watched: bool) -> None:
-        self.account, self.alpha, self.watched = account, alpha, watched
+    def __init__(
+        self, account: Account, alpha: float, *, watched: bool, seen: tuple[float, float] | None = None
+    ) -> None:
+        self.account, self.alpha, self.watched, self.seen = account, alpha, watched, seen
         self.first_product: Params | None = None
         # Exact residuals have convex logarithms in k: one that grew once grows for ever.
         self.growth = 1.0 + (math.sqrt(account.rounding) if account.operator.exact else 0.1)
@@ -114,9 +117,9 @@ class _Series:
         r = b if x0 is None else account.residual(x)
         start = relative = 1.0 if x0 is None else account.relative(r)
         if account.operator.agree(not math.isfinite(start)):
-            return account.close(Status.NON_FINITE, b, (start, math.nan))
+            return account.close(Status.NON_FINITE, b, (start, math.nan), self.seen)
         if x0 is not None and account.rtol is None and account.max_iterations == 1:
-            return account.close(Status.BUDGET, tree.axpy(self.alpha, r, x), (start, math.nan), iterations=1)
+            return account.close(Status.BUDGET, tree.axpy(self.alpha, r, x), (start, math.nan), self.seen, iterations=1)
         loop = self._watched if self.watched else self._unwatched
         x, relative, breakdown = loop(x, r, relative)
         if breakdown is not None and account.iterations == 0 and x0 is None:
@@ -128,7 +131,7 @@ class _Series:
         at_rounding = account.at_rounding_level(x, relative)
         if breakdown is None or (at_rounding and breakdown is not Status.NON_FINITE):
             breakdown = account.verdict(relative, at_rounding)
-        return account.close(breakdown, x, (start, relative))
+        return account.close(breakdown, x, (start, relative), self.seen)
 
     def _watched(self, x: Params, r: Params, relative: float) -> _End:
         """Reads every term's numbers in one transfer, and stops where they say so."""
