@@ -19,6 +19,7 @@ from bilevel.lower import (
     check_tikhonov,
     check_tikhonov_names,
     differentiates,
+    explaining_batches,
     selected,
 )
 from bilevel.problem import Problem
@@ -80,17 +81,18 @@ def linearize(
     tree.check_params("upper", upper)
     check_variables("lower", lower)
     check_batches(lower_batches)
-    system = make_system(
-        problem,
-        upper,
-        lower,
-        lower_batches,
-        solver=solver,
-        hvp=hvp,
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=implicit,
-    )
+    with explaining_batches(lower_batches):
+        system = make_system(
+            problem,
+            upper,
+            lower,
+            lower_batches,
+            solver=solver,
+            hvp=hvp,
+            damping=damping,
+            tikhonov=tikhonov,
+            implicit=implicit,
+        )
     lost = system.curvature.lost()
     if lost is not None:
         warn_outside(lost, SolverWarning)

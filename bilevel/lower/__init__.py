@@ -31,6 +31,7 @@ from bilevel.lower.surroundings import (
     check_batches,
     check_recordable,
     differentiates,
+    explaining_batches,
     under_autocasts,
 )
 
@@ -84,6 +85,7 @@ __all__ = [
     "examine_cross",
     "examine_curvature",
     "examine_response",
+    "explaining_batches",
     "halves",
     "in_double_precision",
     "largest_entry",

@@ -78,7 +78,9 @@ def test_contestants_go_down(entry: Entry) -> None:
 
 def test_single_loops_take_fixed_batches_of_all_rows() -> None:
     problem = stochastic_quadratic(rows=130)
-    started = [entry.start(problem, Rates(0.01, 0.1), torch.Generator().manual_seed(k)) for k in (0, 1) for entry in OWN]
+    started = [
+        entry.start(problem, Rates(0.01, 0.1), torch.Generator().manual_seed(k)) for k in (0, 1) for entry in OWN
+    ]
     found = [c.trainer for c in started if isinstance(c, Own) and isinstance(c.trainer.method, SingleLoop)]
     assert len(found) == 4
     for trainer in found:

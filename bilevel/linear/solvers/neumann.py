@@ -11,7 +11,7 @@ from bilevel import tree
 from bilevel.checks import check_number
 from bilevel.linear.account import Account
 from bilevel.linear.lanczos import ritz_values
-from bilevel.linear.operators import LinearOperator
+from bilevel.linear.operators import KnownProduct, LinearOperator
 from bilevel.linear.solution import Solution, Status
 from bilevel.linear.solver import Solver, check_iterations
 from bilevel.tree import Params
@@ -45,8 +45,9 @@ class Neumann(Solver):
         max_iterations: at most this many terms K, one product each.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations.
         scale: alpha, or "auto" for ``1 / (1.1 theta)`` with theta the largest Ritz value in modulus after at most 5
-            Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
-            state for every later one, and taken anew from one with which the series diverges).
+            Lanczos steps from the first right-hand side, whose first product is that of the first term too (products
+            that are counted once; the scale is kept in the state for every later one, and taken anew from one with
+            which the series diverges).
 
     One term from a start x0, ``x0 + alpha (b - A x0)``, as stochastic methods take it from their last solution, is made
     with that one product. What it leads to is then not measured: the final residual is NaN, the status BUDGET.
@@ -77,11 +78,15 @@ class Neumann(Solver):
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Scale) -> Solution:
         products, kept = 0, state.value is not None and self.scale == "auto"
         if state.value is None:
-            state.ritz_values = ritz_values(operator, b, _LANCZOS_STEPS)
-            products = len(state.ritz_values)
+            # The series begins with the same product where it begins at zero.
+            first = operator(b)
+            known = KnownProduct(operator, b, first)
+            state.ritz_values = ritz_values(known, b, _LANCZOS_STEPS)
+            products = len(state.ritz_values) - (x0 is None)
+            operator = known if x0 is None else operator
             largest = max((abs(value) for value in state.ritz_values), default=math.nan)
             if operator.agree(not math.isfinite(largest)):
-                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, len(state.ritz_values))
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
