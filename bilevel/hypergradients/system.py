@@ -96,7 +96,7 @@ class System:
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.has_regularizer = self._objectives.has_regularizer(tree.detach(upper), point)
+        self.has_regularizer = self._objectives.has_regularizer(upper, point)
         if not self.has_regularizer and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
@@ -363,8 +363,8 @@ def through_system(
     """
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
-        implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
-    return Hypergradient(tree.add(direct, implicit_part), direct, implicit_part, loss, **vars(made))
+        implicit_part, whole, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
+    return Hypergradient(whole, direct, implicit_part, loss, **vars(made))
 
 
 def adjoint(
@@ -375,17 +375,17 @@ def adjoint(
     *,
     solve: Callable[[Params], Solution],
     on_failure: OnFailure,
-) -> tuple[Params, AdjointSolve]:
-    """-(cross term) x, where `solve` gives x for v, and what is known about it; `direct` is what it is added to."""
+) -> tuple[Params, Params, AdjointSolve]:
+    """-(cross term) x, where `solve` gives x for v, its sum with `direct`, and what is known about it."""
     with curvature_surroundings():
         solution = solve(v)
         implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
         gradient, noise = system.gradient_and_noise(upper)
         failed = solve_failure(system, solution, v, on_failure)
-    direct = tree.zeros_like(implicit_part) if direct is None else direct
+    whole = implicit_part if direct is None else tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    not_finite = finite_failure(direct, implicit_part, tree.add(direct, implicit_part))
+    not_finite = finite_failure(direct or {}, implicit_part, whole)
     failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
+    return implicit_part, whole, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())

@@ -9,7 +9,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import attainable, classify_curvature, product_error, residual, rounding_unit
+from bilevel.linear.solver import classify_curvature, product_error, residual, rounding_unit
 from bilevel.tree import Params
 
 
@@ -66,6 +66,8 @@ class Account:
         self.min_curvature: float | None = None
         self.curve: list[float] = []
         self.noise: float | None = None
+        # The iterate that was asked about last, with its norm: several questions follow on each.
+        self._measured: tuple[Params, float] | None = None
         self.passed_negative_curvature = False
 
     @property
@@ -86,7 +88,10 @@ class Account:
         return classify_curvature(curvature, gain, self.norm_a, self.product_error)
 
     def attainable(self, x: Params) -> float:
-        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+        """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+        if self._measured is None or self._measured[0] is not x:
+            self._measured = x, float(tree.norm(x))
+        return self.rounding * (1.0 + self.norm_a * self._measured[1] / self.norm_b)
 
     def drifted(self, x: Params, relative: float) -> bool:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""

@@ -49,14 +49,18 @@ def spectrum_bounds(operator: LinearOperator, b: Params, steps: int = 15) -> tup
 def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[float], list[float]]:
     """Diagonal and off-diagonal of the Lanczos matrix from b, the norm of what follows being the last entry; cut where
     the Krylov space is exhausted or a number is not finite."""
-    q = tree.scale(1.0 / float(tree.norm(b)), b)
+    length = float(tree.norm(b))
+    q = tree.scale(1.0 / length, b)
+    # Of b itself, whose product a caller may know.
+    w = tree.scale(1.0 / length, operator(b))
     basis = [q]
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     while True:
-        w = operator(q)
         diagonal.append(float(tree.dot(q, w)))
-        for vector in basis:
+        # Twice is enough (Parlett 1998, section 6.9): once leaves of a nearly parallel w little but rounding along the
+        # basis, and near a multiple of the identity every w is one.
+        for vector in [*basis, *basis]:
             w = tree.axpy(-tree.dot(vector, w), vector, w)
         off_diagonal.append(float(tree.norm(w)))
         exhausted = off_diagonal[-1] <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal)
@@ -65,6 +69,7 @@ def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[floa
             return diagonal, off_diagonal
         q = tree.scale(1.0 / off_diagonal[-1], w)
         basis.append(q)
+        w = operator(q)
 
 
 def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:

@@ -152,11 +152,6 @@ def check_rtol(solver: str, rtol: object, *, otherwise: str = "None for a fixed 
         check_number(f"{solver}: rtol", rtol, below=1.0, otherwise=otherwise)
 
 
-def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
-    """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
-    return rounding * (1.0 + operator_norm * float(tree.norm(x)) / norm_b)
-
-
 def classify_curvature(curvature: float, gain: float, scale: float, error: float) -> Status | None:
     """What a direction d says about A, or None if ``d'Ad > 4 error ||A|| d'd``.
 
