@@ -110,13 +110,22 @@ def power_of_two(x: Params) -> float:
     return 2.0 ** min(max(fine, -limit), limit)
 
 
+def finite(x: Params) -> Tensor:
+    """Whether no leaf holds a NaN or an infinity, 0-d; nothing is read from the device."""
+    found = [torch.isfinite(leaf).all() for leaf in x.values()] or [torch.ones((), dtype=torch.bool)]
+    return torch.stack(found).all() if len(found) > 1 else found[0]
+
+
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
     # One number tells, unless the squares overflow.
-    if math.isfinite(norm(x)):
-        return True
-    finite = [torch.isfinite(leaf).all() for leaf in x.values()]
-    return not finite or bool(torch.stack(finite).all() if len(finite) > 1 else finite[0])
+    return math.isfinite(norm(x)) or bool(finite(x))
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The numbers of 0-d tensors, in one transfer from the device of the first."""
+    first = scalars[0]
+    return torch.stack([scalar.detach().to(first.device) for scalar in scalars]).tolist()
 
 
 def size(x: Params) -> int:

@@ -214,7 +214,7 @@ def _facts(
         "residual": residual,
         "flaw": system.flaw(),
         "stationarity": float(tree.norm(gradient)),
-        "gradient_noise": gradient_noise,
+        "gradient_noise": None if gradient_noise is None else float(gradient_noise),
         # F(x, y*) - F(x, y) to first order; that of an objective has A divided by the weight of the regularizer.
         "gain": -float(tree.dot(x, gradient)) / (1.0 if residual else system.weight),
         "identity": _beside(plain, exact, (direct, implicit)),

@@ -255,11 +255,12 @@ class System:
         r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
         / (K (K - 1)))^{1/2}`; None for a single batch. A `stationarity` of a few times this is as stationary as the
         batches can tell."""
-        return self.gradient_and_noise(upper)[1]
+        noise = self.gradient_and_noise(upper)[1]
+        return None if noise is None else float(noise)
 
     @differentiates
-    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
-        """`gradient` and `gradient_noise`, from one pass over the batches."""
+    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, Tensor | None]:
+        """`gradient` and `gradient_noise`, 0-d, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
         gradient, noise = self._loss_gradient(upper)
         weight = self.problem.regularization_weight
@@ -268,7 +269,7 @@ class System:
             with torch.enable_grad():
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return gradient, None if noise is None else float(noise)
+        return gradient, noise
 
     def batch_sums(self) -> tuple[str, ...]:
         """Checksums of the tensors of the lower batches."""
@@ -384,8 +385,17 @@ def adjoint(
         failed = solve_failure(system, solution, v, on_failure)
     whole = implicit_part if direct is None else tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
+<<<<<<< HEAD
     not_finite = finite_failure(direct or {}, implicit_part, whole)
     failure = joined(lost, failed or not_finite, system.flaw())
     stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
     return implicit_part, whole, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
+=======
+    finite = tree.finite(tree.add(direct, implicit_part))
+    stationarity, sound, *known = tree.read(tree.norm(gradient), finite, *([] if noise is None else [noise]))
+    failure = joined(lost, failed or (None if sound else finite_failure(direct, implicit_part)), system.flaw())
+    warning = noise_warning(system, solution, v, stationarity)
+    noise = known[0] if known else None
+    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
+>>>>>>> DISCIPLINE
