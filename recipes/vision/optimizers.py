@@ -4,7 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -88,7 +88,8 @@ class LARS(Optimizer):
         """The step of parameters of one device and dtype: a few operations on all of them."""
         gradients, momenta = [p.grad for p in params if p.grad is not None], [self._momentum(p) for p in params]
         torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, _scaled(params, gradients, group) if scaled else gradients)
+        directions = _scaled(params, gradients, group) if scaled else gradients
+        torch._foreach_add_(momenta, directions)
         torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
     def _momentum(self, p: Tensor) -> Tensor:
@@ -110,13 +111,13 @@ def _alike(params: Iterable[Tensor], exclude_1d: bool) -> list[tuple[list[Tensor
     return [(some, scaled) for (scaled, *_), some in found.items()]
 
 
-def _scaled(params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+def _scaled(params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """The decayed, scaled gradients that enter the momentum."""
     d = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
     p_norms, d_norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(d))
     # torch.where instead of a Python condition, which would wait for the device twice per tensor.
     factors = torch.where((p_norms > 0) & (d_norms > 0), group["trust_coefficient"] * p_norms / d_norms, 1.0)
-    return torch._foreach_mul(d, factors.unbind())
+    return list(torch._foreach_mul(d, factors.unbind()))
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ class Devices:
 
 
 CUDA = {
-    # devices and the current one then, now, what the generators hold afterwards (100 and up: as they were), what is said
+    # Devices and the current one then, and now; what the generators hold afterwards (100 and up: as they were); words.
     "the same": ((2, 0), (2, 0), [0, 1], None),
     "each rank its own": ((2, 0), (2, 1), [0, 0], None),
     "fewer": ((4, 0), (2, 0), [0, 1], "the device in use goes on as it would have, and those of cuda:2 to cuda:3 are"),
