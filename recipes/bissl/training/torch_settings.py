@@ -30,7 +30,7 @@ def settings_kept() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision, cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-        cudnn.benchmark, cudnn.deterministic = flags
+        cudnn.benchmark, cudnn.deterministic = flags  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         torch.set_num_threads(threads)
 
@@ -58,8 +58,8 @@ def fix_workspace() -> None:
     if given is None and torch.cuda.is_initialized():
         raise ConfigError(
             f"compute.deterministic: {WORKSPACE} is not set, and this process has used CUDA already, after which "
-            f"cuBLAS does not look at it; set it to {DETERMINISTIC_WORKSPACES[0]} in the environment before the process "
-            "starts, or the field to false"
+            f"cuBLAS does not look at it; set it to {DETERMINISTIC_WORKSPACES[0]} in the environment before the "
+            "process starts, or the field to false"
         )
     if given is not None and given not in DETERMINISTIC_WORKSPACES:
         raise ConfigError(
