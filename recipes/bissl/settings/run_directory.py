@@ -22,6 +22,7 @@ SAFE_TO_CHANGE = frozenset(
         "device",
         "threads",
         "nonfinite_skips",
+        "compute.cudnn_benchmark",
         "rank_timeout",
         "tracking",
         "data.root",
