@@ -31,14 +31,15 @@ from benchmarks.guard.commands import COMMANDS
 from benchmarks.guard.pairs import NEW, OLD, Comparison, Row
 from benchmarks.guard.trees import CheckoutError, files_of, resolve
 from benchmarks.guard.verdict import LEAST_PAIRS, Change
-from benchmarks.measuring import environment, parser, show, write_json
+from benchmarks.measuring import environment, show, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = {file.stem: file for file in sorted(Path(__file__).with_name("workloads").glob("*.py"))}
 STARTS = "start-up"
+STARTED = ("import bilevel", "run.py --help", "run.py --dry-run")
 GROUPS = (STARTS, *WORKLOADS)
 CLOCKS = {"processor": "processor", "clock": "clock"}
-FULL, QUICK = {"pairs": 9, "turns": 7}, {"pairs": LEAST_PAIRS, "turns": 3}
+FULL, QUICK = {"pairs": 9, "turns": 5}, {"pairs": LEAST_PAIRS, "turns": 3}
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
@@ -62,7 +63,7 @@ def verdict(row: Row, threshold: float) -> tuple[str, bool]:
 
 def compare(comparison: Comparison, groups: Sequence[str], pairs: int) -> list[Row]:
     """The rows of some of `GROUPS`, each of so many pairs."""
-    commands = COMMANDS if STARTS in groups else {}
+    commands = {name: COMMANDS[name] for name in STARTED} if STARTS in groups else {}
     rows = {name: Row(name) for name in commands}
     files = [file for name, file in WORKLOADS.items() if name in groups]
     comparison.starts(commands, rows, -1)
@@ -104,13 +105,15 @@ def record(rows: Sequence[Row], threshold: float) -> dict[str, Any]:
 
 
 def options() -> argparse.ArgumentParser:
-    made = parser(__doc__)
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--against", default="HEAD", metavar="COMMIT", help="what to compare with (default: HEAD)")
     made.add_argument("--tree", type=Path, default=ROOT, help="checkout whose working tree is new (default: this one)")
     made.add_argument("--rows", nargs="+", choices=GROUPS, default=list(GROUPS), help="which to run (default: all)")
     made.add_argument("--pairs", type=int, help=f"pairs of each row (default: {FULL['pairs']})")
     made.add_argument("--threshold", type=percentage, default="5%", help="slow-down that is an error (default: 5%%)")
-    made.description = f"{made.description} {__doc__.partition('Exit code')[2].join(('Exit code', ''))}"
+    made.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    made.add_argument("--quick", action="store_true", help="fewer pairs and turns: wider intervals")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     return made
 
 
@@ -138,21 +141,18 @@ def checked(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Mappin
         sizes["pairs"] = given.pairs
     if sizes["pairs"] < LEAST_PAIRS:
         made.error(f"--pairs: {given.pairs} are too few for an interval; give at least {LEAST_PAIRS}")
-    if given.device.type != "cpu":
-        made.error(f"--device: {given.device} was given, but the rows run on the CPU; leave it out")
-    if given.threads is not None and given.threads < 1:
+    if given.threads < 1:
         made.error(f"--threads: {given.threads} was given; it must be at least 1")
     return given, sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given, sizes = checked(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         commit = resolve(given.tree, given.against)
         with files_of(given.tree, commit) as old:
             trees = {OLD: old, NEW: given.tree.resolve()}
-            comparison = Comparison(trees, given.threads or 1, sizes["turns"])
+            comparison = Comparison(trees, given.threads, sizes["turns"])
             rows = compare(comparison, given.rows, sizes["pairs"])
     except CheckoutError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -174,4 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended by it, the process still removes its temporary files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+OF_HOOKS = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX"}
 
 
 class CheckoutError(ValueError):
@@ -21,10 +23,11 @@ def resolve(checkout: Path, commit: str) -> str:
     """
     if shutil.which("git") is None:
         raise CheckoutError("git is not installed: the files of the commit cannot be had")
-    if _git(checkout, "rev-parse", "--is-inside-work-tree").returncode != 0:
-        raise CheckoutError(f"--tree: {checkout} is not a git checkout; name the folder of one")
-    if Path(_git(checkout, "rev-parse", "--show-toplevel").stdout.strip()).resolve() != checkout.resolve():
-        raise CheckoutError(f"--tree: {checkout} is a folder within a git checkout; name the checkout's own")
+    top = _git(checkout, "rev-parse", "--show-toplevel")
+    if top.returncode != 0:
+        raise CheckoutError(f"--tree: {checkout} is no git checkout ({top.stderr.strip()}); name the folder of one")
+    if Path(top.stdout.strip()).resolve() != checkout.resolve():
+        raise CheckoutError(f"--tree: {checkout} lies in the git checkout {top.stdout.strip()}; name that one")
     found = _git(checkout, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{commit}}")
     if found.returncode != 0:
         raise CheckoutError(f"--against: {checkout} has no commit {commit!r}; git log lists them")
@@ -39,18 +42,17 @@ def files_of(checkout: Path, commit: str) -> Iterator[Path]:
         CheckoutError: git could not write them.
     """
     with tempfile.TemporaryDirectory(prefix="guard-") as folder:
-        tree, index = Path(folder).resolve() / "tree", {**os.environ, "GIT_INDEX_FILE": str(Path(folder) / "index")}
+        tree, index = Path(folder).resolve() / "tree", {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         tree.mkdir()
         for command in (("read-tree", commit), ("checkout-index", "--all", f"--prefix={tree}/")):
-            done = _git(checkout, *command, environment=index)
+            done = _git(checkout, *command, more=index)
             if done.returncode != 0:
                 raise CheckoutError(f"--against: git {command[0]} failed for {commit}: {done.stderr.strip()}")
         yield tree
 
 
-def _git(
-    checkout: Path, *arguments: str, environment: dict[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, env=environment, check=False
-    )
+def _git(checkout: Path, *arguments: str, more: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    # In a hook git says by variables which checkout it works on, which may be another one.
+    ours = {name: value for name, value in os.environ.items() if name not in OF_HOOKS}
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**ours, **(more or {})}, check=False)

@@ -24,7 +24,7 @@ from bilevel import (
 )
 from bilevel.products import ReverseOverReverse
 
-LOWER_STEPS, UPPER_STEPS, IMAGES, SIDE = 4, 2, 32, 16
+LOWER_STEPS, UPPER_STEPS, IMAGES, SIDE = 4, 2, 16, 16
 
 Batch = tuple[Tensor, Tensor]
 
