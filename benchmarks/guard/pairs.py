@@ -100,7 +100,7 @@ class Comparison:
         tree = self.trees[side]
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", encoding="utf-8") as said:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(SERVE), str(tree), folder, str(self.threads), *map(str, files)],
+                [sys.executable, "-P", str(SERVE), str(tree), folder, *map(str, files)],
                 cwd=tree,
                 env={**environment_alone(self.threads), "PYTHONPATH": str(tree)},
                 stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """The child of a comparison: it makes workloads of files ready, and times one call of one of them a line.
 
-    python -P serve.py TREE FOLDER THREADS FILE...
+    python -P serve.py TREE FOLDER FILE...
 
 A file has ``ROWS``: by name, a function that takes FOLDER, to write to, and returns what is to be timed. The first
 answer says of each row, by its file's name and its own, why it cannot be timed, null where it can; of a file that
@@ -55,17 +55,14 @@ def timed(step: Step) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    tree, folder, threads, *files = arguments
+    tree, folder, *files = arguments
     # What a workload prints is no answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import torch
-
     import bilevel
 
     if not Path(str(bilevel.__file__)).resolve().is_relative_to(Path(tree).resolve()):
         raise SystemExit(f"bilevel was imported from {bilevel.__file__}, not from {tree}")
-    torch.set_num_threads(int(threads))
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)

@@ -45,7 +45,7 @@ class Change:
             return f"slower by {low:.1f} to {high:.1f}%"
         if high < 0.0:
             return f"faster by {-high:.1f} to {-low:.1f}%"
-        return f"no difference seen (within {max(-low, high):.1f}%)"
+        return f"no difference seen (within {max(abs(low), abs(high)):.1f}%)"
 
     def record(self) -> dict[str, float]:
         """For the JSON file."""
