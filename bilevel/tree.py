@@ -3,6 +3,9 @@
 Functions return new dictionaries and never write to their arguments. Both arguments of a binary operation must have the
 same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one; inner
 products, and products with a 0-d tensor, run leaf by leaf.
+
+Leaves may be DTensors of torch.distributed.tensor: vectors stay sharded, and what is one number (an inner product, a
+norm, a truth value) is that of the whole vector, a plain tensor on every rank.
 """
 
 # torch has no public name for its foreach operations.
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
+
+from bilevel import sharded
+from bilevel.sharded import check_whole, whole
 
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
@@ -72,21 +78,21 @@ def sub(x: Params, y: Params) -> Params:
 
 def leaf_dots(x: Params, y: Params) -> Params:
     """Inner product of each pair of leaves, as 0-d tensors."""
-    return {name: torch.dot(leaf.reshape(-1), y[name].reshape(-1)) for name, leaf in x.items()}
+    return {name: whole(sharded.dot(leaf, y[name])) for name, leaf in x.items()}
 
 
 def dot(x: Params, y: Params) -> Tensor:
     """Inner product over all leaves, 0-d; an empty tree gives 0."""
     if not x:
         return torch.zeros(())
-    dots = list(leaf_dots(x, y).values())
-    return torch.stack(dots).sum() if len(dots) > 1 else dots[0]
+    dots = [sharded.dot(leaf, y[name]) for name, leaf in x.items()]
+    return whole(torch.stack(dots).sum() if len(dots) > 1 else dots[0])
 
 
 def norm(x: Params) -> Tensor:
     """Euclidean norm over all leaves, 0-d."""
     norms = list(torch._foreach_norm(list(x.values()))) if x else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    return whole(torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0])
 
 
 def power_of_two(x: Params) -> float:
@@ -101,7 +107,7 @@ def power_of_two(x: Params) -> float:
         size = float(norm(x))
         if _SHORT <= size <= 1.0 / _SHORT:
             return 2.0 ** (math.frexp(size)[1] - 1)
-    largest = float(torch.stack(torch._foreach_norm(leaves, math.inf)).max()) if leaves else 0.0
+    largest = float(whole(torch.stack(torch._foreach_norm(leaves, math.inf)).max())) if leaves else 0.0
     if largest == 0.0 or not math.isfinite(largest):
         return 0.0 if largest == 0.0 else math.nan
     limit = min(math.frexp(torch.finfo(leaf.dtype).max)[1] for leaf in leaves) - 2
@@ -113,7 +119,7 @@ def power_of_two(x: Params) -> float:
 def finite(x: Params) -> Tensor:
     """Whether no leaf holds a NaN or an infinity, 0-d; nothing is read from the device."""
     found = [torch.isfinite(leaf).all() for leaf in x.values()] or [torch.ones((), dtype=torch.bool)]
-    return torch.stack(found).all() if len(found) > 1 else found[0]
+    return whole(torch.stack(found).all() if len(found) > 1 else found[0])
 
 
 def all_finite(x: Params) -> bool:
@@ -134,7 +140,8 @@ def size(x: Params) -> int:
 
 
 def flatten(x: Params) -> Tensor:
-    """All leaves as one vector, in the order of insertion."""
+    """All leaves as one vector, in the order of insertion; TypeError for DTensors."""
+    check_whole(x)
     return torch.cat([leaf.reshape(-1) for leaf in x.values()]) if x else torch.zeros(0)
 
 
@@ -248,17 +255,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
-def check_params(argument: str, value: object) -> None:
+def check_params(argument: str, value: object, *, may_be_sharded: bool = False) -> None:
     """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors that can be differentiated.
 
     Refused with them: tensors made under torch.inference_mode, and those of a torch.func transform (vmap, grad, jvp)
-    or of forward-mode differentiation around the call, whose outer derivative would be lost.
+    or of forward-mode differentiation around the call, whose outer derivative would be lost; and DTensors, unless they
+    may be sharded.
     """
     if not isinstance(value, dict):
         raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
     for name, leaf in value.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
+        if not may_be_sharded:
+            sharded.check_variable(f"{argument}[{name!r}]", leaf)
         _check_storage(f"{argument}[{name!r}]", leaf)
         check_plain(f"{argument}[{name!r}]", leaf)
 

@@ -54,6 +54,7 @@ from bilevel.lower import (
 from bilevel.nn import curvature_surroundings
 from bilevel.problem import Problem
 from bilevel.products import Hessians, HVPProvider, Linearization, MicroBatched, ReverseOverReverse, reached
+from bilevel.sharded import check_variable
 from bilevel.tree import Params
 
 _coupled = PerProblem[set[tuple[str, ...]]](set)
@@ -166,6 +167,7 @@ class System:
         Raises:
             StaleSystemError: something the system was built from has changed.
             ValueError: a b with other names or shapes than the implicit variables.
+            TypeError: a b of DTensors.
         """
         self.check_fresh()
         if not same_structure(b, {name: self.lower[name] for name in self.implicit}):
@@ -173,6 +175,8 @@ class System:
                 f"b must have the names and shapes of the implicit variables {list(self.implicit)}, got {list(b)}"
             )
         b = {name: b[name] for name in self.implicit}
+        for name, leaf in b.items():
+            check_variable(f"b[{name!r}]", leaf)
         operator = self.operator if watch is None else WatchedOperator(self.operator, watch)
         # Over several processes it would take an exchange a batch.
         if len(self.lower_batches) == 1 or distributed.world_size() > 1:

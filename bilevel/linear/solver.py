@@ -83,7 +83,7 @@ class Solver(ABC):
         """
         operator = as_operator(operator)
         self.check_symmetry(operator.symmetric)
-        tree.check_params("b", b)
+        tree.check_params("b", b, may_be_sharded=True)
         if x0 is not None:
             _check_start(x0, b)
         b = tree.detach(b)
@@ -198,7 +198,7 @@ def _in_units(x0: Params, b: Params, scale: float) -> Params:
 
 
 def _check_start(x0: Params, b: Params) -> None:
-    tree.check_params("x0", x0)
+    tree.check_params("x0", x0, may_be_sharded=True)
     if not same_structure(x0, b):
         raise ValueError(
             f"x0 must have the names and shapes of b; got {sorted(x0)} for {sorted(b)}. Pass a former Solution.value "

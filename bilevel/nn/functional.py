@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from bilevel.distributed import world_size
 from bilevel.nn.layers import differentiable_layers, own_parametrization_cache, refuse_layer
 from bilevel.nn.seeding import seeded
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
+from bilevel.sharded import is_sharded
 
 _curvature_pass: ContextVar["_CurvaturePass | None"] = ContextVar("bilevel_curvature_pass", default=None)
 _surrounded: ContextVar[bool] = ContextVar("bilevel_curvature_surroundings", default=False)
@@ -188,14 +190,21 @@ def functional_call(
 
     Raises:
         ValueError: `params` names something the module does not have; a lazy module that has not been called yet.
-        TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, compiled,
-            torch's SyncBatchNorm over several ranks, embeddings with `max_norm` or `scale_grad_by_freq`); the message
-            gives the remedy.
+        TypeError: the module cannot be differentiated twice as it is (wrapped by DistributedDataParallel, sharded by
+            FSDP or with DTensors for parameters, compiled, torch's SyncBatchNorm over several ranks, embeddings with
+            `max_norm` or `scale_grad_by_freq`); the message gives the remedy.
         RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
     curvature = _curvature_pass.get()
     _refuse_wrappers(module, curvature is not None)
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    cut = [name for name, parameter in parameters.items() if is_sharded(parameter)]
+    if cut:
+        raise TypeError(
+            f"functional_call: parameter {cut[0]!r} of {type(module).__name__} is a DTensor (fully_shard, "
+            "parallelize_module), whose exchanges do not all differentiate twice; pass a module whose parameters are "
+            "whole on every rank"
+        )
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     unknown = [name for name in params if name not in parameters and name not in buffers]
     if unknown:
@@ -332,6 +341,12 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
                 "functional_call: the module is wrapped in DistributedDataParallel, whose hooks do not run twice; "
                 "pass the bare module (wrapper.module): gradients and products are averaged over ranks by bilevel"
             )
+        if _is_fully_sharded(layer):
+            raise TypeError(
+                f"functional_call: {type(layer).__name__} is a module of FSDP (fully_shard, FullyShardedDataParallel), "
+                "which computes with the parameters that it gathers itself, once differentiable, whatever it is called "
+                "with; pass the module from before, with parameters that are whole on every rank"
+            )
         if not curvature:
             continue
         refuse_layer(layer, module)
@@ -349,3 +364,9 @@ def _refuse_wrappers(module: nn.Module, curvature: bool) -> None:
                 "and call bilevel.nn.synchronised(module), whose layers have one, or put the layer in "
                 "eval mode"
             )
+
+
+def _is_fully_sharded(layer: nn.Module) -> bool:
+    """Nothing is imported: without FSDP's module there is none of its layers."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(layer, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
