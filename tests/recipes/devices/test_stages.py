@@ -1,5 +1,6 @@
 """The stages of a small run on a device, computed in each of the ways that `compute` offers, and resumed."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +24,13 @@ from tests.support.recipes.small_runs import (
 )
 
 WAYS = {
-    "float32": (),
-    "TF32": ("--compute.tf32=true",),
-    "bfloat16": ("--compute.precision=bf16",),
-    "channels last": ("--compute.channels-last=true",),
-    "crops on the device": ("--compute.crops=float",),
-    "crops on the host": ("--compute.crops=uint8",),
-    "chunks": ("--compute.micro-batch=8",),
-    "kept graphs": ("--bissl.hvp=reverse-kept", "--bissl.graph-memory=0.01"),
+    "float32, kept graphs": ("--bissl.hvp=reverse-kept", "--bissl.graph-memory=0.01"),
+    "TF32, chunks, crops on the host": ("--compute.tf32=true", "--compute.micro-batch=8", "--compute.crops=uint8"),
+    "bfloat16, channels last, crops on the device": (
+        "--compute.precision=bf16",
+        "--compute.channels-last=true",
+        "--compute.crops=float",
+    ),
 }
 
 
@@ -54,7 +54,7 @@ def test_every_stage_is_made(way: str, tmp_path: Path, device: torch.device) -> 
     assert list(made) == list(STAGES)
     for artifact in made.values():
         assert all(bool(tensor.isfinite().all()) for tensor in artifact.tensors().values())
-    assert 0.0 <= made["finetune"].info["test"]["accuracy"] <= 1.0
+    assert all(math.isfinite(value) for value in made["finetune"].info["test"].values())
 
 
 @pytest.mark.usefixtures("precision")
