@@ -293,9 +293,9 @@ class System:
         of the cross term. Where it once did for a problem and names, that is taken for granted."""
         known, names = _coupled.of(self.problem), tuple(self.upper)
         if names not in known:
-            kept = all(loss.kept_graph() is not None for loss in self._losses)
-            # Without kept graphs it takes a pass, which `_reached_upper` makes once.
-            depends = any(loss.depends_on_upper() for loss in self._losses) if kept else bool(self._reached_upper)
+            met = [loss.depends_on_upper() for loss in self._losses]
+            # What no product has met takes a pass, which `_reached_upper` makes once.
+            depends = bool(self._reached_upper) if None in met and True not in met else any(met)
             if self.operator.agree(depends):
                 known.add(names)
         return names in known

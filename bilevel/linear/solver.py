@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -43,6 +43,15 @@ class Solver(ABC):
 
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
+        return None
+
+    def memory_of(self, state: Any) -> dict[str, Any]:
+        """What a state holds for the systems that come after its operator's, in nested dictionaries of tensors; {} for
+        solvers that carry nothing on."""
+        return {}
+
+    def remember(self, state: Any, memory: Mapping[str, Any]) -> None:
+        """Give a fresh state the `memory_of` an earlier operator's."""
         return None
 
     def solve(
