@@ -21,6 +21,7 @@ SAFE_TO_CHANGE = frozenset(
         "arms",
         "device",
         "threads",
+        "jobs",
         "nonfinite_skips",
         "rank_timeout",
         "tracking",

@@ -34,6 +34,7 @@ def digits(paper_version: PaperVersion = "v2") -> Config:
         preset="digits",
         # Images this small are not worth a second thread, and a busy machine makes it cost instead.
         threads=1,
+        jobs="auto",
         data=DataConfig(
             pretext="digits",
             downstream="digits",
