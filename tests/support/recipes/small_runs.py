@@ -47,6 +47,7 @@ SMALL = {
     "bissl.upper-steps": 2,
     "bissl.hessian-batches": 2,
     "bissl.solver": "cg",
+    "bissl.hvp": "reverse",
     "bissl.solver-iterations": 2,
     # A system near the identity: two iterations of CG cannot make its residual grow tenfold, whatever the last digits.
     "bissl.damping": 50,

@@ -29,7 +29,9 @@ class Task:
 
     def name(self) -> str:
         """In messages."""
-        what = {"pretext": "pre-training", "head": "head warm-up", "finetune": "fine-tuning"}.get(self.goal, self.goal)
+        then = {"bissl": "bilevel stage", "restart": "restart", "nothing": "pre-training"}[arm_of(self.variant).then]
+        named = {"pretext": "pre-training", "head": "head warm-up", "weights": then, "finetune": "fine-tuning"}
+        what = named[self.goal]
         return f"{what}, {self.variant}, seed {self.seed if self.tuning is None else self.tuning}"
 
     def make(self, pipeline: Pipeline) -> None:

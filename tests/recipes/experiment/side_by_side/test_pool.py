@@ -177,7 +177,7 @@ def test_an_expected_error_is_raised_as_it_was_when_all_others_have_stopped(
 
 def test_an_error_before_the_first_job_is_raised_too(tmp_path: Path) -> None:
     (tmp_path / "unready").touch()
-    with pytest.raises(ConfigError, match="^not ready$"):
+    with pytest.raises(ConfigError, match=r"^not ready$"):
         run(tmp_path, [Job("a", Work("a"))])
 
 
