@@ -17,7 +17,7 @@ from .solves import ONE_SOLVE, TWO_PRODUCTS
 def digits(paper_version: PaperVersion = "v2") -> Config:
     """scikit-learn's bundled handwritten digits, 8x8 px: real images, no download; the default.
 
-    Command: ``python recipes/bissl/run.py``; about two minutes on two cores, the arms side by side. Most images are used
+    Command: ``python recipes/bissl/run.py``; about two minutes on two cores, arms side by side. Most images are used
     without labels; 5 labels a class in all, 3 to train on and 2 to choose the epoch by.
     """
     no_colour = {
