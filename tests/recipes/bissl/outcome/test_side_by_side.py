@@ -76,10 +76,14 @@ def stages_under_way(folder: Path) -> dict[int, Path]:
     return held
 
 
-@pytest.mark.parametrize("repeats", ["--seeds=2", "--pipeline-seeds=2"])
-def test_the_result_is_the_same_to_the_bit_for_any_number_of_processes(repeats: str, tmp_path: Path) -> None:
-    runs = [whole_run(tmp_path / f"{jobs}", ARMS, repeats, f"--jobs={jobs}") for jobs in (1, 2, 3)]
-    assert len(weights(runs[0])) == (23 if repeats == "--pipeline-seeds=2" else 18)
+@pytest.mark.parametrize(
+    ("options", "stages"), [(["--seeds=3"], 10), (["--pipeline-seeds=2", ARMS], 24)], ids=["tunings", "everything"]
+)
+def test_the_result_is_the_same_to_the_bit_for_any_number_of_processes(
+    options: list[str], stages: int, tmp_path: Path
+) -> None:
+    runs = [whole_run(tmp_path / f"{jobs}", *options, f"--jobs={jobs}") for jobs in (1, 2, 3)]
+    assert len(weights(runs[0])) == stages
     for run in runs[1:]:
         assert timeless(run) == timeless(runs[0])
         names = {path.name for path in run.iterdir()}
