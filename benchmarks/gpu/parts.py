@@ -75,7 +75,10 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
 
 def _run(command: Sequence[str], output: Any, seconds: float) -> int | None:
     """The exit code of a command, None where its time was over; then all its processes are ended."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(":")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(":"),
+    }
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )

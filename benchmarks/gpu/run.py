@@ -56,7 +56,18 @@ def parts(device: torch.device, *, quick: bool, tests: Sequence[str]) -> list[Pa
     mark = "rehearsal" if device.type == "cpu" else "gpu"
 
     def pytest(file: Path) -> list[str]:
-        chosen = ["-m", mark, "-n", "0", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.outcomes", "--outcomes", str(file)]
+        chosen = [
+            "-m",
+            mark,
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "benchmarks.gpu.outcomes",
+            "--outcomes",
+            str(file),
+        ]
         return ["-m", "pytest", *tests, *chosen]
 
     def pretext(extra: Sequence[str], file: Path) -> list[str]:

@@ -108,9 +108,7 @@ def exchanged(step: Callable[[Sizes], Messages], sizes: Sizes, machine: Machine,
     def seconds(messages: Messages) -> float:
         return messages.total() * machine.latency + sent(messages, sizes.ranks) / machine.bandwidth
 
-    return Seconds(
-        reduction=seconds(means), statistics=seconds(everything - local), contrastive=seconds(local - means)
-    )
+    return Seconds(reduction=seconds(means), statistics=seconds(everything - local), contrastive=seconds(local - means))
 
 
 def repeated_loss(sizes: Sizes, machine: Machine) -> float:
@@ -140,9 +138,7 @@ def product(sizes: Sizes, machine: Machine, batches: int) -> Seconds:
         compute=cost * sizes.batch / (sizes.ranks * machine.rate), contrastive=cost * repeated_loss(sizes, machine)
     )
     schedule = communication.Schedule(hessian_batches=batches)
-    return computed + exchanged(
-        lambda s: communication.product(s, schedule), sizes, machine, reduced(sizes.backbone)
-    )
+    return computed + exchanged(lambda s: communication.product(s, schedule), sizes, machine, reduced(sizes.backbone))
 
 
 def upper(sizes: Sizes, machine: Machine) -> Seconds:
@@ -244,7 +240,9 @@ def predict(
     return rows
 
 
-def shares(schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]) -> list[dict[str, Any]]:
+def shares(
+    schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]
+) -> list[dict[str, Any]]:
     """Where the time of a pretext step and of the default's alternation goes, in milliseconds."""
     rows: list[dict[str, Any]] = []
     for count in gpus:

@@ -389,17 +389,11 @@ def adjoint(
         failed = solve_failure(system, solution, v, on_failure)
     whole = implicit_part if direct is None else tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-<<<<<<< HEAD
-    not_finite = finite_failure(direct or {}, implicit_part, whole)
+    stationarity, sound, *known = tree.read(
+        tree.norm(gradient), tree.finite(whole), *([] if noise is None else [noise])
+    )
+    not_finite = None if sound else finite_failure(direct or {}, implicit_part)
     failure = joined(lost, failed or not_finite, system.flaw())
-    stationarity = float(tree.norm(gradient))
-    warning = noise_warning(system, solution, v, stationarity)
-    return implicit_part, whole, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
-=======
-    finite = tree.finite(tree.add(direct, implicit_part))
-    stationarity, sound, *known = tree.read(tree.norm(gradient), finite, *([] if noise is None else [noise]))
-    failure = joined(lost, failed or (None if sound else finite_failure(direct, implicit_part)), system.flaw())
     warning = noise_warning(system, solution, v, stationarity)
     noise = known[0] if known else None
-    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
->>>>>>> DISCIPLINE
+    return implicit_part, whole, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())

@@ -62,14 +62,13 @@ class Account:
         self.max_iterations, self.rtol = max_iterations, rtol
         self.norm_b = float(tree.norm(b))
         self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
-        self._sized: tuple[Params, float] | None = None
         self.norm_a = 0.0
         self.min_curvature: float | None = None
         self.curve: list[float] = []
         self.noise: float | None = None
-        # The iterate that was asked about last, with its norm: several questions follow on each.
-        self._measured: tuple[Params, float] | None = None
         self.passed_negative_curvature = False
+        # The iterate that was asked about last, with its norm: several questions follow on each.
+        self._sized: tuple[Params, float] | None = None
 
     @property
     def iterations(self) -> int:
@@ -90,15 +89,9 @@ class Account:
 
     def attainable(self, x: Params) -> float:
         """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
-<<<<<<< HEAD
-        if self._measured is None or self._measured[0] is not x:
-            self._measured = x, float(tree.norm(x))
-        return self.rounding * (1.0 + self.norm_a * self._measured[1] / self.norm_b)
-=======
         if self._sized is None or self._sized[0] is not x:
             self._sized = x, float(tree.norm(x))
         return self.rounding * (1.0 + self.norm_a * self._sized[1] / self.norm_b)
->>>>>>> DISCIPLINE
 
     def drifted(self, x: Params, relative: float) -> bool:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""

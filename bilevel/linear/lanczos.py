@@ -50,42 +50,25 @@ def spectrum_bounds(operator: LinearOperator, b: Params, steps: int = 15) -> tup
 def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[float], list[float]]:
     """Diagonal and off-diagonal of the Lanczos matrix from b, the norm of what follows being the last entry; cut where
     the Krylov space is exhausted or a number is not finite."""
-<<<<<<< HEAD
-    length = float(tree.norm(b))
+    rounding, watched = 10.0 * rounding_unit(b), reads_are_free(b)
+    length = tree.norm(b)
     q = tree.scale(1.0 / length, b)
     # Of b itself, whose product a caller may know.
     w = tree.scale(1.0 / length, operator(b))
-    basis = [q]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
+    basis, rows = [q], []
     while True:
-        diagonal.append(float(tree.dot(q, w)))
+        curvature = tree.dot(q, w)
         # Twice is enough (Parlett 1998, section 6.9): once leaves of a nearly parallel w little but rounding along the
         # basis, and near a multiple of the identity every w is one.
         for vector in [*basis, *basis]:
             w = tree.axpy(-tree.dot(vector, w), vector, w)
-        off_diagonal.append(float(tree.norm(w)))
-        exhausted = off_diagonal[-1] <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal)
-        finite = math.isfinite(off_diagonal[-1]) and math.isfinite(diagonal[-1])
-        if exhausted or not finite or len(diagonal) == steps:
-            return diagonal, off_diagonal
-        q = tree.scale(1.0 / off_diagonal[-1], w)
-        basis.append(q)
-        w = operator(q)
-=======
-    rounding, watched = 10.0 * rounding_unit(b), reads_are_free(b)
-    basis: list[Params] = []
-    rows: list[Tensor] = []
-    rest, w = tree.norm(b), b
-    while len(rows) < steps and not (watched and rows and _end(torch.stack(rows).tolist(), rounding)):
+        rest = tree.norm(w)
+        rows.append(torch.stack([curvature, rest]))
+        if len(rows) == steps or (watched and _end(torch.stack(rows).tolist(), rounding)):
+            break
         q = tree.scale(1.0 / rest, w)
         basis.append(q)
         w = operator(q)
-        curvature = tree.dot(q, w)
-        for vector in basis:
-            w = tree.axpy(-tree.dot(vector, w), vector, w)
-        rest = tree.norm(w)
-        rows.append(torch.stack([curvature, rest]))
     numbers = torch.stack(rows).tolist()
     end = _end(numbers, rounding) or len(numbers)
     return [row[0] for row in numbers[:end]], [row[1] for row in numbers[:end]]
@@ -99,7 +82,6 @@ def _end(numbers: Sequence[Sequence[float]], rounding: float) -> int | None:
         if rest <= rounding * largest or not (math.isfinite(rest) and math.isfinite(curvature)):
             return count
     return None
->>>>>>> DISCIPLINE
 
 
 def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:

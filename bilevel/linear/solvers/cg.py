@@ -187,13 +187,9 @@ class CG(Solver):
             inverse=state.inverse,
             directions=state.directions,
             stop_at_noise=self.rtol == "noise" and state.noise is None,
-<<<<<<< HEAD
             inexact=state.inexact,
             memory=self.memory,
-            watched=self.rtol is not None or self.inexact or self.memory > 0 or not next(iter(b.values())).is_cuda,
-=======
-            watched=self.rtol is not None or reads_are_free(b),
->>>>>>> DISCIPLINE
+            watched=self.rtol is not None or self.inexact or self.memory > 0 or reads_are_free(b),
         )
         found = run.solve(x0, r, relative)
         state.pairs = [*state.pairs, *run.met][-self.memory :] if self.memory else []

@@ -78,31 +78,19 @@ class Neumann(Solver):
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Scale) -> Solution:
         products, kept = 0, state.value is not None and self.scale == "auto"
         if state.value is None:
-<<<<<<< HEAD
             # The series begins with the same product where it begins at zero.
-            first = operator(b)
-            known = KnownProduct(operator, b, first)
-            state.ritz_values = ritz_values(known, b, _LANCZOS_STEPS)
-            products = len(state.ritz_values) - (x0 is None)
-            operator = known if x0 is None else operator
-=======
-            counted = CountedOperator(operator)
+            counted = CountedOperator(KnownProduct(operator, b, operator(b)))
             state.ritz_values = ritz_values(counted, b, _LANCZOS_STEPS)
-            products = counted.products
->>>>>>> DISCIPLINE
+            products = counted.products - (x0 is None)
+            operator = counted.operator if x0 is None else operator
             largest = max((abs(value) for value in state.ritz_values), default=math.nan)
             if operator.agree(not math.isfinite(largest)):
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, len(state.ritz_values))
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
-<<<<<<< HEAD
-        watched = self.rtol is not None or not next(iter(b.values())).is_cuda
-        found = _Series(account, state.value, watched=watched, seen=seen).sum(x0)
-=======
         watched = self.rtol is not None or reads_are_free(b)
-        found = replace(_Series(account, state.value, watched=watched).sum(x0), ritz_range=seen)
->>>>>>> DISCIPLINE
+        found = _Series(account, state.value, watched=watched, seen=seen).sum(x0)
         if kept and found.status is Status.DIVERGED:
             # The scale is that of an earlier right-hand side, which had no part along the largest eigenvalues.
             state.value = None

@@ -24,7 +24,9 @@ class Several(int):
 
 
 @pytest.fixture(params=["both", "alone"])
-def group(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def group(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
     """NCCL with gloo for small messages, as the recipes join it, and NCCL alone."""
     backends = {"both": "cpu:gloo,cuda:nccl", "alone": "nccl"} if device.type == "cuda" else {"both": "gloo"}
     if request.param not in backends:
