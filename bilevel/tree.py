@@ -125,7 +125,7 @@ def finite(x: Params) -> Tensor:
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
     # One number tells, unless the squares overflow.
-    return math.isfinite(norm(x)) or bool(finite(x))
+    return math.isfinite(norm(x).detach()) or bool(finite(x))
 
 
 def read(*scalars: Tensor) -> list[float]:
