@@ -1,6 +1,7 @@
 """The book-keeping that iterative solvers share: products, scales met, residuals, verdicts."""
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
@@ -14,11 +15,11 @@ from bilevel.tree import Params
 
 @final
 class CountedOperator(LinearOperator):
-    """An operator that counts its products."""
+    """An operator that counts its products, one on m of K batches as m / K."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator, self.exact, self.symmetric = operator, operator.exact, operator.symmetric
-        self.products = 0
+        self.products: float = 0
 
     def __call__(self, vector: Params) -> Params:
         self.products += 1
@@ -27,6 +28,14 @@ class CountedOperator(LinearOperator):
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.products += 1
         return self.operator.sampled(vector)
+
+    @property
+    def batches(self) -> int:
+        return self.operator.batches
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        self.products += len(batches) / self.batches if len(batches) < self.batches else 1
+        return self.operator.on_batches(vector, batches)
 
     def agree(self, flag: bool) -> bool:
         return self.operator.agree(flag)
@@ -46,19 +55,20 @@ class Account:
     """
 
     def __init__(
-        self, operator: LinearOperator, b: Params, max_iterations: int, rtol: float | None, products: int = 0
+        self, operator: LinearOperator, b: Params, max_iterations: int, rtol: float | None, products: float = 0
     ) -> None:
         self.operator, self.b = CountedOperator(operator), b
         self.operator.products = products
         self.max_iterations, self.rtol = max_iterations, rtol
         self.norm_b = float(tree.norm(b))
         self.rounding, self.product_error = rounding_unit(b), product_error(operator, b)
-        self._sized: tuple[Params, float] | None = None
         self.norm_a = 0.0
         self.min_curvature: float | None = None
         self.curve: list[float] = []
         self.noise: float | None = None
         self.passed_negative_curvature = False
+        # The iterate that was asked about last, with its norm: several questions follow on each.
+        self._sized: tuple[Params, float] | None = None
 
     @property
     def iterations(self) -> int:

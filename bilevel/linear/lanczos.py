@@ -51,18 +51,24 @@ def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[floa
     """Diagonal and off-diagonal of the Lanczos matrix from b, the norm of what follows being the last entry; cut where
     the Krylov space is exhausted or a number is not finite."""
     rounding, watched = 10.0 * rounding_unit(b), reads_are_free(b)
-    basis: list[Params] = []
-    rows: list[Tensor] = []
-    rest, w = tree.norm(b), b
-    while len(rows) < steps and not (watched and rows and _end(torch.stack(rows).tolist(), rounding)):
-        q = tree.scale(1.0 / rest, w)
-        basis.append(q)
-        w = operator(q)
+    length = tree.norm(b)
+    q = tree.scale(1.0 / length, b)
+    # Of b itself, whose product a caller may know.
+    w = tree.scale(1.0 / length, operator(b))
+    basis, rows = [q], []
+    while True:
         curvature = tree.dot(q, w)
-        for vector in basis:
+        # Twice is enough (Parlett 1998, section 6.9): once leaves of a nearly parallel w little but rounding along the
+        # basis, and near a multiple of the identity every w is one.
+        for vector in [*basis, *basis]:
             w = tree.axpy(-tree.dot(vector, w), vector, w)
         rest = tree.norm(w)
         rows.append(torch.stack([curvature, rest]))
+        if len(rows) == steps or (watched and _end(torch.stack(rows).tolist(), rounding)):
+            break
+        q = tree.scale(1.0 / rest, w)
+        basis.append(q)
+        w = operator(q)
     numbers = torch.stack(rows).tolist()
     end = _end(numbers, rounding) or len(numbers)
     return [row[0] for row in numbers[:end]], [row[1] for row in numbers[:end]]

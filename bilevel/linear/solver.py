@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -45,6 +45,15 @@ class Solver(ABC):
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
         return None
 
+    def memory_of(self, state: Any) -> dict[str, Any]:
+        """What a state holds for the systems that come after its operator's, in nested dictionaries of tensors; {} for
+        solvers that carry nothing on."""
+        return {}
+
+    def remember(self, state: Any, memory: Mapping[str, Any]) -> None:
+        """Give a fresh state the `memory_of` an earlier operator's."""
+        return None
+
     def solve(
         self,
         operator: LinearOperator | Callable[[Params], Params],
@@ -74,7 +83,7 @@ class Solver(ABC):
         """
         operator = as_operator(operator)
         self.check_symmetry(operator.symmetric)
-        tree.check_params("b", b)
+        tree.check_params("b", b, may_be_sharded=True)
         if x0 is not None:
             _check_start(x0, b)
         b = tree.detach(b)
@@ -189,7 +198,7 @@ def _in_units(x0: Params, b: Params, scale: float) -> Params:
 
 
 def _check_start(x0: Params, b: Params) -> None:
-    tree.check_params("x0", x0)
+    tree.check_params("x0", x0, may_be_sharded=True)
     if not same_structure(x0, b):
         raise ValueError(
             f"x0 must have the names and shapes of b; got {sorted(x0)} for {sorted(b)}. Pass a former Solution.value "

@@ -29,13 +29,6 @@ class Computing:
     fields: ComputeConfig
     device: torch.device
 
-    def set_up(self) -> None:
-        """Set the precision of float32 arithmetic for the whole process; only CUDA has a choice."""
-        if self.device.type == "cuda":
-            precision = "tf32" if self.fields.tf32 else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = precision
-            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-
     def place(self, module: nn.Module) -> nn.Module:
         """The same module, its tensors on the device and its 4-d ones in the memory layout of batches.
 

@@ -3,9 +3,8 @@
 import json
 import re
 import shutil
-import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,26 +81,6 @@ def test_fields_are_parsed() -> None:
         crops="float",
         micro_batch=10,
     )
-
-
-@pytest.fixture
-def cuda_precision() -> Iterator[Callable[[], tuple[Any, Any]]]:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, conv.fp32_precision
-    yield lambda: (matmul.fp32_precision, conv.fp32_precision)
-    matmul.fp32_precision, conv.fp32_precision = before
-
-
-def test_tf32_is_set_on_cuda_alone(cuda_precision: Callable[[], tuple[Any, Any]]) -> None:
-    before = cuda_precision()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Computing(ComputeConfig(tf32=True), CPU).set_up()
-        assert cuda_precision() == before
-        Computing(ComputeConfig(tf32=True), torch.device("cuda")).set_up()
-        assert cuda_precision() == ("tf32", "tf32")
-        Computing(ComputeConfig(), torch.device("cuda")).set_up()
-        assert cuda_precision() == ("ieee", "ieee")
 
 
 def test_channels_last_changes_the_layout_and_not_the_result() -> None:
@@ -318,12 +297,11 @@ def test_crops_on_the_device_are_those_of_the_host(tmp_path: Path) -> None:
     assert not any(bool(tensor.any()) for tensor in again if tensor.dim() == 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
+def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
     away = batches(small_pipeline(tmp_path, small_config("--compute.crops=float")))
-    here = batches(small_pipeline(tmp_path, small_config("--device=cuda", "--compute.crops=float")))
+    here = batches(small_pipeline(tmp_path, small_config(f"--device={device.type}", "--compute.crops=float")))
     for a, b in zip(here, away, strict=True):
-        assert a.is_cuda
+        assert a.device.type == device.type
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.05)
 
 
