@@ -204,7 +204,7 @@ class Training(ABC):
         """One optimizer step of a level, after checking that every number is finite; the event's record.
 
         Loss and gradient are means over the ranks, so that what is not finite on one is so on all. One read of the
-        device: it waits for all that was queued.
+        device: it waits for all that was queued, and before it the data prepare the level's next batch.
 
         Args:
             event: its name.
