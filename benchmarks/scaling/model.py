@@ -108,9 +108,7 @@ def exchanged(step: Callable[[Sizes], Messages], sizes: Sizes, machine: Machine,
     def seconds(messages: Messages) -> float:
         return messages.total() * machine.latency + sent(messages, sizes.ranks) / machine.bandwidth
 
-    return Seconds(
-        reduction=seconds(means), statistics=seconds(everything - local), contrastive=seconds(local - means)
-    )
+    return Seconds(reduction=seconds(means), statistics=seconds(everything - local), contrastive=seconds(local - means))
 
 
 def repeated_loss(sizes: Sizes, machine: Machine) -> float:
@@ -140,9 +138,7 @@ def product(sizes: Sizes, machine: Machine, batches: int) -> Seconds:
         compute=cost * sizes.batch / (sizes.ranks * machine.rate), contrastive=cost * repeated_loss(sizes, machine)
     )
     schedule = communication.Schedule(hessian_batches=batches)
-    return computed + exchanged(
-        lambda s: communication.product(s, schedule), sizes, machine, reduced(sizes.backbone)
-    )
+    return computed + exchanged(lambda s: communication.product(s, schedule), sizes, machine, reduced(sizes.backbone))
 
 
 def upper(sizes: Sizes, machine: Machine) -> Seconds:
@@ -244,7 +240,29 @@ def predict(
     return rows
 
 
-def shares(schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]) -> list[dict[str, Any]]:
+ON_THE_DEVICE = "on the device (`compute.crops float`)"
+
+SETS = {"flowers": (1_020, 1_020), "cifar10": (40_000, 10_000), "food101": (60_600, 15_150)}
+"""Training and validation images of some sets."""
+
+
+def everything(assumed: Mapping[str, Any], gpus: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """All that is predicted, from assumptions as a JSON file holds them."""
+    schedule, machine, counted = Schedule(), Machine(**assumed["machine"]), assumed["products"]
+    lists = {name: tuple(assumed["sizes"][name]) for name in ("backbone_norms", "head_norms")}
+    sizes = Sizes(**{**assumed["sizes"], **lists})
+    ways = {**assumed["ways"], ON_THE_DEVICE: inf}
+    return {
+        "prediction": predict(schedule, sizes, machine, counted, gpus),
+        "shares": shares(schedule, sizes, machine, counted["default"], gpus),
+        "loading": loading(schedule, sizes, machine, ways, gpus),
+        "after": after(schedule, sizes, machine, SETS, gpus[:2]),
+    }
+
+
+def shares(
+    schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]
+) -> list[dict[str, Any]]:
     """Where the time of a pretext step and of the default's alternation goes, in milliseconds."""
     rows: list[dict[str, Any]] = []
     for count in gpus:
