@@ -77,6 +77,12 @@ def load_checkpoint(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
     return on_first_rank(lambda: _newest(Path(directory)))
 
 
+def newest_number(directory: str | Path) -> int | None:
+    """The number of the newest checkpoint, whole or damaged; None where there is none."""
+    manifests = _manifests(Path(directory))
+    return int(manifests[0].stem.removeprefix("step-")) if manifests else None
+
+
 def random_state() -> dict[str, Any]:
     """State of torch's (CPU and every CUDA device), numpy's and Python's default generators."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

@@ -47,6 +47,8 @@ class Training(ABC):
         skipped: steps left out, by level; `skipped_last` counts those of them since the last step that was not.
         solves: linear systems solved, by the name of the `Status` that they ended with.
         progress: units made.
+        continues: whether it goes by a state that was saved: by `resume`, which saves one where there is none, or by
+            `load_state_dict`.
     """
 
     def __init__(self, levels: Mapping[str, Level], callbacks: Sequence[Callback], nonfinite_skips: int) -> None:
@@ -61,7 +63,7 @@ class Training(ABC):
         self.skipped: Counter[str] = Counter()
         self.skipped_last: Counter[str] = Counter()
         self.solves: Counter[str] = Counter()
-        self.progress = 0
+        self.progress, self.continues = 0, False
         self._run_began = time.perf_counter(), 0.0
 
     @property
@@ -132,9 +134,9 @@ class Training(ABC):
                 raise ValueError(f"{name}: {error}") from error
         self._run_began = time.perf_counter(), self.waited
         with interruption.deferred():
-            for callback in self.callbacks:
-                callback.on_run_start(self)
             try:
+                for callback in self.callbacks:
+                    callback.on_run_start(self)
                 while self.progress < self.total:
                     interruption.check()
                     self.advance()
@@ -183,6 +185,7 @@ class Training(ABC):
             for callback in self.callbacks:
                 callback.on_new_run(self)
             save_checkpoint(directory, self.progress, self.state_dict())
+            self.continues = True
             return False
         self.load_state_dict(found[1])
         return True
@@ -293,6 +296,7 @@ class Training(ABC):
         self.load_kept(state["kept"])
         for callback, saved in self._pairs(state)[0]:
             callback.load_state_dict(saved)
+        self.continues = True
         self.progress, self.steps = state["progress"], dict(state["steps"])
         self.skipped, self.skipped_last = Counter(state["skipped"]), Counter(state["skipped_last"])
         lost = lost_generators(state["random"])

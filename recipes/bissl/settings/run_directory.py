@@ -21,6 +21,7 @@ SAFE_TO_CHANGE = frozenset(
         "arms",
         "device",
         "threads",
+        "jobs",
         "nonfinite_skips",
         "compute.cudnn_benchmark",
         "rank_timeout",
