@@ -1,6 +1,6 @@
 """A simulated device: tensors that are not on the CPU, have their numbers all the same, and count what crosses over.
 
-torch's meta device keeps no numbers, so that whatever reads one ends there. Here tensors of the meta device carry theirs
+torch's meta device keeps no numbers, and whatever reads one ends there. Here tensors of the meta device carry theirs
 in a CPU tensor behind them: all operations, autograd and `torch.func` included, run as they would on an accelerator,
 adaptive ones too, and whatever an accelerator would have to wait for or refuse is seen.
 """

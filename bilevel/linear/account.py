@@ -87,10 +87,15 @@ class Account:
             self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
         return classify_curvature(curvature, gain, self.norm_a, self.product_error)
 
+    def sized(self, x: Params, norm: float) -> None:
+        """Take note of ``||x||`` where it is known."""
+        self._sized = x, norm
+
     def attainable(self, x: Params) -> float:
         """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
         if self._sized is None or self._sized[0] is not x:
-            self._sized = x, float(tree.norm(x))
+            self.sized(x, float(tree.norm(x)))
+        assert self._sized is not None
         return self.rounding * (1.0 + self.norm_a * self._sized[1] / self.norm_b)
 
     def drifted(self, x: Params, relative: float) -> bool:
