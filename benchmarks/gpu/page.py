@@ -135,4 +135,6 @@ def _files(figures: Record) -> Table:
         (name, f"{row['images_per_second']:.0f}", f"{row['images_per_core_second']:.0f}", str(figures["cores"][name]))
         for name, row in figures["speed"].items()
     ]
-    return Table(("way", "images/s", "images/s and core", "cores for 15,000/s"), rows, 1, "Views from files, on the host")
+    return Table(
+        ("way", "images/s", "images/s and core", "cores for 15,000/s"), rows, 1, "Views from files, on the host"
+    )

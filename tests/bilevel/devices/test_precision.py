@@ -15,7 +15,16 @@ from bilevel.nn import curvature_pass
 from bilevel.products import FiniteDifference, HVPProvider, ReverseOverReverse
 from tests.support.problems.device_networks import NETWORKS, made
 from tests.support.problems.small_modules import EXACT
-from tests.support.rounding import FLOAT32, FLOAT64, FORMATS, Format, arithmetic, distance, float64_limit, rounding_limit
+from tests.support.rounding import (
+    FLOAT32,
+    FLOAT64,
+    FORMATS,
+    Format,
+    arithmetic,
+    distance,
+    float64_limit,
+    rounding_limit,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -90,6 +99,8 @@ def test_they_are_the_same_with_channels_last(
 @pytest.mark.parametrize("network", ["weight norm", "LSTM", "attention"])
 def test_differences_of_gradients_are_as_close_as_on_the_cpu(network: str, device: torch.device) -> None:
     exact = on_the_cpu("product", network)
-    here, there = (distance(product(network, FiniteDifference(), place, torch.float64), exact) for place in (CPU, device))
+    here, there = (
+        distance(product(network, FiniteDifference(), place, torch.float64), exact) for place in (CPU, device)
+    )
     # Their error is that of the step, which both choose alike; what differs is rounding, divided by it.
     assert there <= 2.0 * here + 1e-8

@@ -1,4 +1,7 @@
-"""Every exchange between ranks through NCCL, by a group of the one rank that a single GPU has; through gloo on a CPU."""
+"""Every exchange between ranks through NCCL, in a group of the one rank that a single GPU has; by gloo on a CPU."""
+
+# torch documents its stores as torch.distributed's, and does not list them there.
+# pyright: reportPrivateImportUsage=false
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +27,9 @@ class Several(int):
 
 
 @pytest.fixture(params=["both", "alone"])
-def group(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+def group(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
     """NCCL with gloo for small messages, as the recipes join it, and NCCL alone."""
     backends = {"both": "cpu:gloo,cuda:nccl", "alone": "nccl"} if device.type == "cuda" else {"both": "gloo"}
     if request.param not in backends:
