@@ -21,7 +21,7 @@ each on images of its own. Batches are ready before the clock starts, on both si
 import copy
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
@@ -243,13 +243,16 @@ def total(parts: list[Params]) -> Params:
     return result
 
 
+def exact_solutions(reference: Reference, right: Sequence[Params]) -> list[Params]:
+    return [reference.solve(b) for b in right]
+
+
 def measure_error(setup: Setup, stage: Stage, first: Reference) -> dict[str, Any]:
     """The record of one setting but for its time; alternations after the first where its solver remembers them."""
-    followed = len(stage.solved) if stage.carries else 1
     errors, median = [], None
-    for number, solved in enumerate(stage.solved[:followed]):
-        reference = first if number == 0 else Reference(setup, stage, number)
-        exact = [reference.solve(b) for b, _ in solved]
+    for number, solved in enumerate(stage.solved[: len(stage.solved) if stage.carries else 1]):
+        # One system in float64 at a time beside the first: it takes gigabytes.
+        exact = exact_solutions(Reference(setup, stage, number) if number else first, [b for b, _ in solved])
         errors.append(distance(total([s.value for _, s in solved]), total(exact)))
         if number == 0 and len(solved) > 1:
             median = statistics.median(distance(s.value, x) for (_, s), x in zip(solved, exact, strict=True))
@@ -269,9 +272,10 @@ def noise_floors(setup: Setup, stage: Stage, first: Reference) -> list[float]:
     """Distance of the summed update between two disjoint sets of K batches, an alternation."""
     floors = []
     for number, solved in enumerate(stage.solved):
-        reference = first if number == 0 else Reference(setup, stage, number)
-        other, right = Reference(setup, stage, number, other=True), total([b for b, _ in solved])
-        floors.append(distance(other.solve(right), reference.solve(right)))
+        right = [total([b for b, _ in solved])]
+        (here,) = exact_solutions(Reference(setup, stage, number) if number else first, right)
+        (there,) = exact_solutions(Reference(setup, stage, number, other=True), right)
+        floors.append(distance(there, here))
     return floors
 
 

@@ -151,8 +151,11 @@ class ConjugateGradients:
             alive = sound & (now > account.rounding)
             step.mask(sound)
             step.turn(r)
+        if not rows:
+            return (x, relative), best, None
         verdict, made = None, 0
-        live = [row for row in torch.stack(rows).tolist() if row[-2]] if rows else []
+        *table, (least, *_) = torch.stack([*rows, smallest.expand_as(rows[0])]).tolist()
+        live = [row for row in table if row[-2]]
         for *readings, _, was_sound in live:
             verdict = self._judge(readings, start)
             if verdict is not None or not was_sound:
@@ -160,7 +163,7 @@ class ConjugateGradients:
                 break
             relative, made = readings[-1], made + 1
         step.cut(made, len(live))
-        return (x, relative), (best_x, float(smallest)), verdict
+        return (x, relative), (best_x, least), verdict
 
     def _after_last(self, relative: float) -> float:
         """The relative residual expected after a last step without a product, which is trusted to do what the step

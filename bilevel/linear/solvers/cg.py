@@ -16,7 +16,7 @@ from bilevel.linear.preconditioner import Inverse, Preconditioner
 from bilevel.linear.quasi_newton import Pair, QuasiNewton, loaded_pairs, saved_pairs
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_rtol
+from bilevel.linear.solver import Solver, check_rtol, reads_are_free
 from bilevel.tree import Params
 
 
@@ -189,7 +189,7 @@ class CG(Solver):
             stop_at_noise=self.rtol == "noise" and state.noise is None,
             inexact=state.inexact,
             memory=self.memory,
-            watched=self.rtol is not None or self.inexact or self.memory > 0 or not next(iter(b.values())).is_cuda,
+            watched=self.rtol is not None or self.inexact or self.memory > 0 or reads_are_free(b),
         )
         found = run.solve(x0, r, relative)
         state.pairs = [*state.pairs, *run.met][-self.memory :] if self.memory else []
