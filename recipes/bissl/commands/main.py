@@ -48,6 +48,7 @@ from ..settings.arms import arm_of
 from ..settings.config import Config
 from ..settings.presets import list_presets
 from ..training.costs import artifact_store, read_stage
+from ..training.torch_settings import settings_kept, without_deterministic_form
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     written, 75 stopped by SIGTERM or SIGUSR1, 76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After
     the last three, and a remedy for the others, the same command with --resume continues.
     """
-    with Interruption():
+    with Interruption(), settings_kept():
         return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -127,6 +128,11 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
             f"cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, and "
             "continue by the same command with --resume"
         )
+    except RuntimeError as error:
+        refused = without_deterministic_form(error)
+        if refused is None:
+            raise
+        return BAD_INPUT, f"error: {refused}"
     except KeyboardInterrupt:
         return INTERRUPTED, "interrupted; the same command with --resume continues"
 

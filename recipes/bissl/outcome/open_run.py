@@ -24,6 +24,7 @@ from ..settings.run_directory import IMAGES, PROJECT, run_directory
 from ..training.compute import Computing
 from ..training.costs import STEPS
 from ..training.datasets import MADE_FROM, Datasets
+from ..training.torch_settings import apply_settings, fix_workspace
 from .pipeline import Pipeline
 from .rank_checks import check_ranks
 
@@ -57,12 +58,14 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     """The device that the config asks for; of several GPUs the one with this process's number on its machine.
 
     Raises:
-        ConfigError: torch does not see it.
+        ConfigError: torch does not see it, or it cannot be made deterministic any more.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if config.compute.deterministic:
+        fix_workspace()
     if launch.world_size == 1:
         return torch.device("cuda")
     if launch.local_rank >= torch.cuda.device_count():
@@ -93,7 +96,8 @@ def make_pipeline(
     ranks: Ranks = ALONE,
     console: Console | None = None,
 ) -> Pipeline:
-    """The pipeline of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
+    """The pipeline of a run in this process, whose threads, precision and algorithms it sets (`settings_kept` around it
+    puts them back), and which joins the other `ranks`.
 
     Args:
         folder: the run's.
@@ -112,8 +116,8 @@ def make_pipeline(
     if rank() > 0:
         # Rank 0 says it for all.
         warnings.simplefilter("ignore", SolverWarning)
+    apply_settings(config.compute, device)
     computing = Computing(config.compute, device)
-    computing.set_up()
     workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking, PROJECT)
     return Pipeline(config, Datasets(config) if data is None else data, computing, workspace)
 

@@ -1,5 +1,6 @@
 """The pipelines of all variants, stage by stage."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ...experiment.artifacts import Artifact
@@ -10,6 +11,7 @@ from ..settings.plan import make_plan
 from ..training.compute import Computing
 from ..training.costs import costs_of
 from ..training.datasets import Datasets
+from ..training.memory import out_of_memory_explained
 from ..training.repeat import Repeat
 from ..training.stages import bissl, finetune, head, pretext
 
@@ -65,23 +67,31 @@ class Pipeline:
 
     def pretext(self, repeat: Repeat, steps: int | None = None) -> Artifact:
         """Self-supervised pre-training, for as long as the variant asks or for `steps`."""
-        return pretext.run(repeat, self.data, self.computing, self.workspace, steps=steps)
+        with self._explained("pretext", repeat):
+            return pretext.run(repeat, self.data, self.computing, self.workspace, steps=steps)
 
     def restart(self, repeat: Repeat, weights: Artifact) -> Artifact:
         """More pre-training, as the lower level makes it."""
-        return pretext.restart(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("restart", repeat):
+            return pretext.restart(repeat, self.data, self.computing, self.workspace, weights)
 
     def head(self, repeat: Repeat, weights: Artifact) -> Artifact:
         """Warm-up of the downstream head."""
-        return head.run(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("head", repeat):
+            return head.run(repeat, self.data, self.computing, self.workspace, weights)
 
     def bissl(self, repeat: Repeat, warmed: Artifact) -> Artifact:
         """Bilevel training."""
-        return bissl.run(repeat, self.data, self.computing, self.workspace, warmed)
+        with self._explained("bissl", repeat):
+            return bissl.run(repeat, self.data, self.computing, self.workspace, warmed)
 
     def finetune(self, repeat: Repeat, weights: Artifact | None) -> Artifact:
         """Fine-tuning and the test; of random weights where there are none."""
-        return finetune.run(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("finetune", repeat):
+            return finetune.run(repeat, self.data, self.computing, self.workspace, weights)
+
+    def _explained(self, stage: str, repeat: Repeat) -> AbstractContextManager[None]:
+        return out_of_memory_explained(stage, repeat.settings, self.computing.device)
 
     def _equal_time(self, made: dict[str, Artifact | None]) -> int:
         """Pretext steps of the baseline in the seconds of BiSSL's stages."""

@@ -23,6 +23,7 @@ SAFE_TO_CHANGE = frozenset(
         "threads",
         "jobs",
         "nonfinite_skips",
+        "compute.cudnn_benchmark",
         "rank_timeout",
         "tracking",
         "data.root",
