@@ -248,7 +248,7 @@ def exact_solutions(reference: Reference, right: Sequence[Params]) -> list[Param
 
 
 def measure_error(setup: Setup, stage: Stage, first: Reference) -> dict[str, Any]:
-    """The record of one setting but for its time; alternations after the first where one solve remembers those before."""
+    """The record of one setting but for its time; the first alternation, and the later ones where a solve remembers."""
     errors, median = [], None
     followed = stage.carries and len(stage.solved[0]) == 1
     for number, solved in enumerate(stage.solved if followed else stage.solved[:1]):
