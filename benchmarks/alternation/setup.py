@@ -76,7 +76,7 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
     computing, generator = Computing(ComputeConfig(), device), torch.Generator().manual_seed(1)
 
     def loader(images: ImageSet, *views: ViewPolicy) -> Loader:
-        return Loader(images.images, views, Workers(0), move=computing.sent)
+        return Loader(images.images, views, Workers(0), transfer=computing.transfer)
 
     def drawn(loader: Loader, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows = torch.randint(len(loader.images), (count,), generator=generator)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measuring
-from benchmarks.communication.model import Sizes
 from benchmarks.scaling.model import Machine
 from bilevel import Params, Problem, functional_call, linearize
 from bilevel.compare import lower_gradient
@@ -111,11 +110,6 @@ def gather(counted: Mapping[str, Any], product_cost: float, **chosen: float) -> 
         "ways": ways,
         "products": {name: alternations[name]["products"] for name in ("default", "two_batches")},
     }
-
-
-def sizes_of(fields: Mapping[str, Any]) -> Sizes:
-    lists = {name: tuple(fields[name]) for name in ("backbone_norms", "head_norms")}
-    return Sizes(**{**fields, **lists})
 
 
 def _rate(entry: Mapping[str, Any]) -> float:

@@ -240,6 +240,26 @@ def predict(
     return rows
 
 
+ON_THE_DEVICE = "on the device (`compute.crops float`)"
+
+SETS = {"flowers": (1_020, 1_020), "cifar10": (40_000, 10_000), "food101": (60_600, 15_150)}
+"""Training and validation images of some sets."""
+
+
+def everything(assumed: Mapping[str, Any], gpus: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """All that is predicted, from assumptions as a JSON file holds them."""
+    schedule, machine, counted = Schedule(), Machine(**assumed["machine"]), assumed["products"]
+    lists = {name: tuple(assumed["sizes"][name]) for name in ("backbone_norms", "head_norms")}
+    sizes = Sizes(**{**assumed["sizes"], **lists})
+    ways = {**assumed["ways"], ON_THE_DEVICE: inf}
+    return {
+        "prediction": predict(schedule, sizes, machine, counted, gpus),
+        "shares": shares(schedule, sizes, machine, counted["default"], gpus),
+        "loading": loading(schedule, sizes, machine, ways, gpus),
+        "after": after(schedule, sizes, machine, SETS, gpus[:2]),
+    }
+
+
 def shares(
     schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]
 ) -> list[dict[str, Any]]:

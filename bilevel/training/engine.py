@@ -207,7 +207,7 @@ class Training(ABC):
         """One optimizer step of a level, after checking that every number is finite; the event's record.
 
         Loss and gradient are means over the ranks, so that what is not finite on one is so on all. One read of the
-        device: it waits for all that was queued.
+        device: it waits for all that was queued, and before it the data prepare the level's next batch.
 
         Args:
             event: its name.
@@ -225,6 +225,7 @@ class Training(ABC):
         zeros = [torch.linalg.vector_norm(tensor.detach() * 0.0) for tensor in also]
         sizes = [size, *(tree.norm(others[other]) for other in others)]
         numbers = [number.detach().to(size.device, dtype) for number in (loss, *sizes, *zeros)]
+        level.data.prepare()
         value, norm, *rest = torch.stack(numbers).tolist()
         norms, all_sound = rest[: len(others)], all(number == 0.0 for number in rest[len(others) :])
         record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}

@@ -39,6 +39,14 @@ print(json.dumps(sorted(sys.modules)), file=answers)
 """
 
 
+MISSING = """
+import runpy, sys
+sys.modules[sys.argv.pop(1)] = None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def loaded(command: tuple[str, ...], folder: Path) -> set[str]:
     """The modules that a process has when a command has ended."""
     given = [argument.replace(OUTPUT, str(folder)) for argument in command]
@@ -73,3 +81,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed(
 
 def test_what_is_heavy_is_seen(of_torch: set[str], tmp_path: Path) -> None:
     assert {"torchvision", "scipy"} <= loaded(("-c", "import torchvision, scipy.stats"), tmp_path) - of_torch
+
+
+@pytest.mark.parametrize("package", ["torchvision", "scipy", "pydantic"])
+def test_what_is_missing_is_said_at_once_although_it_is_imported_later(package: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING, package, str(ROOT / "recipes" / "bissl" / "run.py"), "--list-presets"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"run.py: error: {package} is not installed; what the recipes need comes with pip ")
+    assert done.stderr.count("\n") == 1
