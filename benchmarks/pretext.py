@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from benchmarks import measuring
 from benchmarks.loading.sides import lightly_options
+from bilevel.training import transfer_to
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.simclr import SimCLR
 from recipes.bissl.training.compute import Computing
@@ -100,10 +101,8 @@ class Source:
         return first, second
 
     def _loader(self, array: Tensor | None) -> Loader:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(self.setting.device, non_blocking=True)
-
-        return Loader(ArrayImages(self.images), self.task.random_views(), Workers(0), move=move, array=array)
+        views, transfer = self.task.random_views(), transfer_to(self.setting.device)
+        return Loader(ArrayImages(self.images), views, Workers(0), transfer=transfer, array=array)
 
 
 @dataclass(frozen=True)

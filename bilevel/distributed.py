@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bilevel.sharded import is_sharded
 from bilevel.tree import Params, flatten, unflatten
 
 T = TypeVar("T")
@@ -47,21 +48,27 @@ def shard_sizes(count: int) -> tuple[int, ...]:
 
 
 def mean_over_ranks(x: Params) -> Params:
-    """Mean of `x` over the ranks, the same bits on every rank. One all-reduce of the flattened tree."""
-    if world_size() == 1 or not x:
+    """Mean of `x` over the ranks, the same bits on every rank. One all-reduce of the flattened tree.
+
+    A DTensor is one tensor of all ranks, and stays as it is.
+    """
+    own = {name: leaf for name, leaf in x.items() if not is_sharded(leaf)}
+    if world_size() == 1 or not own:
         return x
-    vector = flatten(x)
+    vector = flatten(own)
     with _collective():
         dist.all_reduce(vector)
-    return unflatten(vector / world_size(), x)
+    mean = unflatten(vector / world_size(), own)
+    return {name: mean.get(name, leaf) for name, leaf in x.items()}
 
 
-def mean_with_gradient(value: Tensor, gradient: Params) -> tuple[Tensor, Params]:
-    """`mean_over_ranks` of a 0-d value and of its gradient, in one exchange."""
+def mean_with_gradients(value: Tensor, *gradients: Params) -> tuple[Tensor, *tuple[Params, ...]]:
+    """`mean_over_ranks` of a 0-d value and of its gradients, in one exchange."""
     if world_size() == 1:
-        return value, gradient
-    both = mean_over_ranks({"value": value, **{f"d {name}": leaf for name, leaf in gradient.items()}})
-    return both["value"], {name: both[f"d {name}"] for name in gradient}
+        return value, *gradients
+    parts = {f"{place} {name}": leaf for place, part in enumerate(gradients) for name, leaf in part.items()}
+    mean = mean_over_ranks({"value": value, **parts})
+    return mean["value"], *({name: mean[f"{place} {name}"] for name in part} for place, part in enumerate(gradients))
 
 
 def agree(flag: bool) -> bool:

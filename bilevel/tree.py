@@ -3,6 +3,9 @@
 Functions return new dictionaries and never write to their arguments. Both arguments of a binary operation must have the
 same keys. Arithmetic runs on torch's foreach operations, one fused call for all leaves where the backend has one; inner
 products, and products with a 0-d tensor, run leaf by leaf.
+
+Leaves may be DTensors of torch.distributed.tensor: vectors stay sharded, and what is one number (an inner product, a
+norm, a truth value) is that of the whole vector, a plain tensor on every rank.
 """
 
 # torch has no public name for its foreach operations.
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
+
+from bilevel import sharded
+from bilevel.sharded import check_whole, whole
 
 Params = dict[str, Tensor]
 """Named tensors. The names are the caller's; the order of insertion is the order of every operation."""
@@ -72,21 +78,21 @@ def sub(x: Params, y: Params) -> Params:
 
 def leaf_dots(x: Params, y: Params) -> Params:
     """Inner product of each pair of leaves, as 0-d tensors."""
-    return {name: torch.dot(leaf.reshape(-1), y[name].reshape(-1)) for name, leaf in x.items()}
+    return {name: whole(sharded.dot(leaf, y[name])) for name, leaf in x.items()}
 
 
 def dot(x: Params, y: Params) -> Tensor:
     """Inner product over all leaves, 0-d; an empty tree gives 0."""
     if not x:
         return torch.zeros(())
-    dots = list(leaf_dots(x, y).values())
-    return torch.stack(dots).sum() if len(dots) > 1 else dots[0]
+    dots = [sharded.dot(leaf, y[name]) for name, leaf in x.items()]
+    return whole(torch.stack(dots).sum() if len(dots) > 1 else dots[0])
 
 
 def norm(x: Params) -> Tensor:
     """Euclidean norm over all leaves, 0-d."""
     norms = list(torch._foreach_norm(list(x.values()))) if x else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    return whole(torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0])
 
 
 def power_of_two(x: Params) -> float:
@@ -101,7 +107,7 @@ def power_of_two(x: Params) -> float:
         size = float(norm(x))
         if _SHORT <= size <= 1.0 / _SHORT:
             return 2.0 ** (math.frexp(size)[1] - 1)
-    largest = float(torch.stack(torch._foreach_norm(leaves, math.inf)).max()) if leaves else 0.0
+    largest = float(whole(torch.stack(torch._foreach_norm(leaves, math.inf)).max())) if leaves else 0.0
     if largest == 0.0 or not math.isfinite(largest):
         return 0.0 if largest == 0.0 else math.nan
     limit = min(math.frexp(torch.finfo(leaf.dtype).max)[1] for leaf in leaves) - 2
@@ -110,10 +116,22 @@ def power_of_two(x: Params) -> float:
     return 2.0 ** min(max(fine, -limit), limit)
 
 
+def finite(x: Params) -> Tensor:
+    """Whether no leaf holds a NaN or an infinity, 0-d; nothing is read from the device."""
+    found = [torch.isfinite(leaf).all() for leaf in x.values()] or [torch.ones((), dtype=torch.bool)]
+    return whole(torch.stack(found).all() if len(found) > 1 else found[0])
+
+
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    finite = [torch.isfinite(leaf).all() for leaf in x.values()]
-    return not finite or bool(torch.stack(finite).all() if len(finite) > 1 else finite[0])
+    # One number tells, unless the squares overflow.
+    return math.isfinite(norm(x).detach()) or bool(finite(x))
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The numbers of 0-d tensors, in one transfer from the device of the first."""
+    first = scalars[0]
+    return torch.stack([scalar.detach().to(first.device) for scalar in scalars]).tolist()
 
 
 def size(x: Params) -> int:
@@ -122,7 +140,8 @@ def size(x: Params) -> int:
 
 
 def flatten(x: Params) -> Tensor:
-    """All leaves as one vector, in the order of insertion."""
+    """All leaves as one vector, in the order of insertion; TypeError for DTensors."""
+    check_whole(x)
     return torch.cat([leaf.reshape(-1) for leaf in x.values()]) if x else torch.zeros(0)
 
 
@@ -145,19 +164,14 @@ def as_variables(x: Params) -> Params:
 
 def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> Params:
     """Gradient of a 0-d `loss`; variables that the loss does not use get zeros."""
-    if not wrt:
-        return {}
-    if not loss.requires_grad:
-        return zeros_like(wrt)
-    values = torch.autograd.grad(
-        loss,
-        list(wrt.values()),
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(wrt, map(_dense, values), strict=True))
+    return joint_gradients(loss, [wrt], create_graph=create_graph, retain_graph=retain_graph)[0]
+
+
+def joint_gradients(
+    loss: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool | None = None
+) -> tuple[Params, ...]:
+    """`gradients` with respect to several trees, one for each of `wrt`, by one backward pass."""
+    return _backward([loss] if loss.requires_grad else [], None, wrt, retain_graph, create_graph)
 
 
 def pullback(
@@ -173,32 +187,42 @@ def pullback(
     `vector` has at least the names of `outputs`. Outputs without a graph contribute nothing.
     """
     live = [name for name, leaf in outputs.items() if leaf.requires_grad]
+    along = [vector[name] for name in live]
+    return _backward([outputs[name] for name in live], along, wrt, retain_graph or create_graph, create_graph)
+
+
+def _backward(
+    outputs: Sequence[Tensor],
+    vector: Sequence[Tensor] | None,
+    wrt: Sequence[Params],
+    retain_graph: bool | None,
+    create_graph: bool,
+) -> tuple[Params, ...]:
+    """One backward pass from outputs with a graph; zeros where there are none."""
     inputs = [leaf for variables in wrt for leaf in variables.values()]
-    if not live or not inputs:
-        return tuple(zeros_like(variables) for variables in wrt)
-    values = iter(
-        torch.autograd.grad(
-            [outputs[name] for name in live],
-            inputs,
-            grad_outputs=[vector[name] for name in live],
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-    return tuple({name: _dense(next(values)) for name in variables} for variables in wrt)
+    if not outputs or not inputs:
+        return tuple(map(zeros_like, wrt))
+    found = iter(torch.autograd.grad(outputs, inputs, vector, retain_graph, create_graph, allow_unused=True))
+
+    def dense(leaf: Tensor) -> Tensor:
+        gradient = next(found)
+        if gradient is None:
+            return torch.zeros_like(leaf, requires_grad=create_graph)
+        # Those of a sparse embedding's weight are sparse, which the arithmetic here does not take.
+        return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+    return tuple([{name: dense(leaf) for name, leaf in variables.items()} for variables in wrt])
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:
     """Every tensor inside nested dictionaries, lists, tuples and dataclasses, in a fixed order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from tensors_in(item)
     elif isinstance(batch, (list, tuple)):
         for item in batch:
+            yield from tensors_in(item)
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
             yield from tensors_in(item)
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
@@ -231,17 +255,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     return batch
 
 
-def check_params(argument: str, value: object) -> None:
+def check_params(argument: str, value: object, *, may_be_sharded: bool = False) -> None:
     """Raise TypeError unless `value` is a dictionary of named, dense floating-point tensors that can be differentiated.
 
     Refused with them: tensors made under torch.inference_mode, and those of a torch.func transform (vmap, grad, jvp)
-    or of forward-mode differentiation around the call, whose outer derivative would be lost.
+    or of forward-mode differentiation around the call, whose outer derivative would be lost; and DTensors, unless they
+    may be sharded.
     """
     if not isinstance(value, dict):
         raise TypeError(f"{argument} must be a dict of named tensors (Params), got {type(value).__name__}")
     for name, leaf in value.items():
         if not isinstance(name, str) or not isinstance(leaf, Tensor):
             raise TypeError(f"{argument}[{name!r}] must be a tensor under a string name, got {type(leaf).__name__}")
+        if not may_be_sharded:
+            sharded.check_variable(f"{argument}[{name!r}]", leaf)
         _check_storage(f"{argument}[{name!r}]", leaf)
         check_plain(f"{argument}[{name!r}]", leaf)
 
@@ -347,11 +374,6 @@ def _bytes_of(x: Tensor, covered: Tensor, base: int) -> Tensor:
     size = x.element_size()
     strides = [step * size for step in x.stride()]
     return covered.as_strided([*x.shape, size], [*strides, 1], x.storage_offset() * size - base)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """Gradients of a sparse embedding's weight come as sparse tensors, which the arithmetic here does not take."""
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _values(x: Params, order: Iterable[str]) -> list[Tensor]:

@@ -3,8 +3,8 @@
     python benchmarks/scaling/run.py --json benchmarks/results/scaling.json --docs docs/scaling.md
     python benchmarks/scaling/run.py --from benchmarks/results/scaling.json --docs docs/scaling.md --check
 
-`--rate` (images a second of one GPU, both views) and `--bandwidth` (GB a second of an all-reduce) are the assumptions
-of the prediction; the cost of a product is the measured one.
+The prediction is worked out anew by every call, from the options (`--rate`, `--bandwidth`, `--latency`, `--cores`,
+`--memory`), the cost of a product measured here, and the kept figures of the other benchmarks (`assumptions`).
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from benchmarks import measuring
+from benchmarks.pages import update
+from benchmarks.scaling import assumptions
 from benchmarks.scaling import model as scaling_model
+from benchmarks.scaling.tables import predicted
 from benchmarks.solvers import tables as solvers_tables
 from benchmarks.solvers.network import Contrastive, network
 from bilevel import CG, linearize
@@ -163,24 +166,25 @@ def measure_products(*, quick: bool, device: torch.device) -> dict[str, Any]:
     return {name: seconds[name].over(seconds["gradient"]).record() for name in PROVIDERS}
 
 
-def measure(*, quick: bool, device: torch.device, rate: float, bandwidth: float) -> dict[str, Any]:
-    products = measure_products(quick=quick, device=device)
-    machine = scaling_model.Machine(rate, bandwidth * 1e9, products["rebuilt"]["median"])
-    schedule = scaling_model.Schedule()
+def measure(*, quick: bool, device: torch.device) -> dict[str, Any]:
     rows = measure_sizes(quick=quick, device=device)
     return {
         "quick": quick,
         "environment": measuring.environment(device),
         "sizes": rows,
         "fits": fits(rows),
-        "products": products,
-        "assumptions": {"machine": asdict(machine), "schedule": asdict(schedule)},
-        "prediction": scaling_model.predict(schedule, machine, GPUS),
+        "products": measure_products(quick=quick, device=device),
+        "counted": assumptions.count(quick=quick),
     }
 
 
+def prediction(figures: dict[str, Any], chosen: dict[str, float]) -> dict[str, Any]:
+    """The assumptions, and all tables that follow from them; `chosen` as for `assumptions.gather`."""
+    assumed = assumptions.gather(figures["counted"], figures["products"]["rebuilt"]["median"], **chosen)
+    return {"assumptions": assumed, **scaling_model.everything(assumed, GPUS)}
+
+
 FIT_HEADER = ("grows", "range", "graphs", "time: exponent (95%)", "memory: exponent (95%)", "memory, MiB")
-PREDICTION_HEADER = ("upper level", "GPUs", "pretext alone, h", "BiSSL stage, h", "both, h", "stage / its lower steps")
 
 
 def fit_rows(figures: dict[str, Any]) -> list[list[str]]:
@@ -194,40 +198,25 @@ def fit_rows(figures: dict[str, Any]) -> list[list[str]]:
     return body
 
 
-def prediction_rows(figures: dict[str, Any]) -> list[list[str]]:
-    return [
-        [
-            str(row["plan"]),
-            str(row["gpus"]),
-            *(f"{row[key]:.3g}" for key in ("baseline_hours", "stage_hours", "total_hours")),
-            f"{row['stage_over_plain']:.1f}",
-        ]
-        for row in figures["prediction"]
-    ]
-
-
 def tables(figures: dict[str, Any]) -> dict[str, str]:
-    machine, costs = figures["assumptions"]["machine"], figures["products"]
-    ratios = ", ".join(f"graphs {name} {solvers_tables.spread_of(costs[name])}" for name in PROVIDERS)
-    assumed = (
-        f"Assumed: {machine['rate']:,.0f} images a second and GPU for a pretext step, both views of an image counted "
-        f"once; {machine['bandwidth'] / 1e9:g} GB a second for an all-reduce; a product costs "
-        f"{machine['product_cost']:.2f} gradients."
-    )
+    ratios = ", ".join(f"graphs {name} {solvers_tables.spread_of(figures['products'][name])}" for name in PROVIDERS)
     return {
         "conditions": solvers_tables.conditions(figures),
         "exponents": solvers_tables.table(FIT_HEADER, fit_rows(figures)),
         "products": f"One product in gradients over the same batch, median and quartiles: {ratios}.",
-        "assumptions": assumed,
-        "prediction": solvers_tables.table(PREDICTION_HEADER, prediction_rows(figures)),
+        **predicted(figures),
     }
 
 
 def parser() -> argparse.ArgumentParser:
     options = measuring.parser(__doc__)
     options.add_argument("--rate", type=float, default=15_000.0, help="images a second of one GPU, both views (15000)")
-    options.add_argument("--bandwidth", type=float, default=50.0, help="GB a second of an all-reduce (50)")
-    options.add_argument("--from", type=Path, dest="source", help="take figures from this file instead of measuring")
+    options.add_argument("--bandwidth", type=float, default=50.0, help="GB a second that a GPU sends (50)")
+    options.add_argument("--latency", type=float, default=20.0, help="microseconds of the smallest collective (20)")
+    options.add_argument("--cores", type=float, default=12.0, help="cores that load for one GPU (12)")
+    options.add_argument("--memory", type=float, default=80.0, help="GB of one GPU (80)")
+    options.add_argument("--from", type=Path, dest="source", help="take measurements from this file")
+    options.add_argument("--recount", action="store_true", help="with --from: count memory and operations again")
     options.add_argument("--docs", type=Path, help="put the tables between the markers of this page")
     options.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the page differs")
     return options
@@ -238,29 +227,26 @@ def main(arguments: list[str] | None = None) -> int:
     options = command_line.parse_args(arguments)
     if options.check and not options.docs:
         command_line.error("--check needs --docs")
-    if options.rate <= 0.0 or options.bandwidth <= 0.0:
-        command_line.error("--rate and --bandwidth must be positive")
+    if options.recount and not options.source:
+        command_line.error("--recount needs --from")
+    units = {"rate": 1.0, "bandwidth": 1e9, "latency": 1e-6, "cores": 1.0, "memory": 1e9}
+    chosen = {name: unit * getattr(options, name) for name, unit in units.items()}
+    if not all(0.0 < value < math.inf for value in chosen.values()):
+        command_line.error("--rate, --bandwidth, --latency, --cores and --memory must be positive numbers")
     measuring.use_threads(options.threads)
     if options.source:
         figures = json.loads(options.source.read_text(encoding="utf-8"))
-        # No measurement: it follows from those that were kept.
-        assumed = figures["assumptions"]
-        machine, schedule = scaling_model.Machine(**assumed["machine"]), scaling_model.Schedule(**assumed["schedule"])
-        figures["prediction"] = scaling_model.predict(schedule, machine, GPUS)
+        if options.recount:
+            figures["counted"] = assumptions.count(quick=options.quick)
     else:
-        figures = measure(quick=options.quick, device=options.device, rate=options.rate, bandwidth=options.bandwidth)
+        figures = measure(quick=options.quick, device=options.device)
+    figures |= prediction(figures, chosen)
     measuring.write_json(options.json, figures)
-    if not options.docs:
-        measuring.show("Exponents", FIT_HEADER, fit_rows(figures))
-        measuring.show("Prediction for the paper's schedule", PREDICTION_HEADER, prediction_rows(figures))
-        return 0
-    old = options.docs.read_text(encoding="utf-8")
-    new = solvers_tables.insert(old, tables(figures))
-    if not options.check:
-        options.docs.write_text(new, encoding="utf-8")
-    elif new != old:
-        print(f"{options.docs} does not agree with the figures; run this again without --check", file=sys.stderr)
-        return 1
+    if options.docs:
+        return update(options.docs, tables(figures), check=options.check)
+    measuring.show("Exponents", FIT_HEADER, fit_rows(figures))
+    for name, text in predicted(figures).items():
+        print(f"\n{name}\n\n{text}")
     return 0
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import attainable, classify_curvature, product_error, residual, rounding_unit
+from bilevel.linear.solver import classify_curvature, product_error, residual, rounding_unit
 from bilevel.tree import Params
 
 
@@ -67,6 +67,8 @@ class Account:
         self.curve: list[float] = []
         self.noise: float | None = None
         self.passed_negative_curvature = False
+        # The iterate that was asked about last, with its norm: several questions follow on each.
+        self._sized: tuple[Params, float] | None = None
 
     @property
     def iterations(self) -> int:
@@ -76,7 +78,7 @@ class Account:
         return residual(self.operator, self.b, x)
 
     def relative(self, r: Params) -> float:
-        return float(tree.norm(r)) / self.norm_b
+        return (self.norm_b if r is self.b else float(tree.norm(r))) / self.norm_b
 
     def meet(self, curvature: float, gain: float) -> Status | None:
         """Take note of a direction; what it says about A, as `classify_curvature`."""
@@ -85,8 +87,16 @@ class Account:
             self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
         return classify_curvature(curvature, gain, self.norm_a, self.product_error)
 
+    def sized(self, x: Params, norm: float) -> None:
+        """Take note of ``||x||`` where it is known."""
+        self._sized = x, norm
+
     def attainable(self, x: Params) -> float:
-        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+        """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+        if self._sized is None or self._sized[0] is not x:
+            self.sized(x, float(tree.norm(x)))
+        assert self._sized is not None
+        return self.rounding * (1.0 + self.norm_a * self._sized[1] / self.norm_b)
 
     def drifted(self, x: Params, relative: float) -> bool:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""

@@ -67,7 +67,7 @@ class ConjugateGradients:
     def solve(self, x0: Params | None, r: Params, start: float) -> Solution:
         """Iterates from x0, or from 0 without one, where the residual is r, of relative norm `start`."""
         account, b = self.account, self.account.b
-        self.from_zero = x0 is None
+        self.from_zero, self.start = x0 is None, start
         x = tree.zeros_like(b) if x0 is None else x0
         relative = start
         while True:
@@ -104,7 +104,7 @@ class ConjugateGradients:
         if self.account.rtol is None and not self.layerwise and breakdown is None and relative > _GROWTH * start:
             breakdown = Status.DIVERGED
         if breakdown is None:
-            return step.last(x), relative, None
+            return step.last(x), self._after_last(relative), None
         return best[0], min(best[1], relative), breakdown
 
     def _watched(
@@ -112,7 +112,7 @@ class ConjugateGradients:
     ) -> tuple[_Iterate, _Iterate, Status | None]:
         """Reads every iteration's numbers in one transfer, and stops where they say so."""
         account, (x, r) = self.account, point
-        while account.unfinished(relative):
+        while account.unfinished(self._after_last(relative)):
             step.multiply()
             ahead = step.advance(x, r)
             if self.stop_at_noise and account.noise is None:
@@ -151,8 +151,11 @@ class ConjugateGradients:
             alive = sound & (now > account.rounding)
             step.mask(sound)
             step.turn(r)
+        if not rows:
+            return (x, relative), best, None
         verdict, made = None, 0
-        live = [row for row in torch.stack(rows).tolist() if row[-2]] if rows else []
+        *table, (least, *_) = torch.stack([*rows, smallest.expand_as(rows[0])]).tolist()
+        live = [row for row in table if row[-2]]
         for *readings, _, was_sound in live:
             verdict = self._judge(readings, start)
             if verdict is not None or not was_sound:
@@ -160,7 +163,16 @@ class ConjugateGradients:
                 break
             relative, made = readings[-1], made + 1
         step.cut(made, len(live))
-        return (x, relative), (best_x, float(smallest)), verdict
+        return (x, relative), (best_x, least), verdict
+
+    def _after_last(self, relative: float) -> float:
+        """The relative residual expected after a last step without a product, which is trusted to do what the step
+        before it did, but no more than halve it; `relative` itself where all products are made."""
+        if self.inexact is None or self.inexact.step is None:
+            return relative
+        curve = self.account.curve[self.earlier_iterations :]
+        before = curve[-2] if len(curve) > 1 else self.start
+        return relative * max(0.5, min(1.0, relative / before) if curve else 0.5)
 
     def _judge(self, readings: list[float], start: float) -> Status | None:
         """What one iteration's numbers say; takes note of them."""

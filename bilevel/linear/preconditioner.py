@@ -13,6 +13,7 @@ from bilevel.checks import check_count
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.sketch import check_model, draw_sketch
 from bilevel.linear.solver import product_error
+from bilevel.sharded import check_whole
 from bilevel.tree import Params
 
 Inverse = Callable[[Params], Params]
@@ -48,6 +49,7 @@ class Diagonal(Preconditioner):
 
     Raises:
         ValueError: probes < 2 (one has no spread), a negative seed.
+        TypeError: at solve, leaves that are DTensors, beside which its signs would be whole.
     """
 
     probes: int = 8
@@ -58,6 +60,7 @@ class Diagonal(Preconditioner):
         check_count("Diagonal: seed", self.seed, least=0)
 
     def prepare(self, operator: LinearOperator, like: Params) -> Inverse | None:
+        check_whole(like)
         generators = {leaf.device: torch.Generator(leaf.device).manual_seed(self.seed) for leaf in like.values()}
         total, squares = tree.zeros_like(like), tree.zeros_like(like)
         for _ in range(self.probes):

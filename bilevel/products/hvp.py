@@ -360,21 +360,28 @@ class _Difference(Linearization):
         return self._difference(upper_gradient, vector, base)
 
     def _difference(self, function: Callable[[Params], Params], vector: Params, base: Params | None) -> Params:
-        y = tree.detach(self.lower)
-        # Through a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
-        magnitude = tree.power_of_two(vector)
-        if magnitude == 0.0:
-            return tree.zeros_like(function(y))
-        direction = tree.scale(1.0 / magnitude, vector)
-        length = float(tree.norm(direction))
+        y, vector = tree.detach(self.lower), tree.detach(vector)
+        # Over a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
+        magnitude = _power_of_two(vector)
+        divisor = torch.where(magnitude == 0.0, 1.0, magnitude)
+        direction = {name: (leaf / divisor).to(leaf.dtype) for name, leaf in vector.items()}
+        # Along zero there is no length to divide by, and no difference.
+        length = torch.where(magnitude == 0.0, 1.0, tree.norm(direction).double())
         rounding = max(torch.finfo(leaf.dtype).eps for leaf in y.values())
-        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + float(tree.norm(y)))
+        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + tree.norm(y).double())
         epsilon = (self.step or automatic) / length
         ahead = function(tree.axpy(epsilon, direction, y))
-        if base is not None:
-            return tree.scale(magnitude / epsilon, tree.sub(ahead, base))
-        behind = function(tree.axpy(-epsilon, direction, y))
-        return tree.scale(0.5 * magnitude / epsilon, tree.sub(ahead, behind))
+        behind = function(tree.axpy(-epsilon, direction, y)) if base is None else base
+        share = (0.5 if base is None else 1.0) / epsilon
+        return tree.scale(magnitude, tree.scale(share, tree.sub(ahead, behind)))
+
+
+def _power_of_two(x: Params) -> Tensor:
+    """The power of two at or next below the largest entry in modulus, float64; 0 where x = 0, NaN where an entry is not
+    finite. Nothing is read from the device."""
+    norms = [torch.linalg.vector_norm(leaf, inf).double() for leaf in x.values() if leaf.numel()]
+    largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
+    return torch.where(largest == 0.0, 0.0, largest / (2.0 * torch.frexp(largest).mantissa))
 
 
 @torch.enable_grad()

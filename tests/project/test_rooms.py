@@ -22,7 +22,9 @@ from tests.project.imports import (
 from tests.support.paths import ROOT
 
 ROOMS = [f"bilevel.{name}" for name in ("nn", "products", "linear", "lower", "hypergradients", "training", "compare")]
-GROUND = [f"bilevel.{name}" for name in ("tree", "checks", "distributed", "interruption", "problem", "checkpoint")]
+GROUND = [
+    f"bilevel.{name}" for name in ("sharded", "tree", "checks", "distributed", "interruption", "problem", "checkpoint")
+]
 RECIPES = [
     f"bilevel.recipes.{name}"
     for name in (

@@ -16,7 +16,7 @@ from bilevel.linear.preconditioner import Inverse, Preconditioner
 from bilevel.linear.quasi_newton import Pair, QuasiNewton, loaded_pairs, saved_pairs
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_rtol
+from bilevel.linear.solver import Solver, check_rtol, reads_are_free
 from bilevel.tree import Params
 
 
@@ -76,8 +76,9 @@ class CG(Solver):
         inexact: make products after the first one on as many of A's batches as their noise asks for, so that what they
             leave out changes the residual by at most half the tolerance (`InexactProducts`, with the sources), and make
             one more step at the end along the next direction, of the smallest step length met, whose product nobody
-            makes. What that step leads to is not measured: `Solution.residual_norms` and the status are those before
-            it, by the recursion, to which the batches that were left out are unknown.
+            makes. The last residual is then expected, not measured: that of the recursion, to which the batches left
+            out are unknown, times what the step before brought, at least 1/2. It ends the iterations and makes the
+            status.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -88,8 +89,8 @@ class CG(Solver):
     biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
     more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
 
-    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
-    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+    On a GPU a fixed budget (rtol=None, without memory and inexact) is made without a synchronisation between the first
+    and the last product: a breakdown freezes the iterate there and is read at the end, so that all products are made.
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or
@@ -129,8 +130,8 @@ class CG(Solver):
             raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
         if self.layerwise and (self.recycle or self.memory or self.inexact):
             raise ValueError(
-                "CG: layerwise=True has no conjugate directions to recycle or to remember, and whole products only, but "
-                f"recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
+                "CG: layerwise=True has no conjugate directions to recycle or to remember, and no inexact products, "
+                f"but recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
             )
         if self.memory and self.preconditioner is not None:
             raise ValueError(
@@ -188,7 +189,7 @@ class CG(Solver):
             stop_at_noise=self.rtol == "noise" and state.noise is None,
             inexact=state.inexact,
             memory=self.memory,
-            watched=self.rtol is not None or self.inexact or self.memory > 0 or not next(iter(b.values())).is_cuda,
+            watched=self.rtol is not None or self.inexact or self.memory > 0 or reads_are_free(b),
         )
         found = run.solve(x0, r, relative)
         state.pairs = [*state.pairs, *run.met][-self.memory :] if self.memory else []

@@ -34,17 +34,22 @@ class Pipeline:
 
     def run(self) -> dict[str, list[Artifact]]:
         """All stages of all variants; the fine-tuned artifacts of each, one for each seed."""
-        config = self.config
-        repeats = config.pipeline_seeds
-        tested: dict[str, list[Artifact]] = {name: [] for name in config.arms}
-        for seed in [config.seed + i for i in range(repeats or 1)]:
-            weights: dict[str, Artifact | None] = {}
-            # The variant of equal time is as long as others took.
-            for name in sorted(config.arms, key=lambda name: name == EQUAL_TIME):
-                weights[name] = self.pretrain(self.at(name, seed), weights)
-                tuning = [seed] if repeats else [config.seed + i for i in range(config.seeds)]
-                tested[name] += [self.finetune(self.at(name, s), weights[name]) for s in tuning]
+        tested: dict[str, list[Artifact]] = {name: [] for name in self.config.arms}
+        made: dict[int, dict[str, Artifact | None]] = {}
+        for seed, name, tunings in self.plan():
+            weights = made.setdefault(seed, {})
+            weights[name] = self.pretrain(self.at(name, seed), weights)
+            tested[name] += [self.finetune(self.at(name, tuning), weights[name]) for tuning in tunings]
         return tested
+
+    def plan(self) -> list[tuple[int, str, list[int]]]:
+        """(seed, variant, seeds of its fine-tunings), in the order in which they are made."""
+        c = self.config
+        # The variant of equal time is as long as others took.
+        names = sorted(c.arms, key=lambda name: name == EQUAL_TIME)
+        if c.pipeline_seeds:
+            return [(seed, name, [seed]) for seed in range(c.seed, c.seed + c.pipeline_seeds) for name in names]
+        return [(c.seed, name, list(range(c.seed, c.seed + c.seeds))) for name in names]
 
     def at(self, variant: str, seed: int) -> Repeat:
         """The repeat of a variant that the stages are given."""
