@@ -44,7 +44,7 @@ from benchmarks.loading.sides import lightly_options
 from bilevel.training import transfer_to
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.simclr import SimCLR
-from recipes.bissl.training.compute import Computing
+from recipes.bissl.training.torch_settings import apply_settings
 from recipes.vision.networks.backbones import BACKBONES, build_backbone
 from recipes.vision.pictures.memory import ArrayImages
 from recipes.vision.pipeline.loader import Loader
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     measuring.use_threads(options.threads)
     setting = setting_of(options)
-    Computing(ComputeConfig(tf32=setting.tf32), setting.device).set_up()
+    apply_settings(ComputeConfig(tf32=setting.tf32), setting.device)
     task = SimCLR.model_validate({"image_size": setting.size})
     source = Source(setting, task)
     figures = {
