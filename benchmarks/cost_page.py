@@ -6,7 +6,7 @@ python benchmarks/cost_page.py [--check]
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ def spread(row: Mapping[str, float]) -> str:
     return f"{row['median']:.2f} ({row['q1']:.2f} to {row['q3']:.2f})"
 
 
+def several(values: Iterable[float]) -> str:
+    """One figure an alternation."""
+    return ", ".join(number(value) for value in values)
+
+
 def alternation(figures: Figures) -> str:
     """One row a setting; what the solves take is the ratio above that of the setting without any."""
     without = figures["overhead"]["identity"]["ratio"]
@@ -43,9 +48,9 @@ def alternation(figures: Figures) -> str:
             f"`{name}`",
             f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f}, n = {row['repeats']})",
             f"{row['ratio'] - without:.2f}",
-            number(row["error"]),
+            several(row["error"]),
             "" if row["solve_error"] is None else number(row["solve_error"]),
-            str(row["hvps"]),
+            ", ".join(str(count) for count in row["hvps"]),
             f"{row['peak_memory_mib']:.0f}",
         ]
         for name, row in figures["overhead"].items()
@@ -60,7 +65,7 @@ def alternation(figures: Figures) -> str:
         "peak MiB",
     ]
     plain = f"Plain training peaks at {figures['plain']['peak_memory_mib']:.0f} MiB."
-    floor = f"Noise floor: {number(figures['noise_floor'])}. {plain} {conditions(figures)}"
+    floor = f"Noise floors: {several(figures['noise_floor'])}. {plain} {conditions(figures)}"
     return f"{table(header, rows)}\n\n{floor}"
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import resource
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +82,18 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def children_processor_seconds() -> float:
+    """Processor time of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def environment_alone(threads: int = 1) -> dict[str, str]:
+    """This process's environment for a child with so many threads and without a launcher's variables."""
+    ours = {name: value for name, value in os.environ.items() if name not in {"WORLD_SIZE", "RANK", "LOCAL_RANK"}}
+    return {**ours, "OMP_NUM_THREADS": str(threads)}
 
 
 def free_port() -> int:

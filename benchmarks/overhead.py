@@ -14,7 +14,6 @@ Everything in one thread. With ``--parts`` the others stay as they are in the JS
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,18 @@ if not __package__:
     # As a script: the repository's root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.measuring import Timing, environment, free_port, interleaved, parser, show, use_threads, write_json
+from benchmarks.measuring import (
+    Timing,
+    children_processor_seconds,
+    environment,
+    environment_alone,
+    free_port,
+    interleaved,
+    parser,
+    show,
+    use_threads,
+    write_json,
+)
 from benchmarks.pages import conditions, table, update
 from bilevel import Checkpointing
 from bilevel.checkpoint import save_checkpoint
@@ -159,10 +169,11 @@ def launcher(program: Path, options: Sequence[str], pairs: int) -> dict[str, Any
         starter = () if name == "alone" else ("-m", *TORCHRUN, f"--master-port={free_port()}")
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, *starter, str(program), *options, f"--output-dir={folder}"]
-            began, used = time.perf_counter(), processor_seconds()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=alone_environment())
+            began, used = time.perf_counter(), children_processor_seconds()
+            # One thread, as torchrun sets it.
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment_alone())
             seen["whole"][name].append(time.perf_counter() - began)
-            seen["processor"][name].append(processor_seconds() - used)
+            seen["processor"][name].append(children_processor_seconds() - used)
             results = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
         seen["stages"][name].append(results["variants"]["bissl"]["seconds"])
 
@@ -178,18 +189,6 @@ def against(alone: Sequence[float], torchrun: Sequence[float]) -> dict[str, Any]
     more = Timing(tuple(b - a for a, b in zip(alone, torchrun, strict=True)))
     every = {**ways, "ratio": ways["torchrun"].over(ways["alone"]), "more": more}
     return {name: timing.record() for name, timing in every.items()}
-
-
-def processor_seconds() -> float:
-    """Those of all processes that this one has started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def alone_environment() -> dict[str, str]:
-    """This process's environment with one thread, as torchrun sets it, and no launcher's variables."""
-    ours = {name: value for name, value in os.environ.items() if name not in {"WORLD_SIZE", "RANK", "LOCAL_RANK"}}
-    return {**ours, "OMP_NUM_THREADS": "1"}
 
 
 def tables(figures: Mapping[str, Any]) -> dict[str, str]:

@@ -113,7 +113,7 @@ def start_ranks(arguments: Sequence[str], folder: Path, ranks: int) -> list[Base
     """The processes of one run of the recipe into `folder`, resumed where it is there."""
     # From a process that only has imported: a kill then falls into the run, not into the imports.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([run_recipe.__module__, "sklearn.datasets"])
+    server.set_forkserver_preload([run_recipe.__module__, "torchvision", "scipy.stats"])
     command, port = [*arguments, f"--output-dir={folder}", "--resume"], free_port()
     processes = []
     for rank in range(ranks):

@@ -77,26 +77,64 @@ def load_checkpoint(directory: str | Path) -> tuple[int, dict[str, Any]] | None:
     return on_first_rank(lambda: _newest(Path(directory)))
 
 
+def newest_number(directory: str | Path) -> int | None:
+    """The number of the newest checkpoint, whole or damaged; None where there is none."""
+    manifests = _manifests(Path(directory))
+    return int(manifests[0].stem.removeprefix("step-")) if manifests else None
+
+
 def random_state() -> dict[str, Any]:
-    """State of torch's (CPU and CUDA), numpy's and Python's default generators."""
+    """State of torch's (CPU and every CUDA device), numpy's and Python's default generators."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    on_cuda = torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": torch.cuda.get_rng_state_all() if on_cuda else [],
+        "cuda_device": torch.cuda.current_device() if on_cuda else None,
         "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "python": random.getstate(),
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Inverse of `random_state`; CUDA generators are set where there are as many devices as were saved."""
+    """Inverse of `random_state`.
+
+    CUDA devices take the states of those of their numbers, as far as both have them, and this process's current device
+    that of the one that was current then: of several ranks, each with a device of its own, the first one's. What has
+    no place is lost, see `lost_generators`.
+    """
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    saved, count = state["cuda"], torch.cuda.device_count() if state["cuda"] else 0
+    for device, generator in enumerate(saved[:count]):
+        torch.cuda.set_rng_state(generator, device)
+    if count:
+        torch.cuda.set_rng_state(saved[state["cuda_device"]], torch.cuda.current_device())
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def lost_generators(state: Mapping[str, Any]) -> str | None:
+    """A sentence on the CUDA generators that `set_random_state` cannot continue; None where it continues all."""
+    saved = len(state["cuda"])
+    here = torch.cuda.device_count() if saved or torch.cuda.is_initialized() else 0
+    if saved == here:
+        return None
+    if not here:
+        rest = "random draws that were made there (dropout masks, for example) will be other ones"
+    elif not saved:
+        rest = "random draws on a GPU begin where its generators stand now"
+    elif here < saved:
+        rest = f"the device in use goes on as it would have, and those of {_devices(here, saved)} are lost"
+    else:
+        rest = f"the device in use goes on as it would have, and {_devices(saved, here)} from where they stand now"
+    return f"the checkpoint holds the states of {saved} CUDA generator(s), and {here} device(s) are in sight: {rest}"
+
+
+def _devices(first: int, end: int) -> str:
+    """The CUDA devices from `first` to before `end`, in words."""
+    return f"cuda:{first}" if end - first == 1 else f"cuda:{first} to cuda:{end - 1}"
 
 
 @contextmanager

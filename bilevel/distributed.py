@@ -62,12 +62,13 @@ def mean_over_ranks(x: Params) -> Params:
     return {name: mean.get(name, leaf) for name, leaf in x.items()}
 
 
-def mean_with_gradient(value: Tensor, gradient: Params) -> tuple[Tensor, Params]:
-    """`mean_over_ranks` of a 0-d value and of its gradient, in one exchange."""
+def mean_with_gradients(value: Tensor, *gradients: Params) -> tuple[Tensor, *tuple[Params, ...]]:
+    """`mean_over_ranks` of a 0-d value and of its gradients, in one exchange."""
     if world_size() == 1:
-        return value, gradient
-    both = mean_over_ranks({"value": value, **{f"d {name}": leaf for name, leaf in gradient.items()}})
-    return both["value"], {name: both[f"d {name}"] for name in gradient}
+        return value, *gradients
+    parts = {f"{place} {name}": leaf for place, part in enumerate(gradients) for name, leaf in part.items()}
+    mean = mean_over_ranks({"value": value, **parts})
+    return mean["value"], *({name: mean[f"{place} {name}"] for name in part} for place, part in enumerate(gradients))
 
 
 def agree(flag: bool) -> bool:

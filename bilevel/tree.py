@@ -116,10 +116,22 @@ def power_of_two(x: Params) -> float:
     return 2.0 ** min(max(fine, -limit), limit)
 
 
+def finite(x: Params) -> Tensor:
+    """Whether no leaf holds a NaN or an infinity, 0-d; nothing is read from the device."""
+    found = [torch.isfinite(leaf).all() for leaf in x.values()] or [torch.ones((), dtype=torch.bool)]
+    return whole(torch.stack(found).all() if len(found) > 1 else found[0])
+
+
 def all_finite(x: Params) -> bool:
     """Whether no leaf holds a NaN or an infinity."""
-    finite = [torch.isfinite(leaf).all() for leaf in x.values()]
-    return not finite or bool(whole(torch.stack(finite).all() if len(finite) > 1 else finite[0]))
+    # One number tells, unless the squares overflow.
+    return math.isfinite(norm(x).detach()) or bool(finite(x))
+
+
+def read(*scalars: Tensor) -> list[float]:
+    """The numbers of 0-d tensors, in one transfer from the device of the first."""
+    first = scalars[0]
+    return torch.stack([scalar.detach().to(first.device) for scalar in scalars]).tolist()
 
 
 def size(x: Params) -> int:
@@ -152,19 +164,14 @@ def as_variables(x: Params) -> Params:
 
 def gradients(loss: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> Params:
     """Gradient of a 0-d `loss`; variables that the loss does not use get zeros."""
-    if not wrt:
-        return {}
-    if not loss.requires_grad:
-        return zeros_like(wrt)
-    values = torch.autograd.grad(
-        loss,
-        list(wrt.values()),
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(wrt, map(_dense, values), strict=True))
+    return joint_gradients(loss, [wrt], create_graph=create_graph, retain_graph=retain_graph)[0]
+
+
+def joint_gradients(
+    loss: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool | None = None
+) -> tuple[Params, ...]:
+    """`gradients` with respect to several trees, one for each of `wrt`, by one backward pass."""
+    return _backward([loss] if loss.requires_grad else [], None, wrt, retain_graph, create_graph)
 
 
 def pullback(
@@ -180,32 +187,42 @@ def pullback(
     `vector` has at least the names of `outputs`. Outputs without a graph contribute nothing.
     """
     live = [name for name, leaf in outputs.items() if leaf.requires_grad]
+    along = [vector[name] for name in live]
+    return _backward([outputs[name] for name in live], along, wrt, retain_graph or create_graph, create_graph)
+
+
+def _backward(
+    outputs: Sequence[Tensor],
+    vector: Sequence[Tensor] | None,
+    wrt: Sequence[Params],
+    retain_graph: bool | None,
+    create_graph: bool,
+) -> tuple[Params, ...]:
+    """One backward pass from outputs with a graph; zeros where there are none."""
     inputs = [leaf for variables in wrt for leaf in variables.values()]
-    if not live or not inputs:
-        return tuple(zeros_like(variables) for variables in wrt)
-    values = iter(
-        torch.autograd.grad(
-            [outputs[name] for name in live],
-            inputs,
-            grad_outputs=[vector[name] for name in live],
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    )
-    return tuple({name: _dense(next(values)) for name in variables} for variables in wrt)
+    if not outputs or not inputs:
+        return tuple(map(zeros_like, wrt))
+    found = iter(torch.autograd.grad(outputs, inputs, vector, retain_graph, create_graph, allow_unused=True))
+
+    def dense(leaf: Tensor) -> Tensor:
+        gradient = next(found)
+        if gradient is None:
+            return torch.zeros_like(leaf, requires_grad=create_graph)
+        # Those of a sparse embedding's weight are sparse, which the arithmetic here does not take.
+        return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+    return tuple([{name: dense(leaf) for name, leaf in variables.items()} for variables in wrt])
 
 
 def tensors_in(batch: object) -> Iterator[Tensor]:
     """Every tensor inside nested dictionaries, lists, tuples and dataclasses, in a fixed order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from tensors_in(item)
     elif isinstance(batch, (list, tuple)):
         for item in batch:
+            yield from tensors_in(item)
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
             yield from tensors_in(item)
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
@@ -357,11 +374,6 @@ def _bytes_of(x: Tensor, covered: Tensor, base: int) -> Tensor:
     size = x.element_size()
     strides = [step * size for step in x.stride()]
     return covered.as_strided([*x.shape, size], [*strides, 1], x.storage_offset() * size - base)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """Gradients of a sparse embedding's weight come as sparse tensors, which the arithmetic here does not take."""
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _values(x: Params, order: Iterable[str]) -> list[Tensor]:

@@ -1,25 +1,28 @@
-"""One alternation of BiSSL against the plain training that it contains: time, products, memory and error.
+"""Alternations of BiSSL against the plain training that they contain: time, products, memory and error.
 
 The system is pinned: a small ResNet after 150 SimCLR steps on photographs at 32x32, N_L = 20 lower steps of 96 images
-(192 views), N_U = 8 upper steps of 48, K = 5 stored batches, c = 10.001, gamma = 0.01. Batches are ready before the
-clock starts, on both sides.
+(192 views), N_U = 8 upper steps of 48, K = 5 stored batches, c = 10.001, gamma = 0.01; three alternations from there,
+each on images of its own. Batches are ready before the clock starts, on both sides.
 
     python benchmarks/alternation/run.py --images folder:PATH --threads 2 --json benchmarks/results/alternation.json
 
-- ``ratio``: seconds of the alternation over those of 20 pretext and 8 downstream steps of the same sizes, repeat by
-  repeat; median and quartiles.
-- ``error``: relative distance of the alternation's summed implicit update (each solve by its learning rate) from
-  converged float64 solves of the same system for the same right-hand sides; ``solve_error``: the median over the single
-  solves, where there is more than one.
-- ``noise_floor``: relative distance between the converged summed updates of two disjoint sets of K batches.
+- ``ratio``: seconds of the alternations over those of as many times 20 pretext and 8 downstream steps of the same
+  sizes, repeat by repeat; median and quartiles. It includes what is done once a run: second derivatives are examined.
+- ``error``: relative distance of an alternation's summed implicit update (each solve by its learning rate) from
+  converged float64 solves of the same system for the same right-hand sides. The first alternation's point is the same
+  for all settings; of the later ones there are figures where one solve an alternation remembers those before.
+  ``solve_error``: the median over the single solves of the first alternation, where there is more than one.
+- ``noise_floor``: relative distance between the converged summed updates of two disjoint sets of K batches, in the
+  alternations of ``default``.
 - ``aggregation``: how far the weights end up from those of separate solves, all solved to 1e-5, where only aggregation
   makes the difference, by gamma, momentum and norm limit.
 """
 
 import copy
+import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -54,6 +57,12 @@ class Recorder(Solver):
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         return self.solver.prepare(operator)
 
+    def memory_of(self, state: Any) -> dict[str, Any]:
+        return self.solver.memory_of(state)
+
+    def remember(self, state: Any, memory: Mapping[str, Any]) -> None:
+        self.solver.remember(state, memory)
+
     def solve(
         self,
         operator: LinearOperator | Callable[[Params], Params],
@@ -73,7 +82,7 @@ class Recorder(Solver):
 
 @dataclass(frozen=True)
 class Setting:
-    """How the upper level is computed; None takes the setup's size."""
+    """How the upper level is computed, and for how many alternations; None takes the setup's size."""
 
     solver: Solver
     hvp: HVPProvider
@@ -84,31 +93,52 @@ class Setting:
     max_grad_norm: float | None = 10.0
     lower_steps: int | None = None
     upper_steps: int | None = None
+    alternations: int | None = None
 
 
-REFERENCE = CG(80, 1e-5, recycle=80)
+REFERENCE = CG(80, 1e-4, recycle=80)
 KEPT = ReverseOverReverse(keep_graph=True)
 SETTINGS = {
-    "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse()),
-    "global_cg": Setting(CG(10, 6e-2, recycle=20), KEPT),
-    "default": Setting(CG(10, "noise"), KEPT, aggregate=True),
-    "two_batches": Setting(CG(10, "noise"), KEPT, aggregate=True, hessian_batches=2),
+    # What it carries on from one alternation to the next is nothing, and it takes as long as all others together.
+    "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse(), alternations=1),
+    "global_cg": Setting(CG(10, 6e-2, recycle=20, memory=6, inexact=True), KEPT),
+    "default": Setting(CG(10, "noise", memory=6, inexact=True), KEPT, aggregate=True),
+    "two_batches": Setting(CG(10, "noise", memory=6, inexact=True), KEPT, aggregate=True, hessian_batches=2),
+    "whole_products": Setting(CG(10, "noise"), KEPT, aggregate=True),
     "identity": Setting(Identity(), ReverseOverReverse()),
 }
 
 
 @dataclass(frozen=True)
-class Alternation:
-    """A trainer at the pinned point, one alternation long."""
+class Stage:
+    """A trainer at the pinned point, some alternations long, and what it has done.
+
+    Attributes:
+        solved: right-hand sides and solutions of each alternation.
+        ends: the lower variables at each alternation's solves.
+    """
 
     trainer: Trainer
     recorder: Recorder
+    solved: list[list[tuple[Params, Solution]]] = field(default_factory=list)
+    ends: list[Params] = field(default_factory=list)
+
+    @property
+    def carries(self) -> bool:
+        """Whether one alternation's solves leave something for the next one's."""
+        return isinstance(self.recorder.solver, CG) and self.recorder.solver.memory > 0
 
     def run(self) -> None:
-        self.trainer.advance()
+        for _ in range(self.trainer.schedule.alternations):
+            self.recorder.solved = []
+            self.trainer.advance()
+            self.solved.append(self.recorder.solved)
+            self.ends.append(
+                {name: leaf.detach().clone() for name, leaf in self.trainer.levels["lower"].params.items()}
+            )
 
 
-def prepare(setup: Setup, setting: Setting) -> Alternation:
+def prepare(setup: Setup, setting: Setting) -> Stage:
     """A fresh trainer at the pinned weights."""
     problem = copy.deepcopy(setup.problem)
     problem.gamma = setting.gamma
@@ -129,7 +159,11 @@ def prepare(setup: Setup, setting: Setting) -> Alternation:
             setup.lower_batches,
             max_grad_norm=setting.max_grad_norm,
         ),
-        AlternatingSchedule(1, setting.lower_steps or sizes.lower_steps, setting.upper_steps or sizes.upper_steps),
+        AlternatingSchedule(
+            setting.alternations or sizes.alternations,
+            setting.lower_steps or sizes.lower_steps,
+            setting.upper_steps or sizes.upper_steps,
+        ),
         Implicit(
             recorder,
             hvp=setting.hvp,
@@ -138,20 +172,21 @@ def prepare(setup: Setup, setting: Setting) -> Alternation:
             aggregate=setting.aggregate,
         ),
     )
-    return Alternation(trainer, recorder)
+    return Stage(trainer, recorder)
 
 
-def plain_training(setup: Setup) -> None:
-    """The 20 pretext and 8 downstream steps that an alternation stands beside."""
+def plain_training(setup: Setup, alternations: int | None = None) -> None:
+    """The pretext and downstream steps that alternations, all of the setup's by default, stand beside."""
+    count = setup.sizes.alternations if alternations is None else alternations
     problem = copy.deepcopy(setup.problem)
     upper, lower = problem.variables()
     pretext = LARS(list(lower.values()), lr=LOWER_RATE, weight_decay=0.0)
-    for batch in setup.lower_batches[: setup.sizes.lower_steps]:
+    for batch in setup.lower_batches[: count * setup.sizes.lower_steps]:
         pretext.zero_grad()
         problem.pretext.loss(problem.lower_backbone, dict(problem.heads.items()), batch).backward()
         pretext.step()
     downstream = torch.optim.SGD(list(upper.values()), lr=UPPER_RATE, momentum=0.9)
-    for images, targets in setup.upper_batches:
+    for images, targets in setup.upper_batches[: count * setup.sizes.upper_steps]:
         downstream.zero_grad()
         outputs = problem.downstream.forward(problem.upper_backbone, problem.head, images)
         problem.downstream.loss(outputs, targets).backward()
@@ -168,14 +203,25 @@ def double(tree: Any) -> Any:
 
 
 class Reference:
-    """A^-1 b at an alternation's end point, in float64, to a residual of 1e-5; what was solved helps what comes."""
+    """A^-1 b at the end of an alternation, in float64, to a residual of 1e-4; what was solved helps what comes.
 
-    def __init__(self, alternation: Alternation, batches: list[Any]) -> None:
-        problem = copy.deepcopy(alternation.trainer.problem)
-        for module in (problem.lower_backbone, problem.upper_backbone, problem.heads, problem.head):  # type: ignore[attr-defined]
+    Args:
+        number: of the alternation.
+        other: on the K batches that come after those of the alternation's system, instead of on these.
+    """
+
+    def __init__(self, setup: Setup, stage: Stage, number: int, *, other: bool = False) -> None:
+        problem: Any = copy.deepcopy(stage.trainer.problem)
+        for module in (problem.lower_backbone, problem.upper_backbone, problem.heads, problem.head):
             module.double()
-        upper, lower = problem.variables()  # type: ignore[attr-defined]
-        self.system = linearize(problem, upper, lower, double(batches), solver=REFERENCE, hvp=KEPT, damping=C - LAMBDA)
+        upper, lower = problem.variables()
+        with torch.no_grad():
+            for name, leaf in lower.items():
+                leaf.copy_(stage.ends[number][name])
+        count = setup.sizes.hessian_batches
+        first = number * stage.trainer.schedule.lower_steps + (count if other else 0)
+        batches = double(setup.lower_batches[first : first + count])
+        self.system = linearize(problem, upper, lower, batches, solver=REFERENCE, hvp=KEPT, damping=C - LAMBDA)
 
     def solve(self, b: Params) -> Params:
         solution = self.system.solve(double(b))
@@ -197,29 +243,41 @@ def total(parts: list[Params]) -> Params:
     return result
 
 
-def measure_error(reference: Reference, alternation: Alternation) -> dict[str, Any]:
-    """The record of one setting but for its time."""
-    solved = alternation.recorder.solved
-    exact = [reference.solve(b) for b, _ in solved]
-    errors = sorted(distance(s.value, x) for (_, s), x in zip(solved, exact, strict=True))
-    products = sum(s.num_hvps for _, s in solved)
+def exact_solutions(reference: Reference, right: Sequence[Params]) -> list[Params]:
+    return [reference.solve(b) for b in right]
+
+
+def measure_error(setup: Setup, stage: Stage, first: Reference) -> dict[str, Any]:
+    """The record of one setting but for its time; alternations after the first where one solve remembers those before."""
+    errors, median = [], None
+    followed = stage.carries and len(stage.solved[0]) == 1
+    for number, solved in enumerate(stage.solved if followed else stage.solved[:1]):
+        # One system in float64 at a time beside the first: it takes gigabytes.
+        exact = exact_solutions(Reference(setup, stage, number) if number else first, [b for b, _ in solved])
+        errors.append(distance(total([s.value for _, s in solved]), total(exact)))
+        if number == 0 and len(solved) > 1:
+            median = statistics.median(distance(s.value, x) for (_, s), x in zip(solved, exact, strict=True))
+    batches = stage.trainer.method.stored_batches
+    every = [s for solved in stage.solved for _, s in solved]
     return {
-        "error": distance(total([s.value for _, s in solved]), total(exact)),
-        "solve_error": errors[len(errors) // 2] if len(errors) > 1 else None,
-        "products": products,
-        "hvps": products * alternation.trainer.method.stored_batches,
-        "noise": next((s.noise for _, s in solved if s.noise is not None), None),
-        "cosine": min(s.cosine for _, s in solved),
-        "relative_change": max(s.relative_change for _, s in solved),
+        "error": errors,
+        "solve_error": median,
+        "hvps": [round(batches * sum(s.num_hvps for _, s in solved)) for solved in stage.solved],
+        "noise": next((s.noise for s in every if s.noise is not None), None),
+        "cosine": min(s.cosine for s in every),
+        "relative_change": max(s.relative_change for s in every),
     }
 
 
-def noise_floor(setup: Setup, reference: Reference, alternation: Alternation) -> float:
-    """Distance of the summed update between two disjoint sets of K batches."""
-    count = setup.sizes.hessian_batches
-    other = Reference(alternation, setup.lower_batches[count : 2 * count])
-    right = total([b for b, _ in alternation.recorder.solved])
-    return distance(other.solve(right), reference.solve(right))
+def noise_floors(setup: Setup, stage: Stage, first: Reference) -> list[float]:
+    """Distance of the summed update between two disjoint sets of K batches, an alternation."""
+    floors = []
+    for number, solved in enumerate(stage.solved):
+        right = [total([b for b, _ in solved])]
+        (here,) = exact_solutions(Reference(setup, stage, number) if number else first, right)
+        (there,) = exact_solutions(Reference(setup, stage, number, other=True), right)
+        floors.append(distance(there, here))
+    return floors
 
 
 def aggregation_bias(setup: Setup, *, quick: bool) -> list[dict[str, Any]]:
@@ -231,12 +289,11 @@ def aggregation_bias(setup: Setup, *, quick: bool) -> list[dict[str, Any]]:
         for aggregate in (False, True):
             solver = CG(80, 1e-5, recycle=80)
             options = {"gamma": gamma, "momentum": momentum, "max_grad_norm": limit}
-            setting = Setting(solver, KEPT, aggregate, hessian_batches=1, lower_steps=1, **options)
-            alternation = prepare(setup, setting)
-            alternation.run()
-            ends.append(
-                {name: leaf.detach() - start[name] for name, leaf in alternation.trainer.levels["upper"].params.items()}
-            )
+            setting = Setting(solver, KEPT, aggregate, hessian_batches=1, lower_steps=1, alternations=1, **options)
+            stage = prepare(setup, setting)
+            stage.run()
+            moved = stage.trainer.levels["upper"].params
+            ends.append({name: leaf.detach() - start[name] for name, leaf in moved.items()})
         backbone = [{n: t for n, t in end.items() if n.startswith("backbone.")} for end in ends]
         row = {"gamma": gamma, "momentum": momentum, "max_grad_norm": limit}
         rows.append({**row, "bias": distance(backbone[1], backbone[0]), "length_ratio": _lengths(*backbone)})
@@ -250,7 +307,7 @@ def _lengths(separate: Params, aggregated: Params) -> float:
 
 def measure(setup: Setup, repeats: int, names: list[str], *, quick: bool) -> dict[str, Any]:
     """All figures."""
-    made: dict[str, Alternation] = {}
+    made: dict[str, Stage] = {}
 
     def alternate(name: str) -> Callable[[], None]:
         def run() -> None:
@@ -259,29 +316,26 @@ def measure(setup: Setup, repeats: int, names: list[str], *, quick: bool) -> dic
 
         return run
 
-    cheap = [name for name in names if name != "paper"]
-    functions = {"plain": lambda: plain_training(setup), **{n: alternate(n) for n in cheap}}
+    short = [name for name in names if SETTINGS[name].alternations is not None]
+    functions = {"plain": lambda: plain_training(setup), **{n: alternate(n) for n in names if n not in short}}
     times = interleaved(functions, repeats, warm_up=min(1, repeats - 1))
-    if "paper" in names:
-        # It takes as long as all others together: a plain run before and after, and fewer repeats.
-        few = interleaved(
-            {"plain": lambda: plain_training(setup), "paper": alternate("paper")}, max(1, repeats // 3), warm_up=0
-        )
-        times["paper"] = few["paper"].over(few["plain"])
-    # The lower steps are the same in all settings, and so are the weights and the batches of the system.
-    reference = Reference(made[names[0]], setup.lower_batches[: setup.sizes.hessian_batches])
-    overhead = {}
+    for name in short:
+        once = {"plain": lambda count=SETTINGS[name].alternations: plain_training(setup, count), name: alternate(name)}
+        few = interleaved(once, max(1, repeats // 3), warm_up=0)
+        times[name] = few[name].over(few["plain"])
+    # The lower steps of the first alternation are the same in all settings, and so are the weights and the batches.
+    first, overhead = Reference(setup, made[names[0]], 0), {}
     for name in names:
-        ratio = times[name] if name == "paper" else times[name].over(times["plain"])
+        ratio = times[name] if name in short else times[name].over(times["plain"])
         # The peak of an upper step does not depend on how many there are.
-        short = replace(SETTINGS[name], lower_steps=1, upper_steps=2)
-        memory = peak_memory(prepare(setup, short).run, setup.device)
+        one = replace(SETTINGS[name], lower_steps=1, upper_steps=2, alternations=1)
+        memory = peak_memory(prepare(setup, one).run, setup.device)
         overhead[name] = {"ratio": ratio.median, "quartiles": [ratio.q1, ratio.q3], "repeats": len(ratio.samples)}
-        overhead[name] |= measure_error(reference, made[name]) | {"peak_memory_mib": memory / 2**20}
-    plain_memory = peak_memory(lambda: plain_training(setup), setup.device) / 2**20
+        overhead[name] |= measure_error(setup, made[name], first) | {"peak_memory_mib": memory / 2**20}
+    plain_memory = peak_memory(lambda: plain_training(setup, 1), setup.device) / 2**20
     return {
         "overhead": overhead,
-        "noise_floor": noise_floor(setup, reference, made[names[0]]),
+        "noise_floor": noise_floors(setup, made["default" if "default" in names else names[-1]], first),
         "plain": {"seconds": times["plain"].record(), "peak_memory_mib": plain_memory},
         "aggregation": aggregation_bias(setup, quick=quick),
     }
@@ -293,15 +347,16 @@ def report(figures: dict[str, Any]) -> None:
         [
             name,
             f"{f['ratio']:.2f} ({f['quartiles'][0]:.2f} to {f['quartiles'][1]:.2f}, n={f['repeats']})",
-            f"{f['error']:.1e}",
+            ", ".join(f"{error:.1e}" for error in f["error"]),
             "" if f["solve_error"] is None else f"{f['solve_error']:.1e}",
-            str(f["hvps"]),
+            ", ".join(str(count) for count in f["hvps"]),
             f"{f['peak_memory_mib']:.0f}",
         ]
         for name, f in figures["overhead"].items()
     ]
-    header = ["setting", "x plain training", "error", "median solve", "single-batch HVPs", "peak MiB"]
-    show(f"One alternation; noise floor {figures['noise_floor']:.1e}", header, rows)
+    header = ["setting", "x plain training", "errors", "median solve", "single-batch HVPs", "peak MiB"]
+    floors = ", ".join(f"{floor:.1e}" for floor in figures["noise_floor"])
+    show(f"Alternations, from the first one; noise floors {floors}", header, rows)
     rows = [
         [str(r["gamma"]), str(r["momentum"]), str(r["max_grad_norm"]), f"{r['bias']:.1e}", f"{r['length_ratio']:.2f}"]
         for r in figures["aggregation"]

@@ -25,9 +25,10 @@ C, GAMMA, LAMBDA = 10.001, 0.01, 0.001
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long the warm-up is, and what one alternation takes."""
+    """How long the warm-up is, how many alternations follow, and what one of them takes."""
 
     warm_up: int = 150
+    alternations: int = 3
     lower_batch: int = 96
     upper_batch: int = 48
     lower_steps: int = 20
@@ -35,12 +36,14 @@ class Sizes:
     hessian_batches: int = 5
 
 
-QUICK = Sizes(warm_up=60, lower_batch=48, upper_batch=24, lower_steps=4, upper_steps=3, hessian_batches=2)
+QUICK = Sizes(
+    warm_up=60, alternations=2, lower_batch=48, upper_batch=24, lower_steps=4, upper_steps=3, hessian_batches=2
+)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The problem at the pinned weights, and one alternation's batches.
+    """The problem at the pinned weights, and the batches of all alternations, every one of them with its own.
 
     Attributes:
         source: of the images.
@@ -73,7 +76,7 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
     computing, generator = Computing(ComputeConfig(), device), torch.Generator().manual_seed(1)
 
     def loader(images: ImageSet, *views: ViewPolicy) -> Loader:
-        return Loader(images.images, views, Workers(0), move=computing.sent)
+        return Loader(images.images, views, Workers(0), transfer=computing.transfer)
 
     def drawn(loader: Loader, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         rows = torch.randint(len(loader.images), (count,), generator=generator)
@@ -91,13 +94,13 @@ def make_setup(source: str, device: torch.device, sizes: Sizes) -> Setup:
         optimizer.step()
     upper.load_state_dict(lower.state_dict())
     training, upper_batches = loader(labelled, downstream.train_view()), []
-    for _ in range(sizes.upper_steps):
+    for _ in range(sizes.alternations * sizes.upper_steps):
         rows, views = drawn(training, sizes.upper_batch)
         upper_batches.append((*views, computing.move(labelled.labels[rows])))
     problem = BiSSLProblem(pretext, downstream, lower, upper, heads, head, regularization_weight=LAMBDA, gamma=GAMMA)
     return Setup(
         problem,
-        [batch() for _ in range(max(sizes.lower_steps, 2 * sizes.hessian_batches))],
+        [batch() for _ in range(sizes.alternations * max(sizes.lower_steps, 2 * sizes.hessian_batches))],
         upper_batches,
         device,
         source,

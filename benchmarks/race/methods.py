@@ -1,6 +1,7 @@
 """The contestants: this package's hypergradients, and those of TorchOpt and Betty, on the same alternation.
 
-Each makes 20 lower steps (SGD, momentum 0.9) and one upper step (Adam) an alternation, from the same starts.
+Each makes 20 lower steps (SGD, momentum 0.9) and one upper step (Adam) an alternation, from the same starts. A single
+loop makes 20 steps of both levels together instead, with a twentieth of the upper rate for each.
 """
 
 import importlib
@@ -28,10 +29,10 @@ from bilevel import (
     Trainer,
     Unrolled,
 )
-from bilevel.hypergradients import SAMA
+from bilevel.hypergradients import SABA, SAMA, SOBA, SingleLoop
 from bilevel.linear import Nystrom, Solver
 from bilevel.products import ReverseOverReverse
-from bilevel.training import BatchSource
+from bilevel.training import BatchSource, Blocks
 
 LOWER_STEPS, PENALIZED_STEPS, MOMENTUM = 20, 5, 0.9
 SOLVER_ITERATIONS, SOLVER_RTOL = 20, 1e-2
@@ -87,17 +88,29 @@ class Own(Contestant):
 
     def __init__(self, race: Race, rates: Rates, generator: Generator, method: Method) -> None:
         self.x, y = (start.clone().requires_grad_() for start in (race.upper, race.lower))
-        adam = torch.optim.Adam([self.x], lr=rates.upper)
+        single = isinstance(method, SingleLoop)
+        adam = torch.optim.Adam([self.x], lr=rates.upper / LOWER_STEPS if single else rates.upper)
         sgd = torch.optim.SGD([y], lr=rates.lower, momentum=MOMENTUM)
-        self.trainer = Trainer(
-            RaceProblem(race),
-            Level({"x": self.x}, adam, Draws(race.upper_batch, generator)),
-            Level({"y": y}, sgd, Draws(race.lower_batch, generator)),
-            # How many alternations are made is for the race's clock to say.
-            AlternatingSchedule(1, LOWER_STEPS, upper_steps=1),
-            method,
-            on_failure="ignore",
-        )
+        above, below = self._blocks(race, generator) if single else self._draws(race, generator)
+        # How many alternations are made is for the race's clock to say.
+        schedule = AlternatingSchedule(1, 0, LOWER_STEPS) if single else AlternatingSchedule(1, LOWER_STEPS, 1)
+        upper, lower = Level({"x": self.x}, adam, above), Level({"y": y}, sgd, below)
+        self.trainer = Trainer(RaceProblem(race), upper, lower, schedule, method, on_failure="ignore")
+
+    @staticmethod
+    def _draws(race: Race, generator: Generator) -> tuple[BatchSource, BatchSource]:
+        return Draws(race.upper_batch, generator), Draws(race.lower_batch, generator)
+
+    @staticmethod
+    def _blocks(race: Race, generator: Generator) -> tuple[BatchSource, BatchSource]:
+        """Batches of the same size, of rows that are drawn without replacement and stay together."""
+
+        def blocks(rows: Batch) -> Blocks:
+            count = len(rows[0])
+            seed = int(torch.randint(2**31, (), generator=generator))
+            return Blocks(count, race.batch_size or count, lambda chosen: tuple(t[chosen] for t in rows), seed=seed)
+
+        return blocks(race.upper_rows), blocks(race.lower_rows)
 
     @property
     def upper(self) -> Tensor:
@@ -137,6 +150,15 @@ def sama(race: Race, rates: Rates) -> Method:
 def one_step(race: Race, rates: Rates) -> Method:
     """DARTS; its virtual step is as long as the lower optimizer's."""
     return OneStep(hvp=ReverseOverReverse(), lower_batches=race.batches)
+
+
+def soba(race: Race, rates: Rates) -> Method:
+    return SOBA()
+
+
+def saba(race: Race, rates: Rates) -> Method:
+    """Where a batch is the whole set, SOBA with a table that changes nothing."""
+    return SABA()
 
 
 class TorchOptAlternation(Contestant):
@@ -295,6 +317,8 @@ ENTRIES: tuple[Entry, ...] = (
     own("penalty (F2SA)", penalty),
     own("SAMA", sama),
     own("one virtual step (DARTS)", one_step),
+    own("single loop, SOBA", soba),
+    own("single loop, SABA", saba),
     Entry("TorchOpt, implicit CG", "torchopt", TorchOptImplicit),
     Entry("TorchOpt, unrolled", "torchopt", TorchOptUnrolled),
     Entry("Betty, CG", "betty-ml", Betty),

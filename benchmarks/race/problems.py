@@ -27,7 +27,8 @@ class Race:
     Attributes:
         upper, lower: where x and y start.
         lower_loss, upper_loss: of (x, y, batch).
-        lower_batch, upper_batch: draw a batch.
+        lower_rows, upper_rows: all data of a level.
+        batch_size: rows of a batch; None takes all rows every time.
         value: F(x, y*(x)) with y* re-solved.
         batches: lower batches whose mean an implicit method takes its system from.
         grid: the step sizes that every method may choose from.
@@ -38,11 +39,26 @@ class Race:
     lower: Tensor
     lower_loss: Loss
     upper_loss: Loss
-    lower_batch: Callable[[Generator], Batch]
-    upper_batch: Callable[[Generator], Batch]
+    lower_rows: Batch
+    upper_rows: Batch
+    batch_size: int | None
     value: Callable[[Tensor], float]
     batches: int
     grid: tuple[Rates, ...]
+
+    def lower_batch(self, generator: Generator) -> Batch:
+        """Rows drawn with replacement."""
+        return self._batch(self.lower_rows, generator)
+
+    def upper_batch(self, generator: Generator) -> Batch:
+        """Rows drawn with replacement."""
+        return self._batch(self.upper_rows, generator)
+
+    def _batch(self, rows: Batch, generator: Generator) -> Batch:
+        if self.batch_size is None:
+            return rows
+        chosen = torch.randint(len(rows[0]), (self.batch_size,), generator=generator)
+        return tuple(t[chosen] for t in rows)
 
 
 def grid(lower: tuple[float, ...], upper: tuple[float, ...]) -> tuple[Rates, ...]:
@@ -84,8 +100,9 @@ def hyper_cleaning(*, points: int = 800, wrong: float = 0.3, weight: float = 0.0
         lower=torch.zeros(X.shape[1], 10),
         lower_loss=lower_loss,
         upper_loss=upper_loss,
-        lower_batch=lambda generator: train,
-        upper_batch=lambda generator: clean,
+        lower_rows=train,
+        upper_rows=clean,
+        batch_size=None,
         value=value,
         batches=1,
         grid=grid((0.3, 1.0), (0.03, 0.1, 0.3)),
@@ -144,7 +161,6 @@ def stochastic_quadratic(*, rows: int = 2000, lower_size: int = 100, upper_size:
     U = U / upper_size**0.5 + Z @ coupling.T / lower_size**0.5
     W, s = normal(500, lower_size), normal(500) * 3.0
     curvature = Z.T @ Z / rows + 0.01 * torch.eye(lower_size, dtype=torch.float64)
-    rows_of = {"lower": tuple(t.float() for t in (Z, U, e)), "upper": tuple(t.float() for t in (W, s))}
 
     def lower_loss(x: Tensor, y: Tensor, batch: Batch) -> Tensor:
         z, u, noise = batch
@@ -159,23 +175,15 @@ def stochastic_quadratic(*, rows: int = 2000, lower_size: int = 100, upper_size:
         y = torch.linalg.solve(curvature, Z.T @ (U @ x + e) / rows)
         return float(upper_loss(x, y, (W, s)))
 
-    def draw(level: str) -> Callable[[Generator], Batch]:
-        data = rows_of[level]
-
-        def batch(generator: Generator) -> Batch:
-            chosen = torch.randint(len(data[0]), (64,), generator=generator)
-            return tuple(t[chosen] for t in data)
-
-        return batch
-
     return Race(
         name="stochastic quadratic",
         upper=torch.zeros(upper_size),
         lower=torch.zeros(lower_size),
         lower_loss=lower_loss,
         upper_loss=upper_loss,
-        lower_batch=draw("lower"),
-        upper_batch=draw("upper"),
+        lower_rows=tuple(t.float() for t in (Z, U, e)),
+        upper_rows=tuple(t.float() for t in (W, s)),
+        batch_size=64,
         value=value,
         batches=5,
         grid=grid((0.01, 0.03), (0.03, 0.1, 0.3)),

@@ -53,6 +53,11 @@ def advise(figures: Figures) -> Advice:
     return Advice(reading.target, recommended, reached, tuple(filter(None, sentences)))
 
 
+def is_finite(value: float | None) -> bool:
+    """Whether this is a number to tell of; kept figures hold None for others."""
+    return value is not None and math.isfinite(value)
+
+
 def is_resolved(facts: Figures) -> bool:
     """Whether the reference is accurate enough to tell solvers apart."""
     return _RESOLVED * facts["reference"]["accuracy"] < _LARGE_NOISE
@@ -100,6 +105,11 @@ class _Reading:
         row = row_of(self.rows, solver=solver, use="first")
         return math.inf if row is None else min(point["error"]["median"] for point in row["points"])
 
+    def is_cut(self, solver: str) -> bool:
+        """Whether the time was over before the curve's last point."""
+        row = row_of(self.rows, solver=solver, use="first")
+        return row is None or row["cut"]
+
     def recommended(self) -> tuple[str, bool]:
         solvers = names(self.rows, "solver")
         prices = {solver: price for solver in solvers if (price := self.needs(solver)) is not None}
@@ -131,8 +141,10 @@ class _Reading:
         enough = f"a relative error of {number(self.target)}"
         why = "which is the noise of the batches" if self.target == self.facts["noise"] else "taken as enough"
         if not reached:
+            cut = any(map(self.is_cut, names(self.rows, "solver")))
+            limit = "within the time" if cut else "with what was tried"
             return (
-                f"No solver gets to {enough} ({why}) with what was tried; the smallest error is that of {solver}: "
+                f"No solver gets to {enough} ({why}) {limit}; the smallest error is that of {solver}: "
                 f"{number(self.smallest(solver))}."
             )
         if self.needs(solver) == 0.0:
@@ -168,10 +180,12 @@ class _Reading:
             return None
         reached = [solver for solver in self.pair if self.needs(solver) is not None]
         if not reached:
-            return f"Neither {first} nor {second} gets there: {self._end(first)}, {self._end(second)}."
+            limit = " within the time" if any(map(self.is_cut, self.pair)) else ""
+            return f"Neither {first} nor {second} gets there{limit}: {self._end(first)}, {self._end(second)}."
         if len(reached) == 1:
             (there,), (not_there,) = reached, set(self.pair) - set(reached)
-            return f"{there} gets there with {self._cost(there)}; {not_there} does not: {self._end(not_there)}."
+            limit = "not within the time" if self.is_cut(not_there) else "does not"
+            return f"{there} gets there with {self._cost(there)}; {not_there} {limit}: {self._end(not_there)}."
         scale = ", the products for its scale among the first ones" if second == "Neumann" else ""
         return (
             f"Both {first} and {second} get there: {first} with {self._cost(first)}, {second} with "
@@ -193,12 +207,17 @@ class _Reading:
         if "Identity" not in names(self.rows, "solver"):
             return None
         error = self.smallest("Identity")
-        gradient = (
-            f"; the hypergradient is then off by {number(beside['error'])} of its length, at a cosine of "
-            f"{beside['cosine']:.3f}"
-        )
+        if beside is None:
+            gradient = "; the hypergradient is zero to rounding at this point, so that no relative error of it is told"
+        else:
+            gradient = (
+                f"; the hypergradient is then off by {number(beside['error'])} of its length, at a cosine of "
+                f"{beside['cosine']:.3f}"
+            )
         if error <= self.target:
             return f"Identity, without any product, is as good as need be: its error is {number(error)}{gradient}."
+        if beside is None:
+            return f"Identity has an error of {number(error)}{gradient}."
         worth = "a solve is worth its products" if beside["error"] > self.target else "a solve changes little of it"
         return f"Identity has an error of {number(error)}{gradient}: {worth}."
 
@@ -293,13 +312,16 @@ class _Reading:
 
     def stationarity(self) -> str:
         norm, noise, gain = (self.facts[key] for key in ("stationarity", "gradient_noise", "gain"))
-        beside = "" if noise is None or noise == 0.0 else f", {number(norm / noise)} times what the batches leave open"
+        known = is_finite(noise) and is_finite(norm) and noise > 0.0
+        beside = f", {number(norm / noise)} times what the batches leave open" if known else ""
         what = "residual y - T(x, y), or S(x, y)," if self.facts["residual"] else "gradient"
-        text, assumed = (
-            f"The lower {what} has a norm of {number(norm)}{beside}",
-            "The implicit function theorem assumes",
-        )
-        if not is_resolved(self.facts):
+        assumed = "The implicit function theorem assumes"
+        if not is_finite(norm):
+            return (
+                f"The lower {what} is not finite at this point. {assumed} that it is 0; check y and the lower batches."
+            )
+        text = f"The lower {what} has a norm of {number(norm)}{beside}"
+        if not is_resolved(self.facts) or not (is_finite(gain) and is_finite(self.facts["loss"])):
             return f"{text}. {assumed} that it is 0."
         return (
             f"{text}: to first order, a lower level that is solved would change the upper loss "

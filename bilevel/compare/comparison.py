@@ -214,23 +214,25 @@ def _facts(
         "residual": residual,
         "flaw": system.flaw(),
         "stationarity": float(tree.norm(gradient)),
-        "gradient_noise": gradient_noise,
+        "gradient_noise": None if gradient_noise is None else float(gradient_noise),
         # F(x, y*) - F(x, y) to first order; that of an objective has A divided by the weight of the regularizer.
         "gain": -float(tree.dot(x, gradient)) / (1.0 if residual else system.weight),
-        "identity": _beside(plain, exact),
-        "implicit_share": _ratio(tree.norm(implicit), tree.norm(exact)),
+        "identity": _beside(plain, exact, (direct, implicit)),
         "lost_curvature": system.curvature.lost(),
         "gradient_seconds": unit,
         "product_seconds": product,
     }
 
 
-def _beside(found: Params, exact: Params) -> dict[str, float]:
-    """Relative error and cosine of a hypergradient beside the reference's."""
-    norms = tree.norm(found) * tree.norm(exact)
+def _beside(found: Params, exact: Params, parts: Sequence[Params]) -> dict[str, float] | None:
+    """Relative error and cosine of a hypergradient beside the reference's; None where that is, to the rounding of its
+    parts, zero."""
+    rounding = max((torch.finfo(leaf.dtype).eps for leaf in exact.values()), default=0.0)
+    if float(tree.norm(exact)) <= 10.0 * rounding * max(float(tree.norm(part)) for part in parts):
+        return None
     return {
         "error": _ratio(tree.norm(tree.sub(found, exact)), tree.norm(exact)),
-        "cosine": _ratio(tree.dot(found, exact), norms),
+        "cosine": _ratio(tree.dot(found, exact), tree.norm(found) * tree.norm(exact)),
     }
 
 

@@ -105,7 +105,8 @@ class _Point:
 def measure_curves(
     known: KnownSystem, solvers: Families, unit: float, *, deadline: Deadline | None = None, pace: float = 0.0
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The curves of all solvers, first and later right-hand sides, and in words what the time did not suffice for.
+    """The curves of all solvers, first and later right-hand sides, and in words what the time did not suffice for;
+    of each curve, whether the time has cut it.
 
     A solver that is exact enough goes no further. Each may take a third of the time that those before it have left;
     no point is begun that would not fit, going by the one before it.
@@ -119,16 +120,18 @@ def measure_curves(
     cuts: list[str] = []
     for position, (name, family) in enumerate(solvers.items()):
         run = _Curves(known, unit, deadline.share(max(_LARGEST_PART, 1.0 / (len(solvers) - position))), pace)
-        budgets = known.iterations[:1] if isinstance(family, Solver) else known.iterations
+        budgets, cut = known.iterations[:1] if isinstance(family, Solver) else known.iterations, False
         for budget in budgets:
             # Of the first two there is a point in any case.
             if (run.made or position > 1) and not run.fits(of_budget(family, budget), budget):
                 cuts.append(f"{name} ends at {_iterations(run.made)}" if run.made else f"{name} was not measured")
+                cut = True
                 break
             if run.measure(of_budget(family, budget), budget):
                 break
         found = {use: points for use, points in run.curves.items() if points}
-        rows += [{"system": known.name, "solver": name, "use": use, "points": points} for use, points in found.items()]
+        row = {"system": known.name, "solver": name, "cut": cut}
+        rows += [{**row, "use": use, "points": points} for use, points in found.items()]
     return rows, cuts
 
 

@@ -93,7 +93,8 @@ def preparation(solver: Solver, size: int) -> int:
         return size
     count = 0
     if isinstance(solver, Neumann) and solver.scale == "auto":
-        count = 5
+        # Of five Lanczos steps the first one's product is the series' own.
+        count = 4
     elif isinstance(solver, Nystrom):
         count = solver.rank
     elif isinstance(solver, CG) and isinstance(solver.preconditioner, NystromPreconditioner):

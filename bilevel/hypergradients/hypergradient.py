@@ -11,7 +11,7 @@ from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.method import Method, UpperStep, check_proposal, check_serves, check_stands_alone, unwritten
 from bilevel.hypergradients.result import Hypergradient, OnFailure, check_on_failure, report_failure
 from bilevel.linear import GMRES, Solver
-from bilevel.lower import Draw, ResidualProblem, check_batch, check_batches, differentiates
+from bilevel.lower import Draw, ResidualProblem, check_batch, check_batches, differentiates, explaining_batches
 from bilevel.problem import Problem
 from bilevel.tree import Params
 
@@ -41,8 +41,8 @@ def hypergradient(
             root) the default is ``Implicit(GMRES())``, and `Implicit` alone serves. What a method carries from step to
             step in a `Trainer` starts afresh here.
         upper_batch: the batch of F.
-        lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader); for all methods but
-            `Unrolled` the lower objective is their mean.
+        lower_batches: sequence of batches (``list(itertools.islice(loader, K))`` of a DataLoader), ``[(X, t)]`` for one
+            of two tensors; for all methods but `Unrolled` the lower objective is their mean.
         on_failure: what to do about a `Hypergradient.failure` (a solve whose status is not a success, a part that is
             not finite): "warn" (`SolverWarning`), "raise" (`SolverError`) or "ignore". A `Hypergradient.warning` is
             shown unless it is "ignore".
@@ -73,7 +73,8 @@ def hypergradient(
     check_batch("upper_batch", [upper_batch])
     draws = once_drawn(method, upper_batch, lower_batches)
     step = UpperStep(problem, upper, lower, upper_batch, tuple(lower_batches), on_failure=on_failure, **draws)
-    result = propose_once(step, method)
+    with explaining_batches(lower_batches):
+        result = propose_once(step, method)
     report_failure(result, on_failure)
     return result
 

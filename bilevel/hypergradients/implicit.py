@@ -62,6 +62,9 @@ class Implicit(Method):
             `Problem.reset_lower` forgets it. With independent upper batches the last solution is often worse than zero:
             then the product is all that it costs.
 
+    A solver that remembers directions (`CG(memory=...)`) hands them from one system of a training to the next;
+    `Problem.reset_lower` forgets them.
+
     Raises:
         TypeError: a solver or provider that is not one.
         ValueError: a number out of its range.
@@ -126,7 +129,9 @@ class Implicit(Method):
         if isinstance(provider, Automatic) and "hvp" in state:
             provider.load_state_dict({"chosen": state["hvp"]})
         at_once = step.count == 1 or step.problem.curvature_depends_on_upper
-        return self.system(step.problem, step.upper, step.lower, step.lower_batches, provider, at_once=at_once)
+        system = self.system(step.problem, step.upper, step.lower, step.lower_batches, provider, at_once=at_once)
+        self.solver.remember(system.state, state.get("memory", {}))
+        return system
 
     def system(
         self,
@@ -184,6 +189,7 @@ class Implicit(Method):
         chosen = system.hvp.state_dict()["chosen"] if isinstance(system.hvp, Automatic) else None
         start = state.get("start") if self.warm_start else None
         kept = {"start": start, "hvp": chosen, "right": pending.right, "rates": pending.right and pending.rates}
+        kept["memory"] = self.solver.memory_of(system.state) or None
         return {name: value for name, value in kept.items() if value is not None}
 
     def restarted(self, state: MethodState) -> MethodState:

@@ -19,6 +19,7 @@ from bilevel.lower import (
     check_tikhonov,
     check_tikhonov_names,
     differentiates,
+    explaining_batches,
     selected,
 )
 from bilevel.problem import Problem
@@ -76,17 +77,22 @@ def linearize(
             without a regularizer; an unknown name in `tikhonov`; for a `ResidualProblem` a solver that needs a
             symmetric A, damping, or a provider that has no meaning there.
     """
-    system = make_system(
-        problem,
-        upper,
-        lower,
-        lower_batches,
-        solver=solver,
-        hvp=hvp,
-        damping=damping,
-        tikhonov=tikhonov,
-        implicit=implicit,
-    )
+    check_kind("problem", problem, Problem, "an instance of a Problem")
+    tree.check_params("upper", upper)
+    check_variables("lower", lower)
+    check_batches(lower_batches)
+    with explaining_batches(lower_batches):
+        system = make_system(
+            problem,
+            upper,
+            lower,
+            lower_batches,
+            solver=solver,
+            hvp=hvp,
+            damping=damping,
+            tikhonov=tikhonov,
+            implicit=implicit,
+        )
     lost = system.curvature.lost()
     if lost is not None:
         warn_outside(lost, SolverWarning)
@@ -106,12 +112,8 @@ def make_system(
     implicit: Selection | None = None,
     at_once: bool = False,
 ) -> System:
-    """`linearize` without its warning of lost curvature, where a `Hypergradient.failure` carries it; `at_once` as for
-    `System`."""
-    check_kind("problem", problem, Problem, "an instance of a Problem")
-    tree.check_params("upper", upper)
-    check_variables("lower", lower)
-    check_batches(lower_batches)
+    """`linearize` of variables and batches that were checked, without its warning of lost curvature, where a
+    `Hypergradient.failure` carries it; `at_once` as for `System`."""
     check_number("damping", damping)
     check_number("regularization_weight", problem.regularization_weight)
     check_tikhonov(tikhonov)

@@ -18,7 +18,7 @@ from bilevel.hypergradients.method import Method
 from bilevel.hypergradients.result import AdjointSolve, OnFailure, check_on_failure, report_failure
 from bilevel.hypergradients.system import System, adjoint
 from bilevel.linear import Solver
-from bilevel.lower import check_batches, check_recordable, differentiates, selected
+from bilevel.lower import check_batches, check_recordable, differentiates, explaining_batches, selected
 from bilevel.problem import Problem, modules_of
 from bilevel.tree import Params
 
@@ -105,7 +105,8 @@ def lower_solution(
         names = selected(problem, y, implicit.implicit)
         # A saved tensor carries the system, which goes when autograd lets its buffers go.
         carrier = torch.empty(0).as_subclass(_Carrier)
-        carrier.frozen = _Frozen.at(problem, upper, y, lower_batches, implicit)
+        with explaining_batches(lower_batches):
+            carrier.frozen = _Frozen.at(problem, upper, y, lower_batches, implicit)
         way_back = _WayBack(tuple(upper), names, on_failure, solution.record)
         moving = _Solved.apply(way_back, carrier, [y[name] for name in names], *upper.values())
         solution.update(zip(names, moving, strict=True))
@@ -234,7 +235,7 @@ class _WayBack:
             if not tree.all_finite(v):
                 self.record.append(_not_finite(system, v))
                 return {name: torch.full_like(leaf, math.nan) for name, leaf in upper.items()}
-            gradient, made = adjoint(system, v, upper, solve=system.solve, on_failure=self.on_failure)
+            gradient, _, made = adjoint(system, v, upper, solve=system.solve, on_failure=self.on_failure)
             system.check_response(upper)
         self.record.append(made)
         report_failure(made, self.on_failure)

@@ -78,8 +78,8 @@ class Penalty(Method):
         at_y = [lower_derivatives(step.problem, upper, lower, names, *drawn) for drawn in batches]
         response = tree.scale(self.penalty, tree.sub(_mean(at_z), _mean([x for x, _ in at_y])))
         grad = tree.add(direct, response)
-        failure = None if tree.all_finite(grad) else _NOT_FINITE
-        stationarity = float(tree.norm(_mean([y for _, y in at_y])))
+        stationarity, sound = tree.read(tree.norm(_mean([y for _, y in at_y])), tree.finite(grad))
+        failure = None if sound else _NOT_FINITE
         result = Hypergradient(grad, direct, response, loss, None, stationarity, end, failure=failure)
         return Proposal(grad, loss, {"z": {name: end[name] for name in names}}, result)
 

@@ -121,7 +121,7 @@ class ProximalSystem(System):
         return tree.sub(tree.scale(self._factor, smooth), self._point.back_to_upper(x))
 
     @differentiates
-    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
+    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, Tensor | None]:
         """S, and at most how far another choice of batches would typically move it: eta times the noise of dG/dy."""
         noise = super().gradient_and_noise(upper)[1]
         return self._point.residual(), None if noise is None else self._point.step * noise
@@ -191,11 +191,11 @@ class _ProximalOperator(LinearOperator):
 
 
 def _not_solved(
-    system: ResidualSystem | ProximalSystem, residual: Params, noise: float | None, size: float
+    system: ResidualSystem | ProximalSystem, residual: Params, noise: Tensor | None, size: float
 ) -> str | None:
     """That y is no solution, by the norm of the residual beside `size`; not where batches cannot tell it from 0."""
-    norm = float(tree.norm(residual))
-    negligible = max(_NO_SOLUTION * size, _rounding(residual) ** 0.5, 3.0 * (noise or 0.0))
+    norm, *known = tree.read(tree.norm(residual), *([] if noise is None else [noise]))
+    negligible = max(_NO_SOLUTION * size, _rounding(residual) ** 0.5, 3.0 * sum(known))
     if norm <= negligible:
         return None
     is_root = not isinstance(system.problem, (FixedPointProblem, ProximalProblem))

@@ -256,10 +256,8 @@ def joined(*failures: str | None) -> str | None:
     return "; ".join(failure for failure in failures if failure is not None) or None
 
 
-def finite_failure(direct: Params, implicit: Params, grad: Params) -> str | None:
-    """Which part of a hypergradient is not finite though its solve succeeded, and what to check."""
-    if tree.all_finite(grad):
-        return None
+def finite_failure(direct: Params, implicit: Params) -> str:
+    """Which part of a hypergradient that is not finite though its solve succeeded is not, and what to check."""
     causes = []
     if not tree.all_finite(direct):
         causes.append("the direct part dF/dx is not finite; check how upper_objective depends on the upper variables")

@@ -1,5 +1,6 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -97,7 +98,7 @@ class System:
         self._buffers = BufferWatch()
         self._objectives = LowerObjectives(problem, lower, seed, self._buffers)
         point = self.variables(lower)
-        self.has_regularizer = self._objectives.has_regularizer(tree.detach(upper), point)
+        self.has_regularizer = self._objectives.has_regularizer(upper, point)
         if not self.has_regularizer and damping != 0.0:
             raise ValueError(
                 f"damping={damping}: damping adds to the weight of the regularizer, and this problem has none; use "
@@ -259,11 +260,12 @@ class System:
         r"""Standard error of `gradient` that comes from the choice of batches, :math:`(\sum_k \|g_k - \bar g\|^2
         / (K (K - 1)))^{1/2}`; None for a single batch. A `stationarity` of a few times this is as stationary as the
         batches can tell."""
-        return self.gradient_and_noise(upper)[1]
+        noise = self.gradient_and_noise(upper)[1]
+        return None if noise is None else float(noise)
 
     @differentiates
-    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, float | None]:
-        """`gradient` and `gradient_noise`, from one pass over the batches."""
+    def gradient_and_noise(self, upper: Params | None = None) -> tuple[Params, Tensor | None]:
+        """`gradient` and `gradient_noise`, 0-d, from one pass over the batches."""
         upper = tree.detach(self.upper if upper is None else upper)
         gradient, noise = self._loss_gradient(upper)
         weight = self.problem.regularization_weight
@@ -272,7 +274,7 @@ class System:
             with torch.enable_grad():
                 value = self._objectives.penalty(upper, y)
             gradient = tree.axpy(weight, tree.gradients(value, y), gradient)
-        return gradient, None if noise is None else float(noise)
+        return gradient, noise
 
     def batch_sums(self) -> tuple[str, ...]:
         """Checksums of the tensors of the lower batches."""
@@ -297,9 +299,9 @@ class System:
         of the cross term. Where it once did for a problem and names, that is taken for granted."""
         known, names = _coupled.of(self.problem), tuple(self.upper)
         if names not in known:
-            kept = all(loss.kept_graph() is not None for loss in self._losses)
-            # Without kept graphs it takes a pass, which `_reached_upper` makes once.
-            depends = any(loss.depends_on_upper() for loss in self._losses) if kept else bool(self._reached_upper)
+            met = [loss.depends_on_upper() for loss in self._losses]
+            # What no product has met takes a pass, which `_reached_upper` makes once.
+            depends = bool(self._reached_upper) if None in met and True not in met else any(met)
             if self.operator.agree(depends):
                 known.add(names)
         return names in known
@@ -367,8 +369,8 @@ def through_system(
     """
     with curvature_surroundings():
         loss, direct, v = upper_derivatives(system.problem, upper, lower, system.implicit, upper_batch)
-        implicit_part, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
-    return Hypergradient(tree.add(direct, implicit_part), direct, implicit_part, loss, **vars(made))
+        implicit_part, whole, made = adjoint(system, v, upper, direct, solve=solve, on_failure=on_failure)
+    return Hypergradient(whole, direct, implicit_part, loss, **vars(made))
 
 
 def adjoint(
@@ -379,17 +381,19 @@ def adjoint(
     *,
     solve: Callable[[Params], Solution],
     on_failure: OnFailure,
-) -> tuple[Params, AdjointSolve]:
-    """-(cross term) x, where `solve` gives x for v, and what is known about it; `direct` is what it is added to."""
+) -> tuple[Params, Params, AdjointSolve]:
+    """-(cross term) x, where `solve` gives x for v, its sum with `direct`, and what is known about it."""
     with curvature_surroundings():
         solution = solve(v)
         implicit_part = tree.scale(-1.0, system.cross(solution.value, upper))
         gradient, noise = system.gradient_and_noise(upper)
         failed = solve_failure(system, solution, v, on_failure)
-    direct = tree.zeros_like(implicit_part) if direct is None else direct
+    whole = implicit_part if direct is None else tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    not_finite = finite_failure(direct, implicit_part, tree.add(direct, implicit_part))
+    stationarity, size, *known = tree.read(tree.norm(gradient), tree.norm(whole), *([] if noise is None else [noise]))
+    sound = math.isfinite(size) or tree.all_finite(whole)
+    not_finite = None if sound else finite_failure(direct or {}, implicit_part)
     failure = joined(lost, failed or not_finite, system.flaw())
-    stationarity = float(tree.norm(gradient))
     warning = noise_warning(system, solution, v, stationarity)
-    return implicit_part, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())
+    noise = known[0] if known else None
+    return implicit_part, whole, AdjointSolve(solution, stationarity, noise, failure, warning, system.active_set())

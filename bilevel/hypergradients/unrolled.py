@@ -168,12 +168,11 @@ class Unrolled(Method):
             response[upper_name] = response[upper_name] + start[lower_name]
         grad = tree.add(direct, response)
         curvature = examine_curvature(step.problem, step.upper, end, last.batch, names, ReverseOverReverse())
-        failure = joined(curvature.lost(), trajectory.diverted if tree.all_finite(grad) else _not_finite(end, v))
         step.watch()
         gradient = lower_derivatives(step.problem, step.upper, end, names, last.batch, last.seed + 1)[1]
-        result = Hypergradient(
-            grad, direct, response, loss, None, float(tree.norm(gradient)), lower=end, failure=failure
-        )
+        stationarity, sound = tree.read(tree.norm(gradient), tree.finite(grad))
+        failure = joined(curvature.lost(), trajectory.diverted if sound else _not_finite(end, v))
+        result = Hypergradient(grad, direct, response, loss, None, stationarity, lower=end, failure=failure)
         return Proposal(grad, loss, {}, result)
 
     def _make_steps(self, step: UpperStep, trajectory: "_Trajectory") -> tuple[list["_Step | _Replay"], Params]:
@@ -355,8 +354,9 @@ class _Trajectory:
     def _compare(self, end: Params, really: Params, start: Params) -> None:
         """Take note of a replay that went elsewhere by more than rounding and a hundredth of the step explain."""
         rounding = max(torch.finfo(leaf.dtype).eps for leaf in end.values()) ** 0.75
-        apart, moved = float(tree.norm(tree.sub(end, really))), float(tree.norm(tree.sub(really, start)))
-        if apart > 0.01 * moved + rounding * float(tree.norm(really)):
+        distances = tree.norm(tree.sub(end, really)), tree.norm(tree.sub(really, start))
+        apart, moved, size = tree.read(*distances, tree.norm(really))
+        if apart > 0.01 * moved + rounding * size:
             self.diverted = (
                 f"not replayed: a lower step that moved the variables by {moved:.2e} was {apart:.2e} away from where "
                 "it had led, so that this is the derivative of other steps; let no hook move the lower variables, make "

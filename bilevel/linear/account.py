@@ -1,6 +1,7 @@
 """The book-keeping that iterative solvers share: products, scales met, residuals, verdicts."""
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor
@@ -8,17 +9,17 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import attainable, classify_curvature, product_error, residual, rounding_unit
+from bilevel.linear.solver import classify_curvature, product_error, residual, rounding_unit
 from bilevel.tree import Params
 
 
 @final
 class CountedOperator(LinearOperator):
-    """An operator that counts its products."""
+    """An operator that counts its products, one on m of K batches as m / K."""
 
     def __init__(self, operator: LinearOperator) -> None:
         self.operator, self.exact, self.symmetric = operator, operator.exact, operator.symmetric
-        self.products = 0
+        self.products: float = 0
 
     def __call__(self, vector: Params) -> Params:
         self.products += 1
@@ -27,6 +28,14 @@ class CountedOperator(LinearOperator):
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.products += 1
         return self.operator.sampled(vector)
+
+    @property
+    def batches(self) -> int:
+        return self.operator.batches
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        self.products += len(batches) / self.batches if len(batches) < self.batches else 1
+        return self.operator.on_batches(vector, batches)
 
     def agree(self, flag: bool) -> bool:
         return self.operator.agree(flag)
@@ -46,7 +55,7 @@ class Account:
     """
 
     def __init__(
-        self, operator: LinearOperator, b: Params, max_iterations: int, rtol: float | None, products: int = 0
+        self, operator: LinearOperator, b: Params, max_iterations: int, rtol: float | None, products: float = 0
     ) -> None:
         self.operator, self.b = CountedOperator(operator), b
         self.operator.products = products
@@ -58,6 +67,8 @@ class Account:
         self.curve: list[float] = []
         self.noise: float | None = None
         self.passed_negative_curvature = False
+        # The iterate that was asked about last, with its norm: several questions follow on each.
+        self._sized: tuple[Params, float] | None = None
 
     @property
     def iterations(self) -> int:
@@ -67,7 +78,7 @@ class Account:
         return residual(self.operator, self.b, x)
 
     def relative(self, r: Params) -> float:
-        return float(tree.norm(r)) / self.norm_b
+        return (self.norm_b if r is self.b else float(tree.norm(r))) / self.norm_b
 
     def meet(self, curvature: float, gain: float) -> Status | None:
         """Take note of a direction; what it says about A, as `classify_curvature`."""
@@ -76,8 +87,16 @@ class Account:
             self.min_curvature = curvature if self.min_curvature is None else min(self.min_curvature, curvature)
         return classify_curvature(curvature, gain, self.norm_a, self.product_error)
 
+    def sized(self, x: Params, norm: float) -> None:
+        """Take note of ``||x||`` where it is known."""
+        self._sized = x, norm
+
     def attainable(self, x: Params) -> float:
-        return attainable(self.norm_a, x, self.norm_b, self.rounding)
+        """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
+        if self._sized is None or self._sized[0] is not x:
+            self.sized(x, float(tree.norm(x)))
+        assert self._sized is not None
+        return self.rounding * (1.0 + self.norm_a * self._sized[1] / self.norm_b)
 
     def drifted(self, x: Params, relative: float) -> bool:
         """Whether the recursion's residual may differ from the true one by more than a tenth."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.linear.account import Account
+from bilevel.linear.inexact import InexactProducts
 from bilevel.linear.lanczos import conjugate_block, ritz_range
 from bilevel.linear.preconditioner import Inverse
 from bilevel.linear.recycling import Directions
@@ -34,7 +35,13 @@ class ConjugateGradients:
         inverse: the preconditioner.
         directions: of earlier solves, to which r is orthogonal; those of this run are kept there too.
         stop_at_noise: measure the noise of the first product and take it for the tolerance.
+        inexact: makes the products on fewer batches, as many as the tolerance asks for, and lets a last step be made
+            without one.
+        memory: how many directions are kept in `met`.
         watched: read every iteration's numbers at once and stop at a breakdown; otherwise none is read before the last.
+
+    Attributes:
+        met: the last directions of sound steps with their products.
     """
 
     def __init__(
@@ -46,18 +53,21 @@ class ConjugateGradients:
         inverse: Inverse | None = None,
         directions: Directions | None = None,
         stop_at_noise: bool = False,
+        inexact: InexactProducts | None = None,
+        memory: int = 0,
         watched: bool = True,
     ) -> None:
         self.account, self.layerwise, self.through, self.inverse = account, layerwise, through, inverse
         self.directions = Directions(0) if directions is None else directions
-        self.stop_at_noise, self.watched = stop_at_noise, watched
+        self.stop_at_noise, self.inexact, self.memory, self.watched = stop_at_noise, inexact, memory, watched
+        self.met: list[tuple[Params, Params]] = []
         self.earlier_iterations = account.iterations
         self.blocks: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def solve(self, x0: Params | None, r: Params, start: float) -> Solution:
         """Iterates from x0, or from 0 without one, where the residual is r, of relative norm `start`."""
         account, b = self.account, self.account.b
-        self.from_zero = x0 is None
+        self.from_zero, self.start = x0 is None, start
         x = tree.zeros_like(b) if x0 is None else x0
         relative = start
         while True:
@@ -94,7 +104,7 @@ class ConjugateGradients:
         if self.account.rtol is None and not self.layerwise and breakdown is None and relative > _GROWTH * start:
             breakdown = Status.DIVERGED
         if breakdown is None:
-            return x, relative, None
+            return step.last(x), self._after_last(relative), None
         return best[0], min(best[1], relative), breakdown
 
     def _watched(
@@ -102,10 +112,11 @@ class ConjugateGradients:
     ) -> tuple[_Iterate, _Iterate, Status | None]:
         """Reads every iteration's numbers in one transfer, and stops where they say so."""
         account, (x, r) = self.account, point
-        while account.unfinished(relative):
+        while account.unfinished(self._after_last(relative)):
             step.multiply()
             ahead = step.advance(x, r)
-            if step.gain_noise is not None and account.noise is None:
+            if self.stop_at_noise and account.noise is None:
+                assert step.gain_noise is not None, "measured on the first product"
                 relative_noise = step.gain_noise * float(tree.norm(ahead[0])) / account.norm_b
                 account.noise = account.rtol = max(relative_noise, account.rounding)
             readings = step.readings(ahead[1]).tolist()
@@ -140,8 +151,11 @@ class ConjugateGradients:
             alive = sound & (now > account.rounding)
             step.mask(sound)
             step.turn(r)
+        if not rows:
+            return (x, relative), best, None
         verdict, made = None, 0
-        live = [row for row in torch.stack(rows).tolist() if row[-2]] if rows else []
+        *table, (least, *_) = torch.stack([*rows, smallest.expand_as(rows[0])]).tolist()
+        live = [row for row in table if row[-2]]
         for *readings, _, was_sound in live:
             verdict = self._judge(readings, start)
             if verdict is not None or not was_sound:
@@ -149,7 +163,16 @@ class ConjugateGradients:
                 break
             relative, made = readings[-1], made + 1
         step.cut(made, len(live))
-        return (x, relative), (best_x, float(smallest)), verdict
+        return (x, relative), (best_x, least), verdict
+
+    def _after_last(self, relative: float) -> float:
+        """The relative residual expected after a last step without a product, which is trusted to do what the step
+        before it did, but no more than halve it; `relative` itself where all products are made."""
+        if self.inexact is None or self.inexact.step is None:
+            return relative
+        curve = self.account.curve[self.earlier_iterations :]
+        before = curve[-2] if len(curve) > 1 else self.start
+        return relative * max(0.5, min(1.0, relative / before) if curve else 0.5)
 
     def _judge(self, readings: list[float], start: float) -> Status | None:
         """What one iteration's numbers say; takes note of them."""
@@ -202,21 +225,39 @@ class _Step:
 
     def multiply(self) -> None:
         """A d and d'A d."""
-        account, direction = self.run.account, self.direction
-        if self.run.stop_at_noise:
-            self.product, error = account.operator.sampled(direction)
-            if error is None:
-                raise ValueError(
-                    'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
-                    "lower_batches, or a number for rtol"
-                )
-            self.gain_noise = float(error / tree.norm(direction))
-            self.run.stop_at_noise = False
+        run, direction = self.run, self.direction
+        unmeasured = run.inexact is not None and run.inexact.deviation is None
+        if self.gain_noise is None and (unmeasured or (run.stop_at_noise and run.account.noise is None)):
+            self.product = self._sampled(direction)
+        elif run.inexact is not None:
+            tolerance = max(run.account.rtol or 0.0, run.account.rounding) * run.account.norm_b
+            length = float(tree.norm(direction))
+            self.product = run.inexact.product(run.account.operator, direction, length, tolerance)
         else:
-            self.product = account.operator(direction)
+            self.product = run.account.operator(direction)
         self.energy = tree.dot(direction, self.product)
         if isinstance(self.rho, Tensor):
             self.pivots.append(self.energy / self.rho)
+
+    def _sampled(self, direction: Params) -> Params:
+        """A d, taking note of its noise."""
+        run = self.run
+        product, error = run.account.operator.sampled(direction)
+        if error is not None:
+            self.gain_noise = float(error / tree.norm(direction))
+            if run.inexact is not None:
+                run.inexact.measured(self.gain_noise, run.account.operator)
+        elif run.stop_at_noise:
+            raise ValueError(
+                'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
+                "lower_batches, or a number for rtol"
+            )
+        return product
+
+    def last(self, x: Params) -> Params:
+        """x after one more step whose product nobody makes, of the smallest length met; x itself where all are made."""
+        inexact = self.run.inexact
+        return x if inexact is None or inexact.step is None else tree.axpy(inexact.step, self.direction, x)
 
     def advance(self, x: Params, r: Params) -> _Point:
         """x and r after the step along d."""
@@ -227,6 +268,7 @@ class _Step:
             alpha = tree.dot(self.direction, r) / self.energy
         else:
             alpha = _ratio(self.rho, self.energy)
+        self.alpha = alpha
         return tree.axpy(alpha, self.direction, x), tree.axpy(_negative(alpha), self.product, r)
 
     def readings(self, r: Params) -> Tensor:
@@ -239,6 +281,11 @@ class _Step:
     def turn(self, r: Params) -> None:
         """The next direction."""
         kept = self.run.directions.offer(self.direction, self.product, self.energy)
+        if self.run.memory:
+            self.run.met = [*self.run.met, (self.direction, self.product)][-self.run.memory :]
+        if self.run.inexact is not None:
+            assert isinstance(self.alpha, Tensor), "layer-wise products are whole"
+            self.run.inexact.met(float(self.alpha))
         z = self._precondition(r)
         rho = self._inner(r, z)
         beta = _ratio(rho, self.rho)

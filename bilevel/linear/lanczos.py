@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.linear.operators import LinearOperator
-from bilevel.linear.solver import rounding_unit
+from bilevel.linear.solver import reads_are_free, rounding_unit
 from bilevel.tree import Params
 
 Block = tuple[Sequence[float], Sequence[float]]
@@ -21,7 +21,8 @@ _LARGEST_BLOCK = 256
 def ritz_values(operator: LinearOperator, b: Params, steps: int) -> tuple[float, ...]:
     """Eigenvalue estimates of A from `steps` Lanczos steps that start at b, ascending; one product a step.
 
-    Fewer come back where the Krylov space is exhausted; a product that is not finite gives a NaN.
+    Fewer come back where the Krylov space is exhausted, for as many products on a CPU; elsewhere all are made, and read
+    after the last. A product that is not finite gives a NaN.
     """
     diagonal, off_diagonal = _lanczos(operator, b, steps)
     if not all(map(math.isfinite, [*diagonal, *off_diagonal])):
@@ -37,7 +38,7 @@ def spectrum_bounds(operator: LinearOperator, b: Params, steps: int = 15) -> tup
     """
     generator = torch.Generator().manual_seed(0)
     noise = {n: torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for n, leaf in b.items()}
-    start = tree.axpy(float(tree.norm(b) / tree.norm(noise)), noise, b)
+    start = tree.axpy(tree.norm(b) / tree.norm(noise), noise, b)
     diagonal, off_diagonal = _lanczos(operator, start, steps)
     if not all(map(math.isfinite, [*diagonal, *off_diagonal])):
         return None
@@ -49,22 +50,38 @@ def spectrum_bounds(operator: LinearOperator, b: Params, steps: int = 15) -> tup
 def _lanczos(operator: LinearOperator, b: Params, steps: int) -> tuple[list[float], list[float]]:
     """Diagonal and off-diagonal of the Lanczos matrix from b, the norm of what follows being the last entry; cut where
     the Krylov space is exhausted or a number is not finite."""
-    q = tree.scale(1.0 / float(tree.norm(b)), b)
-    basis = [q]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
+    rounding, watched = 10.0 * rounding_unit(b), reads_are_free(b)
+    length = tree.norm(b)
+    q = tree.scale(1.0 / length, b)
+    # Of b itself, whose product a caller may know.
+    w = tree.scale(1.0 / length, operator(b))
+    basis, rows = [q], []
     while True:
-        w = operator(q)
-        diagonal.append(float(tree.dot(q, w)))
-        for vector in basis:
+        curvature = tree.dot(q, w)
+        # Twice is enough (Parlett 1998, section 6.9): once leaves of a nearly parallel w little but rounding along the
+        # basis, and near a multiple of the identity every w is one.
+        for vector in [*basis, *basis]:
             w = tree.axpy(-tree.dot(vector, w), vector, w)
-        off_diagonal.append(float(tree.norm(w)))
-        exhausted = off_diagonal[-1] <= 10.0 * rounding_unit(b) * max(abs(a) for a in diagonal)
-        finite = math.isfinite(off_diagonal[-1]) and math.isfinite(diagonal[-1])
-        if exhausted or not finite or len(diagonal) == steps:
-            return diagonal, off_diagonal
-        q = tree.scale(1.0 / off_diagonal[-1], w)
+        rest = tree.norm(w)
+        rows.append(torch.stack([curvature, rest]))
+        if len(rows) == steps or (watched and _end(torch.stack(rows).tolist(), rounding)):
+            break
+        q = tree.scale(1.0 / rest, w)
         basis.append(q)
+        w = operator(q)
+    numbers = torch.stack(rows).tolist()
+    end = _end(numbers, rounding) or len(numbers)
+    return [row[0] for row in numbers[:end]], [row[1] for row in numbers[:end]]
+
+
+def _end(numbers: Sequence[Sequence[float]], rounding: float) -> int | None:
+    """After how many Lanczos steps there is no other, None where there is one: curvature and rest of those made."""
+    largest = 0.0
+    for count, (curvature, rest) in enumerate(numbers, 1):
+        largest = max(largest, abs(curvature))
+        if rest <= rounding * largest or not (math.isfinite(rest) and math.isfinite(curvature)):
+            return count
+    return None
 
 
 def ritz_range(blocks: Iterable[Block]) -> tuple[float, float] | None:

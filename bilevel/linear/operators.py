@@ -34,6 +34,15 @@ class LinearOperator(ABC):
         what another choice of as many batches would typically change, 0-d. None where there are not two batches."""
         return self(vector), None
 
+    @property
+    def batches(self) -> int:
+        """Over how many batches it is a mean."""
+        return 1
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        """The product with the mean over some of the batches, by their numbers from 0."""
+        return self(vector)
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank that takes part in this operator's products sets `flag` (one process: the flag itself)."""
         return flag
@@ -83,17 +92,29 @@ class MeanOperator(LinearOperator):
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return mean_and_error(list(self.products(vector)))
 
+    @property
+    def batches(self) -> int:
+        return len(self.operators)
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        total = reduce(tree.add, (self.operators[k](vector) for k in batches))
+        return distributed.mean_over_ranks(tree.scale(1.0 / len(batches), total))
+
     def agree(self, flag: bool) -> bool:
         return distributed.agree(flag)
 
 
 class _Combined(LinearOperator):
-    """Shares `exact`, `symmetric` and `agree` among operators that are made of others."""
+    """Shares `exact`, `symmetric`, `batches` and `agree` among operators that are made of others."""
 
     def __init__(self, *operators: LinearOperator) -> None:
         self.operators = operators
         self.exact = all(op.exact for op in operators)
         self.symmetric = all(op.symmetric for op in operators)
+
+    @property
+    def batches(self) -> int:
+        return max(op.batches for op in self.operators)
 
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])
@@ -112,6 +133,9 @@ class SumOperator(_Combined):
         error = torch.stack(errors).square().sum().sqrt() if errors else None
         return reduce(tree.add, (product for product, _ in parts)), error
 
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        return reduce(tree.add, (op.on_batches(vector, batches) for op in self.operators))
+
 
 @final
 class ScaledOperator(_Combined):
@@ -128,6 +152,9 @@ class ScaledOperator(_Combined):
         product, error = self.operators[0].sampled(vector)
         return tree.scale(self.factor, product), None if error is None else abs(self.factor) * error
 
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        return tree.scale(self.factor, self.operators[0].on_batches(vector, batches))
+
 
 @final
 class KnownProduct(_Combined):
@@ -142,6 +169,9 @@ class KnownProduct(_Combined):
 
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return self.operators[0].sampled(vector)
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        return self.operators[0].on_batches(vector, batches)
 
 
 @final
@@ -167,6 +197,9 @@ class SampledOnce(_Combined):
         self._made = True
         return product, error
 
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        return self.operators[0].on_batches(vector, batches)
+
 
 @final
 class WatchedOperator(_Combined):
@@ -184,6 +217,10 @@ class WatchedOperator(_Combined):
         self.watch()
         return self.operators[0].sampled(vector)
 
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        self.watch()
+        return self.operators[0].on_batches(vector, batches)
+
 
 @final
 class TikhonovOperator(_Combined):
@@ -199,6 +236,9 @@ class TikhonovOperator(_Combined):
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         product, error = self.operators[0].sampled(vector)
         return self._with_term(product, vector), error
+
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        return self._with_term(self.operators[0].on_batches(vector, batches), vector)
 
     def _with_term(self, product: Params, vector: Params) -> Params:
         if not isinstance(self.tikhonov, Mapping):

@@ -71,7 +71,8 @@ class Solution:
             have drifted from them. NaN where it was not measured (`Identity` makes no product, `Neumann(1)` from a
             start none but that with it).
         iterations: iterations made.
-        num_hvps: products with A, each over all the batches, preparation included.
+        num_hvps: products with A, each over all the batches, preparation included; one over m of the K batches counts
+            m / K (`CG(inexact=True)`).
         min_curvature: smallest ``d'A d / d'd`` met over all directions d (over the whole tree), None if none was met.
         relative_change: ``||x - b|| / ||b||``: how far the solve moved the right-hand side.
         cosine: cosine of the angle between x and b.
@@ -94,7 +95,7 @@ class Solution:
     status: Status
     residual_norms: tuple[float, float]
     iterations: int
-    num_hvps: int
+    num_hvps: float
     min_curvature: float | None = None
     relative_change: float = 0.0
     cosine: float = 1.0

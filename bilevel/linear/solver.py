@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -43,6 +43,15 @@ class Solver(ABC):
 
     def prepare(self, operator: LinearOperator | Callable[[Params], Params]) -> Any:
         """State that serves every right-hand side of one operator (a factorisation, a scale); None if there is none."""
+        return None
+
+    def memory_of(self, state: Any) -> dict[str, Any]:
+        """What a state holds for the systems that come after its operator's, in nested dictionaries of tensors; {} for
+        solvers that carry nothing on."""
+        return {}
+
+    def remember(self, state: Any, memory: Mapping[str, Any]) -> None:
+        """Give a fresh state the `memory_of` an earlier operator's."""
         return None
 
     def solve(
@@ -95,11 +104,10 @@ class Solver(ABC):
             if solution.value is unit:
                 # Bit for bit, also where entries far below the largest do not survive the scaling.
                 return replace(solution, value=b)
-            value, size = tree.scale(scale, solution.value), float(tree.norm(solution.value))
+            value, (size, relative_change, cosine) = tree.scale(scale, solution.value), _compare(solution.value, unit)
             within = size * scale < min(torch.finfo(leaf.dtype).max for leaf in b.values()) / 2
             if not within and not tree.all_finite(value):
                 return replace(solution, value=b, status=Status.NON_FINITE, residual_norms=_unmeasured(solution))
-            relative_change, cosine = _compare(solution.value, size, unit)
         return replace(solution, value=value, relative_change=relative_change, cosine=cosine)
 
     def check_symmetry(self, symmetric: bool) -> None:
@@ -119,6 +127,11 @@ class Solver(ABC):
 def residual(operator: LinearOperator, b: Params, x: Params) -> Params:
     """``b - A x``; one product."""
     return tree.sub(b, operator(x))
+
+
+def reads_are_free(x: Params) -> bool:
+    """Whether numbers may be read whenever they are asked for: on a CPU, where nobody has to wait for them."""
+    return all(leaf.device.type == "cpu" for leaf in x.values())
 
 
 def rounding_unit(x: Params) -> float:
@@ -141,11 +154,6 @@ def check_rtol(solver: str, rtol: object, *, otherwise: str = "None for a fixed 
     """Raise ValueError unless rtol is None or lies in [0, 1); `otherwise` as in `check_count`."""
     if rtol is not None:
         check_number(f"{solver}: rtol", rtol, below=1.0, otherwise=otherwise)
-
-
-def attainable(operator_norm: float, x: Params, norm_b: float, rounding: float) -> float:
-    """The relative residual to which x = A^-1 b can be computed: ``eps (1 + ||A|| ||x|| / ||b||)``."""
-    return rounding * (1.0 + operator_norm * float(tree.norm(x)) / norm_b)
 
 
 def classify_curvature(curvature: float, gain: float, scale: float, error: float) -> Status | None:
@@ -174,10 +182,12 @@ def _unmeasured(solution: Solution) -> tuple[float, float]:
     return solution.residual_norms[0], math.nan
 
 
-def _compare(x: Params, norm_x: float, b: Params) -> tuple[float, float]:
-    norm_b = float(tree.norm(b))
-    relative_change = float(tree.norm(tree.sub(x, b))) / norm_b
-    return relative_change, float(tree.dot(x, b)) / (norm_x * norm_b) if norm_x > 0.0 else 0.0
+def _compare(x: Params, b: Params) -> tuple[float, float, float]:
+    """``||x||``, ``||x - b|| / ||b||`` and the cosine between x and b, in one transfer."""
+    norm_x, norm_b, change, product = torch.stack(
+        [tree.norm(x), tree.norm(b), tree.norm(tree.sub(x, b)), tree.dot(x, b)]
+    ).tolist()
+    return norm_x, change / norm_b, product / (norm_x * norm_b) if norm_x > 0.0 else 0.0
 
 
 def _in_units(x0: Params, b: Params, scale: float) -> Params:

@@ -11,7 +11,7 @@ from bilevel.lower.kinds.sets import Box, LinearEqualities, NonNegative, Simplex
 from bilevel.lower.objectives import LowerObjectives
 from bilevel.lower.per_problem import PerProblem
 from bilevel.lower.reach import batch_by_batch, cross_examined, examine_cross, examine_response
-from bilevel.lower.repeatable import draws, repeatable
+from bilevel.lower.repeatable import all_repeatable, draws, repeatable
 from bilevel.lower.resolved import LowerSolver, OutOfTime, Resolved, Solves, reweighted
 from bilevel.lower.samples.draws import Draw, Partition
 from bilevel.lower.samples.oracles import FirstDerivatives, LowerParts, Oracles
@@ -31,6 +31,7 @@ from bilevel.lower.surroundings import (
     check_batches,
     check_recordable,
     differentiates,
+    explaining_batches,
     under_autocasts,
 )
 
@@ -66,6 +67,7 @@ __all__ = [
     "Solves",
     "StaleSystemError",
     "Tikhonov",
+    "all_repeatable",
     "apply_map",
     "are_samples",
     "autocasts",
@@ -83,6 +85,7 @@ __all__ = [
     "examine_cross",
     "examine_curvature",
     "examine_response",
+    "explaining_batches",
     "halves",
     "in_double_precision",
     "largest_entry",

@@ -86,7 +86,7 @@ def training_derivatives(
     penalty = problem.regularizer(x, y)
     if penalty is not None:
         gradient = tree.axpy(problem.regularization_weight, tree.gradients(penalty, y), gradient)
-    return distributed.mean_with_gradient(loss.detach(), gradient)
+    return distributed.mean_with_gradients(loss.detach(), gradient)
 
 
 def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
@@ -117,12 +117,10 @@ def upper_graph(problem: Problem, upper: Params, variables: Params, lower: Param
 def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: Params) -> None:
     """What L, the first of the values, reaches of the lower variables, and all of them of the upper ones."""
     examine_lower(problem, "lower_objective", values[0], upper, lower)
-    if any(leaf.requires_grad for leaf in upper.values()) and not cross_examined(problem, upper):
+    if not cross_examined(problem, upper) and any(leaf.requires_grad for leaf in upper.values()):
         examine_cross(problem, reached(values, upper), upper)
 
 
 def _averaged(value: Tensor, x: Params, y: Params) -> tuple[Tensor, Params, Params]:
     """The value and both gradients, in one backward pass and one collective."""
-    tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
-    mean, both = distributed.mean_with_gradient(value.detach(), tree.gradients(value, tagged))
-    return mean, {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}
+    return distributed.mean_with_gradients(value.detach(), *tree.joint_gradients(value, (x, y)))

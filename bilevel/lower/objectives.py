@@ -87,7 +87,7 @@ class LowerObjectives:
     def has_regularizer(self, upper: Params, variables: Params) -> bool:
         """Whether there is an r; where the Problem defines none, nothing is evaluated."""
         own = getattr(self.problem.regularizer, "__func__", self.problem.regularizer)
-        return own is not Problem.regularizer and self.regularizer(upper, variables) is not None
+        return own is not Problem.regularizer and self.regularizer(tree.detach(upper), variables) is not None
 
     def regularizer(self, upper: Params, variables: Params) -> Tensor | None:
         """r, None where there is none."""

@@ -77,17 +77,17 @@ def examine_lower(problem: Problem, name: str, values: object, upper: Params, lo
     Raises:
         ValueError: they reach none of them.
     """
-    lower = {name: leaf for name, leaf in lower.items() if leaf.requires_grad}
-    known = _lower.of(problem)
-    if not lower or not torch.is_grad_enabled() or tuple(lower) in known.examined:
+    known, names = _lower.of(problem), tuple([name for name, leaf in lower.items() if leaf.requires_grad])
+    if names in known.examined or not names or not torch.is_grad_enabled():
         return
+    lower = {name: lower[name] for name in names}
     if any(torch.func.debug_unwrap(leaf) is not leaf for leaf in lower.values()):
         return
     leaves = beginnings(tree.tensors_in(values))
     found = named_among(leaves, lower)
     if not found:
         raise ValueError(_reaches_none(name, "lower", lower))
-    known.examined.add(tuple(lower))
+    known.examined.add(names)
     _list_foreign(name, leaves, upper, lower)
     missing = set(lower) - found - known.listed
     known.listed |= missing

@@ -1,6 +1,7 @@
 """Passes whose random masks repeat, seeded only where a problem draws any."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Literal, TypeVar
 
 from bilevel.lower.per_problem import PerProblem
@@ -11,6 +12,9 @@ T = TypeVar("T")
 
 _draws = PerProblem(dict[str, bool])
 """Whether an objective draws random numbers, by level; a level is missing before a pass has shown it."""
+
+_watched: ContextVar[bool] = ContextVar("bilevel_generators_watched", default=False)
+"""Whether the generators are looked at after several passes (`all_repeatable`)."""
 
 
 def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, compute: Callable[[bool], T]) -> T:
@@ -26,6 +30,8 @@ def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, co
     """
     found, again = _draws.of(problem), False
     if found.get(level) is False:
+        if _watched.get():
+            return compute(False)
         mark = TorchMark()
         result = compute(False)
         if not mark.moved():
@@ -39,6 +45,24 @@ def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, co
         result = compute(False)
         found[level] = everything.moved()
         return result
+
+
+def all_repeatable(problem: Problem, compute: Callable[[], T]) -> T:
+    """What `compute` makes of several `repeatable` passes, with one look at torch's generator after all of them; where
+    it has moved all is computed again, seeded. Nothing but the objectives draws from it."""
+    found = _draws.of(problem)
+    if draws(problem) is not False:
+        return compute()
+    mark, token = TorchMark(), _watched.set(True)
+    try:
+        result = compute()
+    finally:
+        _watched.reset(token)
+    if not mark.moved():
+        return result
+    mark.restore()
+    found["lower"] = found["upper"] = True
+    return compute()
 
 
 def draws(problem: Problem) -> bool | None:

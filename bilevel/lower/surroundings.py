@@ -68,6 +68,32 @@ def check_batch(argument: str, batches: Iterable[Any]) -> None:
         tree.check_plain(f"{argument}, tensor {index}", tensor)
 
 
+@contextmanager
+def explaining_batches(lower_batches: Sequence[Any]) -> Iterator[None]:
+    """Adds to an error from inside how `lower_batches` was read, where the parts of one batch would look the same."""
+    try:
+        yield
+    except Exception as error:
+        if len(lower_batches) > 1 and all(isinstance(batch, Tensor) for batch in lower_batches):
+            error.add_note(
+                f"lower_batches was taken as {len(lower_batches)} batches of one tensor each; if these are the parts "
+                f"of one batch, pass {_as_one(lower_batches)}"
+            )
+        raise
+
+
+def _are_parts(batches: Sequence[Any]) -> bool:
+    """Whether these are tensors of different dtypes or numbers of axes, which no two batches of one objective are."""
+    tensors = all(isinstance(batch, Tensor) for batch in batches)
+    return tensors and len({(batch.dtype, batch.dim()) for batch in batches}) > 1
+
+
+def _as_one(parts: Sequence[Any]) -> str:
+    """The parts as a list of one batch, in code."""
+    names = "X, t" if len(parts) == 2 else ", ".join(f"part_{k}" for k in range(1, len(parts) + 1))
+    return f"[({names})]"
+
+
 def check_batches(lower_batches: Sequence[Any]) -> None:
     """Raise unless these are one or more batches in a sequence."""
     if isinstance(lower_batches, (str, bytes, Mapping, Tensor)) or not isinstance(lower_batches, Sequence):
@@ -85,4 +111,10 @@ def check_batches(lower_batches: Sequence[Any]) -> None:
         raise TypeError(f"lower_batches must be a sequence of batches, got {type(lower_batches).__name__}; {remedy}")
     if not lower_batches:
         raise ValueError("lower_batches is empty; the lower level needs at least one batch")
+    if _are_parts(lower_batches):
+        shown = ", ".join(f"{str(part.dtype).removeprefix('torch.')} {list(part.shape)}" for part in lower_batches)
+        raise TypeError(
+            f"lower_batches must be a sequence of batches that are alike, got tensors of {shown}, which look like the "
+            f"parts of one batch; pass [batch] for a single one: {_as_one(lower_batches)}"
+        )
     check_batch("lower_batches", lower_batches)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,12 +22,9 @@ from bilevel.nn.seeding import seeded
 from bilevel.nn.sync_batch_norm import SyncBatchNorm
 from bilevel.sharded import is_sharded
 
-_in_curvature_pass: ContextVar[bool] = ContextVar("bilevel_curvature_pass", default=False)
+_curvature_pass: ContextVar["_CurvaturePass | None"] = ContextVar("bilevel_curvature_pass", default=None)
 _surrounded: ContextVar[bool] = ContextVar("bilevel_curvature_surroundings", default=False)
 _buffers_kept: ContextVar[bool] = ContextVar("bilevel_buffers_kept", default=False)
-_buffers_written: ContextVar[bool] = ContextVar("bilevel_buffers_written", default=False)
-
-_buffer_notes: ContextVar["BufferNotes | None"] = ContextVar("bilevel_buffer_notes", default=None)
 
 _writers: ContextVar["WeakKeyDictionary[nn.Module, set[str]] | None"] = ContextVar("bilevel_writers", default=None)
 
@@ -51,13 +48,20 @@ def in_curvature_pass() -> bool:
 
     For objectives that compute plain training passes otherwise, for example under autocast or compiled.
     """
-    return _in_curvature_pass.get()
+    return _curvature_pass.get() is not None
 
 
 class BufferNotes(Protocol):
     """Takes note of the buffers that a pass reads."""
 
     def note(self, named: Iterable[tuple[str, Tensor]]) -> None: ...
+
+
+class _CurvaturePass(NamedTuple):
+    """What a pass says to `functional_call`: who is told the buffers that are read, and whether buffers are written."""
+
+    notes: BufferNotes | None
+    write_buffers: bool
 
 
 @contextmanager
@@ -92,14 +96,11 @@ def curvature_pass(
         write_buffers: buffers such as running statistics update after all, as in a training step.
     """
     with nullcontext() if seed is None else seeded(seed), curvature_surroundings():
-        inside, noted = _in_curvature_pass.set(True), _buffer_notes.set(notes)
-        written = _buffers_written.set(write_buffers)
+        token = _curvature_pass.set(_CurvaturePass(notes, write_buffers))
         try:
             yield
         finally:
-            _buffers_written.reset(written)
-            _buffer_notes.reset(noted)
-            _in_curvature_pass.reset(inside)
+            _curvature_pass.reset(token)
 
 
 @contextmanager
@@ -194,8 +195,8 @@ def functional_call(
             `max_norm` or `scale_grad_by_freq`); the message gives the remedy.
         RuntimeError: activation checkpointing or another saved-tensor hook in a hypergradient's pass.
     """
-    curvature = _in_curvature_pass.get()
-    _refuse_wrappers(module, curvature)
+    curvature = _curvature_pass.get()
+    _refuse_wrappers(module, curvature is not None)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     cut = [name for name, parameter in parameters.items() if is_sharded(parameter)]
     if cut:
@@ -223,25 +224,24 @@ def functional_call(
         if training is not None:
             stack.enter_context(_in_mode(module, training))
         casts = _casts.get()
-        if casts is not None and not curvature:
+        if casts is not None and curvature is None:
             casts |= {device for device in {t.device.type for t in params.values()} if _is_cast(device)}
-        if not curvature and not _buffers_kept.get():
+        if curvature is None and not _buffers_kept.get():
             stack.enter_context(_noted_if_written(module))
             return torch.func.functional_call(module, dict(params), args, keywords)
-        if curvature:
+        if curvature is not None:
             _warn_of_autocast(params)
             if any(isinstance(layer, nn.MultiheadAttention) for layer in module.modules()):
                 _announce_plain_attention()
             stack.enter_context(differentiable_layers(module))
             stack.enter_context(_without_reentrant_checkpoints(module))
-            if _buffers_written.get():
+            if curvature.write_buffers:
                 stack.enter_context(_noted_if_written(module))
                 return torch.func.functional_call(module, dict(params), args, keywords)
             stack.enter_context(_without_running_statistics(module))
         read = [(name, buffer) for name, buffer in module.named_buffers() if name not in params]
-        notes = _buffer_notes.get() if curvature else None
-        if notes is not None:
-            notes.note(read)
+        if curvature is not None and curvature.notes is not None:
+            curvature.notes.note(read)
         copies = {name: buffer.detach().clone() for name, buffer in read}
         given = {name: tensor.clone() if name in buffers else tensor for name, tensor in params.items()}
         return torch.func.functional_call(module, {**copies, **given}, args, keywords)

@@ -72,9 +72,10 @@ class Linearization(ABC):
         x = tree.as_variables(self.upper)
         return reached([self.objective(x, tree.as_variables(self.lower))], x)
 
-    def depends_on_upper(self) -> bool:
-        """Whether dL/dy may change with any upper variable."""
-        return bool(self.reached_upper())
+    def depends_on_upper(self) -> bool | None:
+        """Whether dL/dy may change with any upper variable, as far as a product has met it on its way; None where none
+        has."""
+        return None
 
     def kept_graph(self) -> tuple[Params, Params] | None:
         """The lower variables and the gradient of the graph that is kept between products; None where none is kept."""
@@ -250,17 +251,20 @@ class _Reverse(Linearization):
         super().__init__(objective, upper, lower)
         self._account = account
         self._graph: tuple[Params, Params, Params] | None = None
+        self._depends: bool | None = None
 
     def _differentiable_gradient(self) -> tuple[Params, Params, Params]:
         """(x, y, dL/dy with its graph); also records the gradient's value."""
         if self._graph is not None:
             return self._graph
-        x = tree.detach(self.upper) if self._account is None else tree.as_variables(self.upper)
+        look = self._account is None and self._depends is None
+        x = tree.as_variables(self.upper) if look or self._account is not None else tree.detach(self.upper)
         y = tree.as_variables(self.lower)
         with CheapDoubleBackward():
             loss = self.objective(x, y)
         g = tree.gradients(loss, y, create_graph=True)
         self._gradient = tree.detach(g)
+        self._depends = bool(reached(g.values(), x)) if look else self._depends
         if self._account is not None and self._account.admits(g.values()):
             self._graph = x, y, g
         # Offered once: what is kept only grows, so that a graph that does not fit now never will.
@@ -272,11 +276,11 @@ class _Reverse(Linearization):
         _, y, g = self._differentiable_gradient()
         return tree.pullback(g, vector, [y], retain_graph=self._graph is not None)[0]
 
-    def depends_on_upper(self) -> bool:
-        if self._graph is None:
-            return super().depends_on_upper()
-        x, _, g = self._graph
-        return bool(reached(g.values(), x))
+    def depends_on_upper(self) -> bool | None:
+        if self._depends is None and self._graph is not None:
+            x, _, g = self._graph
+            self._depends = bool(reached(g.values(), x))
+        return self._depends
 
     def kept_graph(self) -> tuple[Params, Params] | None:
         return None if self._graph is None else self._graph[1:]
@@ -356,21 +360,28 @@ class _Difference(Linearization):
         return self._difference(upper_gradient, vector, base)
 
     def _difference(self, function: Callable[[Params], Params], vector: Params, base: Params | None) -> Params:
-        y = tree.detach(self.lower)
-        # Through a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
-        magnitude = tree.power_of_two(vector)
-        if magnitude == 0.0:
-            return tree.zeros_like(function(y))
-        direction = tree.scale(1.0 / magnitude, vector)
-        length = float(tree.norm(direction))
+        y, vector = tree.detach(self.lower), tree.detach(vector)
+        # Over a power of two, so that the squares of a very short or long vector do not leave the dtype's range.
+        magnitude = _power_of_two(vector)
+        divisor = torch.where(magnitude == 0.0, 1.0, magnitude)
+        direction = {name: (leaf / divisor).to(leaf.dtype) for name, leaf in vector.items()}
+        # Along zero there is no length to divide by, and no difference.
+        length = torch.where(magnitude == 0.0, 1.0, tree.norm(direction).double())
         rounding = max(torch.finfo(leaf.dtype).eps for leaf in y.values())
-        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + float(tree.norm(y)))
+        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + tree.norm(y).double())
         epsilon = (self.step or automatic) / length
         ahead = function(tree.axpy(epsilon, direction, y))
-        if base is not None:
-            return tree.scale(magnitude / epsilon, tree.sub(ahead, base))
-        behind = function(tree.axpy(-epsilon, direction, y))
-        return tree.scale(0.5 * magnitude / epsilon, tree.sub(ahead, behind))
+        behind = function(tree.axpy(-epsilon, direction, y)) if base is None else base
+        share = (0.5 if base is None else 1.0) / epsilon
+        return tree.scale(magnitude, tree.scale(share, tree.sub(ahead, behind)))
+
+
+def _power_of_two(x: Params) -> Tensor:
+    """The power of two at or next below the largest entry in modulus, float64; 0 where x = 0, NaN where an entry is not
+    finite. Nothing is read from the device."""
+    norms = [torch.linalg.vector_norm(leaf, inf).double() for leaf in x.values() if leaf.numel()]
+    largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
+    return torch.where(largest == 0.0, 0.0, largest / (2.0 * torch.frexp(largest).mantissa))
 
 
 @torch.enable_grad()

@@ -4,6 +4,7 @@ from bilevel.training.callbacks import Callback, Checkpointing, Diagnostics, JSO
 from bilevel.training.data.batches import BatchSource, BatchStack, Cycle, derive_seed
 from bilevel.training.data.blocks import Blocks
 from bilevel.training.data.loader import LoaderSource
+from bilevel.training.data.transfer import Arriving, Transfer, transfer_to
 from bilevel.training.engine import NonFiniteError, Training
 from bilevel.training.inspection import Inspect
 from bilevel.training.level import Level, LRSchedule
@@ -14,6 +15,7 @@ from bilevel.training.trainer import Trainer
 
 __all__ = [
     "AlternatingSchedule",
+    "Arriving",
     "BatchSource",
     "BatchStack",
     "Blocks",
@@ -36,8 +38,10 @@ __all__ = [
     "TrackerError",
     "Trainer",
     "Training",
+    "Transfer",
     "WandbLogger",
     "derive_seed",
     "gradient_of",
     "power_decay",
+    "transfer_to",
 ]

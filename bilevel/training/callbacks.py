@@ -21,9 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bilevel.checkpoint import save_checkpoint
+from bilevel.checkpoint import newest_number, save_checkpoint
 from bilevel.checks import check_count, check_kind, check_path
-from bilevel.distributed import rank
+from bilevel.distributed import on_first_rank, rank
 from bilevel.hypergradients import Hypergradient
 from bilevel.linear import Status
 
@@ -194,6 +194,10 @@ class Checkpointing(Callback):
         directory: where `save_checkpoint` writes and `load_checkpoint` looks.
         every: units between two checkpoints.
         keep: how many of the newest stay.
+
+    Raises:
+        ValueError: when the run begins, and nothing was trained: there are checkpoints in the directory already, and
+            the training continues none. They would be deleted one by one, or taken up later in place of its own.
     """
 
     def __init__(self, directory: str | Path, *, every: int = 1, keep: int = 2) -> None:
@@ -201,6 +205,17 @@ class Checkpointing(Callback):
         check_count("Checkpointing: every", every, least=1)
         check_count("Checkpointing: keep", keep, least=1)
         self.directory, self.every, self.keep = Path(directory), every, keep
+        self._has_saved = False
+
+    def on_run_start(self, trainer: Any) -> None:
+        if trainer.progress == 0 and not (trainer.continues or self._has_saved):
+            number = on_first_rank(lambda: newest_number(self.directory))
+            if number is not None:
+                raise ValueError(
+                    f"Checkpointing: {self.directory} holds checkpoints of another run, the newest of number {number}, "
+                    "and this training does not continue it: call trainer.resume(directory) before run() to do so, or "
+                    "give a directory of its own"
+                )
 
     def on_progress(self, trainer: Any) -> None:
         if trainer.progress % self.every == 0 or trainer.progress == trainer.total:
@@ -208,6 +223,7 @@ class Checkpointing(Callback):
 
     def on_interrupt(self, trainer: Any) -> None:
         save_checkpoint(self.directory, trainer.progress, trainer.state_dict(), keep=self.keep)
+        self._has_saved = True
 
 
 # Of the columns that need another width than their titles'.

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bilevel import interruption, tree
-from bilevel.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from bilevel.checkpoint import load_checkpoint, lost_generators, random_state, save_checkpoint, set_random_state
 from bilevel.checks import check_count, check_kind, check_trained
-from bilevel.distributed import check_replicated
+from bilevel.distributed import check_replicated, rank
 from bilevel.interruption import Interrupted
 from bilevel.lower import check_recordable
 from bilevel.training.callbacks import Callback, Record
@@ -46,6 +47,8 @@ class Training(ABC):
         skipped: steps left out, by level; `skipped_last` counts those of them since the last step that was not.
         solves: linear systems solved, by the name of the `Status` that they ended with.
         progress: units made.
+        continues: whether it goes by a state that was saved: by `resume`, which saves one where there is none, or by
+            `load_state_dict`.
     """
 
     def __init__(self, levels: Mapping[str, Level], callbacks: Sequence[Callback], nonfinite_skips: int) -> None:
@@ -60,7 +63,7 @@ class Training(ABC):
         self.skipped: Counter[str] = Counter()
         self.skipped_last: Counter[str] = Counter()
         self.solves: Counter[str] = Counter()
-        self.progress = 0
+        self.progress, self.continues = 0, False
         self._run_began = time.perf_counter(), 0.0
 
     @property
@@ -131,9 +134,9 @@ class Training(ABC):
                 raise ValueError(f"{name}: {error}") from error
         self._run_began = time.perf_counter(), self.waited
         with interruption.deferred():
-            for callback in self.callbacks:
-                callback.on_run_start(self)
             try:
+                for callback in self.callbacks:
+                    callback.on_run_start(self)
                 while self.progress < self.total:
                     interruption.check()
                     self.advance()
@@ -159,12 +162,13 @@ class Training(ABC):
                     f"loss or gradient was not finite ({self.skipped[name]} in all); what was trained is not of use. "
                     "Lower the learning rate, or check the data and the weights that it began with"
                 )
-            for variable, leaf in self.levels[name].params.items():
-                if not bool(torch.isfinite(leaf).all()):
-                    raise NonFiniteError(
-                        f"{name}: {variable} is not finite after the last of {self.steps[name]} steps; lower the "
-                        "learning rate"
-                    )
+            params = self.levels[name].params
+            if not tree.all_finite(params):
+                variable = next(key for key, leaf in params.items() if not tree.all_finite({key: leaf}))
+                raise NonFiniteError(
+                    f"{name}: {variable} is not finite after the last of {self.steps[name]} steps; lower the learning "
+                    "rate"
+                )
 
     def resume(self, directory: str | Path) -> bool:
         """Continue from the newest checkpoint in `directory`; whether there was one.
@@ -181,6 +185,7 @@ class Training(ABC):
             for callback in self.callbacks:
                 callback.on_new_run(self)
             save_checkpoint(directory, self.progress, self.state_dict())
+            self.continues = True
             return False
         self.load_state_dict(found[1])
         return True
@@ -202,7 +207,7 @@ class Training(ABC):
         """One optimizer step of a level, after checking that every number is finite; the event's record.
 
         Loss and gradient are means over the ranks, so that what is not finite on one is so on all. One read of the
-        device: it waits for all that was queued.
+        device: it waits for all that was queued, and before it the data prepare the level's next batch.
 
         Args:
             event: its name.
@@ -220,6 +225,7 @@ class Training(ABC):
         zeros = [torch.linalg.vector_norm(tensor.detach() * 0.0) for tensor in also]
         sizes = [size, *(tree.norm(others[other]) for other in others)]
         numbers = [number.detach().to(size.device, dtype) for number in (loss, *sizes, *zeros)]
+        level.data.prepare()
         value, norm, *rest = torch.stack(numbers).tolist()
         norms, all_sound = rest[: len(others)], all(number == 0.0 for number in rest[len(others) :])
         record = {"event": event, "step": self.steps[name] + 1, "loss": value, "lr": level.rate, "grad_norm": norm}
@@ -277,7 +283,8 @@ class Training(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict` of a training that was made with the same arguments.
+        """Continue from a `state_dict` of a training that was made with the same arguments. A UserWarning says which
+        CUDA generators have no place where the number of devices is another one.
 
         Raises:
             ValueError: the state is of another training; nothing was changed.
@@ -289,8 +296,12 @@ class Training(ABC):
         self.load_kept(state["kept"])
         for callback, saved in self._pairs(state)[0]:
             callback.load_state_dict(saved)
+        self.continues = True
         self.progress, self.steps = state["progress"], dict(state["steps"])
         self.skipped, self.skipped_last = Counter(state["skipped"]), Counter(state["skipped_last"])
+        lost = lost_generators(state["random"])
+        if lost is not None and rank() == 0:
+            warnings.warn(lost, stacklevel=2)
         set_random_state(state["random"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bilevel import tree
 from bilevel.checks import check_count
-from bilevel.distributed import mean_with_gradient
+from bilevel.distributed import mean_with_gradients
 from bilevel.training.callbacks import Callback
 from bilevel.training.engine import Training
 from bilevel.training.level import Level
@@ -75,7 +75,7 @@ class SingleLevelTrainer(Training):
 
     def _advance(self) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in self._buffers()] if self.nonfinite_skips else []
-        loss, gradient = mean_with_gradient(*self.derivatives(self.levels["train"].next_batch()))
+        loss, gradient = mean_with_gradients(*self.derivatives(self.levels["train"].next_batch()))
 
         @torch.no_grad()
         def undo() -> None:

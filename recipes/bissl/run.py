@@ -1,7 +1,11 @@
 """BiSSL from the command line: ``bissl --help``, in a checkout ``python recipes/bissl/run.py --help``."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+LATER = ("scipy", "torchvision")
+"""What is imported once there is work for it; a run should not learn at its end that it is missing."""
 
 if not __package__:
     # As a script: the repository's root instead of this folder, whose file names could hide installed modules.
@@ -9,6 +13,8 @@ if not __package__:
     __package__ = "bilevel.recipes.bissl"
 
 try:
+    for missing in (name for name in LATER if find_spec(name) is None):
+        raise ModuleNotFoundError(name=missing)
     from .commands.main import console
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] == "bilevel":

@@ -93,10 +93,11 @@ class ArtifactStore:
 
     Args:
         facts: as for `read_artifact`.
+        waits: whether a stage that another process makes is waited for, instead of refused.
     """
 
-    def __init__(self, folder: Path, facts: Kinds = MappingProxyType({})) -> None:
-        self.folder, self.facts = folder, facts
+    def __init__(self, folder: Path, facts: Kinds = MappingProxyType({}), *, waits: bool = False) -> None:
+        self.folder, self.facts, self.waits = folder, facts, waits
 
     def directory(self, stage: str, key: str) -> Path:
         """Where the artifact is or will be; a stage's checkpoints are there while it runs."""

@@ -1,9 +1,11 @@
 """The events of a stage, written as lines of the run's `metrics.jsonl` and to trackers."""
 
+import fcntl
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from bilevel.distributed import rank
 from bilevel.training import Callback, JSONLWriter, Tracker, TrackerError
 
 from .errors import ConfigError
+
+LOCK = ".metrics.lock"
+"""File beside the events that is locked while one of several processes writes there."""
 
 MOST_LINES = 2000
 """Upper bound on the "train" events that one stage writes."""
@@ -29,17 +34,26 @@ class StageEvents(Callback):
         path: the file; its folder must exist.
         context: fields that tell the stage's lines from all others.
         trackers: viewers that get the events too, by name. One that is added on resume gets what comes from then on.
+        shared: whether other processes of this machine write their stages' events to the file meanwhile.
 
     Every method raises ConfigError where a tracker cannot be started or written to.
     """
 
-    def __init__(self, path: Path, context: Mapping[str, Any], trackers: Mapping[str, Tracker] | None = None) -> None:
-        self.path, self.context, self.trackers = path, dict(context), dict(trackers or {})
+    def __init__(
+        self,
+        path: Path,
+        context: Mapping[str, Any],
+        trackers: Mapping[str, Tracker] | None = None,
+        *,
+        shared: bool = False,
+    ) -> None:
+        self.path, self.context, self.trackers, self.shared = path, dict(context), dict(trackers or {}), shared
         self._writer, self._lines = JSONLWriter(path, context), 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._writer.write(record)
+        with self._alone():
+            self._writer.write(record)
         self._lines += 1
         with _named_errors():
             for tracker in self.trackers.values():
@@ -103,16 +117,21 @@ class StageEvents(Callback):
         self._lines = 0
         if rank() > 0:
             return
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = []
-        for line in lines:
-            own = self._is_own(line)
-            if own is None or (own and self._lines == count):
-                continue
-            self._lines += own
-            kept.append(line)
-        if len(kept) < len(lines):
-            write_atomic(self.path, b"".join(kept))
+        with self._alone():
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            kept = []
+            for line in lines:
+                own = self._is_own(line)
+                if own is None or (own and self._lines == count):
+                    continue
+                self._lines += own
+                kept.append(line)
+            if len(kept) < len(lines):
+                write_atomic(self.path, b"".join(kept))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """The file is another one after it was cut: nobody may append to it meanwhile."""
+        return _locked(self.path.with_name(LOCK)) if self.shared else nullcontext()
 
     def _is_own(self, line: bytes) -> bool | None:
         """Whether the line is this stage's; None where it was cut off while being written."""
@@ -120,6 +139,17 @@ class StageEvents(Callback):
             return None
         record = json.loads(line)
         return all(record.get(name) == value for name, value in self.context.items())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        # Which unlocks it.
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Reads a run's configuration, results and events back from its folder, and makes curves of the events."""
+"""Reads a run's configuration, results and events back from its folder, orders the events and makes curves of them."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bilevel.checkpoint import write_atomic
 
 from .folder.run_folder import CONFIG, METRICS, RESULTS
 
@@ -76,6 +78,21 @@ def read_run(run_dir: Path) -> RunRecords:
         partial_line=partial_line,
         written=None if newest is None else datetime.fromtimestamp(newest),
     )
+
+
+def order_events(path: Path, place: Callable[[Event], Any]) -> None:
+    """Put the lines of a `metrics.jsonl` in the order of `place`, a function of an event; equal ones keep their order.
+
+    Stages that are made side by side write as they come. A line that was cut off while being written is left out.
+
+    Raises:
+        ValueError: a line is broken.
+    """
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    places = [place(_parse_event(path, number, line)) for number, line in enumerate(lines, start=1)]
+    ordered = [lines[index] for index in sorted(range(len(lines)), key=places.__getitem__)]
+    if ordered != lines:
+        write_atomic(path, b"".join(ordered))
 
 
 def select(events: Sequence[Event], stage: str, event: str) -> list[Event]:

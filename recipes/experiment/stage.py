@@ -49,13 +49,13 @@ class CachedStage:
         A signal that asks for a stop waits for the next `interruption.check`.
 
         Raises:
-            ConfigError: another process makes it.
+            ConfigError: another process makes it, and the store does not wait.
         """
         finished = self._find()
         if finished is not None:
             return finished
         directory = self.store.directory(self.name, self.key)
-        with interruption.deferred(), leased(directory, "artifacts") as check:
+        with interruption.deferred(), leased(directory, "artifacts", waits=self.store.waits) as check:
             # Another process may have finished it in between.
             artifact = self._find()
             if artifact is None:

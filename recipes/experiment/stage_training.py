@@ -91,6 +91,7 @@ def run_training(
             events,
             seconds,
             ProgressBar(workspace.console, title),
+            *(() if workspace.watch is None else (workspace.watch(title),)),
             *callbacks,
             Inspect(workspace.inspect, prefix=f"{events.name}-"),
             Checkpointing(attempt.directory, every=checkpoint_every),

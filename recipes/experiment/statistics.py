@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
     Raises:
         ValueError: The lengths differ, or a value is not finite.
     """
+    from scipy import stats
+
     x, y = _finite("a", a), _finite("b", b)
     if len(x) != len(y):
         raise ValueError(f"a and b must hold one value per seed each, got {len(x)} and {len(y)} values")
@@ -80,6 +81,8 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Comparison:
     Raises:
         ValueError: A sample is empty or not finite.
     """
+    from scipy import stats
+
     x, y = _finite("a", a), _finite("b", b)
     difference, name = float(x.mean() - y.mean()), "welch"
     if min(len(x), len(y)) < 2:

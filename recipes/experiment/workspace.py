@@ -1,6 +1,6 @@
 """Where a run keeps what it makes, and where it shows its progress."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from bilevel.distributed import rank
-from bilevel.training import TrackerError
+from bilevel.training import Callback, TrackerError
 
 from .artifacts import ArtifactStore
 from .errors import ConfigError
@@ -25,6 +25,8 @@ class Workspace:
         folder: with the run's events, its viewers' files and the batches of steps that went wrong.
         store: of finished stages; several runs may share it.
         tracking, project: names of the viewers that get the events too, and of the project there: see `make_trackers`.
+        watch: gives, for the title of a training, a callback that shows elsewhere how far it is.
+        shared: whether other processes write the events of their stages to the folder meanwhile.
     """
 
     folder: Path
@@ -32,6 +34,8 @@ class Workspace:
     console: Console = field(default_factory=Console)
     tracking: Collection[str] = ()
     project: str = "bilevel"
+    watch: Callable[[str], Callback] | None = None
+    shared: bool = False
 
     @property
     def metrics(self) -> Path:
@@ -58,4 +62,4 @@ class Workspace:
             viewers = {} if rank() > 0 else make_trackers(self.tracking, folder, fields, settings, project=self.project)
         except TrackerError as error:
             raise ConfigError(f"tracking: {error}") from error
-        return StageEvents(self.metrics, fields, viewers)
+        return StageEvents(self.metrics, fields, viewers, shared=self.shared)

@@ -57,7 +57,7 @@ def top_k(k: int) -> Metric:
         return (correct, count) if state is None else (state[0] + correct, state[1] + count)
 
     def compute(state: State) -> float:
-        correct, count = (int(value) for value in state)
+        correct, count = torch.stack(state).tolist()
         if count == 0:
             raise ValueError(f"top-{k} accuracy of an empty set is undefined; accumulate at least one example")
         return 100.0 * correct / count

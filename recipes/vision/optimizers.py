@@ -1,7 +1,10 @@
 """The pretext optimizer (LARS) and the learning-rate schedules."""
 
+# torch has no public name for its foreach operations.
+# pyright: reportPrivateImportUsage=false
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +26,8 @@ class LARS(Optimizer):
         p = p - lr * m
 
     With `exclude_1d`, parameters of at most one dimension (biases, normalisation scales) get neither decay nor scaling:
-    ``d = g``. The decay belongs to the optimizer, not to the objective. The step runs without waiting for the device.
+    ``d = g``. The decay belongs to the optimizer, not to the objective. The step is made of operations on all tensors
+    at once and runs without waiting for the device; it takes the memory of one more copy of the gradient.
 
     Args:
         params: Parameters or parameter groups; a group may set any of the options below.
@@ -76,29 +80,44 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError("LARS takes no sparse gradients; build the embedding with sparse=False")
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                m = state["momentum_buffer"]
-                m.mul_(group["momentum"]).add_(_direction(p, p.grad, group))
-                p.add_(m, alpha=-group["lr"])
+            for params, scaled in _alike(group["params"], group["exclude_1d"]):
+                self._move(params, scaled, group)
         return loss
 
+    def _move(self, params: list[Tensor], scaled: bool, group: dict[str, Any]) -> None:
+        """The step of parameters of one device and dtype: a few operations on all of them."""
+        gradients, momenta = [p.grad for p in params if p.grad is not None], [self._momentum(p) for p in params]
+        torch._foreach_mul_(momenta, group["momentum"])
+        directions = _scaled(params, gradients, group) if scaled else gradients
+        torch._foreach_add_(momenta, directions)
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
-def _direction(p: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-    """The decayed, scaled gradient that enters the momentum."""
-    if group["exclude_1d"] and p.ndim <= 1:
-        return g
-    d = g.add(p, alpha=group["weight_decay"])
-    p_norm, d_norm = p.norm(), d.norm()
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def _alike(params: Iterable[Tensor], exclude_1d: bool) -> list[tuple[list[Tensor], bool]]:
+    """Parameters with a gradient, by device, dtype and whether they are decayed and scaled, which comes with each."""
+    found: dict[tuple[Any, ...], list[Tensor]] = {}
+    for p in params:
+        if p.grad is None:
+            continue
+        if p.grad.is_sparse:
+            raise RuntimeError("LARS takes no sparse gradients; build the embedding with sparse=False")
+        found.setdefault((p.ndim > 1 or not exclude_1d, p.device, p.dtype, p.grad.dtype), []).append(p)
+    return [(some, scaled) for (scaled, *_), some in found.items()]
+
+
+def _scaled(params: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """The decayed, scaled gradients that enter the momentum."""
+    d = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+    p_norms, d_norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(d))
     # torch.where instead of a Python condition, which would wait for the device twice per tensor.
-    factor = torch.where((p_norm > 0) & (d_norm > 0), group["trust_coefficient"] * p_norm / d_norm, 1.0)
-    return d * factor
+    factors = torch.where((p_norms > 0) & (d_norms > 0), group["trust_coefficient"] * p_norms / d_norms, 1.0)
+    return list(torch._foreach_mul(d, factors.unbind()))
 
 
 def _check_options(options: dict[str, Any]) -> None:

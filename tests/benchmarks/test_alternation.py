@@ -13,7 +13,7 @@ from benchmarks.pages import insert
 from bilevel import CG
 from tests.support.paths import ROOT
 
-TINY = Sizes(warm_up=25, lower_batch=16, upper_batch=8, lower_steps=2, upper_steps=2, hessian_batches=2)
+TINY = Sizes(warm_up=25, alternations=2, lower_batch=16, upper_batch=8, lower_steps=2, upper_steps=2, hessian_batches=2)
 KEPT = ROOT / "benchmarks" / "results" / "alternation.json"
 
 
@@ -21,19 +21,22 @@ def test_the_figures_of_a_small_alternation(monkeypatch: pytest.MonkeyPatch) -> 
     # A few images a batch have more curvature, which takes more damping for as few iterations.
     monkeypatch.setattr(alternation, "C", 60.0)
     # At that damping the benchmark's own tolerance asks for no iteration at all.
-    tight = replace(alternation.SETTINGS["global_cg"], solver=CG(10, 4e-3, recycle=20))
+    tight = replace(alternation.SETTINGS["global_cg"], solver=CG(10, 4e-3, recycle=20, memory=6))
     monkeypatch.setitem(alternation.SETTINGS, "global_cg", tight)
     setup = make_setup("photographs", torch.device("cpu"), TINY)
+    assert (len(setup.lower_batches), len(setup.upper_batches)) == (2 * 4, 2 * 2)
     found = alternation.measure(setup, 1, ["global_cg", "default", "identity"], quick=True)
     separate, default, identity = (found["overhead"][name] for name in ("global_cg", "default", "identity"))
-    assert identity["hvps"] == 0
-    assert default["hvps"] == default["products"] * 2 > 0
+    assert identity["hvps"] == [0, 0]
+    assert all(count > 0 for count in default["hvps"])
+    # Nothing is carried on by identity: its later alternations are other starts of the same.
+    assert [len(row["error"]) for row in (separate, default, identity)] == [2, 2, 1]
     # Identity's error is the part of the update that the solve is for.
-    assert separate["error"] < 0.5 * identity["error"]
-    assert identity["error"] == pytest.approx(separate["relative_change"], rel=0.5)
-    assert separate["solve_error"] < 0.5 * identity["error"]
-    assert default["error"] < 1.5 * found["noise_floor"]
-    assert 0.0 < found["noise_floor"] < 1.0
+    assert separate["error"][0] < 0.5 * identity["error"][0]
+    assert identity["error"][0] == pytest.approx(separate["relative_change"], rel=0.5)
+    assert separate["solve_error"] < 0.5 * identity["error"][0]
+    assert all(error < 1.5 * floor for error, floor in zip(default["error"], found["noise_floor"], strict=True))
+    assert all(0.0 < floor < 1.0 for floor in found["noise_floor"])
     # Without gamma, momentum and norm limit aggregation changes nothing but rounding and the solver's 1e-5.
     assert found["aggregation"][0]["gamma"] == found["aggregation"][0]["momentum"] == 0.0
     assert found["aggregation"][0]["bias"] < 1e-3
@@ -44,13 +47,13 @@ def test_the_figures_of_a_small_alternation(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not KEPT.exists(), reason="not measured yet")
 def test_the_kept_figures_meet_what_the_documentation_says() -> None:
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
-    overhead, floor = kept["overhead"], kept["noise_floor"]
-    assert overhead["global_cg"]["error"] <= overhead["paper"]["error"]
+    overhead, floors = kept["overhead"], kept["noise_floor"]
+    assert overhead["global_cg"]["error"][0] <= overhead["paper"]["error"][0]
     solves = {name: row["ratio"] - overhead["identity"]["ratio"] for name, row in overhead.items()}
-    assert solves["global_cg"] <= solves["paper"] / 3.0
-    assert overhead["global_cg"]["ratio"] <= 10.0
-    assert overhead["default"]["ratio"] <= 4.0
-    assert overhead["default"]["error"] <= floor
+    assert solves["global_cg"] <= solves["paper"] / 5.0
+    assert overhead["default"]["ratio"] <= 2.5
+    assert overhead["two_batches"]["ratio"] <= 1.8
+    assert all(error <= floor for error, floor in zip(overhead["default"]["error"], floors, strict=True))
     assert overhead["paper"]["ratio"] > overhead["global_cg"]["ratio"] > overhead["default"]["ratio"]
 
 

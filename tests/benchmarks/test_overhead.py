@@ -12,7 +12,7 @@ import torch
 from benchmarks import overhead
 from benchmarks.pages import insert
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
-from recipes.bissl.outcome import open_run
+from recipes.bissl.outcome.side_by_side import all_stages
 from tests.support.paths import ROOT
 from tests.support.recipes.small_runs import SMALL_OPTIONS
 
@@ -32,7 +32,7 @@ assert ("TORCHELASTIC_RUN_ID" in os.environ) == ("RANK" in os.environ)
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    monkeypatch.setattr(open_run, "write_report", lambda folder: folder)
+    monkeypatch.setattr(all_stages, "write_report", lambda folder: folder)
 
 
 def test_a_plain_write_leaves_the_same_bytes(tmp_path: Path) -> None:

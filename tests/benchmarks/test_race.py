@@ -11,6 +11,7 @@ from scipy.optimize import minimize
 from benchmarks.race import run as race
 from benchmarks.race.methods import ENTRIES, Draws, Entry, Own
 from benchmarks.race.problems import Rates, hyper_cleaning, stochastic_quadratic
+from bilevel.hypergradients import SingleLoop
 from tests.support.paths import ROOT
 
 KEPT = ROOT / "benchmarks/results/race.json"
@@ -70,7 +71,28 @@ def test_contestants_go_down(entry: Entry) -> None:
         contestant.advance()
     assert problem.value(contestant.upper) < start
     assert isinstance(contestant, Own)
-    assert contestant.trainer.steps == {"upper": 5, "lower": 100}
+    # A single loop moves both levels in each of its steps.
+    single = entry.name.startswith("single loop")
+    assert contestant.trainer.steps == {"upper": 100 if single else 5, "lower": 100}
+
+
+def test_single_loops_take_fixed_batches_of_all_rows() -> None:
+    problem = stochastic_quadratic(rows=130)
+    started = [
+        entry.start(problem, Rates(0.01, 0.1), torch.Generator().manual_seed(k)) for k in (0, 1) for entry in OWN
+    ]
+    found = [c.trainer for c in started if isinstance(c, Own) and isinstance(c.trainer.method, SingleLoop)]
+    assert len(found) == 4
+    for trainer in found:
+        below, above = trainer.lower.data.blocks, trainer.upper.data.blocks
+        assert below is not None
+        assert above is not None
+        # 130 and 500 rows in batches of 64.
+        assert [len(below.block(k)[0]) for k in range(len(below))] == [64, 64, 2]
+        assert len(above) == 8
+        assert [group["lr"] for group in trainer.upper.optimizer.param_groups] == [0.1 / 20]
+    orders = [[trainer.lower.next_batch()[2].sum().item() for _ in range(12)] for trainer in found]
+    assert orders[0] != orders[2], "the seed of a run orders its batches"
 
 
 def test_draws_go_on_from_their_state() -> None:

@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import random
+import re
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+from bilevel import Level
 from bilevel.checkpoint import (
     CheckpointError,
     load_checkpoint,
+    lost_generators,
     random_state,
     save_checkpoint,
     set_random_state,
     write_atomic,
 )
+from bilevel.training import SingleLevelTrainer, gradient_of
 
 
 def state(value: float) -> dict[str, Any]:
@@ -184,6 +189,85 @@ def test_random_state_round_trip_through_a_file(tmp_path: Path) -> None:
     assert loaded is not None
     set_random_state(loaded[1]["random"])
     assert draws() == expected
+
+
+class Devices:
+    """As many CUDA devices as are asked for, as far as their generators go."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, count: int, current: int = 0, *, in_use: bool = True) -> None:
+        self.states = [torch.tensor([100 + device], dtype=torch.uint8) for device in range(count)]
+        patch.setattr(torch.cuda, "is_initialized", lambda: in_use and count > 0)
+        patch.setattr(torch.cuda, "device_count", lambda: count)
+        patch.setattr(torch.cuda, "current_device", lambda: current)
+        patch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in self.states])
+        patch.setattr(torch.cuda, "set_rng_state", self.set)
+
+    def set(self, state: torch.Tensor, device: int) -> None:
+        self.states[device] = state.clone()
+
+    @property
+    def numbers(self) -> list[int]:
+        return [int(state) for state in self.states]
+
+
+CUDA = {
+    # Devices and the current one then, and now; what the generators hold afterwards (100 and up: as they were); words.
+    "the same": ((2, 0), (2, 0), [0, 1], None),
+    "each rank its own": ((2, 0), (2, 1), [0, 0], None),
+    "fewer": ((4, 0), (2, 0), [0, 1], "the device in use goes on as it would have, and those of cuda:2 to cuda:3 are"),
+    "one fewer": ((2, 1), (1, 0), [1], "and those of cuda:1 are lost"),
+    "more": ((1, 0), (3, 0), [0, 101, 102], "and cuda:1 to cuda:2 from where they stand now"),
+    "none now": ((1, 0), (0, 0), [], r"draws that were made there \(dropout masks, for example\) will be other ones"),
+    "none then": ((0, 0), (2, 0), [100, 101], "draws on a GPU begin where its generators stand now"),
+    "never": ((0, 0), (0, 0), [], None),
+}
+
+
+@pytest.mark.parametrize("case", CUDA)
+def test_cuda_generators_are_restored_or_their_loss_is_said(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then, now, expected, said = CUDA[case]
+    devices = Devices(monkeypatch, *then)
+    devices.states = [torch.tensor([device], dtype=torch.uint8) for device in range(then[0])]
+    save_checkpoint(tmp_path, 0, {"random": random_state()})
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    devices = Devices(monkeypatch, *now)
+    words = lost_generators(loaded[1]["random"])
+    assert (words is None) == (said is None)
+    if words is not None and said is not None:
+        assert re.search(said, words), words
+        assert f"the states of {then[0]} CUDA generator(s), and {now[0]} device(s) are in sight" in words
+    set_random_state(loaded[1]["random"])
+    assert devices.numbers == expected
+
+
+def test_a_training_says_which_generators_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer() -> SingleLevelTrainer:
+        w = torch.zeros(1, requires_grad=True)
+        level = Level({"w": w}, torch.optim.SGD([w], 0.1), [torch.ones(1)])
+        return SingleLevelTrainer(gradient_of(lambda batch: (w * batch).sum(), {"w": w}), level, 2)
+
+    state = trainer().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer().load_state_dict(state)
+    Devices(monkeypatch, 1)
+    with pytest.warns(UserWarning, match="the states of 0 CUDA generator") as said:
+        trainer().load_state_dict(state)
+    assert len(said) == 1
+
+
+def test_draws_on_a_device_continue(tmp_path: Path, device: torch.device) -> None:
+    torch.rand(1, device=device)
+    save_checkpoint(tmp_path, 0, {"random": random_state()})
+    expected = torch.rand(5, device=device)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert lost_generators(loaded[1]["random"]) is None
+    set_random_state(loaded[1]["random"])
+    assert torch.equal(torch.rand(5, device=device), expected)
 
 
 def test_atomic_writes_replace(tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ METHODS = {
     "implicit": Kind(Implicit(CG(3, rtol=None), damping=2.0, hessian_batches=2)),
     "recycled": Kind(Implicit(CG(3, rtol=None, recycle=5), damping=2.0, hessian_batches=2)),
     "warm": Kind(Implicit(CG(2, rtol=None), damping=2.0, hessian_batches=2, warm_start=True)),
+    "inexact, remembering": Kind(
+        Implicit(CG(4, rtol="noise", memory=3, inexact=True), damping=2.0, hessian_batches=2, aggregate=True)
+    ),
+    "remembering": Kind(Implicit(CG(2, rtol=None, memory=3), damping=2.0, hessian_batches=2)),
     "neumann": Kind(Implicit(Neumann(2), damping=2.0)),
     "aggregated": Kind(Implicit(CG(2, rtol=None), damping=2.0, aggregate=True, warm_start=True)),
     "unrolled": Kind(Unrolled(), upper_steps=1, adapts=False),

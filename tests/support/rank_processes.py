@@ -22,7 +22,7 @@ def forkserver() -> ForkServerContext:
     There is one server a process, with the imports that it was first asked for: all tests ask for the same.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.bissl.commands.main", "sklearn.datasets"])
+    context.set_forkserver_preload(["recipes.bissl.commands.main", "torchvision", "scipy.stats"])
     return context
 
 

@@ -27,6 +27,7 @@ from bilevel.lower import (
     check_batch,
     check_batches,
     differentiates,
+    explaining_batches,
     reweighted,
     thorough_examinations,
 )
@@ -167,7 +168,8 @@ def check_hypergradient(
     solved_problem = problem if damping == 0.0 else reweighted(problem, problem.regularization_weight + damping)
     solves = Solves(seconds, progress)
     resolved = Resolved(solved_problem, lower_solver, tree.detach(lower), upper_batch, lower_batches, solves, "at x")
-    start = resolved.solve(point)
+    with explaining_batches(lower_batches):
+        start = resolved.solve(point)
     with thorough_examinations() as examinations:
         result = hypergradient(
             problem, point, start, method, upper_batch=upper_batch, lower_batches=lower_batches, on_failure="ignore"

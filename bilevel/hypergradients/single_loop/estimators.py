@@ -45,9 +45,9 @@ def sampled(oracles: Oracles, at: Point, v: Params, above: FirstDerivatives, low
     """The hypergradient with v in place of the system's solution and the cross term on one sample."""
     below = oracles.lower(at.upper, at.lower, v, lower)
     implicit = tree.scale(-1.0, below.cross)
-    stationarity = float(tree.norm({name: below.gradient[name] for name in oracles.names}))
-    total = tree.add(above.upper, implicit)
-    failure = None if tree.all_finite(total) else _NOT_FINITE
+    total, gradient = tree.add(above.upper, implicit), {name: below.gradient[name] for name in oracles.names}
+    stationarity, sound = tree.read(tree.norm(gradient), tree.finite(total))
+    failure = None if sound else _NOT_FINITE
     return Hypergradient(total, above.upper, implicit, above.value, None, stationarity, failure=failure)
 
 

@@ -12,8 +12,8 @@ from bilevel import tree
 from bilevel.checks import check_kind, check_number, warn_outside
 from bilevel.hypergradients.method import Method, MethodState, Proposal, Setup, UpperStep
 from bilevel.hypergradients.result import Hypergradient, SolverError, SolverWarning, joined
-from bilevel.lower import Draw, Oracles, draws, examine_curvature, selected
-from bilevel.nn import curvature_surroundings
+from bilevel.lower import Draw, Oracles, all_repeatable, draws, examine_curvature, selected
+from bilevel.nn import curvature_pass
 from bilevel.products import ReverseOverReverse
 from bilevel.tree import Params
 
@@ -139,8 +139,8 @@ class SingleLoop(Method):
         oracles = Oracles(
             step.problem, names, write_buffers=self.moves_lower, watch=step.watch, backend=self._backend(step)
         )
-        with curvature_surroundings():
-            found = self.estimate(oracles, at, state, step)
+        with curvature_pass():
+            found = all_repeatable(step.problem, lambda: self.estimate(oracles, at, state, step))
         ahead = self.moved(at.v, found.direction.v, step)
         return Proposal(
             found.direction.upper,
@@ -158,13 +158,15 @@ class SingleLoop(Method):
 
     def _backend(self, step: UpperStep) -> str | None:
         """Of torch.compile. A first step goes without, since only plain passes are examined."""
+        if not self.compile:
+            return None
         drawing = draws(step.problem)
-        if self.compile and drawing:
+        if drawing:
             raise ValueError(
                 f"{type(self).__name__}: compile={self.compile!r} is for objectives that draw no random numbers, and "
                 f"those of {type(step.problem).__name__} do (dropout, noise); leave compile out"
             )
-        if not self.compile or step.number == 1 or drawing is None:
+        if step.number == 1 or drawing is None:
             return None
         return "inductor" if self.compile is True else self.compile
 

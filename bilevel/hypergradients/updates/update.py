@@ -221,4 +221,5 @@ def limited(gradient: Params, limit: float | None) -> Params:
     if limit is None:
         return gradient
     norm = tree.norm(gradient)
-    return tree.scale(limit / norm, gradient) if bool(norm > limit) else gradient
+    longer = norm > limit
+    return tree.scale(torch.where(longer, limit / torch.where(longer, norm, limit), 1.0), gradient)

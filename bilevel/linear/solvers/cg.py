@@ -1,27 +1,38 @@
 """Conjugate gradients, global, layer-wise, preconditioned and recycled."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind
 from bilevel.linear.account import Account, CountedOperator
 from bilevel.linear.conjugate_gradients import ConjugateGradients
+from bilevel.linear.inexact import InexactProducts
 from bilevel.linear.lanczos import union_of_ranges
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.preconditioner import Inverse, Preconditioner
+from bilevel.linear.quasi_newton import Pair, QuasiNewton, loaded_pairs, saved_pairs
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_rtol
+from bilevel.linear.solver import Solver, check_rtol, reads_are_free
 from bilevel.tree import Params
 
 
 @dataclass
 class _Prepared:
-    """What one operator's right-hand sides share; filled by the first of them, which gives the shapes."""
+    """What one operator's right-hand sides share; filled by the first of them, which gives the shapes.
+
+    Attributes:
+        saved, pairs: directions of earlier operators with their products, as they came from a checkpoint, and with
+            those of this one.
+    """
 
     directions: Directions
+    inexact: InexactProducts | None = None
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    pairs: list[Pair] | None = None
     inverse: Inverse | None = None
     noise: float | None = None
     norm_a: float = 0.0
@@ -57,6 +68,17 @@ class CG(Solver):
         recycle: keep at most this many search directions in the state, for two vectors of memory each. Later
             right-hand sides start from their projection on the kept ones, which takes no product and leaves a known
             residual, and search only what these leave over (`Directions`).
+        memory: keep at most this many search directions with their products, for two vectors of memory each, beyond the
+            operator: `Implicit` hands them from one system of a training to the next, and they are saved with a
+            checkpoint. They precondition the next system as a limited-memory BFGS approximation of its inverse, made
+            before its first right-hand side (Morales and Nocedal 2000; `QuasiNewton`), which takes no product. Worth it
+            where systems change slowly and a few large eigenvalues stay, as over the alternations of a training.
+        inexact: make products after the first one on as many of A's batches as their noise asks for, so that what they
+            leave out changes the residual by at most half the tolerance (`InexactProducts`, with the sources), and make
+            one more step at the end along the next direction, of the smallest step length met, whose product nobody
+            makes. The last residual is then expected, not measured: that of the recursion, to which the batches left
+            out are unknown, times what the step before brought, at least 1/2. It ends the iterations and makes the
+            status.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -67,12 +89,13 @@ class CG(Solver):
     biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
     more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
 
-    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
-    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+    On a GPU a fixed budget (rtol=None, without memory and inexact) is made without a synchronisation between the first
+    and the last product: a breakdown freezes the iterate there and is read at the end, so that all products are made.
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or
-            with recycle, through_negative_curvature without layerwise; at solve, a preconditioner that is not positive
+            with recycle, memory or inexact, through_negative_curvature without layerwise, memory together with a
+            preconditioner; at solve, a preconditioner that is not positive
             definite, or rtol="noise" where the operator is no mean over two batches or more.
         TypeError: a preconditioner that is not a `Preconditioner`.
     """
@@ -83,12 +106,16 @@ class CG(Solver):
     preconditioner: Preconditioner | None = None
     recycle: int = 0
     through_negative_curvature: bool = False
+    memory: int = 0
+    inexact: bool = False
 
     def __post_init__(self) -> None:
         check_count("CG: max_iterations", self.max_iterations, least=1)
         if self.rtol != "noise":
             check_rtol("CG", self.rtol, otherwise="'noise', or None for a fixed budget")
         check_count("CG: recycle", self.recycle, least=0)
+        check_count("CG: memory", self.memory, least=0)
+        check_kind("CG: inexact", self.inexact, bool, "True or False")
         if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
             raise TypeError(
                 f"CG: preconditioner must be a Preconditioner or None, got {type(self.preconditioner).__name__}"
@@ -101,22 +128,32 @@ class CG(Solver):
             )
         if self.layerwise and self.preconditioner is not None:
             raise ValueError("CG: layerwise=True takes no preconditioner; leave one of the two out")
-        if self.layerwise and self.recycle:
+        if self.layerwise and (self.recycle or self.memory or self.inexact):
             raise ValueError(
-                f"CG: layerwise=True has no conjugate directions to recycle, but recycle={self.recycle}; leave one of "
-                "the two out"
+                "CG: layerwise=True has no conjugate directions to recycle or to remember, and no inexact products, "
+                f"but recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
+            )
+        if self.memory and self.preconditioner is not None:
+            raise ValueError(
+                f"CG: memory={self.memory} makes a preconditioner of its own; leave memory or preconditioner out"
             )
 
     @property
     def learns(self) -> bool:
-        return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise"
+        return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise" or self.inexact
 
     @property
     def tolerance(self) -> float | None:
         return None if isinstance(self.rtol, str) else self.rtol
 
     def prepare(self, operator: Any) -> _Prepared:
-        return _Prepared(Directions(self.recycle))
+        return _Prepared(Directions(self.recycle), InexactProducts() if self.inexact else None)
+
+    def memory_of(self, state: _Prepared) -> dict[str, Any]:
+        return dict(state.saved) if state.pairs is None else saved_pairs(state.pairs)
+
+    def remember(self, state: _Prepared, memory: Mapping[str, Any]) -> None:
+        state.saved = memory
 
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Prepared) -> Solution:
         products = 0
@@ -126,6 +163,9 @@ class CG(Solver):
             products = counted.products
             if state.inverse is None:
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+        if state.pairs is None:
+            state.pairs = loaded_pairs(state.saved, b)
+            state.inverse = QuasiNewton(state.pairs) if state.pairs else state.inverse
         rtol = (state.noise or 0.0) if isinstance(self.rtol, str) else self.rtol
         account = Account(operator, b, self.max_iterations, rtol, products)
         account.noise = state.noise
@@ -147,9 +187,12 @@ class CG(Solver):
             inverse=state.inverse,
             directions=state.directions,
             stop_at_noise=self.rtol == "noise" and state.noise is None,
-            watched=self.rtol is not None or not next(iter(b.values())).is_cuda,
+            inexact=state.inexact,
+            memory=self.memory,
+            watched=self.rtol is not None or self.inexact or self.memory > 0 or reads_are_free(b),
         )
         found = run.solve(x0, r, relative)
+        state.pairs = [*state.pairs, *run.met][-self.memory :] if self.memory else []
         state.noise, state.norm_a = account.noise, account.norm_a if self.recycle else 0.0
         solution = replace(found, residual_norms=(start, found.residual_norms[1]), noise=account.noise)
         return self._with_kept_estimates(solution, state) if self.recycle else solution

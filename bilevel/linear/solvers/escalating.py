@@ -1,6 +1,7 @@
 """A growing Tikhonov term as an answer to breakdowns."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -77,6 +78,12 @@ class Escalating(Solver):
 
     def prepare(self, operator: Any) -> _Level:
         return _Level(self.solver.prepare(operator))
+
+    def memory_of(self, state: _Level) -> dict[str, Any]:
+        return self.solver.memory_of(state.state)
+
+    def remember(self, state: _Level, memory: Mapping[str, Any]) -> None:
+        self.solver.remember(state.state, memory)
 
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Level) -> Solution:
         counted, before = CountedOperator(operator), (state.state, state.tikhonov)

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bilevel import tree
 from bilevel.checks import check_count, check_kind
 from bilevel.linear.account import Account
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_iterations
+from bilevel.linear.solver import Solver, check_iterations, reads_are_free
 from bilevel.tree import Params
 
 
@@ -33,6 +34,9 @@ class GMRES(Solver):
             may converge more slowly, or not at all. None: one cycle.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
             solve ends early where the residual has reached the rounding level.
+
+    On a GPU the products of a cycle with a fixed budget (rtol=None) are made without a synchronisation between them;
+    what came after a breakdown is cut off.
 
     Raises:
         ValueError: max_iterations < 1, restart < 1, rtol outside [0, 1).
@@ -103,10 +107,15 @@ class _Cycle:
         self._rotations: list[tuple[float, float]] = []
         self._right = [self.beta]
         self._triangle: list[list[float]] = []
-        while len(self.columns) < length and account.unfinished(abs(self._right[-1]) / account.norm_b):
-            self._step()
-            if self.broken or self.closed:
-                break
+        if account.rtol is not None or reads_are_free(r):
+            while self._goes_on(length):
+                self._take(self._product().tolist())
+            return
+        # All of a fixed budget is made without a read; what came after the last sound product is cut off.
+        rows = [self._product() for _ in range(min(length, account.max_iterations - account.iterations))]
+        for row in torch.stack([pad(row, (0, len(rows[-1]) - len(row))) for row in rows]).tolist():
+            if self._goes_on(length):
+                self._take(row)
 
     def correction(self) -> Params:
         """What the cycle adds to x: the combination of the basis of least residual."""
@@ -123,18 +132,30 @@ class _Cycle:
             total = tree.axpy(share, vector, total)
         return total
 
-    def _step(self) -> None:
-        """One more product, orthogonalised against the basis; the rotations that keep the matrix triangular."""
-        account = self.account
-        w = account.operator(self.basis[-1])
-        gain, column = tree.norm(w), torch.zeros(len(self.basis), dtype=torch.float64)
+    def _goes_on(self, length: int) -> bool:
+        """Whether another iteration is needed and possible."""
+        account, ended = self.account, self.broken or self.closed or len(self.columns) == length
+        return not ended and account.unfinished(abs(self._right[-1]) / account.norm_b)
+
+    def _product(self) -> Tensor:
+        """One more product, orthogonalised against the basis, which grows by it: the norm of the product, that of what
+        is left of it, and its inner products with the basis."""
+        w = self.account.operator(self.basis[-1])
+        gain, passes = tree.norm(w), []
         for _ in range(2):
             shares = torch.stack([tree.dot(vector, w) for vector in self.basis])
             for share, vector in zip(shares, self.basis, strict=True):
                 w = tree.axpy(-share, vector, w)
-            column += shares.to(column)
-        rest, size = torch.stack([tree.norm(w), gain]).tolist()
-        entries = [*column.tolist(), rest]
+            passes.append(shares.double())
+        rest = tree.norm(w)
+        self.basis.append(tree.scale(1.0 / rest, w))
+        return torch.cat([torch.stack([gain, rest]).double(), passes[0] + passes[1]])
+
+    def _take(self, row: list[float]) -> None:
+        """Take note of a product's numbers, and turn the rotations that keep the matrix triangular."""
+        account, count = self.account, len(self.columns) + 1
+        size, rest, *column = row[: 2 + count]
+        entries = [*column, rest]
         self.broken = account.operator.agree(not all(map(math.isfinite, entries)))
         if self.broken:
             return
@@ -143,8 +164,6 @@ class _Cycle:
         self.columns.append(entries)
         self._rotate(list(entries))
         account.curve.append(abs(self._right[-1]) / account.norm_b)
-        if not self.closed:
-            self.basis.append(tree.scale(1.0 / rest, w))
 
     def _rotate(self, entries: list[float]) -> None:
         """A column of the Hessenberg matrix turned by the earlier rotations and by one of its own."""

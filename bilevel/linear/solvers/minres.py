@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
 from bilevel.linear.account import Account
 from bilevel.linear.lanczos import ritz_range
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_iterations, is_null
-from bilevel.tree import Params
+from bilevel.linear.solver import Solver, check_iterations, is_null, reads_are_free
+from bilevel.tree import Params, Scalar
+
+_End = tuple[Params, float, Status | None]
+"""The last iterate, its relative residual by the recursion, and a breakdown."""
 
 
 @final
@@ -35,6 +39,9 @@ class MINRES(Solver):
     (which enters with the square of A's condition number: Sleijpen, van der Vorst and Modersitzki 2000) or an inexact
     operator could matter; if it turns out above rtol, iterations start again from it. Where no iteration lowers the
     residual of 0, b is given back, never 0.
+
+    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
+    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
 
     Raises:
         ValueError: max_iterations < 1 or rtol outside [0, 1).
@@ -101,61 +108,93 @@ class _MinimalResiduals:
             best_relative = account.relative(account.residual(b))
         return account.close(breakdown, best, (start, best_relative), ritz_range(self.blocks))
 
-    def _iterate(self, x: Params, r: Params, relative: float) -> tuple[Params, float, Status | None]:
+    def _iterate(self, x: Params, r: Params, relative: float) -> _End:
         """One Lanczos run from x with residual r, until it is good enough, ends or breaks down."""
-        account, operator = self.account, self.account.operator
-        beta = phi = float(tree.norm(r))
-        v, v_old = tree.scale(1.0 / beta, r) if beta > 0.0 else r, None
+        self.blocks.append(([], []))
+        watched = self.account.rtol is not None or reads_are_free(r)
+        return (self._watched if watched else self._unwatched)(x, r, relative)
+
+    def _watched(self, x: Params, r: Params, relative: float) -> _End:
+        """Reads every iteration's numbers in one transfer, and stops where they say so."""
+        account, turns = self.account, _Rotations(float(tree.norm(r)))
+        v, v_old = tree.scale(1.0 / turns.phi, r) if turns.phi > 0.0 else r, None
         w, w_old = None, None
-        beta, cosine, sine, older_cosine, older_sine = 0.0, 1.0, 0.0, 1.0, 0.0
-        diagonal, off_diagonal = self._new_block()
         while account.unfinished(relative):
-            v_new, alpha, beta_new = self._lanczos_step(v, v_old, beta)
-            # The new column (beta, alpha, beta_new) of the tridiagonal matrix, turned by the last two rotations.
-            epsilon, delta_bar = older_sine * beta, older_cosine * beta
-            delta, gamma_bar = cosine * delta_bar + sine * alpha, cosine * alpha - sine * delta_bar
-            verdict = self._classify(alpha, (beta, beta_new), cosine, gamma_bar)
-            if math.isfinite(alpha):
-                diagonal.append(alpha)
-                off_diagonal.append(beta_new)
-            if operator.agree(verdict is not None):
+            v_new, readings = self._lanczos_step(v, v_old, turns.beta)
+            alpha, beta = readings.tolist()
+            verdict = self._judge(turns, alpha, beta)
+            if account.operator.agree(verdict is not None):
                 return x, relative, verdict or Status.NON_FINITE
-            gamma = math.hypot(gamma_bar, beta_new)
-            older_cosine, older_sine, cosine, sine = cosine, sine, gamma_bar / gamma, beta_new / gamma
-            w, w_old = _direction(v, w, w_old, (gamma, delta, epsilon)), w
-            x = tree.axpy(cosine * phi, w, x)
-            phi = -sine * phi
-            self.smallest_pivot = min(self.smallest_pivot, gamma)
-            relative = abs(phi) / account.norm_b
-            account.curve.append(relative)
-            if beta_new <= 10.0 * account.product_error * account.norm_a:
+            column = turns.turn(alpha, beta)
+            w, w_old = _direction(v, w, w_old, column), w
+            x = tree.axpy(turns.step, w, x)
+            relative = self._note(turns, column[0])
+            if self._exhausted(beta):
                 break
-            v, v_old, beta = tree.scale(1.0 / beta_new, v_new), v, beta_new
+            v, v_old = tree.scale(1.0 / beta, v_new), v
         return x, relative, None
 
-    def _lanczos_step(self, v: Params, v_old: Params | None, beta: float) -> tuple[Params, float, float]:
-        """``A v - alpha v - beta v_old`` with ``alpha = v'Av``, and its norm; one product."""
+    def _unwatched(self, x: Params, r: Params, relative: float) -> _End:
+        """All iterations of the budget; where the watched ones would stop x is frozen, and all is read at the end."""
+        account, error, norm = self.account, self.account.product_error, tree.norm(r)
+        turns, alive, rows = _Rotations(norm.double()), torch.ones_like(norm, dtype=torch.bool), []
+        scale = torch.full_like(norm, account.norm_a, dtype=torch.float64)
+        v, v_old = tree.scale(1.0 / norm, r), None
+        w, w_old = None, None
+        for _ in range(account.max_iterations - account.iterations):
+            v_new, readings = self._lanczos_step(v, v_old, turns.beta)
+            alpha, beta = readings.double().unbind()
+            (curvature, gain), size = turns.of_residual(alpha, beta), _length(_length(alpha, turns.beta), beta)
+            scale = torch.fmax(torch.fmax(scale, size), gain)
+            null = (curvature.abs() <= 4.0 * error * scale) & (gain <= 4.0 * math.sqrt(error) * scale)
+            sound = alive & torch.isfinite(readings).all() & ~null
+            column = turns.turn(alpha, beta)
+            w, w_old = _direction(v, w, w_old, column), w
+            x = tree.where(sound, tree.axpy(turns.step, w, x), x)
+            rows.append(torch.stack([alpha, beta, alive, sound]))
+            good = (turns.phi.abs() <= account.rounding * account.norm_b) | (beta <= 10.0 * error * scale)
+            alive = sound & ~good
+            v, v_old = tree.scale(1.0 / beta, v_new), v
+        turns = _Rotations(relative * account.norm_b)
+        for alpha, beta, was_alive, was_sound in torch.stack(rows).tolist() if rows else []:
+            verdict = self._judge(turns, alpha, beta) if was_alive else None
+            if verdict is not None or (was_alive and not was_sound):
+                return x, relative, verdict or Status.NON_FINITE
+            if was_alive:
+                relative = self._note(turns, turns.turn(alpha, beta)[0])
+        return x, relative, None
+
+    def _lanczos_step(self, v: Params, v_old: Params | None, beta: Scalar) -> tuple[Params, Tensor]:
+        """``A v - alpha v - beta v_old`` with ``alpha = v'Av``; this and its norm; one product."""
         product = self.account.operator(v)
         alpha = tree.dot(v, product)
         rest = tree.axpy(-alpha, v, product)
         if v_old is not None:
             rest = tree.axpy(-beta, v_old, rest)
-        readings = torch.stack([alpha, tree.norm(rest)]).tolist()
-        return rest, readings[0], readings[1]
+        return rest, torch.stack([alpha, tree.norm(rest)])
 
-    def _classify(self, alpha: float, betas: tuple[float, float], cosine: float, gamma_bar: float) -> Status | None:
-        """What the Lanczos vector v and the residual r before this step say about A.
-
-        ``||A v||^2 = alpha^2 + beta^2 + beta_new^2``, ``r'Ar = c gamma_bar r'r`` and
-        ``||A r||^2 = (gamma_bar^2 + c^2 beta_new^2) ||r||^2`` with c the cosine of the rotation before.
-        """
-        account = self.account
-        if not (math.isfinite(alpha) and math.isfinite(betas[1])):
+    def _judge(self, turns: "_Rotations", alpha: float, beta: float) -> Status | None:
+        """What the Lanczos vector v and the residual r before this step say about A; takes note of them."""
+        account, (diagonal, off_diagonal) = self.account, self.blocks[-1]
+        if math.isfinite(alpha):
+            diagonal.append(alpha)
+            off_diagonal.append(beta)
+        if not (math.isfinite(alpha) and math.isfinite(beta)):
             return Status.NON_FINITE
-        account.meet(alpha, math.hypot(alpha, *betas))
-        curvature, gain = cosine * gamma_bar, math.hypot(gamma_bar, cosine * betas[1])
+        # ||A v||^2 = alpha^2 + beta^2 + beta_new^2
+        account.meet(alpha, math.hypot(alpha, turns.beta, beta))
+        curvature, gain = turns.of_residual(alpha, beta)
         account.meet(curvature, gain)
         return Status.INCONSISTENT if is_null(curvature, gain, account.norm_a, account.product_error) else None
+
+    def _note(self, turns: "_Rotations", pivot: float) -> float:
+        """Take note of an iteration; the relative residual."""
+        self.smallest_pivot = min(self.smallest_pivot, pivot)
+        self.account.curve.append(abs(turns.phi) / self.account.norm_b)
+        return self.account.curve[-1]
+
+    def _exhausted(self, beta: float) -> bool:
+        return beta <= 10.0 * self.account.product_error * self.account.norm_a
 
     def _must_measure(self, x: Params, relative: float) -> bool:
         account, suspect = self.account, self._rounding() > 0.1 * relative
@@ -167,9 +206,45 @@ class _MinimalResiduals:
         condition = self.account.norm_a / self.smallest_pivot
         return self.account.iterations * self.account.rounding * condition**2
 
-    def _new_block(self) -> tuple[list[float], list[float]]:
-        self.blocks.append(([], []))
-        return self.blocks[-1]
+
+class _Rotations:
+    """The last two Givens rotations, which turn the tridiagonal matrix into a triangular one; of numbers or of 0-d
+    tensors.
+
+    Attributes:
+        phi: the residual's norm, with a sign.
+        beta: the last off-diagonal entry.
+        step: how far the last iteration went along its direction.
+    """
+
+    def __init__(self, phi: Any) -> None:
+        self.phi, self.beta, self.step = phi, 0.0 * phi, 0.0 * phi
+        self._cosine, self._sine, self._older_cosine, self._older_sine = 1.0, 0.0, 1.0, 0.0
+
+    def turn(self, alpha: Any, beta: Any) -> tuple[Any, Any, Any]:
+        """The new column (self.beta, alpha, beta) turned by both and by a third one: its last entries, from the
+        diagonal upwards."""
+        epsilon, delta_bar = self._older_sine * self.beta, self._older_cosine * self.beta
+        delta, gamma_bar = self._cosine * delta_bar + self._sine * alpha, self._gamma_bar(alpha)
+        gamma = _length(gamma_bar, beta)
+        self._older_cosine, self._older_sine = self._cosine, self._sine
+        self._cosine, self._sine = gamma_bar / gamma, beta / gamma
+        self.step, self.phi, self.beta = self._cosine * self.phi, -self._sine * self.phi, beta
+        return gamma, delta, epsilon
+
+    def of_residual(self, alpha: Any, beta: Any) -> tuple[Any, Any]:
+        """Curvature and gain of A along the residual before this column: ``r'Ar = c gamma_bar r'r`` and
+        ``||A r||^2 = (gamma_bar^2 + c^2 beta^2) ||r||^2`` with c the cosine of the rotation before."""
+        gamma_bar = self._gamma_bar(alpha)
+        return self._cosine * gamma_bar, _length(gamma_bar, self._cosine * beta)
+
+    def _gamma_bar(self, alpha: Any) -> Any:
+        return self._cosine * alpha - self._sine * (self._older_cosine * self.beta)
+
+
+def _length(x: Any, y: Any) -> Any:
+    """``sqrt(x^2 + y^2)`` of numbers or of 0-d tensors."""
+    return torch.hypot(x, y) if isinstance(x, Tensor) else math.hypot(x, y)
 
 
 def _lift(x: Params, x0: Params | None, r: Params) -> Params:
@@ -178,7 +253,7 @@ def _lift(x: Params, x0: Params | None, r: Params) -> Params:
     return tree.axpy(-tree.dot(moved, r) / tree.dot(r, r), r, x)
 
 
-def _direction(v: Params, w: Params | None, w_old: Params | None, column: tuple[float, float, float]) -> Params:
+def _direction(v: Params, w: Params | None, w_old: Params | None, column: tuple[Any, Any, Any]) -> Params:
     """``(v - delta w - epsilon w_old) / gamma``."""
     gamma, delta, epsilon = column
     if w is not None:

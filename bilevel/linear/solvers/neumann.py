@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.checks import check_number
-from bilevel.linear.account import Account
+from bilevel.linear.account import Account, CountedOperator
 from bilevel.linear.lanczos import ritz_values
-from bilevel.linear.operators import LinearOperator
+from bilevel.linear.operators import KnownProduct, LinearOperator
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_iterations
+from bilevel.linear.solver import Solver, check_iterations, reads_are_free
 from bilevel.tree import Params
 
 _End = tuple[Params, float, Status | None]
@@ -45,8 +45,9 @@ class Neumann(Solver):
         max_iterations: at most this many terms K, one product each.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations.
         scale: alpha, or "auto" for ``1 / (1.1 theta)`` with theta the largest Ritz value in modulus after at most 5
-            Lanczos steps from the first right-hand side (products that are counted once; the scale is kept in the
-            state for every later one, and taken anew from one with which the series diverges).
+            Lanczos steps from the first right-hand side, whose first product is that of the first term too (products
+            that are counted once; the scale is kept in the state for every later one, and taken anew from one with
+            which the series diverges).
 
     One term from a start x0, ``x0 + alpha (b - A x0)``, as stochastic methods take it from their last solution, is made
     with that one product. What it leads to is then not measured: the final residual is NaN, the status BUDGET.
@@ -77,16 +78,19 @@ class Neumann(Solver):
     def _solve(self, operator: LinearOperator, b: Params, x0: Params | None, state: _Scale) -> Solution:
         products, kept = 0, state.value is not None and self.scale == "auto"
         if state.value is None:
-            state.ritz_values = ritz_values(operator, b, _LANCZOS_STEPS)
-            products = len(state.ritz_values)
+            # The series begins with the same product where it begins at zero.
+            counted = CountedOperator(KnownProduct(operator, b, operator(b)))
+            state.ritz_values = ritz_values(counted, b, _LANCZOS_STEPS)
+            products = counted.products - (x0 is None)
+            operator = counted.operator if x0 is None else operator
             largest = max((abs(value) for value in state.ritz_values), default=math.nan)
             if operator.agree(not math.isfinite(largest)):
-                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
+                return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, len(state.ritz_values))
             state.value = 1.0 / (_SAFETY * largest) if largest > 0.0 else 1.0
         account = Account(operator, b, self.max_iterations, self.rtol, products)
         seen = (state.ritz_values[0], state.ritz_values[-1]) if state.ritz_values else None
-        watched = self.rtol is not None or not next(iter(b.values())).is_cuda
-        found = replace(_Series(account, state.value, watched=watched).sum(x0), ritz_range=seen)
+        watched = self.rtol is not None or reads_are_free(b)
+        found = _Series(account, state.value, watched=watched, seen=seen).sum(x0)
         if kept and found.status is Status.DIVERGED:
             # The scale is that of an earlier right-hand side, which had no part along the largest eigenvalues.
             state.value = None
@@ -100,10 +104,13 @@ class _Series:
 
     Args:
         watched: read every term's numbers at once and stop at a breakdown; otherwise none is read before the last.
+        seen: smallest and largest Ritz value that came of the choice of alpha.
     """
 
-    def __init__(self, account: Account, alpha: float, *, watched: bool) -> None:
-        self.account, self.alpha, self.watched = account, alpha, watched
+    def __init__(
+        self, account: Account, alpha: float, *, watched: bool, seen: tuple[float, float] | None = None
+    ) -> None:
+        self.account, self.alpha, self.watched, self.seen = account, alpha, watched, seen
         self.first_product: Params | None = None
         # Exact residuals have convex logarithms in k: one that grew once grows for ever.
         self.growth = 1.0 + (math.sqrt(account.rounding) if account.operator.exact else 0.1)
@@ -114,9 +121,9 @@ class _Series:
         r = b if x0 is None else account.residual(x)
         start = relative = 1.0 if x0 is None else account.relative(r)
         if account.operator.agree(not math.isfinite(start)):
-            return account.close(Status.NON_FINITE, b, (start, math.nan))
+            return account.close(Status.NON_FINITE, b, (start, math.nan), self.seen)
         if x0 is not None and account.rtol is None and account.max_iterations == 1:
-            return account.close(Status.BUDGET, tree.axpy(self.alpha, r, x), (start, math.nan), iterations=1)
+            return account.close(Status.BUDGET, tree.axpy(self.alpha, r, x), (start, math.nan), self.seen, iterations=1)
         loop = self._watched if self.watched else self._unwatched
         x, relative, breakdown = loop(x, r, relative)
         if breakdown is not None and account.iterations == 0 and x0 is None:
@@ -128,7 +135,7 @@ class _Series:
         at_rounding = account.at_rounding_level(x, relative)
         if breakdown is None or (at_rounding and breakdown is not Status.NON_FINITE):
             breakdown = account.verdict(relative, at_rounding)
-        return account.close(breakdown, x, (start, relative))
+        return account.close(breakdown, x, (start, relative), self.seen)
 
     def _watched(self, x: Params, r: Params, relative: float) -> _End:
         """Reads every term's numbers in one transfer, and stops where they say so."""

@@ -11,7 +11,7 @@ from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.sketch import Sketch, check_model, draw_sketch
 from bilevel.linear.solution import Solution, Status
-from bilevel.linear.solver import Solver, check_rtol
+from bilevel.linear.solver import Solver, check_rtol, reads_are_free
 from bilevel.tree import Params
 
 
@@ -110,7 +110,8 @@ class Nystrom(Solver):
         indefinite = sketch.ritz_range[0] < -4.0 * account.product_error * account.norm_a
         useful = relative <= (1.0 - math.sqrt(account.product_error)) * start
         if self.max_refinements > 0 and not indefinite:
-            run = ConjugateGradients(account, inverse=sketch.precondition)
+            watched = self.rtol is not None or reads_are_free(b)
+            run = ConjugateGradients(account, inverse=sketch.precondition, watched=watched)
             refined = run.solve(x, r, relative) if useful else run.solve(x0, r0, start)
             return replace(refined, residual_norms=(start, refined.residual_norms[1]))
         if not useful:

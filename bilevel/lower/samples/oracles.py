@@ -36,7 +36,7 @@ class FirstDerivatives(NamedTuple):
 @final
 class Oracles:
     """Derivatives of both objectives on samples, averaged over the ranks; equal samples have equal random masks. Asked
-    where gradients are recorded, as in all of a method's `propose`.
+    where gradients are recorded and within a `curvature_pass`, as in all of a method's `estimate`.
 
     Args:
         problem: the objectives.
@@ -117,17 +117,16 @@ class Oracles:
 
         def evaluated(again: bool) -> Tensor:
             # Buffers are written once, also where a pass is made again.
-            with curvature_pass(write_buffers=writes and not again):
+            if not writes or again:
+                return objective()
+            with curvature_pass(write_buffers=True):
                 return objective()
 
         return repeatable(self.problem, level, draw.seed, evaluated)
 
     @staticmethod
     def _first(value: Tensor, x: Params, y: Params, weight: float) -> FirstDerivatives:
-        tagged = {**{f"x {name}": leaf for name, leaf in x.items()}, **{f"y {name}": leaf for name, leaf in y.items()}}
-        both = tree.gradients(value, tagged)
-        parts = {name: both[f"x {name}"] for name in x}, {name: both[f"y {name}"] for name in y}
-        return FirstDerivatives(*_mean(weight, value, *parts))
+        return FirstDerivatives(*_mean(weight, value, *tree.joint_gradients(value, (x, y))))
 
 
 def _mean(weight: float, value: Tensor, *parts: Params) -> tuple[Any, ...]:
@@ -135,8 +134,4 @@ def _mean(weight: float, value: Tensor, *parts: Params) -> tuple[Any, ...]:
     value = value.detach()
     if weight != 1.0:
         value, parts = weight * value, tuple(tree.scale(weight, part) for part in parts)
-    if distributed.world_size() == 1:
-        return value, *parts
-    tagged = {f"{place} {name}": leaf for place, part in enumerate(parts) for name, leaf in part.items()}
-    value, mean = distributed.mean_with_gradient(value, tagged)
-    return value, *({name: mean[f"{place} {name}"] for name in part} for place, part in enumerate(parts))
+    return distributed.mean_with_gradients(value, *parts)

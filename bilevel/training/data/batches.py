@@ -71,6 +71,11 @@ class BatchSource(ABC):
                 f"data has {sorted(own)}; resume with the data that the level had then"
             )
 
+    def prepare(self) -> None:
+        """Called where a step is queued on the device and the host is about to wait for it: the next batch may be sent
+        there meanwhile. What `next` gives and the state do not depend on it."""
+        return None
+
     def close(self) -> None:
         """Let go of what the stream holds open, such as processes; it can be drawn from again. A training's `run` ends
         with it."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_count, check_function
+from bilevel.distributed import world_size
 from bilevel.lower import Partition
 from bilevel.training.data.batches import BatchSource, derive_seed
 
@@ -24,13 +25,14 @@ class Blocks(BatchSource, Partition):
         block_size: points a block.
         load: ``load(indices) -> batch``; `indices` is int64 [points]. The same points give the same batch: no random
             augmentation. Over several ranks each loads its share, `bilevel.distributed.shard`; derivatives are means
-            over the ranks, so that their number must divide the points of every batch, or some count more than others.
+            over the ranks, so that their number must divide the points of every batch.
         seed: of the order, >= 0.
         sweep_size: points a batch where the whole set is gone through at once; default 4096, at least `block_size`.
 
     Raises:
         TypeError: a `load` that cannot be called.
-        ValueError: sizes below 1, blocks larger than the data, a negative seed, what is no whole number.
+        ValueError: sizes below 1, blocks larger than the data, a negative seed, what is no whole number; when they are
+            made or a stage begins, blocks or batches of a sweep that the ranks' number does not divide.
     """
 
     def __init__(
@@ -54,6 +56,20 @@ class Blocks(BatchSource, Partition):
         self._points = torch.arange(size).split(block_size)
         self._pass, self._cursor = 0, 0
         self._order = self._permutation()
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Raise where the ranks would have unequal shares of a block or of a batch of a sweep."""
+        ranks = world_size()
+        sizes = {"block_size": self.block_size, "size": self.size}
+        if self.size > self.sweep_size:
+            sizes["sweep_size"] = self.sweep_size
+        for argument, points in sizes.items():
+            if points % ranks:
+                raise ValueError(
+                    f"Blocks: {argument}={points} points cannot be shared evenly by {ranks} ranks, and some points "
+                    f"would count more than others in the mean over them; make it a multiple of {ranks}"
+                )
 
     def __len__(self) -> int:
         return len(self._points)
@@ -84,7 +100,8 @@ class Blocks(BatchSource, Partition):
         return None if index is None else self._points[index]
 
     def begin_stage(self, steps: int) -> None:
-        return None
+        # The ranks may have met after the blocks were made.
+        self._check_shares()
 
     def next(self) -> Any:
         if self._cursor == len(self):

@@ -18,9 +18,10 @@ from ...experiment.tracking import check_installed
 from ..outcome import estimate
 from ..outcome.checks import check_data, check_places, dry_data
 from ..outcome.console_table import comparison_lines
-from ..outcome.open_run import check_images, make_pipeline, run_whole
+from ..outcome.open_run import check_images, make_pipeline
 from ..outcome.pretext_length.curve import length_curve_png
 from ..outcome.pretext_length.runs import Point, config_at, csv_text, is_finished, summary, warmup_cut
+from ..outcome.side_by_side.all_stages import run_whole
 from ..outcome.wording import shown_name
 from ..settings.run_directory import run_directory
 from ..training.costs import artifact_store

@@ -2,7 +2,6 @@
 
 import errno
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import closing
 from signal import SIG_IGN, Signals, signal
@@ -22,6 +21,7 @@ from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS, RunDir
 from ...experiment.plugins import PluginError
 from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
+from ...experiment.side_by_side.pool import JobFailed, JobLost
 from ...experiment.terminal import command_name, printable
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
@@ -35,21 +35,24 @@ from ..outcome.open_run import (
     check_parent_images,
     compute_device,
     crops_on,
+    ignore_warnings_of_torch,
     make_pipeline,
-    run_whole,
 )
 from ..outcome.pipeline import Pipeline
 from ..outcome.rank_checks import check_data
 from ..outcome.reading_words import start_lines
+from ..outcome.side_by_side.all_stages import run_whole
+from ..outcome.side_by_side.workers import prepare_workers, worker_count
 from ..outcome.wording import number_text
 from ..settings.arms import arm_of
 from ..settings.config import Config
 from ..settings.presets import list_presets
 from ..training.costs import artifact_store, read_stage
+from ..training.torch_settings import settings_kept, without_deterministic_form
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
-BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 2, 130, 3, 74, 75, 76
+FAILED, BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 1, 2, 130, 3, 74, 75, 76
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """A file system that takes no more, or does not answer."""
 TOOLS: dict[str, Callable[[list[str]], int]] = {
@@ -66,11 +69,11 @@ TOOLS: dict[str, Callable[[list[str]], int]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; the process's exit code.
 
-    0 done, 2 bad input, 3 numbers that went wrong, 74 files that cannot be written, 75 stopped by SIGTERM or SIGUSR1,
-    76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After all but the first two, and a remedy for 3
-    and 74, the same command with --resume continues.
+    0 done, 1 a fault of the program or a plug-in, 2 bad input, 3 numbers that went wrong, 74 files that cannot be
+    written, 75 stopped by SIGTERM or SIGUSR1, 76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After
+    the last three, and a remedy for the others, the same command with --resume continues.
     """
-    with Interruption():
+    with Interruption(), settings_kept():
         return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -105,7 +108,9 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
         return BAD_INPUT, f"error: {error}"
     except NonFiniteError as error:
         return DIVERGED, f"stopped: {error}"
-    except WorkerLost as error:
+    except JobFailed as error:
+        return FAILED, f"stopped: {error}"
+    except (WorkerLost, JobLost) as error:
         return LOST, f"stopped: {error}; the same command with --resume continues"
     except CollectiveError as error:
         with deferred():
@@ -123,6 +128,11 @@ def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
             f"cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, and "
             "continue by the same command with --resume"
         )
+    except RuntimeError as error:
+        refused = without_deterministic_form(error)
+        if refused is None:
+            raise
+        return BAD_INPUT, f"error: {refused}"
     except KeyboardInterrupt:
         return INTERRUPTED, "interrupted; the same command with --resume continues"
 
@@ -189,6 +199,8 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
     check_installed(config.tracking)
     data = dry_data(config) if request.dry_run else None
     pipeline = make_pipeline(config, directory.path, artifact_store(artifacts), data, ranks=ranks)
+    if request.command == "all" and not request.dry_run:
+        prepare_workers(worker_count(config, pipeline.computing.device))
     check_same({"command": request.command, "arm": request.arm}, "was started for something else")
     parent = _parent(request)
     if not request.dry_run:
@@ -248,8 +260,7 @@ def _parent(request: Request) -> Artifact | None:
 
 def console() -> NoReturn:
     """Run this process's command line and end with its exit code."""
-    # torch.func's first use makes torch import its own deprecated TorchScript.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    ignore_warnings_of_torch()
     # What `main` leaves behind: after it a signal could only change the exit code.
     for number in SIGNALS:
         signal(number, SIG_IGN)

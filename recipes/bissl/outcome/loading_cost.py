@@ -85,7 +85,7 @@ def loaded_images(config: Config, plan: Plan, images: int, labelled: int) -> tup
 def _measured(data: Datasets, images: ImageSet, views: tuple[View, ...], computing: Computing) -> ImageCost:
     masks = images.labels if images.kind == "segmentation" else None
     array = data.on_device(images, computing) if masks is None else None
-    with_workers = Loader(images.images, views, Workers(0), move=computing.sent, masks=masks, array=array)
+    with_workers = Loader(images.images, views, Workers(0), transfer=computing.transfer, masks=masks, array=array)
     chosen = torch.linspace(0, len(images) - 1, min(MEASURED, len(images))).round().to(torch.int64)
     threads = torch.get_num_threads()
     # As a worker has; the first time is left out, in which libraries are loaded.

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Mapping
 from html import escape
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from ...experiment.artifacts import Artifact
-from ...vision.networks.backbones import BACKBONES, RESNETS
-from ...vision.networks.torchvision_backbones import network_options
+from ...vision.networks.backbones import BACKBONES
+from ...vision.networks.torchvision_backbones import network_options, resnets
 from ..settings.arms import SCRATCH
 from ..settings.config import Config
 from ..training.costs import costs_of
@@ -99,7 +99,7 @@ def model_card(
         initial=_initial(config, info),
         seconds=costs.seconds,
         torch=torch.__version__,
-        torchvision=torchvision.__version__,
+        torchvision=version("torchvision"),
         preset=config.preset,
         snippet=snippet,
         after=after,
@@ -110,7 +110,7 @@ def model_card(
 def loading_snippet(backbone: str, image_size: int, weights: str) -> tuple[str, str]:
     """Lines of Python that load the weights, into plain torchvision where it has the network; and a remark."""
     read = f'load_file("{weights}")'
-    if backbone in RESNETS:
+    if backbone in resnets():
         lines = [f'network = torchvision.models.get_model("{backbone}", weights=None)']
     elif backbone == "resnet18-cifar":
         lines = [

@@ -1,10 +1,9 @@
-"""A run as a whole: made into its folder, or found there again when it is finished."""
+"""What a run in this process needs to begin, and a finished one found again in its folder."""
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +13,7 @@ from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
 from ...experiment.errors import ConfigError
-from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, REPORT, RESULTS, SPLITS, RunDirectory
+from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
 from ...experiment.terminal import printable
 from ...experiment.workspace import Workspace
@@ -25,22 +24,30 @@ from ..settings.run_directory import IMAGES, PROJECT, run_directory
 from ..training.compute import Computing
 from ..training.costs import STEPS
 from ..training.datasets import MADE_FROM, Datasets
+from ..training.torch_settings import apply_settings, fix_workspace
 from .pipeline import Pipeline
 from .rank_checks import check_ranks
-from .report import write_report
-from .results import summarise
 
 ALONE = Ranks(Launch())
 """The only process of its run."""
 
 
+class Unfinished(ArtifactError):
+    """A stage is not in the store of a finished run."""
+
+
 class FinishedStages(ArtifactStore):
     """A store of a finished run: a stage that is not in it is an error instead of something to train."""
+
+    @classmethod
+    def of(cls, store: ArtifactStore) -> "FinishedStages":
+        """The same artifacts."""
+        return cls(store.folder, store.facts)
 
     def find(self, stage: str, key: str) -> Artifact:
         artifact = super().find(stage, key)
         if artifact is None:
-            raise ArtifactError(
+            raise Unfinished(
                 f"{self.folder} holds no finished {stage} artifact of this run ({stage}-{key}); finish the run with "
                 "--resume, or name the folder of its stages by --artifacts"
             )
@@ -51,12 +58,14 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     """The device that the config asks for; of several GPUs the one with this process's number on its machine.
 
     Raises:
-        ConfigError: torch does not see it.
+        ConfigError: torch does not see it, or it cannot be made deterministic any more.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if config.compute.deterministic:
+        fix_workspace()
     if launch.world_size == 1:
         return torch.device("cuda")
     if launch.local_rank >= torch.cuda.device_count():
@@ -66,6 +75,11 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
         )
     torch.cuda.set_device(launch.local_rank)
     return torch.device("cuda", launch.local_rank)
+
+
+def ignore_warnings_of_torch() -> None:
+    """torch.func's first use makes torch import its own deprecated TorchScript."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def crops_on(device: torch.device) -> str:
@@ -82,7 +96,8 @@ def make_pipeline(
     ranks: Ranks = ALONE,
     console: Console | None = None,
 ) -> Pipeline:
-    """The pipeline of a run in this process, whose threads and precision it sets, and which joins the other `ranks`.
+    """The pipeline of a run in this process, whose threads, precision and algorithms it sets (`settings_kept` around it
+    puts them back), and which joins the other `ranks`.
 
     Args:
         folder: the run's.
@@ -101,8 +116,8 @@ def make_pipeline(
     if rank() > 0:
         # Rank 0 says it for all.
         warnings.simplefilter("ignore", SolverWarning)
+    apply_settings(config.compute, device)
     computing = Computing(config.compute, device)
-    computing.set_up()
     workspace = Workspace(folder, store, console or Console(quiet=rank() > 0), config.tracking, PROJECT)
     return Pipeline(config, Datasets(config) if data is None else data, computing, workspace)
 
@@ -147,23 +162,6 @@ def begin(data: Datasets, directory: RunDirectory) -> None:
     if rank() == 0:
         (directory.path / METRICS).touch()
     directory.write_json(SPLITS, data.downstream.indices)
-
-
-def run_whole(pipeline: Pipeline, directory: RunDirectory) -> dict[str, Any]:
-    """All stages of all variants into an opened run directory; the content of its results.json.
-
-    Raises:
-        ConfigError: the report could not be written; everything else was.
-    """
-    begin(pipeline.data, directory)
-    results = summarise(pipeline.run(), pipeline.config, pipeline.data, pipeline.computing.device)
-    directory.write_json(RESULTS, results)
-    try:
-        if rank() == 0:
-            write_report(directory.path)
-    except ValueError as error:
-        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
-    return results
 
 
 def config_of(run: Path) -> Config:

@@ -1,5 +1,6 @@
 """The pipelines of all variants, stage by stage."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from ...experiment.artifacts import Artifact
@@ -10,6 +11,7 @@ from ..settings.plan import make_plan
 from ..training.compute import Computing
 from ..training.costs import costs_of
 from ..training.datasets import Datasets
+from ..training.memory import out_of_memory_explained
 from ..training.repeat import Repeat
 from ..training.stages import bissl, finetune, head, pretext
 
@@ -32,17 +34,22 @@ class Pipeline:
 
     def run(self) -> dict[str, list[Artifact]]:
         """All stages of all variants; the fine-tuned artifacts of each, one for each seed."""
-        config = self.config
-        repeats = config.pipeline_seeds
-        tested: dict[str, list[Artifact]] = {name: [] for name in config.arms}
-        for seed in [config.seed + i for i in range(repeats or 1)]:
-            weights: dict[str, Artifact | None] = {}
-            # The variant of equal time is as long as others took.
-            for name in sorted(config.arms, key=lambda name: name == EQUAL_TIME):
-                weights[name] = self.pretrain(self.at(name, seed), weights)
-                tuning = [seed] if repeats else [config.seed + i for i in range(config.seeds)]
-                tested[name] += [self.finetune(self.at(name, s), weights[name]) for s in tuning]
+        tested: dict[str, list[Artifact]] = {name: [] for name in self.config.arms}
+        made: dict[int, dict[str, Artifact | None]] = {}
+        for seed, name, tunings in self.plan():
+            weights = made.setdefault(seed, {})
+            weights[name] = self.pretrain(self.at(name, seed), weights)
+            tested[name] += [self.finetune(self.at(name, tuning), weights[name]) for tuning in tunings]
         return tested
+
+    def plan(self) -> list[tuple[int, str, list[int]]]:
+        """(seed, variant, seeds of its fine-tunings), in the order in which they are made."""
+        c = self.config
+        # The variant of equal time is as long as others took.
+        names = sorted(c.arms, key=lambda name: name == EQUAL_TIME)
+        if c.pipeline_seeds:
+            return [(seed, name, [seed]) for seed in range(c.seed, c.seed + c.pipeline_seeds) for name in names]
+        return [(c.seed, name, list(range(c.seed, c.seed + c.seeds))) for name in names]
 
     def at(self, variant: str, seed: int) -> Repeat:
         """The repeat of a variant that the stages are given."""
@@ -60,23 +67,31 @@ class Pipeline:
 
     def pretext(self, repeat: Repeat, steps: int | None = None) -> Artifact:
         """Self-supervised pre-training, for as long as the variant asks or for `steps`."""
-        return pretext.run(repeat, self.data, self.computing, self.workspace, steps=steps)
+        with self._explained("pretext", repeat):
+            return pretext.run(repeat, self.data, self.computing, self.workspace, steps=steps)
 
     def restart(self, repeat: Repeat, weights: Artifact) -> Artifact:
         """More pre-training, as the lower level makes it."""
-        return pretext.restart(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("restart", repeat):
+            return pretext.restart(repeat, self.data, self.computing, self.workspace, weights)
 
     def head(self, repeat: Repeat, weights: Artifact) -> Artifact:
         """Warm-up of the downstream head."""
-        return head.run(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("head", repeat):
+            return head.run(repeat, self.data, self.computing, self.workspace, weights)
 
     def bissl(self, repeat: Repeat, warmed: Artifact) -> Artifact:
         """Bilevel training."""
-        return bissl.run(repeat, self.data, self.computing, self.workspace, warmed)
+        with self._explained("bissl", repeat):
+            return bissl.run(repeat, self.data, self.computing, self.workspace, warmed)
 
     def finetune(self, repeat: Repeat, weights: Artifact | None) -> Artifact:
         """Fine-tuning and the test; of random weights where there are none."""
-        return finetune.run(repeat, self.data, self.computing, self.workspace, weights)
+        with self._explained("finetune", repeat):
+            return finetune.run(repeat, self.data, self.computing, self.workspace, weights)
+
+    def _explained(self, stage: str, repeat: Repeat) -> AbstractContextManager[None]:
+        return out_of_memory_explained(stage, repeat.settings, self.computing.device)
 
     def _equal_time(self, made: dict[str, Artifact | None]) -> int:
         """Pretext steps of the baseline in the seconds of BiSSL's stages."""

@@ -30,6 +30,11 @@ def check_ranks(config: Config, device: torch.device) -> None:
     """
     if world_size() == 1:
         return
+    if config.jobs not in ("auto", 1):
+        raise ConfigError(
+            f"jobs: {config.jobs} processes side by side belong to a run of one process, but {world_size()} were "
+            "started; set it to 1 or auto"
+        )
     if config.compute.compile:
         raise ConfigError("compute.compile: losses that exchange embeddings cannot be compiled; set it to false")
     if config.compute.micro_batch is not None and config.compute.batch_norm == "synchronised":

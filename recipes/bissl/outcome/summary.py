@@ -6,11 +6,11 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import combinations
 from typing import Any, Literal
 
 import torch
-import torchvision
 
 from bilevel import Status
 from bilevel.distributed import world_size
@@ -105,7 +105,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int | Non
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "cuda": torch.version.cuda if on_gpu else None,
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),

@@ -54,6 +54,16 @@ class BilevelConfig(Section):
         ge=0,
         description="search directions of cg kept for the later solves of an alternation (two vectors of memory each)",
     )
+    solver_memory: int = Field(
+        default=0,
+        ge=0,
+        description="search directions of cg that precondition later alternations (two vectors of memory each)",
+    )
+    inexact: bool = Field(
+        default=False,
+        description="products of cg after the first one on as many of the K batches as their noise asks for, and a "
+        "last step without a product",
+    )
     aggregate: bool = Field(
         default=False,
         description="one solve an alternation, for the sum of its upper steps' right-hand sides, in the last of them",
@@ -111,15 +121,18 @@ class BilevelConfig(Section):
     def _consistent(self) -> "BilevelConfig":
         if self.layerwise and self.solver != "cg":
             raise ValueError(f"layerwise is a variant of cg, but solver is {self.solver!r}; set solver to cg")
-        if self.solver in ("minres", "neumann", "nystrom") and (self.solver_rtol == "noise" or self.recycle):
+        own = {"solver_rtol": self.solver_rtol == "noise", "recycle": self.recycle > 0, "inexact": self.inexact}
+        given = [name for name, is_set in {**own, "solver_memory": self.solver_memory > 0}.items() if is_set]
+        if self.solver in ("minres", "neumann", "nystrom") and given:
             raise ValueError(
-                f"solver_rtol=noise and recycle belong to cg, but solver is {self.solver!r}; set solver to cg, or give "
-                "a number for solver_rtol and 0 for recycle"
+                f"solver_rtol=noise, recycle, solver_memory and inexact belong to cg, but solver is {self.solver!r} "
+                f"with {', '.join(given)}; set solver to cg, or give a number for solver_rtol, 0 for recycle and "
+                "solver_memory, false for inexact"
             )
-        if self.layerwise and (self.solver_rtol == "noise" or self.recycle):
+        if self.layerwise and given:
             raise ValueError(
-                "layerwise keeps no conjugate directions and no true residual: it takes neither recycle "
-                "nor solver_rtol=noise"
+                "layerwise keeps no conjugate directions and no true residual: it takes none of recycle, "
+                f"solver_memory, inexact and solver_rtol=noise, but {', '.join(given)} came; leave them out"
             )
         if self.through_negative_curvature and not self.layerwise:
             raise ValueError(
@@ -170,6 +183,8 @@ class BilevelConfig(Section):
             self.layerwise,
             recycle=self.recycle,
             through_negative_curvature=self.through_negative_curvature,
+            memory=self.solver_memory,
+            inexact=self.inexact,
         )
 
     def _number(self) -> float | None:

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
@@ -66,6 +66,12 @@ class Config(Section):
         default="auto", description="where to compute; auto: cuda where there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="torch's CPU threads; null: torch's choice")
+    jobs: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = Field(
+        default=1,
+        description="processes of this machine that make arms and seeds side by side, each with `threads` threads and "
+        "its own images; the result is the same to the bit. auto: as many as cores allow on a CPU where threads is "
+        "given, else 1",
+    )
     nonfinite_skips: int = Field(
         default=0,
         ge=0,
@@ -116,6 +122,11 @@ class Config(Section):
             )
         for name in {*self.arms, *self.variants}:
             self.for_arm(name)
+        if self.jobs not in ("auto", 1) and self.threads is None:
+            raise ValueError(
+                f"jobs: {self.jobs} processes share the cores, and last digits depend on how many threads each has; "
+                "give threads too, such as 1, or set jobs to 1"
+            )
         check_backbone(self.model.backbone, self.data.image_size)
         if self.pretext.epochs == 0 and self.model.init_backbone is None:
             raise ValueError("pretext.epochs: 0 is for weights that are trained already; give model.init_backbone")

@@ -244,6 +244,34 @@ class ComputeConfig(Section):
         description="over several processes: BatchNorm by the statistics of the global batch, or by each process's "
         "share of it (another model for each number of processes); no difference in one process",
     )
+    cudnn_benchmark: bool = Field(
+        default=False,
+        description="cuDNN tries its convolutions on the first batch of each shape and keeps the fastest, which may be "
+        "another one in every run; not with deterministic",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="only algorithms that give the same bits again on the same device and installation: torch's "
+        "deterministic ones, and cuBLAS buffers of a fixed size; what has none is refused. Slower on a GPU",
+    )
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "ComputeConfig":
+        if self.cudnn_benchmark and self.deterministic:
+            raise ValueError(
+                "cudnn_benchmark: cuDNN's fastest convolution may be another one in every run, which deterministic "
+                "rules out; set one of them to false"
+            )
+        return self
+
+    def decisive(self, *left_out: str) -> dict[str, Any]:
+        """The fields that belong to a stage's key, but for those `left_out`.
+
+        What cuDNN's search chooses is no property of a result, as little as a number of threads; what was made by any
+        algorithm has another key than what only deterministic ones may have made.
+        """
+        fields = self.model_dump(exclude={"cudnn_benchmark", *left_out})
+        return fields if self.deterministic else {n: value for n, value in fields.items() if n != "deterministic"}
 
 
 def _first(value: V | None, fallback: V) -> V:

@@ -87,4 +87,6 @@ def _like(outputs: Tensor, values: tuple[float, ...] | None, default: float) -> 
     """One value a target on the outputs' device, in float32 or better; a number where there are none."""
     if values is None:
         return default
-    return torch.tensor(values, dtype=torch.promote_types(outputs.dtype, torch.float32), device=outputs.device)
+    dtype = torch.promote_types(outputs.dtype, torch.float32)
+    # Made there, since a copy from the host would be waited for.
+    return torch.stack([torch.full((), value, dtype=dtype, device=outputs.device) for value in values])

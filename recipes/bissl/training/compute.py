@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bilevel.distributed import mean_over_ranks, replicate, world_size
 from bilevel.nn import SyncBatchNorm, own_draws, synchronised
-from bilevel.training import Callback
+from bilevel.training import Callback, Transfer, transfer_to
 from bilevel.tree import map_tensors
 
 from ...experiment.errors import ConfigError
@@ -28,13 +28,6 @@ class Computing:
 
     fields: ComputeConfig
     device: torch.device
-
-    def set_up(self) -> None:
-        """Set the precision of float32 arithmetic for the whole process; only CUDA has a choice."""
-        if self.device.type == "cuda":
-            precision = "tf32" if self.fields.tf32 else "ieee"
-            torch.backends.cuda.matmul.fp32_precision = precision
-            torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
     def place(self, module: nn.Module) -> nn.Module:
         """The same module, its tensors on the device and its 4-d ones in the memory layout of batches.
@@ -65,12 +58,16 @@ class Computing:
     def move(self, batch: Any) -> Any:
         """The same nested structure with its tensors on the device, 4-d ones in the memory layout of modules."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            images = self.fields.channels_last and tensor.dim() == 4
-            layout = torch.channels_last if images else torch.preserve_format
-            return tensor.to(self.device, non_blocking=True, memory_format=layout)
+        def laid_out(tensor: Tensor) -> Tensor:
+            return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
-        return map_tensors(moved, batch)
+        there = self.transfer(batch)
+        return map_tensors(laid_out, there) if self.fields.channels_last else there
+
+    @property
+    def transfer(self) -> Transfer:
+        """What brings tensors to the device."""
+        return transfer_to(self.device)
 
     def first_order(self, loss: Loss) -> Loss:
         """`loss` as first-order steps evaluate it: compiled and under autocast where the fields say so, else itself.
@@ -94,12 +91,6 @@ class Computing:
                 return evaluate(*args)
 
         return under_autocast
-
-    def sent(self, tensor: Tensor) -> Tensor:
-        """The same tensor on the device; the host does not wait for the copy, which is from pinned memory."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def on_device(self, images: ImageSet) -> Tensor | None:
         """The pictures on the device, where crops are made there; None where they are not, or have several sizes.

@@ -13,9 +13,9 @@ SKIPPED = ("skipped_pretext_steps", "skipped_label_steps")
 """Facts of those artifacts alone of which steps were left out."""
 
 
-def artifact_store(folder: Path) -> ArtifactStore:
-    """The artifacts under a folder."""
-    return ArtifactStore(folder, STEPS)
+def artifact_store(folder: Path, *, waits: bool = False) -> ArtifactStore:
+    """The artifacts under a folder; `waits` as for `ArtifactStore`."""
+    return ArtifactStore(folder, STEPS, waits=waits)
 
 
 def read_stage(directory: Path) -> Artifact:

@@ -132,15 +132,21 @@ class Batches:
     ) -> Loader:
         masks = images.labels if images.kind == "segmentation" else None
         array = self.data.on_device(images, self.computing) if on_device and masks is None else None
-        move = self.computing.sent
-        return Loader(images.images, views, self.data.workers, move=move, masks=masks, array=array, digests=digests)
+        transfer = self.computing.transfer
+        return Loader(
+            images.images, views, self.data.workers, transfer=transfer, masks=masks, array=array, digests=digests
+        )
 
     def _stack(
         self, loader: Loader, begin: Any, finish: Any, count: int, size: int, purpose: str, total: int
     ) -> PrefetchedStack[UnderWay]:
         order = order_of(count, size, seed=derive_seed(self.seed, purpose), drop_last=count % size == 1)
-        ahead = 0 if loader.images.in_memory else self.settings.data.prefetch_factor
-        return PrefetchedStack(order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room)
+        on_gpu = self.computing.device.type == "cuda"
+        ahead = int(on_gpu) if loader.images.in_memory else self.settings.data.prefetch_factor
+        send = loader.send if on_gpu else None
+        return PrefetchedStack(
+            order, begin, finish, loader.give_up, total=total, ahead=ahead, room=loader.room, send=send
+        )
 
     def _check_shards(self, field_name: str, size: int, count: int, chunk: int | None) -> None:
         """Refuse batches of `size` of `count` images, and an epoch's last one, whose parts are too small for BatchNorm.

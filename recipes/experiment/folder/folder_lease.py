@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bilevel import interruption
 from bilevel.distributed import rank
 
 from ..errors import ConfigError
@@ -21,7 +22,7 @@ _NAME, _POLL = ".writer", 0.2
 
 
 @contextmanager
-def leased(folder: Path, what: str, *, duration: float = DURATION) -> Iterator[Callable[[], None]]:
+def leased(folder: Path, what: str, *, duration: float = DURATION, waits: bool = False) -> Iterator[Callable[[], None]]:
     """Lease `folder`, made where missing, to this process until the block ends.
 
     The block gets a function to call at every step: it raises LeaseLost once another process has taken over. Of several
@@ -31,16 +32,17 @@ def leased(folder: Path, what: str, *, duration: float = DURATION) -> Iterator[C
     Args:
         what: the field or thing that the message begins with.
         duration: as for `Leases`.
+        waits: wait for a process that holds the lease, whichever it is; a signal that asks for a stop ends that.
 
     Raises:
-        ConfigError: another process holds the lease.
+        ConfigError: another process holds the lease, and `waits` is false.
         OSError: the folder cannot be written to.
     """
     if rank() > 0:
         yield lambda: None
         return
     leases = Leases(folder, duration)
-    lease = _take(leases)
+    lease = _take(leases, waits)
     if lease is None:
         holder = leases.holder(_NAME)
         who = "another process" if holder is None else f"{describe(holder)}, seen {max(holder['age'], 0.0):.0f} s ago"
@@ -52,12 +54,17 @@ def leased(folder: Path, what: str, *, duration: float = DURATION) -> Iterator[C
         yield lease.check
 
 
-def _take(leases: Leases) -> Lease | None:
-    """The lease, None where it is held by a process that is not an earlier attempt of this job."""
+def _take(leases: Leases, waits: bool) -> Lease | None:
+    """The lease, None where it is held by a process that is waited for neither by `waits` nor as an earlier attempt of
+    this job."""
     until, told = time.monotonic() + leases.duration + MARGIN, False
     while (lease := leases.take(_NAME)) is None:
         holder = leases.holder(_NAME)
         if holder is None:
+            continue
+        if waits:
+            interruption.check()
+            time.sleep(_POLL)
             continue
         if not _earlier_attempt(holder) or time.monotonic() > until:
             return None

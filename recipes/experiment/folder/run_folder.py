@@ -18,8 +18,8 @@ from ..errors import ConfigError
 from .folder_lease import leased
 
 CONFIG, METRICS, RESULTS, REPORT, SPLITS = "config.json", "metrics.jsonl", "results.json", "report.html", "splits.json"
-CHECKPOINTS, TRACKING, INSPECT = "checkpoints", "tracking", "inspect"
-FILES, FOLDERS = (CONFIG, METRICS, RESULTS, REPORT, SPLITS), (CHECKPOINTS, TRACKING, INSPECT)
+CHECKPOINTS, TRACKING, INSPECT, LOGS = "checkpoints", "tracking", "inspect", "logs"
+FILES, FOLDERS = (CONFIG, METRICS, RESULTS, REPORT, SPLITS), (CHECKPOINTS, TRACKING, INSPECT, LOGS)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Liveness of the ranks of a run, by heartbeats, and numbers that they leave for each other.
+"""Numbers that the ranks of a run leave for each other, and which ranks are alive, by their heartbeats (watch.py).
 
-It has connections of its own, and works after an exchange between the ranks has failed.
+It has a connection of its own, and works after an exchange between the ranks has failed.
 """
 
 # torch documents its stores as torch.distributed's, and does not list them there.
@@ -12,28 +12,17 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-HEARTBEAT = 1.0
-"""Seconds between two heartbeats of a rank."""
-GRACE = 5.0
-"""Seconds without a heartbeat after which a rank counts as dead, and without an answer the store's server."""
-PATIENCE = 60.0
-"""Seconds that living ranks are waited for: they may compute for a while before they notice that others have left."""
+from .watch import FAILED, GRACE, PATIENCE
+
 _POLL = 0.05
 
 
 class Liveness:
-    """Heartbeats of all ranks and numbers by name and rank, in a key-value store that all ranks reach.
+    """Numbers by name and rank in a key-value store that all ranks reach, their heartbeats among them."""
 
-    Args:
-        store: for this rank's own questions and numbers.
-        heartbeats: another connection to the same store, for the thread that sends this rank's heartbeats.
-    """
-
-    def __init__(self, store: dist.Store, heartbeats: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self._store: dist.Store | None = store
-        self._done = threading.Event()
-        threading.Thread(target=self._send_heartbeats, args=(heartbeats,), daemon=True).start()
 
     @property
     def server_lost(self) -> bool:
@@ -43,6 +32,12 @@ class Liveness:
     def write(self, name: str, number: int) -> None:
         """Leave this rank's number under `name`."""
         self._ask(lambda store: store.set(f"{name}/{self.rank}", str(number)))
+
+    def write_exit_code(self, code: int) -> None:
+        """Leave this rank's exit code, and for those who watch that there is one to look at."""
+        self.write("exit code", code)
+        if code:
+            self._ask(lambda store: store.add(FAILED, 1))
 
     def read(self, name: str) -> dict[int, int]:
         """The numbers under `name`, of the ranks that have left one."""
@@ -69,19 +64,7 @@ class Liveness:
                 return
             time.sleep(_POLL)
 
-    def close(self) -> None:
-        """Send no further heartbeat."""
-        self._done.set()
-
-    def _send_heartbeats(self, store: dist.Store) -> None:
-        try:
-            while not self._done.wait(HEARTBEAT):
-                store.add(f"heartbeat/{self.rank}", 1)
-        except (RuntimeError, OSError):
-            # The server is gone: nobody looks any more.
-            return
-
-    def _ask(self, question: Callable[[dist.Store], None]) -> None:
+    def _ask(self, question: Callable[[dist.Store], object]) -> None:
         store = self._store
         if store is None:
             return

@@ -1,20 +1,24 @@
 """The processes (ranks) that make one run together: how each is started, joins the others, and leaves them.
 
 A rank that ends leaves its exit code in a store that all ranks reach (liveness.py). Where an exchange fails the others
-look there, and end too: with that code, or with `LOST` and a message that names the ranks that left none.
+look there, and end too: with that code, or with `LOST` and a message that names the ranks that left none. Where a rank
+may wait inside NCCL, which does not fail, a thread does so in its place (watch.py).
 """
 
 # torch documents its stores as torch.distributed's, and does not list them there.
 # pyright: reportPrivateImportUsage=false
 
 import errno
+import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +26,17 @@ import torch.distributed as dist
 from bilevel.distributed import CollectiveError, agree
 
 from ..errors import ConfigError
-from ..folder.process_identity import describe, identity
-from .liveness import GRACE, Liveness
+from ..folder.process_identity import describe, has_ended, identity
+from ..terminal import command_name, printable
+from .liveness import Liveness
+from .watch import GRACE, PATIENCE, Watch
 
 LOST = 76
 """Exit code of a rank that has lost another one, which left no exit code."""
 UNEXPLAINED = -1
 """Left in place of an exit code by a rank that knows only that an exchange has failed."""
 _LOOPBACK = ("127.0.0.1", "localhost")
+_CONTINUE = "the same command with --resume continues from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class Ranks:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self._liveness: Liveness | None = None
-        self._descriptions: list[str] = []
+        self._watch: Watch | None = None
+        self._identities: list[dict[str, Any]] = []
         self._exit_code: int | None = None
         self._lost: set[int] = set()
 
@@ -101,7 +109,7 @@ class Ranks:
             )
 
     def join(self, device: torch.device, timeout: float) -> None:
-        """Make the process group, of gloo and on GPUs also nccl.
+        """Make the process group, of gloo and on GPUs also nccl, and from then on watch the others.
 
         Args:
             timeout: seconds that an exchange waits for the other ranks, and this call for their start.
@@ -116,13 +124,28 @@ class Ranks:
             # All ranks are on this machine: nobody else is to connect.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Small messages go between the hosts, so that no GPU is waited for.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        on_gpus = device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        # NCCL's own watchdog, which aborts the process, comes after ours.
+        exchange = limit + timedelta(seconds=2 * GRACE) if on_gpus else limit
         try:
             store = _open(launch, limit, serve=launch.rank == 0 and not launch.served)
-            dist.init_process_group(backend, store=store, timeout=limit, rank=launch.rank, world_size=launch.world_size)
-            store.set(f"process/{launch.rank}", describe(identity()))
-            self._descriptions = [store.get(f"process/{rank}").decode() for rank in range(launch.world_size)]
-            self._liveness = Liveness(store, _open(launch, limit), launch.rank, launch.world_size)
+            dist.init_process_group(
+                backend, store=store, timeout=exchange, rank=launch.rank, world_size=launch.world_size
+            )
+            store.set(f"process/{launch.rank}", json.dumps(identity()))
+            self._identities = [json.loads(store.get(f"process/{rank}")) for rank in range(launch.world_size)]
+            self._liveness = Liveness(store, launch.rank, launch.world_size)
+            self._watch = Watch(
+                _open(launch, limit),
+                launch.rank,
+                launch.world_size,
+                # Gloo's exchanges fail by themselves.
+                end=self._end if on_gpus else None,
+                has_ended=lambda rank: has_ended(self._identities[rank]),
+                silent=max(0.0, timeout - PATIENCE),
+                served=launch.served,
+            )
         except (RuntimeError, OSError) as error:
             reason = str(error).splitlines()[0]
             if (isinstance(error, OSError) and error.errno == errno.EADDRINUSE) or "EADDRINUSE" in reason:
@@ -140,10 +163,11 @@ class Ranks:
         Rank 0 prints what all ranks know; another one what rank 0 does not know of.
         """
         rank, liveness = self.launch.rank, self._liveness
-        if liveness is None:
+        if liveness is None or self._watch is None:
             # Before the ranks have met: torchrun shows what all print, and gives all the same command line.
             return rank == 0 or self.launch.local_rank == 0 or not self.launch.served
         own = self._leave_code(liveness, code)
+        self._watch.leave()
         # Wakes those who wait for this rank. On a GPU with work under way it may not return.
         closing = threading.Thread(target=dist.destroy_process_group, daemon=True)
         closing.start()
@@ -157,36 +181,53 @@ class Ranks:
             # The store may end with this process: not before the others have read what they want.
             prints = True
             liveness.wait("done", set(range(1, self.launch.world_size)) - self._lost)
-        liveness.close()
+        self._watch.close()
         return prints and code != 0
 
     def explain(self, error: CollectiveError) -> tuple[str, int]:
         """Why an exchange failed, as a message and this rank's exit code."""
         liveness = self._liveness
-        if liveness is None:
+        if liveness is None or self._watch is None:
             return str(error), LOST
+        self._watch.leave()
         self._leave_code(liveness, UNEXPLAINED)
         everyone = set(range(self.launch.world_size))
         liveness.wait("exit code", everyone)
         codes = liveness.read("exit code")
         reasons = sorted(rank for rank, code in codes.items() if code != UNEXPLAINED)
         if reasons:
-            first = reasons[0]
-            return f"{self._name(first)} has ended with exit code {codes[first]}", codes[first]
+            return self._ended(reasons[0], codes[reasons[0]])
         lost = [0] if liveness.server_lost else sorted(everyone - codes.keys())
         self._lost = set(lost)
-        names = ", ".join(self._name(rank) for rank in lost)
-        why = f"{names} has ended without a word, or stands still" if lost else str(error)
-        return f"{why}; the same command with --resume continues from the last checkpoint", LOST
+        why = self._silent(lost) if lost else str(error)
+        return f"{why}; {_CONTINUE}", LOST
+
+    def _end(self, lost: dict[int, int | None]) -> None:
+        """End this process now, whose main thread waits for lost ranks where nothing wakes it."""
+        codes = {rank: code for rank, code in sorted(lost.items()) if code not in (None, UNEXPLAINED)}
+        said, code = self._silent(sorted(lost)), LOST
+        if codes:
+            said, code = self._ended(*next(iter(codes.items())))  # type: ignore[arg-type]
+        words = f"rank {self.launch.rank}: stopped: {said}, and this rank still waits for it after {PATIENCE:g} s"
+        print(f"{command_name()}: {printable(words)}; {_CONTINUE}", file=sys.stderr, flush=True)
+        if self._liveness is not None:
+            self._leave_code(self._liveness, UNEXPLAINED)
+        os._exit(code)
+
+    def _ended(self, rank: int, code: int) -> tuple[str, int]:
+        return f"{self._name(rank)} has ended with exit code {code}", code
+
+    def _silent(self, ranks: list[int]) -> str:
+        return f"{', '.join(map(self._name, ranks))} has ended without a word, or stands still"
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} ({self._descriptions[rank]})"
+        return f"rank {rank} ({describe(self._identities[rank])})"
 
     def _leave_code(self, liveness: Liveness, code: int) -> int:
         """Leave the exit code for the others; the first one that this rank has left counts, and is returned."""
         if self._exit_code is None:
             self._exit_code = code
-            liveness.write("exit code", code)
+            liveness.write_exit_code(code)
         return self._exit_code
 
 

@@ -11,20 +11,17 @@ from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ...experiment.plugins import PluginError, resolve
 from .torchvision_backbones import (
     ChainBackbone,
     TransformerBackbone,
     check_torchvision,
+    models,
+    resnets,
     takes_one_size,
     torchvision_backbone,
 )
-
-RESNETS = models.list_models(module=models, include=("resnet*", "resnext*", "wide_resnet*"))
-"""Residual networks of torchvision."""
 
 
 class ResNetBackbone(nn.Module):
@@ -43,10 +40,9 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name: str = "resnet18", *, small_images: bool = False):
         super().__init__()
-        if name not in RESNETS:
-            raise ValueError(f"name must be a ResNet of torchvision, got {name!r}; choose one of {', '.join(RESNETS)}")
-        network = models.get_model(name, weights=None)
-        assert isinstance(network, ResNet)
+        if name not in (known := resnets()):
+            raise ValueError(f"name must be a ResNet of torchvision, got {name!r}; choose one of {', '.join(known)}")
+        network = models().get_model(name, weights=None)
         self.num_features = network.fc.in_features
         self.conv1 = network.conv1
         self.bn1 = network.bn1
@@ -66,6 +62,38 @@ class ResNetBackbone(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x if feature_map else x.mean(dim=(2, 3))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norms beside a shortcut: torchvision's BasicBlock, which a test compares.
+
+    An own one, as torchvision takes nearly as long to import as torch, and small networks need nothing else of it.
+
+    Args:
+        before, width: Channels of the input and of the output.
+        stride: Of the first convolution.
+        downsample: The shortcut, where it is not the identity.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition" (2016), section 3.2.
+    """
+
+    def __init__(self, before: int, width: int, stride: int = 1, downsample: nn.Module | None = None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of images ``[N, before, H, W]``: ``[N, width, H / stride, W / stride]``."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        # In this order, and in place, as the other one does.
+        out += shortcut
+        return self.relu(out)
 
 
 class SmallResNet(nn.Module):
@@ -111,8 +139,8 @@ def _stage(before: int, width: int, blocks: int, *, stride: int) -> nn.Sequentia
     shortcut = None
     if stride != 1 or before != width:
         shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-    first = BasicBlock(before, width, stride, shortcut)
-    return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
+    first = ResidualBlock(before, width, stride, shortcut)
+    return nn.Sequential(first, *(ResidualBlock(width, width) for _ in range(blocks - 1)))
 
 
 BACKBONES: dict[str, Callable[[], ResNetBackbone | SmallResNet]] = {
@@ -150,7 +178,7 @@ def build_backbone(name: str, *, image_size: int | None = None, zero_init_residu
         return cast(Backbone, _own_backbone(name))
     if name in BACKBONES:
         return BACKBONES[name]()
-    return ResNetBackbone(name) if name in RESNETS else torchvision_backbone(name, image_size=image_size)
+    return ResNetBackbone(name) if name in resnets() else torchvision_backbone(name, image_size=image_size)
 
 
 def check_residual(name: str) -> None:
@@ -159,9 +187,9 @@ def check_residual(name: str) -> None:
     Raises:
         ValueError: naming those that have.
     """
-    if name not in BACKBONES and name not in RESNETS:
+    if name not in BACKBONES and name not in (known := resnets()):
         raise ValueError(
-            f"zero_init_residual is for residual networks, {', '.join(dict.fromkeys((*BACKBONES, *RESNETS)))}; "
+            f"zero_init_residual is for residual networks, {', '.join(dict.fromkeys((*BACKBONES, *known)))}; "
             f"{name!r} is none of them: set it to false"
         )
 
@@ -200,11 +228,12 @@ def check_view(name: str, image_size: int, size: int) -> None:
 
 
 def _zero_last_norms(backbone: ResNetBackbone | SmallResNet) -> ResNetBackbone | SmallResNet:
-    for block in backbone.modules():
-        if isinstance(block, BasicBlock):
-            nn.init.zeros_(block.get_parameter("bn2.weight"))
-        if isinstance(block, Bottleneck):
-            nn.init.zeros_(block.get_parameter("bn3.weight"))
+    small = isinstance(backbone, SmallResNet)
+    for stage in backbone.stages if small else (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        for block in stage:
+            # The norm of the shortcut is within `downsample`.
+            *_, last = (module for module in block.children() if isinstance(module, nn.BatchNorm2d))
+            nn.init.zeros_(last.weight)
     return backbone
 
 

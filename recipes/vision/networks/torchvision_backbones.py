@@ -1,12 +1,11 @@
 """Any classification network of torchvision as a backbone: its classifier removed, its parameter names kept."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.vision_transformer import VisionTransformer
 
 _NOT_THE_BODY = ("avgpool", "dropout", "flatten")
 """Children between the last feature map and the classifier."""
@@ -17,6 +16,18 @@ _NORMS_BEFORE_THE_LINEAR_LAYER = {"convnext": slice(0, 2), "maxvit": slice(1, 3)
 _WITHOUT_AUXILIARY_HEADS: dict[str, dict[str, Any]] = {
     name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")
 }
+
+
+def models() -> ModuleType:
+    """torchvision.models, which take nearly as long to import as torch: once a network is one of them."""
+    from torchvision import models
+
+    return models
+
+
+def resnets() -> list[str]:
+    """Residual networks of torchvision."""
+    return models().list_models(module=models(), include=("resnet*", "resnext*", "wide_resnet*"))
 
 
 class HardSigmoid(nn.Module):
@@ -41,7 +52,7 @@ class ChainBackbone(nn.Module):
 
     def __init__(self, name: str, *, image_size: int | None = None):
         super().__init__()
-        network = models.get_model(name, weights=None, **network_options(name, image_size))
+        network = models().get_model(name, weights=None, **network_options(name, image_size))
         *body, (last, classifier) = network.named_children()
         self._steps: list[str] = []
         for child, module in body:
@@ -85,8 +96,7 @@ class TransformerBackbone(nn.Module):
 
     def __init__(self, name: str, *, image_size: int | None = None):
         super().__init__()
-        network = models.get_model(name, weights=None, **network_options(name, image_size))
-        assert isinstance(network, VisionTransformer)
+        network = models().get_model(name, weights=None, **network_options(name, image_size))
         self.image_size, self.num_features = network.image_size, network.hidden_dim
         self.class_token = network.class_token
         self.conv_proj = network.conv_proj
@@ -113,8 +123,7 @@ def check_torchvision(name: str, image_size: int | None = None) -> None:
     Raises:
         ValueError: naming what came and what fits.
     """
-    known = models.list_models(module=models)
-    if name not in known:
+    if name not in models().list_models(module=models()):
         raise ValueError(
             f'torchvision has no classification network {name!r}; python -c "from torchvision import models; '
             'print(models.list_models(module=models))" lists them'
@@ -127,7 +136,7 @@ def check_torchvision(name: str, image_size: int | None = None) -> None:
         if image_size % step:
             raise ValueError(f"{name} takes images whose side is a multiple of {step} px, not {image_size}")
         return
-    smallest = max(models.get_model_weights(name).DEFAULT.meta["min_size"])  # type: ignore[attr-defined]
+    smallest = max(models().get_model_weights(name).DEFAULT.meta["min_size"])
     if image_size < smallest:
         raise ValueError(f"{name} takes images of at least {smallest} px, not {image_size}")
 

@@ -6,11 +6,13 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
 
 import numpy as np
 import PIL
 import torch
-import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -25,13 +27,11 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, Runtime
 JPEG = ("JPEG", "MPO")
 SOURCE_LINE = re.compile(r"^.*\.cpp:\d+, ")
 """Where in its own source torchvision says that an error was found."""
-# Deprecated since torchvision 0.29: without it Pillow decodes JPEGs too, to the same pixels, a little slower.
-DECODE_JPEG = getattr(torchvision.io, "decode_jpeg", None)
 
 
 def decoders() -> dict[str, str]:
     """What decides a file's pixels besides its bytes: our rules and the versions of the packages that decode."""
-    return {"rules": str(RULES), "torchvision": torchvision.__version__, "pillow": PIL.__version__}
+    return {"rules": str(RULES), "torchvision": version("torchvision"), "pillow": PIL.__version__}
 
 
 def decode(content: bytes, name: str) -> Tensor:
@@ -51,10 +51,10 @@ def decode(content: bytes, name: str) -> Tensor:
                 raise DataError(f"{name} has {width} x {height} px, more than {MAX_PIXELS:,}: scale it down")
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
-            if DECODE_JPEG is not None and image.format in JPEG and image.mode in ("L", "RGB"):
+            if image.format in JPEG and image.mode in ("L", "RGB") and (decode_jpeg := _jpeg_decoder()) is not None:
                 # A copy: torch takes no memory that may not be written to.
                 encoded = torch.from_numpy(np.frombuffer(bytearray(content), dtype=np.uint8))
-                return upright(DECODE_JPEG(encoded, mode="RGB"), image)
+                return upright(decode_jpeg(encoded, mode="RGB"), image)
             return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except DataError:
         raise
@@ -63,6 +63,14 @@ def decode(content: bytes, name: str) -> Tensor:
     except DECODE_ERRORS as error:
         cause = _cause(error, content)
         raise DataError(f"{name} cannot be decoded ({cause}): it is damaged or not an image; replace it") from error
+
+
+@cache
+def _jpeg_decoder() -> Callable[..., Tensor] | None:
+    """torchvision's, deprecated since 0.29: without it Pillow decodes JPEGs, to the same pixels, a little slower."""
+    import torchvision  # nearly as long to import as torch: only once there is a JPEG
+
+    return getattr(torchvision.io, "decode_jpeg", None)
 
 
 def _cause(error: Exception, content: bytes) -> str:

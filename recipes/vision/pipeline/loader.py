@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bilevel.training import Arriving, Transfer, transfer_to
+
 from ..pictures.base import EncodedImages, Images
 from ..views.batched_views import masks_of_crops, views_of_crops, views_of_pictures
 from ..views.evaluation_view import EvalView
 from ..views.view_policy import ViewParameters, ViewPolicy, draw
 from .reduction import View
-from .work import Crops, EvaluationCrops, RandomCrops, Squares, Work, joined
+from .work import Crops, EvaluationCrops, Made, RandomCrops, Squares, Work, joined
 from .workers import Later, Pending, Workers
 
+HERE = Transfer(torch.device("cpu"))
 SLICE = 64
 """Pictures at a time: a whole batch in one worker would be waited for while the others have nothing to do."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class UnderWay:
-    """A batch that is being made."""
+    """A batch that is being made, or is made and on its way to the device."""
 
     parts: list[Pending]
     nbytes: int
@@ -32,6 +35,8 @@ class UnderWay:
     indices: Tensor
     hashed: tuple[Tensor, ...] = ()
     """Of each part, the pictures whose files are hashed on the way."""
+    arriving: Arriving | None = None
+    failure: Exception | None = None
 
 
 class Digests(Protocol):
@@ -56,7 +61,7 @@ class Loader:
         images: the pictures.
         views: what is made of each.
         workers: read those that do not lie in memory.
-        move: a tensor on its way to the device.
+        transfer: brings them to the device.
         masks: uint8 [N, H, W], cut and mirrored as the pictures are.
         array: the pictures on the device, uint8 [N, 1 or 3, H, W], for crops in float; not with masks.
         digests: is told the digest of a file where it has none, once the file is read.
@@ -68,14 +73,14 @@ class Loader:
         views: Sequence[View],
         workers: Workers,
         *,
-        move: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        transfer: Transfer = HERE,
         masks: Tensor | None = None,
         array: Tensor | None = None,
         digests: Digests | None = None,
     ) -> None:
         assert array is None or masks is None, "masks are cut where pictures are read"
         self.images, self.views, self.workers = images, tuple(views), workers
-        self.move, self.masks, self.array = move, masks, array
+        self.transfer, self.masks, self.array = transfer, masks, array
         self.digests = digests if isinstance(images, EncodedImages) else None
         self._in_memory = images.array
 
@@ -112,21 +117,43 @@ class Loader:
         """
         if self.array is not None:
             return tuple(self._from_array(self.array, index, begun) for index in range(len(self.views))), ()
+        crops, masks = self._sent(begun).take()
+        crops = crops[0] if len(crops) == 1 else [joined(parts) for parts in zip(*crops, strict=True)]
+        views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
+        return views, self._masks(masks, begun)
+
+    def send(self, begun: UnderWay) -> None:
+        """Begin the copies of a batch to the device, if it is made by now; what goes wrong is for `finish` to raise."""
+        if self.array is None and all(part.done() for part in begun.parts):
+            try:
+                self._sent(begun)
+            except Exception as error:
+                begun.failure = error
+
+    def _sent(self, begun: UnderWay) -> Arriving:
+        """The crops and masks of each part, on their way."""
+        if begun.failure is not None:
+            raise begun.failure
+        if begun.arriving is None:
+            made = self._made(begun)
+            begun.arriving = self.transfer.begin(([part.crops for part in made], [part.masks for part in made]))
+        return begun.arriving
+
+    def _made(self, begun: UnderWay) -> list[Made]:
         try:
             made = [part.result() for part in begun.parts]
         finally:
             self.workers.in_flight -= begun.nbytes
+            begun.nbytes = 0
         if self.digests is not None:
             for indices, part in zip(begun.hashed, made, strict=True):
                 self.digests.add(indices, part.digests)
-        moved = [[self.move(crops) for crops in part.crops] for part in made]
-        crops = moved[0] if len(moved) == 1 else [joined(parts) for parts in zip(*moved, strict=True)]
-        views = tuple(self._finished(index, crop, begun) for index, crop in enumerate(crops))
-        return views, self._masks([part.masks for part in made], begun)
+        return made
 
     def give_up(self, begun: UnderWay) -> None:
         """Forget a batch that nobody will ask for."""
         self.workers.in_flight -= begun.nbytes
+        begun.nbytes = 0
         for part in begun.parts:
             part.cancel()
 
@@ -155,18 +182,18 @@ class Loader:
 
     def _from_array(self, array: Tensor, index: int, begun: UnderWay) -> Tensor:
         view, parameters = self.views[index], begun.parameters[index]
-        pictures = array[begun.indices[begun.rows].to(array.device)]
+        pictures = array[transfer_to(array.device)(begun.indices[begun.rows])]
         if isinstance(view, ViewPolicy):
             assert parameters is not None, "drawn for every random view"
             return views_of_pictures(view, pictures, parameters[begun.rows])
         crops = _crops(view, None, begun.rows).of_all(pictures.cpu())
-        return self.move(view.finish(crops) if isinstance(view, EvalView) else crops)
+        return self.transfer(view.finish(crops) if isinstance(view, EvalView) else crops)
 
     def _masks(self, parts: Sequence[Sequence[Tensor]], begun: UnderWay) -> tuple[Tensor, ...]:
         if self.masks is None:
             return ()
         return tuple(
-            masks_of_crops(self.move(torch.cat([part[index] for part in parts])), begun.parameters[index], begun.rows)
+            masks_of_crops(torch.cat([part[index] for part in parts]), begun.parameters[index], begun.rows)
             for index in range(len(self.views))
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar, final
@@ -34,6 +35,7 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         total: batches of the whole training.
         ahead: batches under way besides the one that is drawn.
         room: ``room(indices)``, whether a batch may be begun ahead now; the next one always may.
+        send: sends a batch under way to the device, as far as it is made; None: there is nowhere to send it.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         total: int,
         ahead: int = 2,
         room: Callable[[Tensor], bool] = lambda indices: True,
+        send: Callable[[Begun], None] | None = None,
     ) -> None:
         self.stack, self.total, self.ahead = stack, total, ahead
-        self._begin, self._finish, self._give_up, self._room = begin, finish, give_up, room
+        self._begin, self._finish, self._give_up, self._room, self._send = begin, finish, give_up, room, send
         self._under_way: dict[int, Begun] = {}
         self._drawn = self._in_stage = self._stage = 0
 
@@ -67,6 +70,12 @@ class PrefetchedStack(BatchSource, Generic[Begun]):
         begun = self._begin(indices, seed) if begun is None else begun
         self._fill()
         return self._finish(begun, seed)
+
+    def prepare(self) -> None:
+        """Send the batch that is drawn next, if it is under way, so that it arrives while the device computes."""
+        for _, seed in itertools.islice(self._upcoming() if self._send else (), 1):
+            if self._send is not None and seed in self._under_way:
+                self._send(self._under_way[seed])
 
     @property
     def last_indices(self) -> Tensor | None:

@@ -59,6 +59,10 @@ class Pending(Protocol):
         """
         ...
 
+    def done(self) -> bool:
+        """Whether `result` waits for nobody else."""
+        ...
+
     def cancel(self) -> Any:
         """Nobody will ask for it: what is not begun yet is left undone."""
         ...
@@ -72,6 +76,9 @@ class Later:
 
     def result(self) -> Made:
         return self.work.run()
+
+    def done(self) -> bool:
+        return True
 
     def cancel(self) -> None:
         return None
@@ -94,6 +101,9 @@ class Elsewhere:
                 raise
             raise WorkerLost(FULL) from error
         return _as_tensors(made)
+
+    def done(self) -> bool:
+        return self.future.done()
 
     def cancel(self) -> bool:
         return self.future.cancel()

@@ -8,12 +8,12 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import torch
-import torchvision
 
 from bilevel.checkpoint import write_atomic
 
@@ -189,7 +189,7 @@ class Record:
 
 def versions_now() -> dict[str, str]:
     """Those of torch and torchvision."""
-    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    return {"torch": str(torch.__version__), "torchvision": version("torchvision")}
 
 
 def _matched(new: Listing, old: Listing) -> tuple[Ints, Ints]:

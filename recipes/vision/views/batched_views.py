@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel.training import transfer_to
+
 from ..imagesets import IGNORED
 from .crops import boxes
 from .taps import blur_taps, resize_taps
@@ -75,8 +77,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    flat = flat.pin_memory() if device.type == "cuda" else flat
-    parts = flat.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    parts = transfer_to(device)(flat).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
@@ -353,11 +354,13 @@ def masks_of_crops(masks: Tensor, parameters: ViewParameters | None, rows: slice
     if parameters is None:
         return masks
     own = parameters[rows]
-    masks = torch.where(own.flip.to(masks.device).view(-1, 1, 1), masks.flip(-1), masks)
+    (flip,) = _moved([own.flip], masks.device)
+    masks = torch.where(flip.view(-1, 1, 1), masks.flip(-1), masks)
     if not moves(parameters):
         return masks
     # Outside, where sampling gives 0, there must be no class.
     shifted = masks.unsqueeze(1).float() - IGNORED
-    grid = functional.affine_grid(move_matrices(own).to(masks.device), list(shifted.shape), align_corners=False)
+    (matrices,) = _moved([move_matrices(own)], masks.device)
+    grid = functional.affine_grid(matrices, list(shifted.shape), align_corners=False)
     sampled = functional.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return (sampled.squeeze(1) + IGNORED).to(torch.uint8)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import OneStep, Params, Problem, SGDUpdate, check_hypergradient, hypergradient, linearize
+from bilevel import (
+    OneStep,
+    Params,
+    Problem,
+    SGDUpdate,
+    check_hypergradient,
+    hypergradient,
+    linearize,
+    lower_solution,
+)
 from bilevel.hypergradients import AdamUpdate
 
 
@@ -85,3 +94,71 @@ ROWS = [
 def test_is_refused_in_a_sentence(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+class Regression(Problem):
+    """Takes a batch (X, t)."""
+
+    def lower_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (inputs @ lower["y"] - targets).square().mean() + (upper["x"].exp() * lower["y"] ** 2).sum()
+
+    def upper_objective(self, upper: Params, lower: Params, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (inputs @ lower["y"] - targets).square().mean()
+
+
+INPUTS, TARGETS = torch.linspace(-1.0, 1.0, 6).reshape(3, 2), torch.ones(3)
+
+
+def everywhere(lower_batches: Any) -> list[Callable[[], object]]:
+    """Every public function that takes lower batches of a regression."""
+    calls: dict[str, Any] = {"upper_batch": (INPUTS, TARGETS), "lower_batches": lower_batches}
+    moving = {"x": torch.ones(2, requires_grad=True)}
+
+    def solver(problem: Problem, upper: Params, lower: Params, batches: Any) -> Params:
+        problem.lower_objective(upper, lower, batches[0])
+        return Y
+
+    return [
+        lambda: hypergradient(Regression(), X, Y, **calls),
+        lambda: hypergradient(Regression(), X, Y, OneStep(0.1), **calls),
+        lambda: linearize(Regression(), X, Y, lower_batches),
+        lambda: lower_solution(Regression(), moving, Y, lower_batches),
+        lambda: check_hypergradient(Regression(), X, Y, lower_solver=solver, **calls),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "shown"),
+    [
+        ((INPUTS, TARGETS), r"float32 \[3, 2\], float32 \[3\]"),
+        ([INPUTS, TARGETS.long()], r"float32 \[3, 2\], int64 \[3\]"),
+        ((INPUTS, INPUTS.double()), r"float32 \[3, 2\], float64 \[3, 2\]"),
+    ],
+)
+def test_the_parts_of_one_batch_are_no_batches(parts: Any, shown: str) -> None:
+    said = rf"^lower_batches .* got tensors of {shown}, .* pass \[batch\].* \[\(X, t\)\]$"
+    for call in everywhere(parts):
+        with pytest.raises(TypeError, match=said):
+            call()
+    with pytest.raises(TypeError, match=r"\[\(part_1, part_2, part_3\)\]$"):
+        linearize(Regression(), X, Y, (INPUTS, TARGETS, TARGETS.long()))
+
+
+def test_an_objective_that_fails_on_parts_that_look_alike_says_how_they_were_read() -> None:
+    alike = (INPUTS, torch.ones(3, 1))
+    # Three rows do not unpack into two parts.
+    for call in everywhere(alike):
+        with pytest.raises(ValueError, match="too many values to unpack") as caught:
+            call()
+        assert caught.value.__notes__ == [
+            "lower_batches was taken as 2 batches of one tensor each; if these are the parts of one batch, pass "
+            "[(X, t)]"
+        ]
+    for call in everywhere([(INPUTS, TARGETS, TARGETS)]):
+        with pytest.raises(ValueError, match="too many values to unpack") as caught:
+            call()
+        assert not hasattr(caught.value, "__notes__")
+    for call in everywhere([(INPUTS, TARGETS)]):
+        call()

@@ -103,6 +103,20 @@ def test_nothing_iterated_leaves_no_curve() -> None:
     assert CG().solve(dense(case.matrix, case.split), case.b, x0=exact).residual_curve == ()
 
 
+@pytest.mark.parametrize("spread", [1e-2, 1e-6, 1e-10])
+@pytest.mark.parametrize("center", [1.0, -1e3])
+def test_the_range_near_a_multiple_of_the_identity(center: float, spread: float) -> None:
+    """Products are then nearly parallel to their vectors, and orthogonalising once leaves rounding for a basis."""
+    values = center * (1.0 + spread * torch.linspace(-1.0, 1.0, 60, dtype=torch.float64))
+    case = Case("near the identity", with_spectrum(values.tolist()), vector(60), ((60,),), INDEFINITE)
+    found = torch.tensor(ritz_values(dense(case.matrix, case.split), case.b, 40), dtype=torch.float64)
+    assert len(found) == 40
+    # To the rounding of a product.
+    width = abs(center) * (spread + 1e-13)
+    assert bool((abs(found - center) <= width).all())
+    assert float(found.max() - found.min()) == pytest.approx(2 * abs(center) * spread, rel=1e-2)
+
+
 def test_a_long_solve_costs_no_large_eigenvalue_problem() -> None:
     values = torch.logspace(-6, 0, 600, dtype=torch.float64)
     case = Case("long", torch.diag(values), vector(600), ((600,),), DEFINITE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Params, Problem
-from bilevel.lower import Draw, Oracles, draws
+from bilevel.lower import Draw, Oracles, all_repeatable, draws
 from bilevel.lower.repeatable import repeatable
 from bilevel.nn import GeneratorMark, seeded
 from tests.support.cases import joined, vector
@@ -88,6 +88,26 @@ def test_a_problem_that_begins_to_draw_later_is_caught() -> None:
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
     assert torch.equal(found[2], found[3])
+
+
+def test_passes_that_are_looked_at_together_are_made_again_together() -> None:
+    problem, before = Noisy(DRAWS["torch"], after=2), states()
+    oracles, calls = Oracles(problem, ("y",)), list[int]()
+
+    def both() -> tuple[Tensor, Tensor]:
+        calls.append(problem.left)
+        above = oracles.upper(*POINT, DRAW).lower
+        return joined(above), joined(oracles.lower(*POINT, POINT[1], DRAW).product)
+
+    found = [all_repeatable(problem, both) for _ in range(4)]
+    # Two that are quiet, one that draws and is made again, and a seeded one.
+    assert calls == [2, 1, 0, -1, -2]
+    assert draws(problem) is True
+    assert states() == before
+    assert all(torch.equal(found[0][0], one[0]) for one in found)
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[1][1], found[2][1])
+    assert torch.equal(found[2][1], found[3][1])
 
 
 @pytest.mark.parametrize("name", DRAWS)

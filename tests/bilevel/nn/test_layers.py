@@ -340,19 +340,6 @@ def test_recurrent_layers_are_called_by_torchs_own_kernels_alone() -> None:
     assert switches() == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@RECURRENT
-def test_products_through_recurrent_layers_on_a_gpu_are_those_on_the_cpu(kind: str) -> None:
-    module = double(Recurrent(kind))
-    lower = parameters(module)
-    expected = linearize(Fit(module), lower, lower, [BATCH]).operator(lower)
-    module, lower = module.cuda(), {name: leaf.cuda() for name, leaf in lower.items()}
-    for hvp in EXACT:
-        found = linearize(Fit(module), lower, lower, [BATCH.cuda()], hvp=hvp).operator(lower)
-        torch.testing.assert_close({name: leaf.cpu() for name, leaf in found.items()}, expected)
-    assert "forward" not in vars(module.layer)
-
-
 def test_a_lazy_module_is_refused_until_it_was_called() -> None:
     module = nn.Sequential(nn.LazyLinear(2))
     with pytest.raises(ValueError, match=r"'0.weight' of Sequential has no shape yet; call the module once"):

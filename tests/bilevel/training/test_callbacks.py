@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from bilevel import Checkpointing, ProgressBar
+from bilevel import Checkpointing, Level, ProgressBar
 from bilevel.checkpoint import load_checkpoint
-from bilevel.training import Callback, JSONLWriter
+from bilevel.training import Callback, JSONLWriter, SingleLevelTrainer, gradient_of
 
 
 def trainer(progress: int, total: int = 5, waiting: float = 0.0, **skipped: int) -> Any:
@@ -102,3 +103,61 @@ def test_progress_shows_skipped_steps_where_there_are_any() -> None:
     bar.on_progress(trainer(2, lower=2, upper=1))
     bar.on_run_end(trainer(2))
     assert "3 skipped" in output.getvalue()
+
+
+def small(folder: Path, steps: int = 3, *extra: Callback) -> SingleLevelTrainer:
+    y = torch.zeros(2, requires_grad=True)
+    level = Level({"y": y}, torch.optim.SGD([y], lr=0.1), [torch.ones(2)])
+    derivatives = gradient_of(lambda batch: (y - batch).square().sum(), level.params)
+    return SingleLevelTrainer(derivatives, level, steps, callbacks=[*extra, Checkpointing(folder)])
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_checkpoints_of_another_run_are_left_alone(tmp_path: Path) -> None:
+    small(tmp_path).run()
+    before = files(tmp_path)
+    said = r"^Checkpointing: .* holds checkpoints of another run, the newest of number 3, .* trainer.resume\("
+    for steps in (3, 9):
+        with pytest.raises(ValueError, match=said):
+            small(tmp_path, steps).run()
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_is_one_too(tmp_path: Path) -> None:
+    small(tmp_path).run()
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="the newest of number 3"):
+        small(tmp_path).run()
+
+
+def test_a_bar_ends_where_a_run_does_not_begin(tmp_path: Path) -> None:
+    small(tmp_path).run()
+    bar = ProgressBar(Console(file=io.StringIO(), force_terminal=True))
+    with pytest.raises(ValueError, match="another run"):
+        small(tmp_path, 3, bar).run()
+    assert bar._bar is None
+
+
+def test_a_run_that_continues_goes_on(tmp_path: Path) -> None:
+    first = small(tmp_path)
+    assert not first.resume(tmp_path)
+    first.run()
+    resumed = small(tmp_path, 5)
+    assert resumed.resume(tmp_path)
+    resumed.run()
+    resumed.run()
+    by_hand, saved = small(tmp_path, 7), load_checkpoint(tmp_path)
+    assert saved is not None
+    by_hand.load_state_dict(saved[1])
+    by_hand.run()
+    assert by_hand.progress == 7
+    # Trained by hand before, in this process.
+    advanced = small(tmp_path / "new", 4)
+    advanced.advance()
+    advanced.run()
+    advanced.run()
+    assert advanced.progress == 4

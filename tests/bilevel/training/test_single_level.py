@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Level
-from bilevel.training import Callback, NonFiniteError, SingleLevelTrainer, gradient_of
+from bilevel.training import BatchSource, Callback, NonFiniteError, SingleLevelTrainer, gradient_of
 
 
 class Events(Callback):
@@ -58,3 +58,39 @@ def test_a_step_that_is_not_finite_changes_nothing(factor: float, where: str) ->
         before["train"]["optimizer"],
         before["train"]["scheduler"],
     )
+
+
+class Prepared(BatchSource):
+    """Ones; notes what the weight was when it was asked to prepare."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.events = weight, list[tuple[str, float]]()
+
+    def begin_stage(self, steps: int) -> None:
+        return None
+
+    def next(self) -> Tensor:
+        self.events.append(("next", float(self.weight.detach())))
+        return torch.ones(())
+
+    def prepare(self) -> None:
+        self.events.append(("prepare", float(self.weight.detach())))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        return None
+
+
+def test_data_prepare_the_next_batch_before_a_step_is_made() -> None:
+    """Once a step, after its gradient and before its update."""
+    weight = torch.tensor(1.0, requires_grad=True)
+    source = Prepared(weight)
+    level = Level({"w": weight}, torch.optim.SGD([weight], 0.25), source)
+    SingleLevelTrainer(gradient_of(lambda batch: weight * batch, {"w": weight}), level, 3).run()
+    assert source.events == [
+        *(("next", 1.0), ("prepare", 1.0)),
+        *(("next", 0.75), ("prepare", 0.75)),
+        *(("next", 0.5), ("prepare", 0.5)),
+    ]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from recipes.experiment.events import MOST_LINES, StageEvents
+from tests.support.rank_processes import forkserver
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -81,3 +82,26 @@ def test_a_fresh_start_forgets_an_earlier_attempt(tmp_path: Path) -> None:
     stage_events(path, variant="baseline").write({"step": 1})
     stage_events(path).restart()
     assert [line["variant"] for line in lines(path)] == ["baseline"]
+
+
+def write_and_cut(path: str, seed: int) -> None:
+    """Again and again a stage of its own, the last time whole."""
+    for length in (3, 50, 7, 120):
+        events = StageEvents(Path(path), {"stage": "fit", "variant": "a", "seed": seed}, shared=True)
+        events.restart()
+        for step in range(length):
+            events.write({"event": "train", "step": step})
+
+
+def test_stages_of_several_processes_lose_no_line_of_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    processes = [forkserver().Process(target=write_and_cut, args=(str(path), seed)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    written = lines(path)
+    for seed in range(4):
+        assert [line["step"] for line in written if line["seed"] == seed] == list(range(120))
+    assert len(written) == 4 * 120

@@ -1,10 +1,13 @@
 """Curves and bands taken from recorded events."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
+import pytest
 
-from recipes.experiment.records import Curve, bands, curves, mean_curve, select, thin
+from recipes.experiment.records import Curve, bands, curves, mean_curve, order_events, select, thin
 
 
 def test_resumed_steps_count_once() -> None:
@@ -58,3 +61,29 @@ def test_thinned_curve_keeps_extremes_and_order() -> None:
 def test_short_curve_stays_as_it_is() -> None:
     curve = Curve(np.arange(2000.0), np.zeros(2000))
     assert thin(curve) is curve
+
+
+def event(stage: str, seed: int, step: int) -> dict[str, object]:
+    return {"stage": stage, "variant": "a", "seed": seed, "event": "e", "step": step}
+
+
+def test_events_are_put_in_the_order_of_their_stages_and_keep_it_within_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    # The steps of a stage stand as they were written, also where one was made again.
+    mixed = [event("b", 0, 1), event("a", 1, 2), event("a", 0, 9), event("b", 0, 0), event("a", 1, 1)]
+    ordered = [mixed[2], mixed[1], mixed[4], mixed[0], mixed[3]]
+    text = "".join(json.dumps(line) + "\n" for line in mixed)
+    path.write_text(text + '{"stage": "a", "var')
+    order_events(path, lambda line: (line["stage"], line["seed"]))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ordered
+    before = path.stat().st_ino
+    order_events(path, lambda line: (line["stage"], line["seed"]))
+    # What is in order is not written again.
+    assert path.stat().st_ino == before
+
+
+def test_a_broken_line_is_named_instead_of_ordered(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(event("b", 0, 1)) + "\n[]\n")
+    with pytest.raises(ValueError, match="line 2: holds a list"):
+        order_events(path, lambda line: line["stage"])

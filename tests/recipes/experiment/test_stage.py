@@ -1,5 +1,8 @@
 """A stage is made once: by the first process that comes, from checkpoints that are there, and found afterwards."""
 
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from bilevel import interruption
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from recipes.experiment.artifacts import Artifact, ArtifactStore
 from recipes.experiment.errors import ConfigError
@@ -75,3 +79,31 @@ def test_only_checkpoints_are_discarded(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     discard_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_store_that_waits_takes_what_the_other_process_made(tmp_path: Path) -> None:
+    stage = CachedStage(ArtifactStore(tmp_path, waits=True), "fit", "key")
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+        entered.set()
+        assert go_on.wait(60)
+        return fit(attempt)
+
+    made: list[Artifact] = []
+    first = threading.Thread(target=lambda: made.append(stage.run(slow)))
+    first.start()
+    assert entered.wait(60)
+    threading.Timer(0.5, go_on.set).start()
+    assert stage.run(never).info["sha256"]
+    first.join()
+    assert made == [stage.run(never)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_waiting(number: signal.Signals, tmp_path: Path) -> None:
+    stage = CachedStage(ArtifactStore(tmp_path, waits=True), "fit", "key")
+    with leased(stage.store.directory("fit", "key"), "artifacts"), interruption.Interruption():
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        with pytest.raises(interruption.Interrupted):
+            stage.run(never)

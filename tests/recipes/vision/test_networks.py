@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from recipes.vision.networks.backbones import (
     BACKBONES,
+    ResidualBlock,
     ResNetBackbone,
     SmallResNet,
     build_backbone,
@@ -66,6 +68,30 @@ def test_weights_load_into_torchvision_and_compute_the_same(name: str) -> None:
         torch.testing.assert_close(backbone.eval()(images), theirs.eval()(images))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("before", "width", "stride"), [(5, 5, 1), (5, 5, 2), (4, 6, 1), (4, 6, 2)])
+def test_a_residual_block_is_torchvisions_to_the_bit(before: int, width: int, stride: int, dtype: torch.dtype) -> None:
+    plain = stride == 1 and before == width
+
+    def made(kind: Callable[..., nn.Module]) -> nn.Module:
+        torch.manual_seed(3)
+        shortcut = None if plain else nn.Sequential(nn.Conv2d(before, width, 1, stride), nn.BatchNorm2d(width))
+        return kind(before, width, stride, shortcut).to(dtype)
+
+    ours, theirs = made(ResidualBlock), made(BasicBlock)
+    images = torch.randn(3, before, 7, 8, dtype=dtype)
+    for mode in (True, False):
+        results = []
+        for block in (ours.train(mode), theirs.train(mode)):
+            out = block(images)
+            gradients = torch.autograd.grad(out.square().sum(), list(block.parameters()), create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in gradients), list(block.parameters()))
+            results.append([out, *gradients, *second])
+        assert all(map(torch.equal, *results))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
 def test_resnet18_has_the_published_number_of_parameters() -> None:
     # torchvision documents 11,689,512 with the classifier, which has 512 x 1000 weights and 1000 biases.
     assert count(build_backbone("resnet18")) == 11_689_512 - 513_000 == 11_176_512
@@ -105,8 +131,9 @@ def test_zero_initialised_blocks_start_as_their_shortcuts(name: str) -> None:
     plain = build_backbone(name).state_dict()
     torch.manual_seed(5)
     backbone = build_backbone(name, zero_init_residual=True)
-    blocks = [(key, block) for key, block in backbone.named_modules() if isinstance(block, BasicBlock | Bottleneck)]
-    last = {f"{key}.{'bn2' if isinstance(block, BasicBlock) else 'bn3'}.weight" for key, block in blocks}
+    kinds = (BasicBlock, Bottleneck, ResidualBlock)
+    blocks = [(key, block) for key, block in backbone.named_modules() if isinstance(block, kinds)]
+    last = {f"{key}.{'bn3' if isinstance(block, Bottleneck) else 'bn2'}.weight" for key, block in blocks}
     assert blocks
     # Nothing else differs, so that no random number was drawn for it.
     for key, value in backbone.state_dict().items():

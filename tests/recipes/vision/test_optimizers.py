@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.vision.optimizers import LARS, constant, schedule, warmup_cosine
 
@@ -69,6 +70,73 @@ def test_lars_is_its_definition(exclude: bool) -> None:
     expected = by_hand(start, gradients, rates, momentum=0.8, decay=0.05, eta=0.02, exclude=exclude)
     for name, parameter in parameters.items():
         np.testing.assert_allclose(parameter.detach().numpy(), expected[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exclude", [True, False])
+def test_lars_on_all_tensors_at_once_is_the_step_of_each_to_the_bit(dtype: torch.dtype, exclude: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 3, 3, 3), (8,), (16, 8, 1, 1), (), (33, 17), (2, 2)]
+    start = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    start[2], start[5] = start[2].to(memory_format=torch.channels_last), torch.zeros(2, 2, dtype=dtype)
+    params = [p.clone().requires_grad_() for p in start]
+    optimizer = LARS(params, lr=0.3, momentum=0.9, weight_decay=0.01, exclude_1d=exclude)
+    momenta = [torch.zeros_like(p) for p in start]
+    for _ in range(4):
+        for p, value, m in zip(params, start, momenta, strict=True):
+            p.grad = torch.randn(p.shape, dtype=dtype)
+            d = p.grad
+            if p.ndim > 1 or not exclude:
+                d = p.grad + 0.01 * value
+                if value.norm() > 0:
+                    d = d * (0.001 * value.norm() / d.norm())
+            m.mul_(0.9).add_(d)
+            value.add_(m, alpha=-0.3)
+        optimizer.step()
+    for p, value in zip(params, start, strict=True):
+        assert torch.equal(p.detach(), value)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_lars_is_as_many_operations_for_any_number_of_tensors_and_reads_none(device: str) -> None:
+    counts = []
+    for count in (2, 20):
+        params = [torch.ones(3, 3, device=device, requires_grad=True) for _ in range(count)]
+        biases = [torch.ones(3, device=device, requires_grad=True) for _ in range(count)]
+        optimizer = LARS([*params, *biases], lr=0.1, weight_decay=0.1)
+        for _ in range(2):
+            for p in (*params, *biases):
+                p.grad = torch.ones_like(p)
+            with Operations() as ran:
+                optimizer.step()
+        assert "_local_scalar_dense" not in ran.names
+        counts.append(len(ran.names))
+    assert counts[0] == counts[1]
+
+
+def test_lars_takes_several_dtypes_and_devices() -> None:
+    params = [
+        torch.ones(2, 2, requires_grad=True),
+        torch.ones(2, 2, device="meta", requires_grad=True),
+        torch.ones(2, 2, dtype=torch.float64, requires_grad=True),
+    ]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    LARS(params, lr=1.0, momentum=0.0, trust_coefficient=0.5).step()
+    for p in (params[0], params[2]):
+        assert torch.equal(p.detach(), torch.full_like(p, 0.5))
 
 
 def test_lars_with_a_zero_gradient_and_no_decay_stays() -> None:

@@ -34,9 +34,10 @@ class Net(Problem):
     regularization_weight = 0.5
     curvature_depends_on_upper = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(5)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
+        net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2))
+        self.net = net.to(device)
         self.target = {name: p.detach().clone() for name, p in self.net.named_parameters()}
 
     def lower_objective(self, upper: Params, lower: Params, batch: Tensor) -> Tensor:
@@ -96,18 +97,19 @@ def net_trainer(
     blocks: bool = False,
     upper_data: Any = None,
     lower_data: Any = None,
+    device: torch.device | str = "cpu",
     **options: Any,
 ) -> Trainer:
     """By three iterations of CG on two batches where no method is given, on stacks where no data are, or `blocks`;
     `options` are the trainer's."""
-    problem = Net()
+    problem = Net(device)
     upper, lower = ({name: p.detach().clone() for name, p in problem.net.named_parameters()} for _ in range(2))
     lower_optimizer = torch.optim.SGD(lower.values(), lr=0.2, momentum=0.9)
     upper_optimizer = torch.optim.Adam(upper.values(), lr=0.05)
 
     def load(indices: Tensor, seed: int) -> Tensor:
         noise = torch.randn(len(indices), 4, generator=torch.Generator().manual_seed(seed))
-        return DATA[indices] + 0.1 * noise
+        return (DATA[indices] + 0.1 * noise).to(device)
 
     def source(size: int, batch_size: int, seed: int) -> BatchSource:
         if blocks:

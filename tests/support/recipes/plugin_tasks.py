@@ -98,6 +98,19 @@ class MultiCrop(PretextTask):
         return heads["projector"](backbone(batch[0]))
 
 
+class Faulty(PretextTask):
+    """Has a fault that shows in the first step."""
+
+    def build(self, backbone: nn.Module) -> nn.ModuleDict:
+        return nn.ModuleDict({"head": nn.Linear(1, 1)})
+
+    def transform(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return images.expand(-1, 3, -1, -1) / 255
+
+    def loss(self, backbone: Bound, heads: Mapping[str, Bound], batch: Tensor) -> Tensor:
+        raise ZeroDivisionError("a fault of the task")
+
+
 class Unfinished(PretextTask):
     """Says nothing of its loss."""
 

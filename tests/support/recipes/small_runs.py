@@ -13,9 +13,9 @@ from torch import Tensor
 from bilevel import Trainer
 from recipes.bissl.commands.main import main
 from recipes.bissl.commands.parsing import parse
-from recipes.bissl.outcome import open_run
 from recipes.bissl.outcome.open_run import compute_device
 from recipes.bissl.outcome.pipeline import Pipeline
+from recipes.bissl.outcome.side_by_side import all_stages
 from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.run_directory import PROJECT
 from recipes.bissl.training.compute import Computing
@@ -29,6 +29,7 @@ from recipes.experiment.workspace import Workspace
 # Two pretext batches an epoch, two labelled ones, a checkpoint inside every stage.
 SMALL = {
     "threads": 1,
+    "jobs": 1,
     "seeds": 2,
     "device": "cpu",
     "data.pretext-limit": 48,
@@ -46,6 +47,7 @@ SMALL = {
     "bissl.upper-steps": 2,
     "bissl.hessian-batches": 2,
     "bissl.solver": "cg",
+    "bissl.hvp": "reverse",
     "bissl.solver-iterations": 2,
     # A system near the identity: two iterations of CG cannot make its residual grow tenfold, whatever the last digits.
     "bissl.damping": 50,
@@ -86,7 +88,7 @@ def execute(*arguments: str) -> int:
 
 def leave_out_report(patch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    patch.setattr(open_run, "write_report", lambda folder: folder)
+    patch.setattr(all_stages, "write_report", lambda folder: folder)
 
 
 def whole_run(folder: Path, *arguments: str) -> Path:

@@ -154,5 +154,5 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         settings.pretext.step_settings(),
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.bissl.model_dump(exclude={"checkpoint_every"}),
-        settings.compute.model_dump(),
+        settings.compute.decisive(),
     )

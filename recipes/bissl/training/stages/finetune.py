@@ -154,7 +154,7 @@ def _key(repeat: Repeat, data: Datasets, parent: Artifact | None) -> str:
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         [steps, *settings.finetune.rates(repeat.variant)],
         settings.finetune.model_dump(include={"validate_every", "ties", "lr_floor"}),
-        settings.compute.model_dump(exclude={"micro_batch"}),
+        settings.compute.decisive("micro_batch"),
     )
 
 

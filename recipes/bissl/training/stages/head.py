@@ -146,5 +146,5 @@ def _key(repeat: Repeat, parent: Artifact, data: Datasets) -> str:
         data.identity.labelled,
         settings.downstream.model_dump(exclude={"eval_batch_size"}),
         settings.head.model_dump(),
-        settings.compute.model_dump(exclude={"micro_batch"}),
+        settings.compute.decisive("micro_batch"),
     )

@@ -193,7 +193,7 @@ def _key(repeat: Repeat, stage: str, start: _Start, length: _Length, data: Datas
         settings.model.model_dump(include={"backbone", "zero_init_residual"}),
         settings.pretext.step_settings(),
         [length.steps, length.lr, length.warmup, *shared, *given],
-        settings.compute.model_dump(),
+        settings.compute.decisive(),
     )
 
 

@@ -60,7 +60,7 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
         settings.model.model_dump(include={"backbone"}),
         settings.pretext.step_settings(),
         [weights.sha256, steps, settings.pretext.lr],
-        settings.compute.model_dump(exclude={"micro_batch"}),
+        settings.compute.decisive("micro_batch"),
     )
     return CachedStage(workspace.store, STAGE, key).run(fit)
 

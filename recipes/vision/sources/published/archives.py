@@ -14,8 +14,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO
 from urllib.parse import urlsplit
 
-from torchvision.datasets.utils import download_url
-
 from ...errors import DataError
 
 # RuntimeError is torchvision's word for another checksum and for too many redirections.
@@ -105,6 +103,8 @@ def fetch(archive: Archive, root: Path) -> None:
 
     A file that is there already with the right checksum is not downloaded again.
     """
+    from torchvision.datasets.utils import download_url  # nearly as long to import as torch
+
     folder = root / archive.into
     try:
         download_url(archive.url, folder, archive.name, archive.md5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torchvision.datasets import Caltech101
 
 from ...errors import DataError
 from ..sources import Request, Source
@@ -21,6 +20,8 @@ def open_caltech101(request: Request) -> Source:
 
     Raises DataError if a class has no image left for the test.
     """
+    from torchvision.datasets import Caltech101
+
     folder = request.root / "caltech101" / "101_ObjectCategories"
     if not (folder / BACKGROUND).is_dir():
         raise DataError(f"the folder {folder / BACKGROUND} is missing")

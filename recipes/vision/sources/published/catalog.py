@@ -5,22 +5,22 @@ Splits and counts: BiSSL, appendix B.1. Addresses and MD5 sums are those that th
 
 from __future__ import annotations
 
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST
-
 from .archives import Archive
 from .caltech101 import open_caltech101
-from .cifar import open_cifar10, open_cifar100
+from .cifar import CIFAR10, CIFAR100, open_cifar10, open_cifar100
 from .cub200 import open_cub200
 from .dataset import Dataset
-from .fashion_mnist import open_fashion_mnist
+from .fashion_mnist import FILES, open_fashion_mnist
 from .listed import open_aircraft, open_cars, open_dtd, open_flowers, open_food101
 from .pets import open_pets
-from .stl10 import STL10_COUNTS, open_stl10
+from .stl10 import STL10_COUNTS, STL10_FOLDER, open_stl10
 from .sun397 import open_sun397
 from .voc2007 import open_voc2007
 
 VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2007"
+FASHION_MNIST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+TORONTO = "https://www.cs.toronto.edu/~kriz"
 RESEARCH = "research; the images belong to their owners"
 
 _ALL = (
@@ -33,12 +33,14 @@ _ALL = (
         split=(4000, 1000, 8000),
         pretext=STL10_COUNTS["unlabeled"],
         needs=tuple(
-            f"{STL10.base_folder}/{file}"
+            f"{STL10_FOLDER}/{file}"
             for file in ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin")
         ),
         page="https://cs.stanford.edu/~acoates/stl10/",
         terms="ImageNet's: research and education",
-        archives=(Archive(STL10.url, STL10.tgz_md5),),
+        archives=(
+            Archive("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb"),
+        ),
     ),
     Dataset(
         name="flowers",
@@ -137,11 +139,17 @@ _ALL = (
         counts={"train": 60000, "test": 10000},
         split=(48000, 12000, 10000),
         pretext=60000,
-        needs=tuple(f"FashionMNIST/raw/{file.removesuffix('.gz')}" for file, _ in FashionMNIST.resources),
+        needs=tuple(f"FashionMNIST/raw/{file}" for files in FILES.values() for file in files),
         page="https://github.com/zalandoresearch/fashion-mnist",
         terms="MIT",
         archives=tuple(
-            Archive(FashionMNIST.mirrors[0] + file, md5, "FashionMNIST/raw") for file, md5 in FashionMNIST.resources
+            Archive(f"{FASHION_MNIST}/{file}.gz", md5, "FashionMNIST/raw")
+            for file, md5 in (
+                ("train-images-idx3-ubyte", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+                ("train-labels-idx1-ubyte", "25c81989df183df01b3e8a0aad5dffbe"),
+                ("t10k-images-idx3-ubyte", "bef4ecab320f06d8554ea6380940ec79"),
+                ("t10k-labels-idx1-ubyte", "bb300cfdad3c16e7a12a480ee83cd310"),
+            )
         ),
     ),
     Dataset(
@@ -152,13 +160,10 @@ _ALL = (
         counts={"train": 50000, "test": 10000},
         split=(40000, 10000, 10000),
         pretext=50000,
-        needs=tuple(
-            f"{CIFAR10.base_folder}/{file}"
-            for file in [name for name, _ in CIFAR10.train_list + CIFAR10.test_list] + [CIFAR10.meta["filename"]]
-        ),
-        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        needs=tuple(f"{CIFAR10.folder}/{file}" for file in (*CIFAR10.train, *CIFAR10.test, CIFAR10.meta)),
+        page=f"{TORONTO}/cifar.html",
         terms="none stated; cite the report",
-        archives=(Archive(CIFAR10.url, CIFAR10.tgz_md5),),
+        archives=(Archive(f"{TORONTO}/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
     ),
     Dataset(
         name="cifar100",
@@ -168,10 +173,10 @@ _ALL = (
         counts={"train": 50000, "test": 10000},
         split=(40000, 10000, 10000),
         pretext=50000,
-        needs=tuple(f"{CIFAR100.base_folder}/{file}" for file in ("train", "test", "meta")),
-        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        needs=tuple(f"{CIFAR100.folder}/{file}" for file in (*CIFAR100.train, *CIFAR100.test, CIFAR100.meta)),
+        page=f"{TORONTO}/cifar.html",
         terms="none stated; cite the report",
-        archives=(Archive(CIFAR100.url, CIFAR100.tgz_md5),),
+        archives=(Archive(f"{TORONTO}/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),),
     ),
     Dataset(
         name="caltech101",

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from ...errors import DataError
 from ..sources import Request, Source
 from .reading import array_source, reading
 
 SIDE = 32
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The files of a set below its `folder`, and the keys of what they hold: `labels`, and in `meta` class `names`."""
+
+    folder: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    meta: str
+    names: str
+    labels: str
+
+
+CIFAR10 = Batches(
+    folder="cifar-10-batches-py",
+    train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+    test=("test_batch",),
+    meta="batches.meta",
+    names="label_names",
+    labels="labels",
+)
+CIFAR100 = Batches("cifar-100-python", ("train",), ("test",), "meta", "fine_label_names", "fine_labels")
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -77,24 +100,24 @@ def _batch(file: Path, key: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data).view(-1, 3, SIDE, SIDE), labels
 
 
-def _open(name: str, published: type[CIFAR10], labels: str, request: Request) -> Source:
-    """Train and test; the files' names are torchvision's."""
-    folder = request.root / published.base_folder
-    classes = _unpickled(folder / published.meta["filename"]).get(published.meta["key"])
+def _open(name: str, published: Batches, request: Request) -> Source:
+    """Train and test."""
+    folder = request.root / published.folder
+    classes = _unpickled(folder / published.meta).get(published.names)
     if not isinstance(classes, list) or not all(isinstance(entry, str) for entry in classes):
-        raise DataError(f"{folder / published.meta['filename']} is damaged: it has no list {published.meta['key']!r}")
+        raise DataError(f"{folder / published.meta} is damaged: it has no list {published.names!r}")
     parts = {}
-    for part, files in (("train", published.train_list), ("test", published.test_list)):
-        batches = [_batch(folder / file, labels) for file, _ in files]
+    for part, files in (("train", published.train), ("test", published.test)):
+        batches = [_batch(folder / file, published.labels) for file in files]
         parts[part] = torch.cat([images for images, _ in batches]), torch.cat([targets for _, targets in batches])
     return array_source(name, classes, parts)
 
 
 def open_cifar10(request: Request) -> Source:
     """CIFAR-10: train (five batches) and test."""
-    return _open("cifar10", CIFAR10, "labels", request)
+    return _open("cifar10", CIFAR10, request)
 
 
 def open_cifar100(request: Request) -> Source:
     """CIFAR-100: train and test, with the 100 fine classes."""
-    return _open("cifar100", CIFAR100, "fine_labels", request)
+    return _open("cifar100", CIFAR100, request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.datasets import FashionMNIST
 
 from ...errors import DataError
 from ..sources import Request, Source
@@ -18,6 +17,8 @@ FILES = {
 
 def open_fashion_mnist(request: Request) -> Source:
     """Fashion-MNIST: train and test, one channel."""
+    from torchvision.datasets import FashionMNIST
+
     folder = request.root / "FashionMNIST" / "raw"
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for part, names in FILES.items():

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchvision.datasets import DTD, FGVCAircraft, Flowers102, Food101, StanfordCars
 
 from ...errors import DataError
 from ..sources import Request, Source
@@ -43,17 +42,23 @@ def _same_classes(classes: Sequence[str], expected: Sequence[str], file: Path) -
 
 def open_flowers(request: Request) -> Source:
     """Oxford 102 Flowers with its own train, val and test lists; torchvision checks the MD5 of both lists."""
+    from scipy.io.matlab import MatReadError
+    from torchvision.datasets import Flowers102
+
     folder = request.root / "flowers-102"
     files = [folder / "setid.mat", folder / "imagelabels.mat"]
     if not (folder / "jpg").is_dir():
         raise DataError(f"the folder {folder / 'jpg'} is missing")
-    with reading(*files):
+    with reading(*files, errors=(MatReadError,)):
         parts = {part: _part(Flowers102(request.root, part, loader=_path)) for part in ("train", "val", "test")}
     return file_source("flowers", Flowers102.classes, parts, request, lists=dict.fromkeys(parts, files[0]))
 
 
 def open_cars(request: Request) -> Source:
     """Stanford Cars: train and test."""
+    from scipy.io.matlab import MatReadError
+    from torchvision.datasets import StanfordCars
+
     folder = request.root / "stanford_cars"
     meta = folder / "devkit" / "cars_meta.mat"
     lists = {
@@ -65,7 +70,7 @@ def open_cars(request: Request) -> Source:
     for part, file in lists.items():
         if not (folder / f"cars_{part}").is_dir():
             raise DataError(f"the folder {folder / f'cars_{part}'} is missing")
-        with reading(file, meta):
+        with reading(file, meta, errors=(MatReadError,)):
             listed = StanfordCars(request.root, part, loader=_path)
             classes, parts[part] = [str(name) for name in listed.classes], _part(listed)
     return file_source("cars", classes, parts, request, lists=lists)
@@ -73,6 +78,8 @@ def open_cars(request: Request) -> Source:
 
 def open_aircraft(request: Request) -> Source:
     """FGVC-Aircraft at the level of variants, with its own train, val and test lists."""
+    from torchvision.datasets import FGVCAircraft
+
     folder = request.root / "fgvc-aircraft-2013b" / "data"
     lists = {part: folder / f"images_variant_{part}.txt" for part in ("train", "val", "test")}
     classes: list[str] = []
@@ -86,6 +93,8 @@ def open_aircraft(request: Request) -> Source:
 
 def open_dtd(request: Request) -> Source:
     """The Describable Textures Dataset: train, val and test of its first partition."""
+    from torchvision.datasets import DTD
+
     folder = request.root / "dtd" / "dtd" / "labels"
     lists = {part: folder / f"{part}1.txt" for part in ("train", "val", "test")}
     classes: list[str] = []
@@ -101,6 +110,8 @@ def open_dtd(request: Request) -> Source:
 
 def open_food101(request: Request) -> Source:
     """Food-101: train and test."""
+    from torchvision.datasets import Food101
+
     folder = request.root / "food-101"
     if not (folder / "images").is_dir():
         raise DataError(f"the folder {folder / 'images'} is missing")

@@ -12,7 +12,6 @@ from pathlib import Path
 from xml.etree.ElementTree import ParseError
 
 import torch
-from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from ...errors import DataError
@@ -21,16 +20,19 @@ from ...pictures.memory import ArrayImages
 from ..file_table import FileTable
 from ..sources import Request, Source
 
-# What the parsers of text, JSON, XML, MATLAB and IDX files raise on damaged ones, torchvision's assertions included.
+# What the parsers of text, JSON, XML and IDX files raise on damaged ones, torchvision's assertions included.
 PARSE_ERRORS = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, MemoryError,
-    ArithmeticError, struct.error, zlib.error, ParseError, MatReadError,
+    ArithmeticError, struct.error, zlib.error, ParseError,
 )  # fmt: skip
 
 
 @contextmanager
-def reading(*files: Path) -> Iterator[None]:
-    """Raise one DataError, naming the file, if one of `files` is missing or what the block does with them fails."""
+def reading(*files: Path, errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Raise one DataError, naming the file, if one of `files` is missing or what the block does with them fails.
+
+    `errors`: those of the block's parser, besides the usual ones.
+    """
     for file in files:
         if not file.is_file():
             raise DataError(f"the file {file} is missing")
@@ -38,7 +40,7 @@ def reading(*files: Path) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except PARSE_ERRORS as error:
+    except (*PARSE_ERRORS, *errors) as error:
         said = str(error) or type(error).__name__
         names = " or ".join(str(file) for file in files)
         raise DataError(f"{names} is damaged or of another format ({said})") from error

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import STL10
 
 from ...errors import DataError
 from ...pictures.memory import ArrayImages
 from ..sources import Request, Source
 
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+STL10_FOLDER = "stl10_binary"
 STL10_COUNTS = {"train": 5000, "test": 8000, "unlabeled": 100000}
 SIDE = 96
 CHUNK = 1024
@@ -55,7 +55,7 @@ def open_stl10(request: Request) -> Source:
     Raises DataError, naming the file, if one that the purpose needs is missing or incomplete.
     """
     splits = ("unlabeled",) if request.purpose == "pretext" else ("train", "test")
-    folder = request.root / STL10.base_folder
+    folder = request.root / STL10_FOLDER
     _check_files(folder, splits)
     images = _read([folder / f"{split}_X.bin" for split in splits])
     if request.purpose == "pretext":

@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
-from torchvision.datasets import VOCDetection
 
 from ...errors import DataError
 from ..sources import Request, Source
@@ -44,6 +43,8 @@ def open_voc2007(request: Request) -> Source:
     Objects marked as difficult count; the challenge's own evaluation leaves an image out for a class of which it
     shows difficult objects alone.
     """
+    from torchvision.datasets import VOCDetection
+
     folder = request.root / "VOCdevkit" / "VOC2007"
     lists = {part: folder / "ImageSets" / "Main" / f"{part}.txt" for part in PARTS}
     parts: dict[str, tuple[list[Path], Tensor]] = {}

@@ -128,3 +128,27 @@ def test_a_list_of_batches_is_blocks_that_count_the_same() -> None:
     again = Cycle(["a", "b", "c"])
     again.load_state_dict(source.state_dict())
     assert again.last_block == source.last_block
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": 12, "block_size": 3}, r"block_size=3 points .* by 2 ranks, .* make it a multiple of 2$"),
+        ({"size": 11, "block_size": 4}, r"size=11 points .* by 2 ranks"),
+        ({"size": 12, "block_size": 2, "sweep_size": 5}, r"sweep_size=5 points .* by 2 ranks"),
+    ],
+)
+def test_uneven_shares_over_ranks_are_refused(
+    options: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = made(**options)
+    alone.begin_stage(1)
+    monkeypatch.setattr("bilevel.training.data.blocks.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=f"^Blocks: {said}"):
+        made(**options)
+    # Made before the ranks have met.
+    with pytest.raises(ValueError, match=f"^Blocks: {said}"):
+        alone.begin_stage(1)
+    made(12, 4, sweep_size=6).begin_stage(1)
+    # Nothing is swept in parts where one batch holds all.
+    made(12, 4, sweep_size=13).begin_stage(1)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torchvision
 
 from recipes.bissl.commands.main import main
+from recipes.vision.record import listing
 from recipes.vision.record.listing import Record
 from tests.support.recipes.image_trees import picture, tree
 from tests.support.recipes.small_runs import (
@@ -258,7 +258,7 @@ def test_copies_of_test_images_are_said_and_left_out(
 def test_other_versions_of_torchvision_are_a_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torchvision, "__version__", "0.1.0")
+    monkeypatch.setattr(listing, "version", lambda _: "0.1.0")
     capsys.readouterr()
     assert execute("--output-dir", "run", "--artifacts", "shared", *options(), "--resume") == 0
     said = capsys.readouterr().out

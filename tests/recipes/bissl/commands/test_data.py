@@ -8,7 +8,6 @@ import pytest
 
 from recipes.bissl.commands.data import main
 from recipes.vision.errors import DataError
-from recipes.vision.sources.published import archives
 from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.verify import verify
 from tests.support.recipes.dataset_trees import small
@@ -108,7 +107,7 @@ def test_download_of_a_whole_set_fetches_nothing(
     def never(*arguments: object) -> None:
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(archives, "download_url", never)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", never)
     small("cub200", tmp_path, monkeypatch)
     assert main(["download", "cub200", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "cub200: whole; 20 images counted, 20 decoded\n"

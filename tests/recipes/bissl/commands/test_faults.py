@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
-from recipes.bissl.outcome import open_run
+from recipes.bissl.outcome.side_by_side import all_stages
 from tests.support.recipes.small_runs import execute, refused, results, weights, without
 
 # Calls of the operating system in a save: each of state and manifest is synced, renamed, and its folder synced.
@@ -24,7 +24,7 @@ CALLS = [(name, number) for name in ("fsync", "replace") for number in range(1, 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than such a run."""
-    monkeypatch.setattr(open_run, "write_report", lambda folder: folder)
+    monkeypatch.setattr(all_stages, "write_report", lambda folder: folder)
 
 
 def state(value: float) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_run, "write_report", lambda folder: folder)
+        patch.setattr(all_stages, "write_report", lambda folder: folder)
         assert execute("--output-dir", str(folder)) == 0
     return folder
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from recipes.bissl.commands import main as run
-from recipes.bissl.outcome import open_run
+from recipes.bissl.outcome.side_by_side import all_stages
 from recipes.bissl.settings.config import Config
 from recipes.experiment.folder.run_folder import CONFIG
 from recipes.vision.networks.backbones import build_backbone
@@ -376,7 +376,7 @@ def test_a_report_that_cannot_be_written_is_said_at_the_end(
     def fails(folder: Path) -> Path:
         raise ValueError("the report needs matplotlib")
 
-    monkeypatch.setattr(open_run, "write_report", fails)
+    monkeypatch.setattr(all_stages, "write_report", fails)
     message = refused(capsys, "--output-dir", str(tmp_path), "--seeds", "1")
     assert "report.html was not written, all other files were: the report needs matplotlib" in message
     assert (tmp_path / "results.json").exists()

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.soak import passed, soak
 from bilevel.nn.functional import in_curvature_pass
 from recipes.bissl.commands.main import main
-from recipes.bissl.outcome import open_run
+from recipes.bissl.outcome.side_by_side import all_stages
 from recipes.bissl.training.problem import BiSSLProblem
 from tests.support.recipes.small_runs import (
     SMALL_OPTIONS,
@@ -125,7 +125,7 @@ def test_a_solve_ends_after_the_product(whole: Path, tmp_path: Path, monkeypatch
 
 
 def test_between_stages_signals_act_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_run, "summarise", ringing(open_run.summarise, signal.SIGTERM, 1))
+    monkeypatch.setattr(all_stages, "summarise", ringing(all_stages.summarise, signal.SIGTERM, 1))
     assert execute("--output-dir", str(tmp_path)) == 75
     assert not (tmp_path / "results.json").exists()
     monkeypatch.undo()

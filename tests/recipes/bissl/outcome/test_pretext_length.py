@@ -12,10 +12,10 @@ from matplotlib import image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from recipes.bissl.commands import figure2
-from recipes.bissl.outcome import open_run
 from recipes.bissl.outcome.pretext_length import curve
 from recipes.bissl.outcome.pretext_length.curve import length_curve_png
 from recipes.bissl.outcome.pretext_length.runs import config_at, warmup_cut
+from recipes.bissl.outcome.side_by_side import all_stages
 from recipes.bissl.outcome.wording import shown_name
 from recipes.bissl.settings.config import Config
 from recipes.bissl.settings.plan import make_plan
@@ -80,7 +80,7 @@ def test_a_sweep_end_to_end(
 ) -> None:
     folder = tmp_path / "fig"
     # Drawn for seconds, and tested elsewhere.
-    monkeypatch.setattr(open_run, "write_report", lambda path: None)
+    monkeypatch.setattr(all_stages, "write_report", lambda path: None)
     assert sweep(folder, "--epochs", "5,3") == 0
     content = json.loads((folder / "figure2.json").read_text())
     rows = list(csv.DictReader(io.StringIO((folder / "figure2.csv").read_text())))

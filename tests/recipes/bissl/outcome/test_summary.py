@@ -2,12 +2,12 @@ import json
 import math
 import os
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from scipy import stats
 
 from recipes.bissl.outcome.summary import ArmResult, assemble, environment
@@ -206,7 +206,7 @@ def test_environment_says_what_ran_and_not_where() -> None:
     content = environment("cpu")
     assert content["python"] == platform.python_version()
     assert content["torch"] == torch.__version__
-    assert content["torchvision"] == torchvision.__version__
+    assert content["torchvision"] == version("torchvision")
     assert content["device"] == "cpu"
     assert content["cuda"] is None
     assert content["cpu_count"] == os.cpu_count()

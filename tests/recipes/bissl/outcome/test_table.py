@@ -253,7 +253,7 @@ def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.bissl.outcome.open_run.write_report", lambda folder: None)
+    monkeypatch.setattr("recipes.bissl.outcome.side_by_side.all_stages.write_report", lambda folder: None)
     folder = tmp_path / "run"
     assert execute("--output-dir", str(folder), "--finetune.epochs", "2") == 0
     texts = make([str(folder)], tmp_path / "t")

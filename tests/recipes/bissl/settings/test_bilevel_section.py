@@ -67,10 +67,12 @@ def test_fresh_hessian_batches_may_be_more_than_the_lower_steps() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"solver": "minres", "solver_rtol": "noise"}, "solver_rtol=noise and recycle belong to cg"),
-        ({"solver": "neumann", "recycle": 2}, "solver_rtol=noise and recycle belong to cg"),
+        ({"solver": "minres", "solver_rtol": "noise"}, "'minres' with solver_rtol; set solver to cg"),
+        ({"solver": "neumann", "recycle": 2}, "'neumann' with solver_rtol, recycle; set solver to cg"),
+        ({"solver": "nystrom", "solver_memory": 2, "inexact": True}, "with solver_rtol, inexact, solver_memory; set"),
         ({"layerwise": True, "recycle": 2}, "layerwise keeps no conjugate directions"),
-        ({"layerwise": True, "solver_rtol": "noise"}, "takes neither recycle nor solver_rtol=noise"),
+        ({"layerwise": True, "solver_rtol": "noise"}, "but solver_rtol came; leave them out"),
+        ({"layerwise": True, "solver_memory": 3}, "solver_rtol, solver_memory came; leave them out"),
         ({"through_negative_curvature": True}, "through_negative_curvature belongs to layerwise.*set .* to false too"),
         (
             {"layerwise": True, "solver_rtol": None, "through_negative_curvature": True, "escalate": True},

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from bilevel import Trainer
 from recipes.bissl.commands.parsing import parse
@@ -27,7 +26,7 @@ from recipes.bissl.training.stages import bissl, finetune, pretext
 from recipes.experiment.artifacts import Artifact
 from recipes.experiment.configuration import differences
 from recipes.experiment.errors import ConfigError
-from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.networks.backbones import ResidualBlock, build_backbone
 from recipes.vision.pipeline.stream import PrefetchedStack
 from tests.support.paths import ROOT
 from tests.support.recipes.random_view import RandomView
@@ -306,7 +305,7 @@ def test_random_weights_start_as_the_switch_says(stage: str, monkeypatch: pytest
     for names in ([], ["zero-init-residual"]):
         with pytest.raises(Made):
             run_stage(small_pipeline(tmp_path, apply(small_config(), names)), stage)
-    blocks = [[block for block in made.modules() if isinstance(block, BasicBlock)] for made in built]
+    blocks = [[block for block in made.modules() if isinstance(block, ResidualBlock)] for made in built]
     ones, zeros = ([block.get_parameter("bn2.weight") for block in found] for found in blocks)
     assert len(ones) == len(zeros) == 3
     assert all(bool((weight == 1.0).all()) for weight in ones)

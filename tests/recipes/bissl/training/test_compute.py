@@ -3,9 +3,8 @@
 import json
 import re
 import shutil
-import warnings
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from bilevel import MINRES, linearize
 from bilevel.nn.functional import curvature_pass, in_curvature_pass
 from bilevel.products.micro_batch import MicroBatched
+from bilevel.training import transfer_to
+from bilevel.tree import tensors_in
 from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.classification import Classification
@@ -28,6 +29,8 @@ from recipes.experiment.artifacts import Artifact
 from recipes.experiment.errors import ConfigError
 from recipes.vision.imagesets import ImageSet
 from recipes.vision.networks.backbones import SmallResNet
+from tests.support.fake_cuda import CUDA, FakeCuda
+from tests.support.recipes.image_trees import tree
 from tests.support.recipes.small_runs import (
     batches_of,
     execute,
@@ -82,26 +85,6 @@ def test_fields_are_parsed() -> None:
         crops="float",
         micro_batch=10,
     )
-
-
-@pytest.fixture
-def cuda_precision() -> Iterator[Callable[[], tuple[Any, Any]]]:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, conv.fp32_precision
-    yield lambda: (matmul.fp32_precision, conv.fp32_precision)
-    matmul.fp32_precision, conv.fp32_precision = before
-
-
-def test_tf32_is_set_on_cuda_alone(cuda_precision: Callable[[], tuple[Any, Any]]) -> None:
-    before = cuda_precision()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        Computing(ComputeConfig(tf32=True), CPU).set_up()
-        assert cuda_precision() == before
-        Computing(ComputeConfig(tf32=True), torch.device("cuda")).set_up()
-        assert cuda_precision() == ("tf32", "tf32")
-        Computing(ComputeConfig(), torch.device("cuda")).set_up()
-        assert cuda_precision() == ("ieee", "ieee")
 
 
 def test_channels_last_changes_the_layout_and_not_the_result() -> None:
@@ -318,12 +301,81 @@ def test_crops_on_the_device_are_those_of_the_host(tmp_path: Path) -> None:
     assert not any(bool(tensor.any()) for tensor in again if tensor.dim() == 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tree(tmp_path_factory.mktemp("images"), {"a": 12, "b": 12})
+
+
+SOURCES = {
+    "in memory": (),
+    "streamed": ("--data.storage=stream", "--data.num-workers=0"),
+    "channels last": ("--compute.channels-last=true",),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("prepares", [False, True])
+def test_everything_goes_to_a_device_by_pinned_copies_beside_the_computation(
+    source: str, prepares: bool, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training batches, labels, the monitor's sample and evaluation, to the bit; the stand-in refuses other copies."""
+
+    def everything(computing: Computing) -> list[Tensor]:
+        options = "--compute.crops=uint8", f"--data.pretext=folder:{image_folder}", *SOURCES[source]
+        options = (*options, f"--data.downstream=folder:{image_folder}", "--pretext.batch-size=4")
+        pipeline = small_pipeline(tmp_path, small_config(*options, "--downstream.batch-size=4"))
+        pipeline = replace(pipeline, computing=replace(computing, fields=pipeline.config.compute))
+        config, made, sets = pipeline.config, batches_of(pipeline), pipeline.data.downstream
+        tasks = config.pretext_task(), config.downstream_task(sets.train.classes)
+        found: list[Any] = []
+        for stack in (made.pretext(tasks[0], "test", 5), made.labelled(tasks[1], "test", 5)):
+            for _ in range(5):
+                found.append(stack.next())
+                if prepares:
+                    stack.prepare()
+            stack.close()
+        found += [made.pretext_sample(tasks[0], 6), made.evaluation_inputs(sets.val, tasks[1], torch.arange(2))]
+        found += [(rows.inputs, targets) for rows, targets in made.evaluation(sets.test, tasks[1])]
+        assert pipeline.data.workers.in_flight == 0
+        return list(tensors_in(found))
+
+    expected = everything(Computing(ComputeConfig(), CPU))
+    with monkeypatch.context() as patch:
+        cuda = FakeCuda(patch)
+        transfer_to.cache_clear()
+        found = everything(Computing(ComputeConfig(), CUDA))
+        transfer_to.cache_clear()
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert cuda.copies
+    assert cuda.all_recorded()
+
+
+def test_batches_that_were_sent_ahead_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
+    made: list[list[Any]] = []
+    for place, ahead in ((CPU, False), (device, True)):
+        config = small_config(f"--device={place.type}", "--compute.crops=uint8")
+        stack = batches_of(small_pipeline(tmp_path, config)).labelled(
+            config.downstream_task(tuple("0123456789")), "test", 6
+        )
+        made.append([])
+        for _ in range(6):
+            made[-1].append(stack.next())
+            if ahead:
+                stack.prepare()
+    for (expected, classes), (views, labels) in zip(*made, strict=True):
+        assert views.device.type == labels.device.type == device.type
+        assert torch.equal(labels.cpu(), classes)
+        torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=1e-4)
+
+
+def test_batches_from_the_device_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
     away = batches(small_pipeline(tmp_path, small_config("--compute.crops=float")))
-    here = batches(small_pipeline(tmp_path, small_config("--device=cuda", "--compute.crops=float")))
+    here = batches(small_pipeline(tmp_path, small_config(f"--device={device.type}", "--compute.crops=float")))
     for a, b in zip(here, away, strict=True):
-        assert a.is_cuda
+        assert a.device.type == device.type
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0.05)
 
 

@@ -44,7 +44,7 @@ def test_a_jpeg_has_pillows_pixels(options: dict[str, Any], size: tuple[int, int
 def test_without_torchvisions_decoder_pixels_are_the_same(turn: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     content = encoded(photograph(3, 500, 375, "RGB"), turn=turn)
     expected = decode(content, "a.jpg")
-    monkeypatch.setattr(decoding, "DECODE_JPEG", None)
+    monkeypatch.setattr(decoding, "_jpeg_decoder", lambda: None)
     assert torch.equal(decode(content, "a.jpg"), expected)
 
 

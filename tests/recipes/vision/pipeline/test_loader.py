@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor
 
 from bilevel.distributed import shard, world_size
+from bilevel.training import Transfer
 from recipes.vision.errors import DataError
 from recipes.vision.pictures.base import Images
 from recipes.vision.pictures.files import FileImages
 from recipes.vision.pictures.memory import ArrayImages, read_all
 from recipes.vision.pipeline.loader import SLICE, Loader, View
-from recipes.vision.pipeline.workers import Workers
+from recipes.vision.pipeline.workers import Later, Workers
 from recipes.vision.sources.file_table import FileTable
 from recipes.vision.views.batched_views import views_of_crops, views_of_pictures
 from recipes.vision.views.evaluation_view import EvalView
 from recipes.vision.views.view_policy import ViewPolicy, draw
+from tests.support.fake_cuda import CUDA, FakeCuda
 from tests.support.rank_processes import on_ranks
 from tests.support.recipes.image_trees import picture
 from tests.support.recipes.sample_photographs import encoded, photograph
@@ -274,6 +277,88 @@ def test_a_damaged_picture_of_a_batch_is_named(tmp_path: Path, pool: dict[int, W
         with pytest.raises(DataError, match=r"1\.png cannot be decoded"):
             loader.finish(begun)
         assert len(loader.finish(other)[0][0]) == 2
+        assert pool[count].in_flight == 0
+
+
+@pytest.mark.parametrize("way", ["files", "files by workers", "memory", "array"])
+@pytest.mark.parametrize("sends", [False, True])
+def test_what_goes_to_a_device_is_the_same_bits(
+    way: str, sends: bool, files: FileImages, pool: dict[int, Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = photographs(100, 20, 24)
+    images = files if way.startswith("files") else ArrayImages(pictures)
+    # As it lies on the device, which the stand-in takes for the CPU.
+    array = pictures if way == "array" else None
+    workers = pool[2 if way == "files by workers" else 0]
+    given = [torch.arange(100), torch.tensor([5, 3, 3])]
+    expected = [Loader(images, VIEWS, workers, array=array).make(indices, 7) for indices in given]
+    cuda = FakeCuda(monkeypatch)
+    loader = Loader(images, VIEWS, workers, transfer=Transfer(CUDA), array=array)
+    under_way = [loader.begin(indices, 7) for indices in given]
+    if sends:
+        for begun in under_way:
+            while not all(part.done() for part in begun.parts):
+                time.sleep(0.01)
+            copies = len(cuda.copies)
+            loader.send(begun)
+            loader.send(begun)
+            assert (len(cuda.copies) > copies) == (array is None), "sent before it is asked for, once"
+    found = [loader.finish(begun)[0] for begun in under_way]
+    assert same(found, expected)
+    assert cuda.all_recorded()
+    assert workers.in_flight == 0
+
+
+def test_masks_go_to_a_device_with_their_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.arange(12, dtype=torch.uint8).view(12, 1, 1).repeat(1, 16, 16)
+    images, policy = ArrayImages(photographs(12, 16, 16)), VIEWS[0]
+    loaders = [Loader(images, (policy,), Workers(0), masks=masks)]
+    expected = loaders[0].finish(loaders[0].begin(torch.arange(12), 3))
+    cuda = FakeCuda(monkeypatch)
+    loader = Loader(images, (policy,), Workers(0), masks=masks, transfer=Transfer(CUDA))
+    begun = loader.begin(torch.arange(12), 3)
+    loader.send(begun)
+    found = loader.finish(begun)
+    assert all(torch.equal(a, b) for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True))
+    assert cuda.all_recorded()
+
+
+def test_what_is_not_made_yet_is_not_sent(files: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    loader = Loader(files, VIEWS, Workers(0), transfer=Transfer(CUDA))
+    begun = loader.begin(torch.arange(4), 1)
+    monkeypatch.setattr(Later, "done", lambda work: False)
+    loader.send(begun)
+    assert not cuda.copies
+    assert len(loader.finish(begun)[0][0]) == 4
+
+
+def test_what_was_sent_and_is_given_up_is_counted_once(files: FileImages, pool: dict[int, Workers]) -> None:
+    loader = Loader(files, VIEWS, pool[1])
+    first, second = (loader.begin(torch.arange(10)) for _ in range(2))
+    for begun in (first, second):
+        while not all(part.done() for part in begun.parts):
+            time.sleep(0.01)
+    loader.send(first)
+    loader.give_up(first)
+    loader.give_up(second)
+    assert pool[1].in_flight == 0
+
+
+def test_a_damaged_picture_is_told_with_its_own_batch(tmp_path: Path, pool: dict[int, Workers]) -> None:
+    picture(0).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"none")
+    images = FileImages(FileTable.of(tmp_path, ["0.png", "1.png"]))
+    for count in (0, 1):
+        loader = Loader(images, VIEWS, pool[count])
+        begun = loader.begin(torch.arange(2))
+        while not all(part.done() for part in begun.parts):
+            time.sleep(0.01)
+        # While the step before it is computed: that one is to be made.
+        loader.send(begun)
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"1\.png cannot be decoded"):
+                loader.finish(begun)
         assert pool[count].in_flight == 0
 
 

@@ -17,9 +17,10 @@ from recipes.vision.pipeline.stream import InOrder, PrefetchedStack, order_of
 
 
 class Kitchen:
-    """Makes batches, and counts how many of each are begun, finished and given up."""
+    """Makes batches, and counts how many of each are begun, sent, finished and given up."""
 
     def __init__(self) -> None:
+        self.sent = list[int]()
         self.begun, self.finished, self.given_up = Counter[int](), Counter[int](), Counter[int]()
         self.most = 0
 
@@ -32,6 +33,10 @@ class Kitchen:
         assert begun[1] == seed
         self.finished[seed] += 1
         return begun
+
+    def send(self, begun: tuple[list[int], int]) -> None:
+        assert not self.finished[begun[1]], "sent before it is drawn"
+        self.sent.append(begun[1])
 
     def give_up(self, begun: tuple[list[int], int]) -> None:
         self.given_up[begun[1]] += 1
@@ -286,3 +291,77 @@ def test_the_order_alone() -> None:
         indices, seed = order.next()
         assert torch.is_tensor(indices)
         assert (indices.tolist(), seed) == expected.next()
+
+
+def steps_made(source: PrefetchedStack[Any], stages: list[int]) -> list[Any]:
+    """As a trainer draws: the next batch is prepared while a step is computed."""
+    found = []
+    for steps in stages:
+        source.begin_stage(steps)
+        for _ in range(steps):
+            found.append(source.next())
+            source.prepare()
+    return found
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize(("size", "batch", "stage"), SHAPES)
+def test_a_batch_is_sent_before_it_is_drawn_and_none_in_vain(size: int, batch: int, stage: int, ahead: int) -> None:
+    kitchen, count = Kitchen(), 6
+    source = prefetched(kitchen, size, batch, stage * count, ahead=ahead, send=kitchen.send)
+    found = steps_made(source, [stage] * count)
+    assert found == drawn(plain(size, batch), [stage] * count)
+    # All but the first, in their order, each once.
+    assert kitchen.sent == [seed for _, seed in found[1:]]
+    assert not kitchen.given_up
+    source.prepare()
+    assert len(kitchen.sent) == len(found) - 1
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_what_was_sent_is_neither_lost_nor_drawn_twice_at_a_checkpoint(place: int) -> None:
+    kitchen = Kitchen()
+    whole = drawn(plain(23, 5), [4, 4, 4])
+    source = prefetched(kitchen, 23, 5, 12, send=kitchen.send)
+    found = []
+    for number in range(place):
+        if number % 4 == 0:
+            source.begin_stage(4)
+        found.append(source.next())
+        before = source.state_dict()
+        source.prepare()
+        assert source.state_dict() == before, "the place is that of who draws"
+    other = Kitchen()
+    resumed = prefetched(other, 23, 5, 12, send=other.send)
+    resumed.load_state_dict(source.state_dict())
+    for going_on in (source, resumed):
+        rest = []
+        for number in range(place, 12):
+            if number % 4 == 0:
+                going_on.begin_stage(4)
+            rest.append(going_on.next())
+            going_on.prepare()
+        assert found + rest == whole
+
+
+def test_a_step_that_is_undone_draws_what_was_sent_again() -> None:
+    kitchen = Kitchen()
+    source = prefetched(kitchen, 20, 5, 8, send=kitchen.send)
+    source.begin_stage(4)
+    source.next()
+    state = source.state_dict()
+    second = source.next()
+    source.prepare()
+    source.load_state_dict(state)
+    source.prepare()
+    assert source.next() == second
+    assert [kitchen.begun[seed] for seed in kitchen.begun if seed == second[1]] == [2], "made again, as it was drawn"
+    source.close()
+    assert kitchen.under_way == 0
+
+
+def test_without_a_device_nothing_is_sent() -> None:
+    kitchen = Kitchen()
+    source = prefetched(kitchen, 23, 5, 12)
+    assert steps_made(source, [12]) == drawn(plain(23, 5), [12])
+    assert not kitchen.sent

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sklearn import datasets
 
+from recipes.vision.sources import sources
 from recipes.vision.sources.loading import DataError, DownstreamSets, ImageSet
 from tests.support.recipes.image_trees import counts, downstream, pretext, rows, same_labels, tree
 
@@ -29,6 +30,18 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
         assert same_labels(images, DIGITS.target[chosen])
         assert images.classes == tuple("0123456789")
     assert int(sets.train.images.stacked().max()) == 255
+
+
+def test_digits_that_scikit_learn_keeps_elsewhere_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from_the_file = pretext("digits")
+    monkeypatch.setattr(sources, "DIGITS", "datasets/elsewhere.csv.gz")
+    assert torch.equal(pretext("digits").images.stacked(), from_the_file.images.stacked())
+
+
+def test_without_scikit_learn_the_digits_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    with pytest.raises(DataError, match=r"come with scikit-learn: install it by pip install 'bilevel\[demo\]'"):
+        downstream("digits")
 
 
 def test_splits_are_disjoint_complete_stratified_and_seeded() -> None:

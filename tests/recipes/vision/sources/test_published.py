@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, OxfordIIITPet
+from torchvision.datasets import CIFAR10, CIFAR100, STL10, FashionMNIST, OxfordIIITPet
 
 from recipes.vision.errors import DataError
 from recipes.vision.pictures import base
@@ -165,6 +165,18 @@ def test_cifar_is_read_as_torchvision_reads_it(
         assert np.array_equal(read(source, positions).numpy(), images)
         assert source.labels[positions].tolist() == reference.targets == labels.tolist()
     assert read(source, torch.tensor([3, 1])).shape == (2, 3, 32, 32)
+
+
+def test_addresses_sums_and_files_are_torchvisions() -> None:
+    for name, published in {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}.items():
+        assert [(a.url, a.md5, a.into) for a in DATASETS[name].archives] == [(published.url, published.tgz_md5, ".")]
+        files = [file for file, _ in published.train_list + published.test_list]
+        if name != "stl10":
+            files.append(published.meta["filename"])
+        assert set(DATASETS[name].needs) == {f"{published.base_folder}/{file}" for file in files}
+    fashion = [(archive.url, archive.md5, archive.into) for archive in DATASETS["fashion-mnist"].archives]
+    expected = [(FashionMNIST.mirrors[0] + file, md5, "FashionMNIST/raw") for file, md5 in FashionMNIST.resources]
+    assert fashion == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import pytest
 
 from recipes.vision.errors import DataError
 from recipes.vision.sources.loading import load_downstream
-from recipes.vision.sources.published import archives
 from recipes.vision.sources.published.archives import Archive, fetch, unpack
 from recipes.vision.sources.published.catalog import DATASETS
 from recipes.vision.sources.published.dataset import fetch_dataset
@@ -128,7 +127,7 @@ def test_failed_and_impossible_downloads_give_instructions(tmp_path: Path, monke
     def failing(*arguments: object) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(archives, "download_url", failing)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", failing)
     with pytest.raises(DataError, match=r"download of CUB-200-2011 failed.*no network.*_2011\.tgz and unpack it"):
         fetch_dataset(DATASETS["cub200"], tmp_path)
     for name, file in (("cars", "cars_test_annos_withlabels.mat"), ("sun397", "Training_01.txt")):

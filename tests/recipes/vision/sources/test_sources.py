@@ -12,7 +12,6 @@ import pytest
 from torchvision.datasets import STL10
 
 from recipes.vision.sources.loading import DataError, ImageSet, load_downstream, load_pretext
-from recipes.vision.sources.published import archives
 from recipes.vision.sources.published import stl10 as stl10_reader
 from recipes.vision.sources.published.catalog import DATASETS
 from tests.support.recipes.image_trees import counts, downstream, pretext, rows, same_labels
@@ -101,7 +100,7 @@ def test_stl10_download_only_when_asked_and_needed(stl10: Path, monkeypatch: pyt
         calls.append(arguments)
         raise URLError("no network")
 
-    monkeypatch.setattr(archives, "download_url", failing)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", failing)
     load_pretext("stl10", root=stl10, download=True)
     assert calls == []
     (stl10 / "stl10_binary" / "train_y.bin").unlink()

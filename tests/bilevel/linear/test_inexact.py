@@ -1,0 +1,162 @@
+"""Products on as many batches as their noise asks for, and the step that goes without one."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bilevel import CG, Params, Status
+from bilevel.linear import (
+    FunctionOperator,
+    MeanOperator,
+    ScaledOperator,
+    SumOperator,
+    TikhonovOperator,
+    WatchedOperator,
+)
+from bilevel.linear.inexact import InexactProducts
+from bilevel.linear.operators import KnownProduct, SampledOnce
+from tests.bilevel.linear.test_recycling import SIZE, error, noisy_mean, random_right, spd, split
+from tests.support.cases import dense, joined
+
+
+class Batches(MeanOperator):
+    """A mean that notes which batches it was asked for."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        super().__init__([FunctionOperator(dense(m, split)) for m in matrices])
+        self.asked: list[tuple[int, ...]] = []
+
+    def __call__(self, vector: Params) -> Params:
+        self.asked.append(tuple(range(self.batches)))
+        return super().__call__(vector)
+
+    def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
+        self.asked.append(tuple(range(self.batches)))
+        return super().sampled(vector)
+
+    def on_batches(self, vector: Params, batches: list[int]) -> Params:  # type: ignore[override]
+        self.asked.append(tuple(batches))
+        return super().on_batches(vector, batches)
+
+
+def noisy(count: int, spread: float) -> tuple[Batches, Tensor]:
+    matrices = noisy_mean(count, spread)[1]
+    return Batches(matrices), torch.stack(matrices).mean(dim=0)
+
+
+def test_products_on_some_batches_pass_through_every_operator() -> None:
+    operator, matrices = noisy_mean(6, 0.1)
+    vector = random_right(1)[0]
+    some = torch.stack([matrices[k] for k in (4, 1)]).mean(dim=0)
+    whole = FunctionOperator(lambda x: x)
+    watched: list[int] = []
+    built = WatchedOperator(
+        SampledOnce(TikhonovOperator(SumOperator(ScaledOperator(-0.5, operator), whole), 2.0)),
+        lambda: watched.append(1),
+    )
+    assert built.batches == operator.batches == 6
+    assert whole.batches == 1
+    expected = -0.5 * some @ vector + 3.0 * vector
+    for outer in (built, KnownProduct(built, split(vector), split(vector))):
+        assert torch.allclose(joined(outer.on_batches(split(vector), [4, 1])), expected)
+    assert watched == [1, 1]
+
+
+@pytest.mark.parametrize("batches", [2, 5, 40])
+def test_as_few_batches_as_keep_what_is_left_out_below_half_the_tolerance(batches: int) -> None:
+    operator = Batches([torch.eye(SIZE, dtype=torch.float64)] * batches)
+    vector = split(random_right(1)[0])
+    for length in (1e-4, 0.03, 0.2, 1.0, 30.0):
+        inexact = InexactProducts(deviation=0.7, step=0.5)
+        inexact.product(operator, vector, length, 0.05)
+        fits = [m for m in range(1, batches + 1) if 0.7 * 0.5 * length * math.sqrt(1 / m - 1 / batches) <= 0.025]
+        assert len(operator.asked[-1]) == fits[0]
+
+
+def test_batches_take_turns() -> None:
+    operator = Batches([torch.eye(SIZE, dtype=torch.float64)] * 5)
+    inexact = InexactProducts(deviation=1.0, step=1.0)
+    for _ in range(5):
+        inexact.product(operator, split(random_right(1)[0]), 1.0, 1.3)
+    assert operator.asked == [(0, 1), (2, 3), (4, 0), (1, 2), (3, 4)]
+
+
+@pytest.mark.parametrize("rtol", [0.02, "noise"])
+def test_the_answer_is_as_good_and_takes_fewer_products(rtol: float | str) -> None:
+    b = random_right(1)[0]
+    operator, mean = noisy(16, 0.02)
+    exact = CG(40, rtol).solve(operator, split(b))  # type: ignore[arg-type]
+    operator.asked.clear()
+    found = CG(40, rtol, inexact=True).solve(operator, split(b))  # type: ignore[arg-type]
+    assert found.status is exact.status
+    assert found.num_hvps == pytest.approx(sum(len(batches) for batches in operator.asked) / 16)
+    assert found.num_hvps < 0.8 * exact.num_hvps
+    assert operator.asked[0] == tuple(range(16))
+    target = rtol if isinstance(rtol, float) else found.noise
+    assert target is not None
+    residual = float((b - mean @ joined(found.value)).norm() / b.norm())
+    # The recursion's residual is within the tolerance, and what was left out adds half of it at most a product.
+    assert residual < 2.0 * target
+    assert error(found, mean, b) < 2.0 * max(error(exact, mean, b), target)
+
+
+def test_batches_that_agree_are_asked_one_at_a_time() -> None:
+    operator = Batches([spd()] * 4)
+    b = random_right(1)[0]
+    found = CG(60, 1e-8, inexact=True).solve(operator, split(b))
+    assert found.status is Status.CONVERGED
+    assert [len(batches) for batches in operator.asked] == [4] + [1] * (len(operator.asked) - 1)
+    assert error(found, spd(), b) < 1e-6
+
+
+def test_the_last_step_is_the_next_direction_by_the_smallest_step_length() -> None:
+    matrix, b = spd(), random_right(1)[0]
+    x, r = torch.zeros_like(b), b.clone()
+    d, steps, residuals = r.clone(), [], []
+    for _ in range(3):
+        alpha = (r @ r) / (d @ matrix @ d)
+        steps.append(float(alpha))
+        after = r - alpha * matrix @ d
+        x, d, r = x + alpha * d, after + (after @ after) / (r @ r) * d, after
+        residuals.append(float(r.norm() / b.norm()))
+    operator = dense(matrix, split)
+    found = CG(3, None, inexact=True).solve(operator, split(b))
+    assert found.num_hvps == len(operator.asked) == 3
+    assert found.status is Status.BUDGET
+    assert torch.allclose(joined(found.value), x + min(steps) * d, rtol=1e-10)
+    last = 0.5 if residuals[-1] < 0.5 * residuals[-2] else residuals[-1] / residuals[-2]
+    assert found.residual_norms[1] == pytest.approx(last * residuals[-1], rel=1e-8)
+    # On the way, and worth it here: the steps of a definite matrix shrink the error whatever comes next.
+    assert error(found, matrix, b) < error(CG(3, None).solve(operator, split(b)), matrix, b)
+
+
+def test_later_right_hand_sides_of_a_state_go_on_from_what_is_known() -> None:
+    operator, mean = noisy(10, 0.01)
+    solver = CG(40, 0.05, recycle=40, inexact=True)
+    state = solver.prepare(operator)
+    for b in random_right(4):
+        found = solver.solve(operator, split(b), state=state)
+        assert found.status is Status.CONVERGED
+        assert float((b - mean @ joined(found.value)).norm() / b.norm()) < 0.15
+    # One product measures the noise for all of them.
+    assert [len(batches) for batches in operator.asked].count(10) < len(operator.asked) / 2
+
+
+def test_negative_curvature_is_told_and_not_stepped_along() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64))[0]
+    values = torch.linspace(1.0, 4.0, SIZE, dtype=torch.float64)
+    values[0] = -3.0
+    operator = dense(basis @ torch.diag(values) @ basis.T, split)
+    found = CG(40, 1e-8, inexact=True).solve(operator, split(random_right(1)[0]))
+    assert found.status is Status.NEGATIVE_CURVATURE
+    assert found.residual_norms[1] <= 1.0
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match=r"layerwise=True .* inexact=True"):
+        CG(layerwise=True, inexact=True)
+    with pytest.raises(TypeError, match="CG: inexact must be True or False"):
+        CG(inexact=1)  # type: ignore[arg-type]
