@@ -89,8 +89,8 @@ class CG(Solver):
     biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
     more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
 
-    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
-    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+    On a GPU a fixed budget (rtol=None, without memory and inexact) is made without a synchronisation between the first
+    and the last product: a breakdown freezes the iterate there and is read at the end, so that all products are made.
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or

@@ -23,6 +23,7 @@ from ....vision.pipeline.workers import WorkerLost, available_cores
 from ...settings.config import Config
 from ...training.costs import artifact_store
 from ...training.datasets import Datasets
+from ...training.torch_settings import without_deterministic_form
 from ..open_run import FinishedStages, Unfinished, ignore_warnings_of_torch, make_pipeline
 from ..pipeline import Pipeline
 from .job_graph import Task, jobs_of
@@ -100,7 +101,17 @@ def open_worker(given: Given, reporter: Reporter) -> Callable[[Task], None]:
     pipeline = make_pipeline(config, given.folder, store, data, console=reporter.console)
     workspace = replace(pipeline.workspace, watch=reporter.watch, shared=True)
     own = replace(pipeline, workspace=workspace)
-    return lambda task: task.make(own)
+
+    def make(task: Task) -> None:
+        try:
+            task.make(own)
+        except RuntimeError as error:
+            refused = without_deterministic_form(error)
+            if refused is None:
+                raise
+            raise ConfigError(refused) from error
+
+    return make
 
 
 def _is_done(task: Task, finished: Pipeline) -> bool:

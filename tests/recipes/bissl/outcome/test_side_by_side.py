@@ -35,8 +35,8 @@ from tests.support.recipes.small_runs import (
 )
 
 SECONDS = 100.0
-LONG = ("--finetune.epochs=400", "--finetune.checkpoint-every=1", "--pretext.epochs=40")
-"""Stages in which there is time to do something to the processes that make them."""
+LONG = ("--pretext.epochs=30", "--pretext.checkpoint-every=10", "--pretext.monitor-every=10")
+"""A stage 1 in which there is time to do something to the processes that make it."""
 
 ARMS = "--arms=bissl,baseline,scratch,identity,restart,baseline-labels"
 
