@@ -212,14 +212,10 @@ class _Pool:
             return
         code = worker.process.exitcode or 0
         how = f"signal {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"exit code {code}"
+        likely = ", as one does that the system kills for want of memory" if code == -signal.SIGKILL else ""
         worker.log_stays = worker.log.exists() and worker.log.stat().st_size > 0
         said = f"; what it wrote is in {worker.log}" if worker.log_stays else ""
-        self.end_with(
-            JobLost(
-                f"the worker process of {name} has ended unexpectedly ({how}), as one does that the system kills for "
-                f"want of memory{said}"
-            )
-        )
+        self.end_with(JobLost(f"the worker process of {name} has ended unexpectedly ({how}){likely}{said}"))
 
     def leave(self, worker: _Worker) -> str:
         """Wait for the end of a worker that sends no more, and take it from the list; the name of its job."""
