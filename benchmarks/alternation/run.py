@@ -101,7 +101,7 @@ KEPT = ReverseOverReverse(keep_graph=True)
 SETTINGS = {
     # What it carries on from one alternation to the next is nothing, and it takes as long as all others together.
     "paper": Setting(CG(5, None, layerwise=True), ReverseOverReverse(), alternations=1),
-    "global_cg": Setting(CG(10, 4e-2, memory=12, inexact=True), KEPT),
+    "global_cg": Setting(CG(10, 3e-2, memory=12, inexact=True), KEPT),
     "default": Setting(CG(10, "noise", memory=6, inexact=True), KEPT, aggregate=True),
     "two_batches": Setting(CG(10, "noise", memory=6, inexact=True), KEPT, aggregate=True, hessian_batches=2),
     "whole_products": Setting(CG(10, "noise"), KEPT, aggregate=True),
