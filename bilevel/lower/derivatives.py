@@ -86,7 +86,8 @@ def training_derivatives(
     penalty = problem.regularizer(x, y)
     if penalty is not None:
         gradient = tree.axpy(problem.regularization_weight, tree.gradients(penalty, y), gradient)
-    return distributed.mean_with_gradients(loss.detach(), gradient)
+    loss, gradient = distributed.mean_with_gradients(loss.detach(), gradient)
+    return loss, gradient
 
 
 def lower_value(problem: Problem, upper: Params, lower: Params, batch: Any, seed: int) -> Tensor:
@@ -123,4 +124,5 @@ def _examine(problem: Problem, values: Sequence[Tensor], upper: Params, lower: P
 
 def _averaged(value: Tensor, x: Params, y: Params) -> tuple[Tensor, Params, Params]:
     """The value and both gradients, in one backward pass and one collective."""
-    return distributed.mean_with_gradients(value.detach(), *tree.joint_gradients(value, (x, y)))
+    mean, of_x, of_y = distributed.mean_with_gradients(value.detach(), *tree.joint_gradients(value, (x, y)))
+    return mean, of_x, of_y

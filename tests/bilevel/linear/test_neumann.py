@@ -76,6 +76,7 @@ def test_the_automatic_scale_is_a_given_scale_that_was_found(start: str | None, 
     found = solver.solve(operator, case.b, x0=x0, state=state)
     # From a start there is one more, with it.
     assert found.num_hvps == len(operator.asked) == products
+    assert state.value is not None
     given = Neumann(max_iterations=3, scale=state.value).solve(dense(case.matrix, case.split), case.b, x0=x0)
     assert torch.equal(joined(found.value), joined(given.value))
 
