@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= runs/demo
 AGAINST ?= HEAD
+GPU_OUTPUT ?= runs/gpu
 
 BIN := $(VENV)/bin
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
@@ -13,24 +14,28 @@ MODULES_demo := $(MODULES_recipes) sklearn matplotlib
 MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm datasets ruff pyright
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
-.PHONY: help demo test lint docs package soak guard clean environment-demo environment-test environment-docs
+.PHONY: help demo test gpu lint docs package soak guard clean environment-demo environment-test environment-docs
 
 help:
 	@echo "make demo    run the BiSSL recipe's default preset into $(OUTPUT); a second call resumes it"
 	@echo "make test    run the test suite"
+	@echo "make gpu     know this machine's GPU: tests on it, speeds and memory, in 8 minutes, into $(GPU_OUTPUT)"
 	@echo "make lint    check style, formatting and types"
 	@echo "make docs    build the documentation into docs/_build/html"
 	@echo "make package build sdist and wheel, try them in fresh environments, and look for every page in the documentation"
 	@echo "make soak    kill and resume the default preset 20 times, by one process and by two, and compare"
 	@echo "make guard   compare the working tree's speed with that of AGAINST, about 5 minutes on two idle cores"
 	@echo "make clean   remove caches and build products (not the environment, not runs/)"
-	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT) AGAINST=$(AGAINST)"
+	@echo "variables:   PYTHON=$(PYTHON) VENV=$(VENV) OUTPUT=$(OUTPUT) GPU_OUTPUT=$(GPU_OUTPUT) AGAINST=$(AGAINST)"
 
 demo: environment-demo
 	$(RUN) recipes/bissl/run.py --output-dir "$(OUTPUT)" --resume
 
 test: environment-test
 	$(RUN) -m pytest
+
+gpu: environment-test
+	$(RUN) benchmarks/gpu/run.py --json "$(GPU_OUTPUT)/gpu.json" --page "$(GPU_OUTPUT)/gpu.html"
 
 lint: environment-test
 	$(BIN)/ruff check .

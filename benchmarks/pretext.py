@@ -10,7 +10,8 @@ memory. Measured, in turns:
 - the input pipeline: both views of a batch, crops in uint8 on the host and the rest on the device, as for files once
   they are decoded (`compute.crops=uint8`), and all of it on the device, which holds the images (`compute.crops=float`);
 - the step: two forward passes, loss, backward pass and optimizer (LARS), on views that are ready; ours and lightly's
-  (its projection head, NTXentLoss and LARS) with the same backbone, widths, batch and views;
+  (its projection head, NTXentLoss and LARS) with the same backbone, widths, batch and views; on CUDA in full float32
+  unless `--tf32` or `--bf16` is given, where torch's own default has convolutions in TF32;
 - the whole: drawing, views and step, each side with its own input pipeline, ours as `compute.crops=auto` has it (float
   on a GPU, uint8 on a CPU); lightly's is SimCLRTransform on PIL images,
   in this process, with the nearest values that it has (bilinear crop, the same blur chance for both views, no
@@ -41,7 +42,9 @@ from torch import Tensor, nn
 from benchmarks import measuring
 from benchmarks.loading.sides import lightly_options
 from bilevel.training import transfer_to
+from recipes.bissl.settings.sections import ComputeConfig
 from recipes.bissl.tasks.simclr import SimCLR
+from recipes.bissl.training.torch_settings import apply_settings
 from recipes.vision.networks.backbones import BACKBONES, build_backbone
 from recipes.vision.pictures.memory import ArrayImages
 from recipes.vision.pipeline.loader import Loader
@@ -64,6 +67,7 @@ class Setting:
     repeats: int
     device: torch.device
     bf16: bool = False
+    tf32: bool = False
     channels_last: bool = False
 
     @property
@@ -236,7 +240,8 @@ def setting_of(options: Any) -> Setting:
     values: dict[str, Any] = {
         name: default if given[name] is None else given[name] for name, default in zip(names, defaults, strict=True)
     }
-    return Setting(**values, device=options.device, bf16=options.bf16, channels_last=options.channels_last)
+    ways = {name: getattr(options, name) for name in ("bf16", "tf32", "channels_last")}
+    return Setting(**values, device=options.device, **ways)
 
 
 def rows(figures: Figures) -> Iterable[tuple[str, str, str, str, str]]:
@@ -258,10 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, help="images in memory (default: 512, 100000)")
     parser.add_argument("--repeats", type=int, help="repeats of each measurement (default: 7, 20)")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 in the forward passes, both sides")
+    parser.add_argument("--tf32", action="store_true", help="TF32 products and convolutions on CUDA, both sides")
     parser.add_argument("--channels-last", action="store_true", help="channels-last memory, both sides")
     options = parser.parse_args(arguments)
     measuring.use_threads(options.threads)
     setting = setting_of(options)
+    apply_settings(ComputeConfig(tf32=setting.tf32), setting.device)
     task = SimCLR.model_validate({"image_size": setting.size})
     source = Source(setting, task)
     figures = {
@@ -275,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
             "images": setting.images,
             "repeats": setting.repeats,
             "bf16": setting.bf16,
+            "tf32": setting.tf32,
             "channels_last": setting.channels_last,
         },
         "pipeline": measure_pipeline(setting, source),

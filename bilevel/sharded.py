@@ -20,12 +20,16 @@ def whole(x: Tensor) -> Tensor:
 
     ``float`` of a DTensor that is a sum over ranks yet to be made reads this rank's part alone.
     """
-    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+    if type(x) in _PLAIN or not is_sharded(x):
+        return x
+    return x.full_tensor()  # type: ignore[attr-defined]
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """Inner product, 0-d; of DTensors, which flattening would gather, perhaps a sum over ranks yet to be made."""
-    return (x * y).sum() if is_sharded(x) else torch.dot(x.reshape(-1), y.reshape(-1))
+    if type(x) in _PLAIN or not is_sharded(x):
+        return torch.dot(x.reshape(-1), y.reshape(-1))
+    return (x * y).sum()
 
 
 def check_whole(x: Mapping[str, Tensor]) -> None:
@@ -40,7 +44,7 @@ def check_whole(x: Mapping[str, Tensor]) -> None:
 
 def check_variable(argument: str, leaf: Tensor) -> None:
     """Raise TypeError for a DTensor, which no variable of a level and no vector beside it may be."""
-    if is_sharded(leaf):
+    if type(leaf) not in _PLAIN and is_sharded(leaf):
         raise TypeError(
             f"{argument} is a DTensor (FSDP2's fully_shard, tensor parallelism), and a level's variables must be whole "
             "on every rank: pass its full_tensor(), with each rank's own rows as the batch. Solvers alone take "

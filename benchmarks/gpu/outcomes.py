@@ -18,7 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
+    path = config.getoption("--outcomes")
+    assert isinstance(path, Path), "pytest asks for it"
+    config.pluginmanager.register(Outcomes(path))
 
 
 class Outcomes:

@@ -113,8 +113,8 @@ def _alternation(figures: Record) -> Table:
         (
             name,
             *(f"{value:.2f}" for value in (row["ratio"], *row["quartiles"])),
-            number(row["error"]),
-            str(row["hvps"]),
+            _each(row["error"]),
+            ", ".join(map(str, row["hvps"])),
             f"{row['peak_memory_mib']:.0f}",
         )
         for name, row in figures["overhead"].items()
@@ -124,10 +124,15 @@ def _alternation(figures: Record) -> Table:
     rows.append(("plain training", "1.00", "", "", "", "", f"{plain['peak_memory_mib']:.0f}"))
     title = (
         f"An alternation in multiples of the plain training in it, which takes {seconds} s; noise floor of the error "
-        f"{number(figures['noise_floor'])}"
+        f"{_each(figures['noise_floor'])}"
     )
     headings = ("setting", "times plain", "first quartile", "third quartile", "error", "HVPs", "peak MiB")
     return Table(headings, rows, 1, title)
+
+
+def _each(values: Sequence[float]) -> str:
+    """One number for each alternation."""
+    return ", ".join(number(value) for value in values)
 
 
 def _files(figures: Record) -> Table:

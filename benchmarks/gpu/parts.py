@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Part:
     Attributes:
         name: in the record.
         title: on the page.
-        seconds: it may take.
+        share: of the seconds for all parts that it may take.
         command: arguments of python, given the file to write.
         read: the figures from that file.
         fault: what is wrong with the figures of a command that ended well, None where nothing is.
@@ -34,7 +35,7 @@ class Part:
 
     name: str
     title: str
-    seconds: float
+    share: float
     command: Callable[[Path], Sequence[str]]
     read: Callable[[Path], Any]
     fault: Callable[[Any], str | None] = lambda figures: None
@@ -49,12 +50,11 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
 
     Args:
         folder: for its files.
-        seconds: left for all parts together.
+        seconds: it may take.
     """
-    allowed, file, log = min(part.seconds, seconds), folder / f"{part.name}.out", folder / f"{part.name}.log"
-    began = time.monotonic()
+    file, log, began = folder / f"{part.name}.out", folder / f"{part.name}.log", time.monotonic()
     with log.open("wb") as output:
-        code = _run([sys.executable, *part.command(file)], output, allowed)
+        code = _run([sys.executable, *part.command(file)], output, seconds)
     figures, message = None, None
     try:
         figures = part.read(file)
@@ -62,7 +62,7 @@ def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         message = f"it left no figures ({error.strerror if isinstance(error, OSError) else error})"
     if code is None:
-        message = f"not finished within {allowed:.0f} s"
+        message = f"not finished within {seconds:.0f} s"
     elif code != 0 and message is None:
         message = f"it ended with exit code {code}"
     elif code != 0:
@@ -92,10 +92,8 @@ def _run(command: Sequence[str], output: Any, seconds: float) -> int | None:
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -13,24 +13,25 @@ nothing of a GPU. The parts, each in a process of its own with a limit of time:
 - ``files``: images a second and core that the host makes of JPEG files (benchmarks/loading/run.py).
 - ``alternation``: an alternation of BiSSL against the plain training in it (benchmarks/alternation/run.py).
 
-A part that fails or takes too long is recorded as that, and the others go on. It ends with 1 where one did, and with 2
-where the device is not there.
+A part that fails or takes longer than its share of `--limit` is recorded as that, and the others go on. It ends with 1
+where one did, and with 2 where the device is not there.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 if not __package__:
     # As a script: the repository's root instead of this folder.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+from torch.cuda import nccl
 
 from benchmarks.gpu.page import html, markdown
 from benchmarks.gpu.parts import Part, failed_tests, read_json, read_outcomes, run_part
@@ -38,16 +39,17 @@ from benchmarks.measuring import environment, parser, write_json
 from benchmarks.pages import update
 
 LIMIT = 470.0
-"""Seconds for all parts together."""
+"""Seconds for all parts together, of which each has a share."""
 PRETEXT = {
     "pretext-float32": ("pretext step and input pipeline, float32", ()),
     "pretext-tf32": ("pretext step and input pipeline, TF32", ("--tf32",)),
     "pretext-bf16": ("pretext step and input pipeline, bfloat16, channels last", ("--bf16", "--channels-last")),
 }
+NAMES = ("tests", *PRETEXT, "alternation", "files")
 SETTINGS = ("default", "two_batches", "identity")
 """Of the alternation, those of which a solve takes seconds."""
-IMAGE = 32 * 2**20
-"""Bytes of device memory that a batch of the pretext step may take for each image: what float32 needs, and room."""
+IMAGE = 16 * 2**20
+"""Bytes of device memory that the pretext step may take for an image of a batch: twice what float32 takes on a CPU."""
 
 
 def parts(device: torch.device, *, quick: bool, tests: Sequence[str]) -> list[Part]:
@@ -83,10 +85,10 @@ def parts(device: torch.device, *, quick: bool, tests: Sequence[str]) -> list[Pa
         return ["benchmarks/alternation/run.py", *common, "--repeats=3", "--settings", *SETTINGS, f"--json={file}"]
 
     return [
-        Part("tests", "tests", 160.0, pytest, read_outcomes, failed_tests),
-        *(Part(name, title, 50.0, partial(pretext, extra), read_json) for name, (title, extra) in PRETEXT.items()),
-        Part("alternation", "an alternation of BiSSL", 100.0, alternation, read_json),
-        Part("files", "the host's reading of files", 50.0, files, read_json),
+        Part("tests", "tests", 0.36, pytest, read_outcomes, failed_tests),
+        *(Part(name, title, 0.1, partial(pretext, extra), read_json) for name, (title, extra) in PRETEXT.items()),
+        Part("alternation", "an alternation of BiSSL", 0.22, alternation, read_json),
+        Part("files", "the host's reading of files", 0.12, files, read_json),
     ]
 
 
@@ -107,7 +109,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "compute_capability": f"{about.major}.{about.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl": ".".join(map(str, nccl.version())),
             "gpus": torch.cuda.device_count(),
         }
     return found
@@ -118,7 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.set_defaults(device=torch.device("cuda"))
     options.add_argument("--page", type=Path, help="write the figures here, as one HTML page")
     options.add_argument("--docs", type=Path, help="write the tables into this page of the documentation")
+    options.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for all parts together ({LIMIT:.0f})")
     options.add_argument("--tests", nargs="+", default=["tests"], help="folders and files of tests (default: tests)")
+    options.add_argument(
+        "--only", nargs="+", choices=NAMES, help="run these parts; keep what --json holds of the others"
+    )
     options.add_argument("--from", type=Path, dest="kept", help="take kept figures instead of measuring")
     options.add_argument("--check", action="store_true", help="with --from and --docs: change nothing, compare")
     given = options.parse_args(arguments)
@@ -137,19 +143,27 @@ def measured(options: argparse.ArgumentParser, given: argparse.Namespace) -> dic
     """The record of all parts."""
     if given.device.type == "cuda" and not torch.cuda.is_available():
         options.error("--device: cuda was asked for, but torch sees no CUDA device; --device cpu --quick rehearses")
-    end, found = time.monotonic() + LIMIT, {}
+    keep = given.only and given.json and given.json.exists()
+    found = dict(read_json(given.json)["parts"]) if keep else {}
     record = {"environment": machine(given.device), "quick": given.quick, "rehearsal": given.device.type == "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        for part in parts(given.device, quick=given.quick, tests=given.tests):
-            found[part.name] = run_part(part, Path(folder), max(1.0, end - time.monotonic()))
+        chosen = parts(given.device, quick=given.quick, tests=given.tests)
+        for part in [part for part in chosen if given.only is None or part.name in given.only]:
+            found[part.name] = run_part(part, Path(folder), part.share * given.limit)
             told = found[part.name]
             print(f"{part.title}: {told['outcome']}, {told['seconds']:.0f} s{_because(told['message'])}", flush=True)
-    return {**record, "parts": found}
+    return {**record, "parts": {name: found[name] for name in NAMES if name in found}}
 
 
 def _because(message: str | None) -> str:
     return f" ({message})" if message else ""
 
 
+def _stop(*_: object) -> NoReturn:
+    """On SIGTERM: through the blocks that end a part's processes."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

@@ -33,6 +33,7 @@ def measure(repeats: int, threads: int) -> dict[str, dict[str, Any]]:
     taken: dict[str, list[Seconds]] = {name: [] for name in every}
     order, draw = list(every), random.Random(0)
     for repeat in range(-1, repeats):
+        print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
         draw.shuffle(order)
         for name in order:
             seconds = run_timed(every[name], ROOT, threads)

@@ -148,6 +148,9 @@ METHODS: Mapping[str, Kind] = {
     "Implicit(CG(3, rtol=None)), aggregated": Kind(
         Implicit(CG(3, None), damping=2.0, hessian_batches=2, aggregate=True)
     ),
+    'Implicit(CG(3, rtol="noise", memory=3, inexact=True)), aggregated': Kind(
+        Implicit(CG(3, "noise", memory=3, inexact=True), damping=2.0, hessian_batches=2, aggregate=True)
+    ),
     "Implicit(Neumann(3))": Kind(Implicit(Neumann(3), damping=2.0)),
     "Implicit(Identity())": Kind(Implicit(Identity(), damping=2.0)),
     "Unrolled": Kind(Unrolled(), upper_steps=1),
@@ -203,17 +206,17 @@ def train(kind: Kind, put: Put, callbacks: Sequence[Callback] = ()) -> Params:
         return made.upper
 
 
-def steps(kind: Kind) -> dict[str, list[Crossing]]:
+def steps(kind: Kind) -> tuple[dict[str, list[Crossing]], Params]:
     """What crosses over in the steps of the last of three alternations: in a lower one, and in the first and the last
-    upper one."""
+    upper one; and the upper variables after these."""
     with SimulatedDevice() as device:
         watch = _Watch(device)
-        train(kind, device.put, [watch])
+        trained = train(kind, device.put, [watch])
     ends = [index for index, (event, _) in enumerate(watch.steps) if event == "alternation"]
     last = watch.steps[ends[-2] + 1 : ends[-1]]
     upper = [crossings for event, crossings in last if event == "upper"]
     lower = [crossings for event, crossings in last if event == "lower"]
-    return {**({"lower": lower[-1]} if lower else {}), "first upper": upper[0], "upper": upper[-1]}
+    return {**({"lower": lower[-1]} if lower else {}), "first upper": upper[0], "upper": upper[-1]}, trained
 
 
 PROVIDERS: Mapping[str, Callable[[], HVPProvider]] = {
@@ -273,13 +276,14 @@ FIXED: Mapping[str, Solver] = {
 
 ADAPTIVE: Mapping[str, Solver] = {
     "CG(6, rtol=1e-9)": CG(6, 1e-9),
+    "CG(6, rtol=None, memory=6)": CG(6, None, memory=6),
     "Neumann(6, rtol=1e-9)": Neumann(6, 1e-9),
     "MINRES(6, rtol=1e-9)": MINRES(6, 1e-9),
     "GMRES(6, rtol=1e-9)": GMRES(6, rtol=1e-9),
     "AdjointIteration(6, rtol=1e-9)": AdjointIteration(6, 1e-9),
     "Nystrom(4, rtol=1e-9)": Nystrom(4, rtol=1e-9),
 }
-"""Solvers that stop where their residual says so."""
+"""Solvers that stop where their residual says so, or learn from each iteration."""
 
 
 def solve(solver: Solver, put: Put, *, watch: Callable[[], None] = lambda: None) -> Iterator[Solution]:

@@ -71,7 +71,7 @@ PARTS: Mapping[str, Part] = {
     "steps": Part(
         "method",
         tuple(paths.METHODS),
-        lambda name: counted(paths.steps(paths.METHODS[name])),
+        lambda name: counted(paths.steps(paths.METHODS[name])[0]),
         ("lower", "first upper", "upper"),
     ),
     "evaluation": Part("metric", tuple(vision.METRICS), evaluation, ("a batch", "at the end")),

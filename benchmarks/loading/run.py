@@ -180,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--docs", type=Path, help="write the tables into this page")
     options.add_argument("--only", nargs="+", choices=PARTS, help="measure these; keep what --json holds of the others")
+    options.add_argument("--pictures", type=int, help=f"JPEGs of the speed (default: {FULL['pictures']})")
+    options.add_argument("--repeats", type=int, help=f"of the speed (default: {FULL['repeats']})")
     options.add_argument("--from", type=Path, dest="kept", help="take kept figures instead of measuring")
     options.add_argument("--check", action="store_true", help="with --from and --docs: change nothing, compare")
     given = options.parse_args(arguments)
@@ -189,8 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = json.loads(given.kept.read_text(encoding="utf-8"))
     else:
         use_threads(given.threads)
-        known = json.loads(given.json.read_text(encoding="utf-8")) if given.only and given.json else {}
-        figures = known | measure_parts(given.only or PARTS, given.quick)
+        keep = given.only and given.json and given.json.exists()
+        known = json.loads(given.json.read_text(encoding="utf-8")) if keep else {}
+        asked = {name: value for name in ("pictures", "repeats") if (value := getattr(given, name)) is not None}
+        figures = known | measure_parts(given.only or PARTS, given.quick, asked)
         write_json(given.json, figures)
     for name, text in tables(figures).items():
         if "|" not in text:
@@ -201,9 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return update(given.docs, tables(figures), check=given.check) if given.docs else 0
 
 
-def measure_parts(parts: Sequence[str], quick: bool) -> dict[str, Any]:
-    """The figures of some parts."""
-    sizes: dict[str, Any] = QUICK if quick else FULL
+def measure_parts(parts: Sequence[str], quick: bool, asked: Mapping[str, int]) -> dict[str, Any]:
+    """The figures of some parts; of the sizes those that were asked for stand instead of the usual ones."""
+    sizes: dict[str, Any] = {**(QUICK if quick else FULL), **asked}
     count = sizes["pictures"]
     batch = count // 2
     figures: dict[str, Any] = {

@@ -49,7 +49,7 @@ from bilevel.linear import Solver
 from recipes.experiment.ranks.processes import Launch, Ranks
 
 RANKS = 2
-DEADLINE = 300.0
+DEADLINE = 900.0
 SOLVES: dict[str, Solver] = {"CG, 5 iterations": CG(5, None), "no product (identity)": Identity()}
 
 
@@ -151,7 +151,7 @@ def worker(rank: int, port: int, path: str) -> None:
     torch.set_num_threads(1)
     # What is tried here is what torch warns of.
     warnings.simplefilter("ignore")
-    Ranks(Launch(rank, RANKS, rank, "127.0.0.1", port)).join(torch.device("cpu"), 60.0)
+    Ranks(Launch(rank, RANKS, rank, "127.0.0.1", port)).join(torch.device("cpu"), 300.0)
     case = Case(init_device_mesh("cpu", (RANKS,)))
     found = {"trials": trials(case), "collectives": exchanges(case)}
     if rank == 0:

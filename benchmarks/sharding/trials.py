@@ -114,7 +114,8 @@ def twice(loss: Tensor, variables: Params, vector: Params, *, zeros: bool = Fals
         zeros: take zeros for what is in no graph (materialize_grads), as most code that differentiates does; otherwise
             torch raises.
     """
-    leaves, options = list(variables.values()), {"allow_unused": zeros, "materialize_grads": zeros}
+    leaves = list(variables.values())
+    options: dict[str, Any] = {"allow_unused": zeros, "materialize_grads": zeros}
     gradient = torch.autograd.grad(loss, leaves, create_graph=True, **options)
     live = [(g, vector[name]) for name, g in zip(variables, gradient, strict=True) if g.requires_grad or not zeros]
     if not live:

@@ -1,5 +1,6 @@
 """The linear system behind one hypergradient, built once and solved for many right-hand sides."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -389,9 +390,8 @@ def adjoint(
         failed = solve_failure(system, solution, v, on_failure)
     whole = implicit_part if direct is None else tree.add(direct, implicit_part)
     lost = system.curvature.lost(hessian=solution.num_hvps > 0)
-    stationarity, sound, *known = tree.read(
-        tree.norm(gradient), tree.finite(whole), *([] if noise is None else [noise])
-    )
+    stationarity, size, *known = tree.read(tree.norm(gradient), tree.norm(whole), *([] if noise is None else [noise]))
+    sound = math.isfinite(size) or tree.all_finite(whole)
     not_finite = None if sound else finite_failure(direct or {}, implicit_part)
     failure = joined(lost, failed or not_finite, system.flaw())
     warning = noise_warning(system, solution, v, stationarity)

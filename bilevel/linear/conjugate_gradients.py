@@ -104,7 +104,7 @@ class ConjugateGradients:
         if self.account.rtol is None and not self.layerwise and breakdown is None and relative > _GROWTH * start:
             breakdown = Status.DIVERGED
         if breakdown is None:
-            return step.last(x), self._after_last(relative), None
+            return x, relative, None
         return best[0], min(best[1], relative), breakdown
 
     def _watched(
@@ -113,7 +113,7 @@ class ConjugateGradients:
         """Reads every iteration's numbers in one transfer, and stops where they say so."""
         account, (x, r) = self.account, point
         while account.unfinished(self._after_last(relative)):
-            step.multiply()
+            step.multiply(r)
             ahead = step.advance(x, r)
             if self.stop_at_noise and account.noise is None:
                 assert step.gain_noise is not None, "measured on the first product"
@@ -123,10 +123,12 @@ class ConjugateGradients:
             verdict = self._judge(readings, start)
             if account.operator.agree(verdict is not None):
                 return (x, relative), best, verdict or Status.NON_FINITE
+            if self.inexact is not None:
+                self.inexact.met(readings[0])
             (x, r), relative = ahead, readings[-1]
             best = (x, relative) if relative <= best[1] else best
             step.turn(r)
-        return (x, relative), best, None
+        return (step.last(x, r), self._after_last(relative)), best, None
 
     def _unwatched(
         self, step: "_Step", point: _Point, relative: float, start: float, best: _Iterate
@@ -137,7 +139,7 @@ class ConjugateGradients:
         alive, smallest = torch.ones_like(norm, dtype=torch.bool), torch.full_like(norm, best_relative)
         scale, rows = torch.full_like(norm, account.norm_a), []
         for _ in range(account.max_iterations - account.iterations):
-            step.multiply()
+            step.multiply(r)
             ahead = step.advance(x, r)
             readings = step.readings(ahead[1])
             curvature, gain, _, now = readings.unbind()
@@ -168,7 +170,7 @@ class ConjugateGradients:
     def _after_last(self, relative: float) -> float:
         """The relative residual expected after a last step without a product, which is trusted to do what the step
         before it did, but no more than halve it; `relative` itself where all products are made."""
-        if self.inexact is None or self.inexact.step is None:
+        if self.inexact is None or self.inexact.curvature is None:
             return relative
         curve = self.account.curve[self.earlier_iterations :]
         before = curve[-2] if len(curve) > 1 else self.start
@@ -223,16 +225,15 @@ class _Step:
         self.gain_noise: float | None = None
         self._kept_before = len(run.directions)
 
-    def multiply(self) -> None:
-        """A d and d'A d."""
+    def multiply(self, r: Params) -> None:
+        """A d and d'A d, where the residual is r."""
         run, direction = self.run, self.direction
         unmeasured = run.inexact is not None and run.inexact.deviation is None
         if self.gain_noise is None and (unmeasured or (run.stop_at_noise and run.account.noise is None)):
             self.product = self._sampled(direction)
         elif run.inexact is not None:
             tolerance = max(run.account.rtol or 0.0, run.account.rounding) * run.account.norm_b
-            length = float(tree.norm(direction))
-            self.product = run.inexact.product(run.account.operator, direction, length, tolerance)
+            self.product = run.inexact.product(run.account.operator, direction, r, tolerance)
         else:
             self.product = run.account.operator(direction)
         self.energy = tree.dot(direction, self.product)
@@ -254,10 +255,10 @@ class _Step:
             )
         return product
 
-    def last(self, x: Params) -> Params:
-        """x after one more step whose product nobody makes, of the smallest length met; x itself where all are made."""
-        inexact = self.run.inexact
-        return x if inexact is None or inexact.step is None else tree.axpy(inexact.step, self.direction, x)
+    def last(self, x: Params, r: Params) -> Params:
+        """x after one more step, whose product nobody makes; x itself where all are made."""
+        step = None if self.run.inexact is None else self.run.inexact.step(self.direction, r)
+        return x if step is None else tree.axpy(step[0], self.direction, x)
 
     def advance(self, x: Params, r: Params) -> _Point:
         """x and r after the step along d."""
@@ -268,7 +269,6 @@ class _Step:
             alpha = tree.dot(self.direction, r) / self.energy
         else:
             alpha = _ratio(self.rho, self.energy)
-        self.alpha = alpha
         return tree.axpy(alpha, self.direction, x), tree.axpy(_negative(alpha), self.product, r)
 
     def readings(self, r: Params) -> Tensor:
@@ -283,9 +283,6 @@ class _Step:
         kept = self.run.directions.offer(self.direction, self.product, self.energy)
         if self.run.memory:
             self.run.met = [*self.run.met, (self.direction, self.product)][-self.run.memory :]
-        if self.run.inexact is not None:
-            assert isinstance(self.alpha, Tensor), "layer-wise products are whole"
-            self.run.inexact.met(float(self.alpha))
         z = self._precondition(r)
         rho = self._inner(r, z)
         beta = _ratio(rho, self.rho)

@@ -21,7 +21,7 @@ def test_the_figures_of_a_small_alternation(monkeypatch: pytest.MonkeyPatch) -> 
     # A few images a batch have more curvature, which takes more damping for as few iterations.
     monkeypatch.setattr(alternation, "C", 60.0)
     # At that damping the benchmark's own tolerance asks for no iteration at all.
-    tight = replace(alternation.SETTINGS["global_cg"], solver=CG(10, 4e-3, recycle=20, memory=6))
+    tight = replace(alternation.SETTINGS["global_cg"], solver=CG(10, 4e-3, memory=6))
     monkeypatch.setitem(alternation.SETTINGS, "global_cg", tight)
     setup = make_setup("photographs", torch.device("cpu"), TINY)
     assert (len(setup.lower_batches), len(setup.upper_batches)) == (2 * 4, 2 * 2)

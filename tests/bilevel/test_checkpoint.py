@@ -259,17 +259,15 @@ def test_a_training_says_which_generators_are_lost(monkeypatch: pytest.MonkeyPat
     assert len(said) == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_draws_on_a_gpu_continue(tmp_path: Path) -> None:
-    torch.rand(1, device="cuda")
+def test_draws_on_a_device_continue(tmp_path: Path, device: torch.device) -> None:
+    torch.rand(1, device=device)
     save_checkpoint(tmp_path, 0, {"random": random_state()})
-    expected = torch.rand(5, device="cuda")
+    expected = torch.rand(5, device=device)
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert lost_generators(loaded[1]["random"]) is None
     set_random_state(loaded[1]["random"])
-    assert torch.equal(torch.rand(5, device="cuda"), expected)
+    assert torch.equal(torch.rand(5, device=device), expected)
 
 
 def test_atomic_writes_replace(tmp_path: Path) -> None:

@@ -124,6 +124,22 @@ def test_all_finite(bad: float) -> None:
     assert not tree.all_finite(broken)
 
 
+def test_finite_numbers_whose_squares_overflow_are_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        large = {"a": torch.full((4,), torch.finfo(dtype).max, dtype=dtype)}
+        assert not tree.norm(large).isfinite()
+        assert tree.all_finite(large)
+
+
+def test_variables_with_gradients_are_read_without_a_warning() -> None:
+    # The suite makes errors of warnings, and torch warns once a process.
+    torch.set_warn_always(True)
+    try:
+        assert tree.all_finite({"a": torch.ones(2, requires_grad=True)})
+    finally:
+        torch.set_warn_always(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_power_of_two_brackets_the_norm(dtype: torch.dtype) -> None:
     limit = math.frexp(torch.finfo(dtype).max)[1] - 3

@@ -98,7 +98,7 @@ def test_the_experiment_room_knows_no_data_model_arm_or_paper() -> None:
 
 def test_few_things_stand_side_by_side() -> None:
     assert not crowded_folders(ROOT, ["bilevel", "recipes", "benchmarks", "tests"], 15)
-    for folder, limit in (("bilevel", 16), ("recipes/bissl", 8)):
+    for folder, limit in (("bilevel", 17), ("recipes/bissl", 8)):
         entries = sorted(path.name for path in (ROOT / folder).iterdir() if path.name != "__pycache__")
         assert len(entries) <= limit, entries
 

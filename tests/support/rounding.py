@@ -21,7 +21,7 @@ from bilevel import Params
 from tests.support.cases import joined
 
 MARGIN = 10.0
-"""For kernels that sum in another order, and use the formulas of other libraries (Winograd, fast Fourier transforms)."""
+"""For kernels that sum in another order, and use other formulas (Winograd's, fast Fourier transforms)."""
 SEEDS = (0x5DEECE66D, 0x9E3779B97F4A7C1)
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "convolution_backward"}
 """Operations whose operands tensor cores round."""

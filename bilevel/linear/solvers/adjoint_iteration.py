@@ -38,6 +38,9 @@ class AdjointIteration(Solver):
         max_iterations: at most this many iterations, one product each, beside the one that measures the start of x0.
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET).
 
+    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
+    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+
     Raises:
         ValueError: max_iterations < 1 or rtol outside [0, 1).
     """

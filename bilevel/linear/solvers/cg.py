@@ -68,17 +68,17 @@ class CG(Solver):
         recycle: keep at most this many search directions in the state, for two vectors of memory each. Later
             right-hand sides start from their projection on the kept ones, which takes no product and leaves a known
             residual, and search only what these leave over (`Directions`).
-        memory: keep at most this many search directions with their products, for two vectors of memory each, beyond the
-            operator: `Implicit` hands them from one system of a training to the next, and they are saved with a
-            checkpoint. They precondition the next system as a limited-memory BFGS approximation of its inverse, made
-            before its first right-hand side (Morales and Nocedal 2000; `QuasiNewton`), which takes no product. Worth it
+        memory: keep at most this many search directions with their products, for two vectors of memory each, also
+            beyond the operator: `Implicit` hands them from one system of a training to the next, and they are saved
+            with a checkpoint. They precondition later right-hand sides and systems as a limited-memory BFGS
+            approximation of the inverse (Morales and Nocedal 2000; `QuasiNewton`), which takes no product. Worth it
             where systems change slowly and a few large eigenvalues stay, as over the alternations of a training.
         inexact: make products after the first one on as many of A's batches as their noise asks for, so that what they
             leave out changes the residual by at most half the tolerance (`InexactProducts`, with the sources), and make
-            one more step at the end along the next direction, of the smallest step length met, whose product nobody
-            makes. The last residual is then expected, not measured: that of the recursion, to which the batches left
-            out are unknown, times what the step before brought, at least 1/2. It ends the iterations and makes the
-            status.
+            one more step at the end along the next direction, whose product nobody makes and whose length is told by
+            the largest curvature met. The last residual is then expected, not measured: that of the recursion, to which
+            the batches left out are unknown, times what the step before brought, at least 1/2. It ends the iterations
+            and makes the status.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -89,13 +89,13 @@ class CG(Solver):
     biased in the mean, by about the square of `Solution.noise`: ``E[A^-1]`` is not ``E[A]^-1``. An rtol near the noise,
     more batches or a Tikhonov term help, more iterations do not (`Hypergradient.warning`).
 
-    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
-    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+    On a GPU a fixed budget (rtol=None, without memory and inexact) is made without a synchronisation between the first
+    and the last product: a breakdown freezes the iterate there and is read at the end, so that all products are made.
 
     Raises:
         ValueError: max_iterations < 1, rtol outside [0, 1), recycle < 0, layerwise together with a preconditioner or
             with recycle, memory or inexact, through_negative_curvature without layerwise, memory together with a
-            preconditioner; at solve, a preconditioner that is not positive
+            preconditioner, inexact together with recycle; at solve, a preconditioner that is not positive
             definite, or rtol="noise" where the operator is no mean over two batches or more.
         TypeError: a preconditioner that is not a `Preconditioner`.
     """
@@ -133,6 +133,11 @@ class CG(Solver):
                 "CG: layerwise=True has no conjugate directions to recycle or to remember, and no inexact products, "
                 f"but recycle={self.recycle}, memory={self.memory}, inexact={self.inexact}; leave them out"
             )
+        if self.recycle and self.inexact:
+            raise ValueError(
+                f"CG: recycle={self.recycle} answers later right-hand sides by products, which inexact=True makes of "
+                "some batches alone; take memory, by which these precondition instead, or leave one of the two out"
+            )
         if self.memory and self.preconditioner is not None:
             raise ValueError(
                 f"CG: memory={self.memory} makes a preconditioner of its own; leave memory or preconditioner out"
@@ -140,7 +145,8 @@ class CG(Solver):
 
     @property
     def learns(self) -> bool:
-        return self.recycle > 0 or self.preconditioner is not None or self.rtol == "noise" or self.inexact
+        kept = self.recycle or self.memory or self.preconditioner is not None
+        return bool(kept or self.inexact or self.rtol == "noise")
 
     @property
     def tolerance(self) -> float | None:
@@ -165,7 +171,8 @@ class CG(Solver):
                 return Solution(b, Status.NON_FINITE, (1.0, math.nan), 0, products)
         if state.pairs is None:
             state.pairs = loaded_pairs(state.saved, b)
-            state.inverse = QuasiNewton(state.pairs) if state.pairs else state.inverse
+        if state.pairs:
+            state.inverse = QuasiNewton(state.pairs)
         rtol = (state.noise or 0.0) if isinstance(self.rtol, str) else self.rtol
         account = Account(operator, b, self.max_iterations, rtol, products)
         account.noise = state.noise

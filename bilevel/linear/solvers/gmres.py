@@ -35,6 +35,9 @@ class GMRES(Solver):
         rtol: stop once ``||b - A x|| <= rtol ||b||``; None makes exactly max_iterations (status BUDGET). Either way the
             solve ends early where the residual has reached the rounding level.
 
+    On a GPU the products of a cycle with a fixed budget (rtol=None) are made without a synchronisation between them;
+    what came after a breakdown is cut off.
+
     Raises:
         ValueError: max_iterations < 1, restart < 1, rtol outside [0, 1).
     """

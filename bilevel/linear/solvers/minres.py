@@ -40,6 +40,9 @@ class MINRES(Solver):
     operator could matter; if it turns out above rtol, iterations start again from it. Where no iteration lowers the
     residual of 0, b is given back, never 0.
 
+    On a GPU a fixed budget (rtol=None) is made without a synchronisation between the first and the last product: a
+    breakdown freezes the iterate there and is read at the end, so that all products of the budget are made.
+
     Raises:
         ValueError: max_iterations < 1 or rtol outside [0, 1).
     """

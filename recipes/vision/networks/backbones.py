@@ -88,11 +88,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of images ``[N, before, H, W]``: ``[N, width, H / stride, W / stride]``."""
-        shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        # In this order, and in place, as the other one does.
-        out += shortcut
+        # Last, as in torchvision: the order decides in which one second derivatives are summed.
+        out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
 

@@ -76,9 +76,9 @@ def test_between_the_products_of_a_fixed_budget(
 
 @pytest.mark.parametrize("name", ["Implicit(CG(3, rtol=None))", "SOBA"])
 def test_in_a_step_of_a_trainer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    before = paths.steps(paths.METHODS[name])
+    before, _ = paths.steps(paths.METHODS[name])
     plant(monkeypatch, lambda x: x.sum().item())
-    after = paths.steps(paths.METHODS[name])
+    after, _ = paths.steps(paths.METHODS[name])
     assert all(len(after[step]) > len(before[step]) for step in before)
 
 

@@ -107,8 +107,8 @@ def test_two_gpus_by_hand() -> None:
 
 
 def test_latency_and_statistics_by_hand() -> None:
-    """One BatchNorm of 4 channels in two views: its count, means and sums of squares of both ranks, 18 numbers, gathered
-    and summed."""
+    """One BatchNorm of 4 channels in two views: its count, means and sums of squares of both ranks, 18 numbers, are
+    gathered and summed."""
     machine = replace(PLAIN, latency=1000.0)
     sizes = replace(TINY, ranks=2, backbone_norms=(4,))
     found = scaling_model.gradient(sizes, machine)
@@ -119,7 +119,7 @@ def test_latency_and_statistics_by_hand() -> None:
 
 
 def test_every_gpu_computes_the_whole_loss() -> None:
-    """16 rows of 1 number: 3 times 16 x 16 products of 2 operations, of which a GPU of four has a quarter in its rate."""
+    """16 rows of 1 number: 3 times 16 x 16 products of 2 operations; of four GPUs each has a quarter in its rate."""
     machine = replace(PLAIN, bandwidth=math.inf, flops=96.0, rate=1.0)
     assert scaling_model.repeated_loss(replace(TINY, ranks=4), machine) == 0.75 * 3 * 2 * 256 / 96
     assert scaling_model.repeated_loss(TINY, machine) == 0.0

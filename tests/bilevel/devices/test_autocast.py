@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 
 from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Trainer, hypergradient

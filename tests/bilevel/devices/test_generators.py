@@ -1,4 +1,4 @@
-"""Random draws where tensors lie on a device: whose generator draws, and that others' generators stay where they were."""
+"""Random draws where tensors lie on a device: whose generator draws, and that the others stay where they were."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Every exchange between ranks through NCCL, by a group of the one rank that a single GPU has; through gloo on a CPU."""
+"""Every exchange between ranks through NCCL, in a group of the one rank that a single GPU has; by gloo on a CPU."""
+
+# torch documents its stores as torch.distributed's, and does not list them there.
+# pyright: reportPrivateImportUsage=false
 
 from collections.abc import Iterator
 from typing import Any

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import CG, Params, Status
+from bilevel import CG, Params, Status, tree
 from bilevel.linear import (
     FunctionOperator,
     MeanOperator,
@@ -68,18 +68,21 @@ def test_products_on_some_batches_pass_through_every_operator() -> None:
 def test_as_few_batches_as_keep_what_is_left_out_below_half_the_tolerance(batches: int) -> None:
     operator = Batches([torch.eye(SIZE, dtype=torch.float64)] * batches)
     vector = split(random_right(1)[0])
+    unit = tree.scale(1.0 / float(tree.norm(vector)), vector)
     for length in (1e-4, 0.03, 0.2, 1.0, 30.0):
-        inexact = InexactProducts(deviation=0.7, step=0.5)
-        inexact.product(operator, vector, length, 0.05)
-        fits = [m for m in range(1, batches + 1) if 0.7 * 0.5 * length * math.sqrt(1 / m - 1 / batches) <= 0.025]
+        # The step is d'r / (curvature d'd), whatever the length of d.
+        inexact = InexactProducts(deviation=0.7, curvature=2.0)
+        inexact.product(operator, vector, tree.scale(2.0 * length, unit), 0.05)
+        fits = [m for m in range(1, batches + 1) if 0.7 * length * math.sqrt(1 / m - 1 / batches) <= 0.025]
         assert len(operator.asked[-1]) == fits[0]
 
 
 def test_batches_take_turns() -> None:
     operator = Batches([torch.eye(SIZE, dtype=torch.float64)] * 5)
-    inexact = InexactProducts(deviation=1.0, step=1.0)
+    inexact = InexactProducts(deviation=1.0, curvature=1.0)
+    vector = split(random_right(1)[0])
     for _ in range(5):
-        inexact.product(operator, split(random_right(1)[0]), 1.0, 1.3)
+        inexact.product(operator, vector, tree.scale(1.0 / float(tree.norm(vector)), vector), 1.3)
     assert operator.asked == [(0, 1), (2, 3), (4, 0), (1, 2), (3, 4)]
 
 
@@ -111,13 +114,13 @@ def test_batches_that_agree_are_asked_one_at_a_time() -> None:
     assert error(found, spd(), b) < 1e-6
 
 
-def test_the_last_step_is_the_next_direction_by_the_smallest_step_length() -> None:
+def test_the_last_step_is_along_the_next_direction_by_the_largest_curvature() -> None:
     matrix, b = spd(), random_right(1)[0]
     x, r = torch.zeros_like(b), b.clone()
-    d, steps, residuals = r.clone(), [], []
+    d, curvatures, residuals = r.clone(), [], []
     for _ in range(3):
         alpha = (r @ r) / (d @ matrix @ d)
-        steps.append(float(alpha))
+        curvatures.append(float(d @ matrix @ d / (d @ d)))
         after = r - alpha * matrix @ d
         x, d, r = x + alpha * d, after + (after @ after) / (r @ r) * d, after
         residuals.append(float(r.norm() / b.norm()))
@@ -125,23 +128,25 @@ def test_the_last_step_is_the_next_direction_by_the_smallest_step_length() -> No
     found = CG(3, None, inexact=True).solve(operator, split(b))
     assert found.num_hvps == len(operator.asked) == 3
     assert found.status is Status.BUDGET
-    assert torch.allclose(joined(found.value), x + min(steps) * d, rtol=1e-10)
+    assert torch.allclose(joined(found.value), x + (d @ r) / (max(curvatures) * (d @ d)) * d, rtol=1e-10)
     last = 0.5 if residuals[-1] < 0.5 * residuals[-2] else residuals[-1] / residuals[-2]
     assert found.residual_norms[1] == pytest.approx(last * residuals[-1], rel=1e-8)
     # On the way, and worth it here: the steps of a definite matrix shrink the error whatever comes next.
     assert error(found, matrix, b) < error(CG(3, None).solve(operator, split(b)), matrix, b)
 
 
-def test_later_right_hand_sides_of_a_state_go_on_from_what_is_known() -> None:
+@pytest.mark.parametrize("rtol", [0.1, 0.03, 0.01])
+def test_later_right_hand_sides_of_a_state_go_on_from_what_is_known(rtol: float) -> None:
     operator, mean = noisy(10, 0.01)
-    solver = CG(40, 0.05, recycle=40, inexact=True)
+    solver = CG(60, rtol, memory=20, inexact=True)
     state = solver.prepare(operator)
-    for b in random_right(4):
+    rights = random_right(6)
+    # The last one is answered almost in full by what is remembered.
+    for b in [*rights, rights[0] + 1e-3 * rights[1]]:
         found = solver.solve(operator, split(b), state=state)
         assert found.status is Status.CONVERGED
-        assert float((b - mean @ joined(found.value)).norm() / b.norm()) < 0.15
-    # One product measures the noise for all of them.
-    assert [len(batches) for batches in operator.asked].count(10) < len(operator.asked) / 2
+        assert float((b - mean @ joined(found.value)).norm() / b.norm()) < 3.0 * rtol
+    assert sum(len(batches) for batches in operator.asked) < 0.8 * 10 * len(operator.asked)
 
 
 def test_negative_curvature_is_told_and_not_stepped_along() -> None:
@@ -158,5 +163,7 @@ def test_negative_curvature_is_told_and_not_stepped_along() -> None:
 def test_bad_options() -> None:
     with pytest.raises(ValueError, match=r"layerwise=True .* inexact=True"):
         CG(layerwise=True, inexact=True)
+    with pytest.raises(ValueError, match=r"recycle=3 answers later right-hand sides .* take memory"):
+        CG(recycle=3, inexact=True)
     with pytest.raises(TypeError, match="CG: inexact must be True or False"):
         CG(inexact=1)  # type: ignore[arg-type]

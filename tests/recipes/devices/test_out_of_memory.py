@@ -1,5 +1,6 @@
 """Where a stage asks for more memory than a device has, a sentence names what to lower."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ LOWER = {
 }
 
 
+def ask_for_too_much(device: torch.device) -> None:
+    torch.empty(2**50, dtype=torch.uint8, device=device)
+
+
 @pytest.mark.parametrize("stage", LOWER)
 def test_a_stage_names_what_to_lower(
     stage: str,
@@ -25,7 +30,7 @@ def test_a_stage_names_what_to_lower(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The error is the allocator's own, and what was made before it is kept."""
-    before_steps(monkeypatch, stage, lambda: torch.empty(2**50, dtype=torch.uint8, device=device))
+    before_steps(monkeypatch, stage, partial(ask_for_too_much, device))
     arguments = "--output-dir", str(tmp_path), f"--device={device.type}", "--compute.crops=uint8"
     message = refused(capsys, *arguments)
     assert f"error: {stage}: {device} has too little memory for an allocation of" in message
@@ -39,7 +44,7 @@ def test_another_run_goes_on_from_the_stages_that_were_made(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        before_steps(patch, "head", lambda: torch.empty(2**50, dtype=torch.uint8, device=device))
+        before_steps(patch, "head", partial(ask_for_too_much, device))
         refused(capsys, "--output-dir", str(tmp_path / "first"), f"--device={device.type}")
     before = weights(tmp_path / "first")
 
@@ -49,6 +54,6 @@ def test_another_run_goes_on_from_the_stages_that_were_made(
     before_steps(monkeypatch, "pretext", no_step)
     store = tmp_path / "first" / "checkpoints"
     arguments = "--output-dir", str(tmp_path / "second"), f"--artifacts={store}", "--downstream.eval-batch-size=64"
-    before_steps(monkeypatch, "finetune", lambda: torch.empty(2**50, dtype=torch.uint8, device=device))
+    before_steps(monkeypatch, "finetune", partial(ask_for_too_much, device))
     assert "error: finetune: " in refused(capsys, *arguments, f"--device={device.type}")
     assert before.items() < weights(tmp_path / "first").items()

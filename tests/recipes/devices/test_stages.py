@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.bissl.training.torch_settings import apply_settings, settings_kept
 from recipes.vision.losses import nt_xent
 from recipes.vision.optimizers import LARS
 from tests.support.cases import vector
@@ -37,10 +38,8 @@ WAYS = {
 @pytest.fixture
 def precision() -> Iterator[None]:
     """Puts back what a run sets for the process."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = matmul.fp32_precision, conv.fp32_precision
-    yield
-    matmul.fp32_precision, conv.fp32_precision = before
+    with settings_kept():
+        yield
 
 
 @pytest.mark.usefixtures("precision")
@@ -49,7 +48,7 @@ def test_every_stage_is_made(way: str, tmp_path: Path, device: torch.device) -> 
     config = small_config(f"--device={device.type}", "--seeds=1", "--finetune.epochs=1", *WAYS[way])
     pipeline = small_pipeline(tmp_path, config)
     assert pipeline.computing.device.type == device.type
-    pipeline.computing.set_up()
+    apply_settings(config.compute, device)
     made = run_all(pipeline)
     assert list(made) == list(STAGES)
     for artifact in made.values():
@@ -62,16 +61,12 @@ def test_a_run_interrupted_in_the_bilevel_stage_resumes_to_the_bit(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_out_report(monkeypatch)
-    options = f"--device={device.type}", "--seeds=1", "--finetune.epochs=1"
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole = whole_run(tmp_path / "whole", *options)
-        with monkeypatch.context() as patch:
-            before_steps(patch, "bissl", stop_at(4))
-            assert execute("--output-dir", str(tmp_path / "broken"), *options) == 130
-        assert execute("--output-dir", str(tmp_path / "broken"), *options, "--resume") == 0
-    finally:
-        torch.use_deterministic_algorithms(False)
+    options = f"--device={device.type}", "--seeds=1", "--finetune.epochs=1", "--compute.deterministic=true"
+    whole = whole_run(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        before_steps(patch, "bissl", stop_at(4))
+        assert execute("--output-dir", str(tmp_path / "broken"), *options) == 130
+    assert execute("--output-dir", str(tmp_path / "broken"), *options, "--resume") == 0
     assert weights(tmp_path / "broken") == weights(whole)
 
 

@@ -76,10 +76,12 @@ def test_a_residual_block_is_torchvisions_to_the_bit(before: int, width: int, st
     def made(kind: Callable[..., nn.Module]) -> nn.Module:
         torch.manual_seed(3)
         shortcut = None if plain else nn.Sequential(nn.Conv2d(before, width, 1, stride), nn.BatchNorm2d(width))
-        return kind(before, width, stride, shortcut).to(dtype)
+        # Layers on both sides, whose second derivatives are sums over the ways through the block.
+        block = kind(before, width, stride, shortcut)
+        return nn.Sequential(nn.Conv2d(before, before, 3), block, kind(width, width), nn.Conv2d(width, 2, 1)).to(dtype)
 
     ours, theirs = made(ResidualBlock), made(BasicBlock)
-    images = torch.randn(3, before, 7, 8, dtype=dtype)
+    images = torch.randn(8, before, 17, 18, dtype=dtype)
     for mode in (True, False):
         results = []
         for block in (ours.train(mode), theirs.train(mode)):

@@ -353,20 +353,20 @@ def test_everything_goes_to_a_device_by_pinned_copies_beside_the_computation(
     assert cuda.all_recorded()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_prefetched_batches_on_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
-    made = {}
-    for device in ("cpu", "cuda"):
-        config = small_config(f"--device={device}", "--compute.crops=uint8")
-        batches = batches_of(small_pipeline(tmp_path, config))
-        stack = batches.labelled(config.downstream_task(tuple("0123456789")), "test", 6)
-        made[device] = []
+def test_batches_that_were_sent_ahead_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
+    made: list[list[Any]] = []
+    for place, ahead in ((CPU, False), (device, True)):
+        config = small_config(f"--device={place.type}", "--compute.crops=uint8")
+        stack = batches_of(small_pipeline(tmp_path, config)).labelled(
+            config.downstream_task(tuple("0123456789")), "test", 6
+        )
+        made.append([])
         for _ in range(6):
-            made[device].append(stack.next())
-            stack.prepare()
-    for (views, labels), (expected, classes) in zip(made["cuda"], made["cpu"], strict=True):
-        assert views.is_cuda
+            made[-1].append(stack.next())
+            if ahead:
+                stack.prepare()
+    for (expected, classes), (views, labels) in zip(*made, strict=True):
+        assert views.device.type == labels.device.type == device.type
         assert torch.equal(labels.cpu(), classes)
         torch.testing.assert_close(views.cpu(), expected, rtol=0, atol=1e-4)
 

@@ -207,18 +207,17 @@ def test_only_what_may_change_a_result_belongs_to_a_key() -> None:
     assert ComputeConfig(tf32=True).decisive() != plain.decisive()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_deterministic_steps_on_a_gpu_give_the_same_bits_again(tmp_path: Path) -> None:
-    if torch.cuda.is_initialized() and WORKSPACE not in os.environ:
-        # As a run would refuse: other tests of this process have used the device.
-        os.environ[WORKSPACE] = ":4096:8"
+def test_deterministic_steps_give_the_same_bits_again(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the suite has it from its start: other tests of this process may have used the device.
+    monkeypatch.setenv(WORKSPACE, ":4096:8")
     made = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        config = small_config("--device=cuda", "--compute.deterministic=true", "--seeds=1")
+        config = small_config(f"--device={device.type}", "--compute.deterministic=true", "--seeds=1")
         with settings_kept():
-            apply_settings(config.compute, CUDA)
+            apply_settings(config.compute, device)
             pipeline = small_pipeline(tmp_path / name, config)
             artifact = pipeline.pretext(pipeline.at("bissl", config.seed))
         made.append(artifact.tensors())
