@@ -35,9 +35,10 @@ run's own config.json) changes some; options change single fields. The defaults 
 
 Further commands, each with its own --help: data, search, table, figure2, features, export.
 
-Exit codes: 0 done; 2 bad input; 3 losses or gradients that are not finite; 74 files that cannot be written; 75 stopped
-by SIGTERM or SIGUSR1; 76 another rank or a worker process is lost; 130 stopped by Ctrl-C. Signals let the step end and
-save; after 74, 75, 76 and 130 the same command with --resume continues. A second Ctrl-C stops at once.
+Exit codes: 0 done; 1 a fault of the program or a plug-in; 2 bad input; 3 losses or gradients that are not finite; 74
+files that cannot be written; 75 stopped by SIGTERM or SIGUSR1; 76 another rank or a worker process is lost; 130 stopped
+by Ctrl-C. Signals let the step end and save; after 74, 75, 76 and 130 the same command with --resume continues. A
+second Ctrl-C stops at once.
 
 Several processes: torchrun --nproc-per-node=N -m bilevel.recipes.bissl.run ...
 """
