@@ -29,7 +29,7 @@ class Change:
         """That of at least `LEAST_PAIRS` ratios."""
         if len(ratios) < LEAST_PAIRS:
             raise ValueError(f"ratios must be at least {LEAST_PAIRS}, got {len(ratios)}")
-        test = stats.quantile_test(ratios, q=1.0, p=0.5)
+        test = stats.quantile_test(ratios, q=1, p=0.5)
         interval = test.confidence_interval(LEVEL)
         median = float(stats.scoreatpercentile(ratios, 50))
         return cls(median, float(interval.low), float(interval.high))

@@ -16,7 +16,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ class _Generator(torch.Generator):
     """A generator of the device draws on the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class SimulatedDevice(TorchDispatchMode):
                 for name, own in module._buffers.items():
                     module._buffers[name] = None if own is None else self.put(own)
             return given
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             return tree_map(lambda x: DeviceTensor(x.detach().clone()) if isinstance(x, Tensor) else x, given)
 
     def count(self, kind: str = "read") -> int:

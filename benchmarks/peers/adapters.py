@@ -30,7 +30,7 @@ class Answer:
     value: Variables
     status: str | None = None
     residual: float | None = None
-    products: int | None = None
+    products: float | None = None
 
 
 Adapter = Callable[[Case, int], Answer]

@@ -195,7 +195,7 @@ def shards_itself(case: Case) -> Trial:
 
     def call(module: nn.Module, lower: Params, x: Tensor) -> Tensor:
         rows = distribute_tensor(x, case.mesh, SHARDED)
-        cut = {name: DTensor.from_local(leaf, case.mesh, REPLICATED) for name, leaf in lower.items()}
+        cut: dict[str, Tensor] = {name: DTensor.from_local(leaf, case.mesh, REPLICATED) for name, leaf in lower.items()}
         return whole(torch.func.functional_call(module, cut, (rows,)))
 
     def run() -> Any:

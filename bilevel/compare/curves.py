@@ -82,7 +82,7 @@ class _Point:
     """What one solver did with one number of iterations, over the right-hand sides."""
 
     errors: list[float]
-    products: list[int]
+    products: list[float]
     seconds: list[float]
     statuses: set[str]
 

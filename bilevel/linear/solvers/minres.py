@@ -13,7 +13,7 @@ from bilevel.linear.lanczos import ritz_range
 from bilevel.linear.operators import LinearOperator
 from bilevel.linear.solution import Solution, Status
 from bilevel.linear.solver import Solver, check_iterations, is_null, reads_are_free
-from bilevel.tree import Params, Scalar
+from bilevel.tree import Params
 
 _End = tuple[Params, float, Status | None]
 """The last iterate, its relative residual by the recursion, and a breakdown."""
@@ -164,7 +164,7 @@ class _MinimalResiduals:
                 relative = self._note(turns, turns.turn(alpha, beta)[0])
         return x, relative, None
 
-    def _lanczos_step(self, v: Params, v_old: Params | None, beta: Scalar) -> tuple[Params, Tensor]:
+    def _lanczos_step(self, v: Params, v_old: Params | None, beta: float | Tensor) -> tuple[Params, Tensor]:
         """``A v - alpha v - beta v_old`` with ``alpha = v'Av``; this and its norm; one product."""
         product = self.account.operator(v)
         alpha = tree.dot(v, product)

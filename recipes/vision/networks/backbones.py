@@ -6,7 +6,7 @@ the class says otherwise. Weights are drawn from torch's global generator, so th
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -228,8 +228,9 @@ def check_view(name: str, image_size: int, size: int) -> None:
 
 def _zero_last_norms(backbone: ResNetBackbone | SmallResNet) -> ResNetBackbone | SmallResNet:
     small = isinstance(backbone, SmallResNet)
-    for stage in backbone.stages if small else (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        for block in stage:
+    stages = backbone.stages if small else (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
+    for stage in stages:
+        for block in cast(Iterable[nn.Module], stage):
             # The norm of the shortcut is within `downsample`.
             *_, last = (module for module in block.children() if isinstance(module, nn.BatchNorm2d))
             nn.init.zeros_(last.weight)

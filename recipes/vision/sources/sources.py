@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,7 +81,8 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         # A version that keeps them elsewhere.
         from sklearn.datasets import load_digits
 
-        return load_digits(return_X_y=True)
+        bunch: Any = load_digits()
+        return bunch.data, bunch.target
     rows = np.loadtxt(file, delimiter=",")
     return rows[:, :-1], rows[:, -1].astype(np.int64)
 

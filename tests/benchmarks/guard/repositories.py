@@ -11,7 +11,9 @@ def git(folder: Path, *arguments: str) -> str:
     author = {f"GIT_{role}_{what}": "nobody" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     done = subprocess.run(
         ["git", "-C", str(folder), *arguments],
-        **{"check": True, "capture_output": True, "text": True},
+        check=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, **author, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"},
     )
     return done.stdout.strip()

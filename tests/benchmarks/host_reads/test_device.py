@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.host_reads.device import DeviceError, DeviceTensor, SimulatedDevice
 
@@ -57,7 +58,7 @@ def test_a_read_is_counted(read: Callable[[Tensor], Any]) -> None:
 
 
 def values(found: Any) -> list[Tensor]:
-    return [leaf.numbers if isinstance(leaf, DeviceTensor) else leaf for leaf in torch.utils._pytree.tree_leaves(found)]
+    return [leaf.numbers if isinstance(leaf, DeviceTensor) else leaf for leaf in tree_leaves(found)]
 
 
 @pytest.mark.parametrize("operation", QUIET.values(), ids=QUIET)

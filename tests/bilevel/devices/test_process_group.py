@@ -51,7 +51,7 @@ def exchanged(device: torch.device) -> dict[str, Any]:
     bd.check_replicated("x", tree)
     return {
         "mean": bd.mean_over_ranks({"a": x, "b": x[0]}),
-        "with gradient": bd.mean_with_gradient(x.sum(), {"a": x}),
+        "with gradient": bd.mean_with_gradients(x.sum(), {"a": x}),
         "agree": (bd.agree(True), bd.agree(False)),
         "largest": bd.largest_over_ranks(7),
         "from first": bd.from_first_rank(5),

@@ -1,6 +1,7 @@
 """Products on as many batches as their noise asks for, and the step that goes without one."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from bilevel import CG, Params, Status, tree
 from bilevel.linear import (
     FunctionOperator,
+    LinearOperator,
     MeanOperator,
     ScaledOperator,
     SumOperator,
@@ -21,24 +23,28 @@ from tests.bilevel.linear.test_recycling import SIZE, error, noisy_mean, random_
 from tests.support.cases import dense, joined
 
 
-class Batches(MeanOperator):
+class Batches(LinearOperator):
     """A mean that notes which batches it was asked for."""
 
     def __init__(self, matrices: list[Tensor]) -> None:
-        super().__init__([FunctionOperator(dense(m, split)) for m in matrices])
+        self.mean = MeanOperator([FunctionOperator(dense(m, split)) for m in matrices])
         self.asked: list[tuple[int, ...]] = []
+
+    @property
+    def batches(self) -> int:
+        return self.mean.batches
 
     def __call__(self, vector: Params) -> Params:
         self.asked.append(tuple(range(self.batches)))
-        return super().__call__(vector)
+        return self.mean(vector)
 
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         self.asked.append(tuple(range(self.batches)))
-        return super().sampled(vector)
+        return self.mean.sampled(vector)
 
-    def on_batches(self, vector: Params, batches: list[int]) -> Params:  # type: ignore[override]
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
         self.asked.append(tuple(batches))
-        return super().on_batches(vector, batches)
+        return self.mean.on_batches(vector, batches)
 
 
 def noisy(count: int, spread: float) -> tuple[Batches, Tensor]:

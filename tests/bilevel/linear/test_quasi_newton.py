@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import CG, Params, Status
-from bilevel.linear import Diagonal, Escalating
+from bilevel.linear import Diagonal, Escalating, Solver
 from bilevel.linear.quasi_newton import QuasiNewton, loaded_pairs, saved_pairs
 from tests.bilevel.linear.test_recycling import SIZE, error, random_right, spd, split
 from tests.support.cases import dense, joined
@@ -66,7 +66,7 @@ def drifting(number: int) -> Tensor:
     return base + 0.002 * (change + change.T)
 
 
-def solved_in_turn(solver: CG | Escalating, systems: int) -> list[int]:
+def solved_in_turn(solver: Solver, systems: int) -> list[int]:
     """Iterations a system, each with a right-hand side of its own."""
     memory: dict[str, Any] = {}
     spent = []

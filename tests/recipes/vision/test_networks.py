@@ -87,7 +87,9 @@ def test_a_residual_block_is_torchvisions_to_the_bit(before: int, width: int, st
         for block in (ours.train(mode), theirs.train(mode)):
             out = block(images)
             gradients = torch.autograd.grad(out.square().sum(), list(block.parameters()), create_graph=True)
-            second = torch.autograd.grad(sum(g.square().sum() for g in gradients), list(block.parameters()))
+            second = torch.autograd.grad(
+                torch.stack([g.square().sum() for g in gradients]).sum(), list(block.parameters())
+            )
             results.append([out, *gradients, *second])
         assert all(map(torch.equal, *results))
     assert list(ours.state_dict()) == list(theirs.state_dict())
