@@ -13,6 +13,7 @@ from bilevel.linear.lanczos import conjugate_block, ritz_range
 from bilevel.linear.preconditioner import Inverse
 from bilevel.linear.recycling import Directions
 from bilevel.linear.solution import Solution, Status
+from bilevel.linear.solver import classify_curvature
 from bilevel.tree import Params
 
 _Point = tuple[Params, Params]
@@ -120,6 +121,11 @@ class ConjugateGradients:
                 relative_noise = step.gain_noise * float(tree.norm(ahead[0])) / account.norm_b
                 account.noise = account.rtol = max(relative_noise, account.rounding)
             readings = step.readings(ahead[1]).tolist()
+            if self.inexact is not None and self.inexact.partial and self._breaks(readings):
+                # Some batches may have negative curvature where the mean over all has none.
+                step.multiply_whole()
+                ahead = step.advance(x, r)
+                readings = step.readings(ahead[1]).tolist()
             verdict = self._judge(readings, start)
             if account.operator.agree(verdict is not None):
                 return (x, relative), best, verdict or Status.NON_FINITE
@@ -169,12 +175,20 @@ class ConjugateGradients:
 
     def _after_last(self, relative: float) -> float:
         """The relative residual expected after a last step without a product, which is trusted to do what the step
-        before it did, but no more than halve it; `relative` itself where all products are made."""
+        before it did, but no more than halve it, and with what products on some batches have missed; `relative` itself
+        where all products are made and whole."""
         if self.inexact is None or self.inexact.curvature is None:
             return relative
         curve = self.account.curve[self.earlier_iterations :]
         before = curve[-2] if len(curve) > 1 else self.start
-        return relative * max(0.5, min(1.0, relative / before) if curve else 0.5)
+        ahead = relative * max(0.5, min(1.0, relative / before) if curve else 0.5)
+        return math.hypot(ahead, math.sqrt(self.inexact.missed) / self.account.norm_b)
+
+    def _breaks(self, readings: list[float]) -> bool:
+        """Whether one iteration's numbers say that A is not definite."""
+        curvature, gain, *_ = readings
+        scale = max(self.account.norm_a, gain)
+        return classify_curvature(curvature, gain, scale, self.account.product_error) is not None
 
     def _judge(self, readings: list[float], start: float) -> Status | None:
         """What one iteration's numbers say; takes note of them."""
@@ -236,7 +250,18 @@ class _Step:
             self.product = run.inexact.product(run.account.operator, direction, r, tolerance)
         else:
             self.product = run.account.operator(direction)
-        self.energy = tree.dot(direction, self.product)
+        self._weigh()
+
+    def multiply_whole(self) -> None:
+        """The last product again, over all batches."""
+        assert self.run.inexact is not None, "other products are whole"
+        self.product = self.run.inexact.whole(self.run.account.operator, self.direction)
+        del self.pivots[-1:]
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """d'A d of the product."""
+        self.energy = tree.dot(self.direction, self.product)
         if isinstance(self.rho, Tensor):
             self.pivots.append(self.energy / self.rho)
 

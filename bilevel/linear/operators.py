@@ -114,7 +114,9 @@ class _Combined(LinearOperator):
 
     @property
     def batches(self) -> int:
-        return max(op.batches for op in self.operators)
+        counts = {op.batches for op in self.operators} - {1}
+        # Means over different batches have no batches in common.
+        return counts.pop() if len(counts) == 1 else 1
 
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])

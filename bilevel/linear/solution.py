@@ -68,8 +68,8 @@ class Solution:
         value: x; finite whenever b is.
         status: how the solve ended.
         residual_norms: ``||b - A x|| / ||b||`` at the start and at the end: true residuals, not a recursion that may
-            have drifted from them. NaN where it was not measured (`Identity` makes no product, `Neumann(1)` from a
-            start none but that with it).
+            have drifted from them; the last one of ``CG(inexact=True)`` is an expectation. NaN where it was not
+            measured (`Identity` makes no product, `Neumann(1)` from a start none but that with it).
         iterations: iterations made.
         num_hvps: products with A, each over all the batches, preparation included; one over m of the K batches counts
             m / K (`CG(inexact=True)`).

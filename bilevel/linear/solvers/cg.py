@@ -74,11 +74,12 @@ class CG(Solver):
             approximation of the inverse (Morales and Nocedal 2000; `QuasiNewton`), which takes no product. Worth it
             where systems change slowly and a few large eigenvalues stay, as over the alternations of a training.
         inexact: make products after the first one on as many of A's batches as their noise asks for, so that what they
-            leave out changes the residual by at most half the tolerance (`InexactProducts`, with the sources), and make
-            one more step at the end along the next direction, whose product nobody makes and whose length is told by
-            the largest curvature met. The last residual is then expected, not measured: that of the recursion, to which
-            the batches left out are unknown, times what the step before brought, at least 1/2. It ends the iterations
-            and makes the status.
+            leave out is expected to change the residual by at most 0.7 of the tolerance (`InexactProducts`, with the
+            sources), and make one more step at the end along the next direction, whose product nobody makes and whose
+            length is told by the largest curvature met. The last residual is then an expectation, not a measurement:
+            that of the recursion, times what the step before brought, at least 1/2, with what the products have
+            missed. It ends the iterations and makes the status, so that CONVERGED means "on average": the true one may
+            be a few times as large. A breakdown is believed of a product over all batches alone.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from
@@ -173,6 +174,8 @@ class CG(Solver):
             state.pairs = loaded_pairs(state.saved, b)
         if state.pairs:
             state.inverse = QuasiNewton(state.pairs)
+        if state.inexact is not None:
+            state.inexact.begin()
         rtol = (state.noise or 0.0) if isinstance(self.rtol, str) else self.rtol
         account = Account(operator, b, self.max_iterations, rtol, products)
         account.noise = state.noise

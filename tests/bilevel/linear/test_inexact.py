@@ -1,6 +1,5 @@
 """Products on as many batches as their noise asks for, and the step that goes without one."""
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -17,10 +16,12 @@ from bilevel.linear import (
     TikhonovOperator,
     WatchedOperator,
 )
+from bilevel.linear.account import Account
+from bilevel.linear.conjugate_gradients import ConjugateGradients
 from bilevel.linear.inexact import InexactProducts
 from bilevel.linear.operators import KnownProduct, SampledOnce
 from tests.bilevel.linear.test_recycling import SIZE, error, noisy_mean, random_right, spd, split
-from tests.support.cases import dense, joined
+from tests.support.cases import dense, joined, with_spectrum
 
 
 class Batches(LinearOperator):
@@ -71,7 +72,7 @@ def test_products_on_some_batches_pass_through_every_operator() -> None:
 
 
 @pytest.mark.parametrize("batches", [2, 5, 40])
-def test_as_few_batches_as_keep_what_is_left_out_below_half_the_tolerance(batches: int) -> None:
+def test_as_few_batches_as_take_half_of_what_is_left_of_the_tolerance(batches: int) -> None:
     operator = Batches([torch.eye(SIZE, dtype=torch.float64)] * batches)
     vector = split(random_right(1)[0])
     unit = tree.scale(1.0 / float(tree.norm(vector)), vector)
@@ -79,7 +80,16 @@ def test_as_few_batches_as_keep_what_is_left_out_below_half_the_tolerance(batche
         # The step is d'r / (curvature d'd), whatever the length of d.
         inexact = InexactProducts(deviation=0.7, curvature=2.0)
         inexact.product(operator, vector, tree.scale(2.0 * length, unit), 0.05)
-        fits = [m for m in range(1, batches + 1) if 0.7 * length * math.sqrt(1 / m - 1 / batches) <= 0.025]
+        one = (0.7 * length) ** 2
+        fits = [m for m in range(1, batches + 1) if one * (1 / m - 1 / batches) <= (0.7 * 0.05) ** 2 / 2]
+        assert len(operator.asked[-1]) == fits[0]
+        assert inexact.missed == pytest.approx(one * (1 / fits[0] - 1 / batches))
+        # However many follow, together they stay within it, and another right-hand side begins anew.
+        for _ in range(20):
+            inexact.product(operator, vector, tree.scale(2.0 * length, unit), 0.05)
+        assert inexact.missed <= (0.7 * 0.05) ** 2
+        inexact.begin()
+        inexact.product(operator, vector, tree.scale(2.0 * length, unit), 0.05)
         assert len(operator.asked[-1]) == fits[0]
 
 
@@ -89,6 +99,7 @@ def test_batches_take_turns() -> None:
     vector = split(random_right(1)[0])
     for _ in range(5):
         inexact.product(operator, vector, tree.scale(1.0 / float(tree.norm(vector)), vector), 1.3)
+        inexact.begin()
     assert operator.asked == [(0, 1), (2, 3), (4, 0), (1, 2), (3, 4)]
 
 
@@ -153,6 +164,28 @@ def test_later_right_hand_sides_of_a_state_go_on_from_what_is_known(rtol: float)
         assert found.status is Status.CONVERGED
         assert float((b - mean @ joined(found.value)).norm() / b.norm()) < 3.0 * rtol
     assert sum(len(batches) for batches in operator.asked) < 0.8 * 10 * len(operator.asked)
+
+
+def test_negative_curvature_of_some_batches_is_not_believed() -> None:
+    """Two batches that are far from definite have a mean that is the identity but for one large eigenvalue."""
+    part = with_spectrum([8.0] * (SIZE // 2) + [-8.0] * (SIZE // 2), seed=4)
+    mean = torch.eye(SIZE, dtype=torch.float64)
+    mean[0, 0] = 5.0
+    operator = Batches([mean + part, mean - part])
+    tolerant = InexactProducts(deviation=1e-9)
+    b = random_right(1)[0]
+    found = ConjugateGradients(Account(operator, split(b), 20, 1e-6), inexact=tolerant).solve(None, split(b), 1.0)
+    assert any(len(batches) == 1 for batches in operator.asked)
+    assert found.status is not Status.NEGATIVE_CURVATURE
+    assert found.min_curvature is not None
+    assert found.min_curvature > 0.0
+
+
+def test_means_over_different_batches_have_none_in_common() -> None:
+    one, other = noisy_mean(2, 0.1)[0], noisy_mean(3, 0.1)[0]
+    assert SumOperator(one, other).batches == 1
+    found = CG(40, 1e-3, inexact=True).solve(SumOperator(one, other), split(random_right(1)[0]))
+    assert found.status is Status.CONVERGED
 
 
 def test_negative_curvature_is_told_and_not_stepped_along() -> None:
