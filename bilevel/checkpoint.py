@@ -108,7 +108,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     for device, generator in enumerate(saved[:count]):
         torch.cuda.set_rng_state(generator, device)
     if count:
-        torch.cuda.set_rng_state(saved[state["cuda_device"]], torch.cuda.current_device())
+        torch.cuda.set_rng_state(saved[state.get("cuda_device", 0)], torch.cuda.current_device())
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]

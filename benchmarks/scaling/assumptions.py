@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def kept(name: str) -> dict[str, Any]:
 def gather(counted: Mapping[str, Any], product_cost: float, **chosen: float) -> dict[str, Any]:
     """The assumptions, with the images a second and core of each way to load, and products of settings that stop by
     themselves; `chosen` are numbers of `Machine` that are given by hand."""
-    pretext, alternations = kept("pretext"), kept("alternation")["overhead"]
+    pretext = kept("pretext")
     speed = kept("loading")["speed"]
     ways = {way: speed[way]["images_per_core_second"] for way in WAYS}
     machine = Machine(
@@ -108,8 +109,14 @@ def gather(counted: Mapping[str, Any], product_cost: float, **chosen: float) -> 
         "machine": vars(replace(machine, **chosen)),
         "sizes": sizes,
         "ways": ways,
-        "products": {name: alternations[name]["products"] for name in ("default", "two_batches")},
+        "products": products_of_an_alternation(kept("alternation")),
     }
+
+
+def products_of_an_alternation(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Products with A, those on some of the K batches in part, in the mean over the benchmark's alternations."""
+    batches = {"default": figures["setup"]["hessian_batches"], "two_batches": 2}
+    return {name: round(mean(figures["overhead"][name]["hvps"]) / k, 2) for name, k in batches.items()}
 
 
 def _rate(entry: Mapping[str, Any]) -> float:

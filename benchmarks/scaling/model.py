@@ -154,7 +154,7 @@ def upper(sizes: Sizes, machine: Machine) -> Seconds:
     return computed + exchanged(lambda s: communication.upper_step(s, alone), sizes, machine, means)
 
 
-def alternation(schedule: Schedule, sizes: Sizes, machine: Machine, products: int, batches: int) -> Seconds:
+def alternation(schedule: Schedule, sizes: Sizes, machine: Machine, products: float, batches: int) -> Seconds:
     r"""``N_L g + m p + N_U u``, and what makes the system: a pass of each of its batches, a third of a gradient."""
     made = Seconds()
     if products:
@@ -188,7 +188,7 @@ def validation(schedule: Schedule, sizes: Sizes, machine: Machine, images: int) 
     return epoch * schedule.fine_tuning_epochs
 
 
-def held(sizes: Sizes, machine: Machine, *, products: int) -> float:
+def held(sizes: Sizes, machine: Machine, *, products: float) -> float:
     """Bytes of a GPU at the peak: vectors as long as the lower level, and the largest pass over its rows."""
     rows = sizes.batch / sizes.ranks
     if not products:
@@ -199,21 +199,21 @@ def held(sizes: Sizes, machine: Machine, *, products: int) -> float:
     )
 
 
-def plans(schedule: Schedule, default: int, two_batches: int) -> dict[str, tuple[int, int]]:
+def plans(schedule: Schedule, default: float, two_batches: float) -> dict[str, tuple[float, int]]:
     """Products with A in one alternation, and the Hessian batches of A, by setting; those of the settings that solve
     once an alternation were counted."""
     k = schedule.hessian_batches
     return {
         "as published: 5 iterations for each upper step": (5 * schedule.upper_steps, k),
         "one product for each upper step (recycling)": (schedule.upper_steps, k),
-        f"one solve an alternation, to the noise (the default): {default} products": (default, k),
-        f"the same with two Hessian batches: {two_batches} products": (two_batches, 2),
+        f"one solve an alternation, to the noise (the default): {default:g} products": (default, k),
+        f"the same with two Hessian batches: {two_batches:g} products": (two_batches, 2),
         "no product (identity)": (0, k),
     }
 
 
 def predict(
-    schedule: Schedule, sizes: Sizes, machine: Machine, counted: Mapping[str, int], gpus: Sequence[int]
+    schedule: Schedule, sizes: Sizes, machine: Machine, counted: Mapping[str, float], gpus: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Hours of the pretext stage alone, of BiSSL's stage and of both BiSSL stages, what limits the first two, and GB of
     a GPU, for each plan and number of GPUs."""
@@ -261,7 +261,7 @@ def everything(assumed: Mapping[str, Any], gpus: Sequence[int]) -> dict[str, lis
 
 
 def shares(
-    schedule: Schedule, sizes: Sizes, machine: Machine, default: int, gpus: Sequence[int]
+    schedule: Schedule, sizes: Sizes, machine: Machine, default: float, gpus: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Where the time of a pretext step and of the default's alternation goes, in milliseconds."""
     rows: list[dict[str, Any]] = []

@@ -16,6 +16,9 @@ _draws = PerProblem(dict[str, bool])
 _watched: ContextVar[bool] = ContextVar("bilevel_generators_watched", default=False)
 """Whether the generators are looked at after several passes (`all_repeatable`)."""
 
+_made_again: ContextVar[bool] = ContextVar("bilevel_passes_made_again", default=False)
+"""Whether several passes are made a second time."""
+
 
 def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, compute: Callable[[bool], T]) -> T:
     """A pass of a level's objective whose random masks are those of `seed`, with the default generators as they were
@@ -40,7 +43,7 @@ def repeatable(problem: Problem, level: Literal["upper", "lower"], seed: int, co
         found[level] = again = True
     with seeded(seed):
         if level in found:
-            return compute(again)
+            return compute(again or _made_again.get())
         everything = GeneratorMark()
         result = compute(False)
         found[level] = everything.moved()
@@ -62,7 +65,11 @@ def all_repeatable(problem: Problem, compute: Callable[[], T]) -> T:
         return result
     mark.restore()
     found["lower"] = found["upper"] = True
-    return compute()
+    second = _made_again.set(True)
+    try:
+        return compute()
+    finally:
+        _made_again.reset(second)
 
 
 def draws(problem: Problem) -> bool | None:

@@ -309,7 +309,7 @@ def diagnostics_cells(alternation: int, solves: Sequence[Record]) -> dict[str, s
         "alternation": str(alternation),
         "residual": _short(max(met("residual"), default=None)),
         "iterations": str(sum(met("iterations"))),
-        "products": str(sum(met("num_hvps"))),
+        "products": f"{sum(met('num_hvps')):g}",
         "curvature": _short(min(met("min_curvature"), default=None)),
         "Ritz values": ritz,
         "|x-v|/|v|": _short(mean("relative_change")),

@@ -204,7 +204,9 @@ def _sum(records: Sequence[Event], field: str) -> str:
     finite = [value for value in values if value == value]
     if not finite:
         return NOT_RECORDED
-    return f"{sum(finite):,.1f}" if field == "seconds" else f"{sum(finite):,.0f}"
+    total = sum(finite)
+    # Products over some of the batches count in part.
+    return f"{total:,.1f}" if field == "seconds" or not float(total).is_integer() else f"{total:,.0f}"
 
 
 def _features(run_dir: Path) -> list[Section]:

@@ -25,14 +25,20 @@ def settings_kept() -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     precision = matmul.fp32_precision, cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     flags, threads = (cudnn.benchmark, cudnn.deterministic), torch.get_num_threads()
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    algorithms = _algorithms()
     try:
         yield
     finally:
         matmul.fp32_precision, cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
         cudnn.benchmark, cudnn.deterministic = flags  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        if _algorithms() != algorithms:
+            # Not for nothing: setting them imports torch's compiler, which takes as long as torch.
+            torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         torch.set_num_threads(threads)
+
+
+def _algorithms() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def apply_settings(fields: ComputeConfig, device: torch.device) -> None:

@@ -110,6 +110,23 @@ def test_passes_that_are_looked_at_together_are_made_again_together() -> None:
     assert torch.equal(found[2][1], found[3][1])
 
 
+def test_passes_that_are_made_again_together_know_it() -> None:
+    """So that what a pass writes, such as running statistics, is written once."""
+    problem, asked = Noisy(DRAWS["torch"], after=1), list[bool]()
+
+    def noted(again: bool) -> Tensor:
+        asked.append(again)
+        return problem.lower_objective(*POINT, DRAW.batch)
+
+    for level in ("upper", "lower"):
+        repeatable(problem, level, DRAW.seed, lambda again: torch.zeros(()))
+    problem.left = 1
+    for _ in range(3):
+        all_repeatable(problem, lambda: repeatable(problem, "lower", DRAW.seed, noted))
+    # A quiet one, one that draws and is made again, and a seeded one.
+    assert asked == [False, False, True, False]
+
+
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_mark_notices_a_draw_and_takes_it_back(name: str) -> None:
     np.random.seed(7)
