@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 
 from bilevel import interruption
-from bilevel.interruption import SIGNALS, Interrupted
+from bilevel.interruption import Interrupted
 
+from .apart import processes_apart
 from .bars import Bars
 from .reporter import Look, Reached, Said
 from .worker import Done, Failed, Open, Order, Stopped, serve
@@ -69,13 +70,8 @@ def start_server(module: str) -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
-    # The first of all processes that multiprocessing starts; its start would let these signals through again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
+    with processes_apart():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -165,7 +161,8 @@ class _Pool:
         own, other = self.server.Pipe()
         # No daemon, which may not start processes of its own.
         process = self.server.Process(target=serve, args=(replace(self.order, log=str(log)), other))
-        process.start()
+        with processes_apart():
+            process.start()
         other.close()
         worker = _Worker(self.started, process, own, log)
         self.workers.append(worker)

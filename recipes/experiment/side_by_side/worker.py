@@ -1,6 +1,7 @@
 """A worker process: it does the jobs that the run's process sends, one after the other, and ends with it."""
 
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -80,11 +81,12 @@ def serve(order: Order, connection: Connection) -> None:
         connection.send(Stopped(stop.signal))
     except KeyboardInterrupt:
         connection.send(Stopped(signal.Signals.SIGINT))
-    except order.expected as error:
-        connection.send(Failed(error, ""))
     except Exception as error:
-        traceback.print_exc()
-        connection.send(Failed(None, f"{type(error).__name__}: {error}".splitlines()[0]))
+        expected = isinstance(error, order.expected) and _travels(error)
+        if not expected:
+            traceback.print_exc()
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        connection.send(Failed(error, "") if expected else Failed(None, message))
 
 
 def _listen(connection: Connection, jobs: "SimpleQueue[Any]") -> None:
@@ -94,3 +96,14 @@ def _listen(connection: Connection, jobs: "SimpleQueue[Any]") -> None:
     except (EOFError, OSError):
         # The run was killed: what it left is what a run in one process leaves, and another may go on at once.
         os._exit(1)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error is the same at the other end of a pipe; some kinds cannot be made again from their arguments."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False

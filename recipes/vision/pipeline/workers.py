@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
-import types
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .work import Made, Work
+from bilevel.interruption import SIGNALS
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM, *({signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else ())}
-"""What a terminal or a scheduler sends to all processes of a run, and the run itself answers: see its exit codes."""
+from ...experiment.side_by_side.apart import processes_apart
+from .work import Made, Work
 
 PRELOADED = ["torch", "torchvision.io", "PIL.Image", __name__.rpartition(".")[0] + ".work"]
 MOST_WORKERS = 16
@@ -142,7 +137,7 @@ class Workers:
         if self.count == 0:
             return Later(work)
         try:
-            with _apart():
+            with processes_apart():
                 return Elsewhere(self._executor().submit(_run, work, self._by_pipe))
         except (BrokenProcessPool, EOFError, ConnectionError) as error:
             raise WorkerLost(LOST) from error
@@ -205,25 +200,6 @@ def share_of_budget(processes: int | None = None) -> int:
 
 def _on_this_machine(processes: int | None) -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if processes is None else processes)
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """What is started inside leaves signals alone and does not import this program's main module.
-
-    A mask of signals is inherited, from the moment of the start on. The main module is not needed, and importing it
-    would run a script that lacks the guard ``if __name__ == "__main__"`` once more in every worker.
-    """
-    # The first of all processes that multiprocessing starts; its start would let these signals through again.
-    resource_tracker.ensure_running()
-    main = sys.modules["__main__"]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(parent: int) -> None:

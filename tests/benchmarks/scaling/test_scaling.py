@@ -175,7 +175,10 @@ def test_assumptions_are_those_of_the_kept_figures() -> None:
     given = assumptions.gather(FIGURES["counted"], 4.0, cores=3.0)
     assert given["machine"]["cores"] == 3.0
     assert given["machine"]["loading"] == given["ways"][assumptions.USED]
-    figures = {"setup": {"hessian_batches": 5}, "overhead": {"default": {"hvps": [8, 7]}, "two_batches": {"hvps": [3, 2]}}}
+    figures = {
+        "setup": {"hessian_batches": 5},
+        "overhead": {"default": {"hvps": [8, 7]}, "two_batches": {"hvps": [3, 2]}},
+    }
     assert assumptions.products_of_an_alternation(figures) == {"default": 1.5, "two_batches": 1.25}
     assert given["products"] == assumptions.products_of_an_alternation(assumptions.kept("alternation"))
     assert 0.0 < given["machine"]["augmentation"] < 1.0

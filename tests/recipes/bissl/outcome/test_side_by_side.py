@@ -105,7 +105,8 @@ def test_a_signal_saves_all_stages_under_way(
     number: str, code: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def send() -> None:
-        wait_for(lambda: len(stages_under_way(tmp_path)) == 2 and (tmp_path / METRICS).stat().st_size > 0)
+        metrics = tmp_path / METRICS
+        wait_for(lambda: len(stages_under_way(tmp_path)) == 2 and metrics.exists() and metrics.stat().st_size > 0)
         os.kill(os.getpid(), signal.Signals[number])
 
     sender = threading.Thread(target=send)

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from rich.console import Console
@@ -41,6 +43,8 @@ def open_recording(folder: Path, reporter: Reporter) -> Callable[[Work], None]:
 
     def do(work: Work) -> None:
         write(folder, [work.name, "begins", os.getpid()])
+        if work.does == "pair":
+            wait_for(lambda: len(read(folder)) >= 2)
         with interruption.deferred():
             act(work.does, reporter)
         write(folder, [work.name, "ends", os.getpid()])
@@ -65,6 +69,8 @@ def act(does: str, reporter: Reporter) -> None:
         raise OSError(28, "No space left on device", "a-file")
     elif does == "fault":
         raise ZeroDivisionError("by zero")
+    elif does == "not made again":
+        raise HTTPError("address", 404, "gone", Message(), None)
     elif does.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[does])
         interruption.check()
@@ -139,7 +145,7 @@ def test_each_job_is_done_once_after_those_it_needs(graph: str, count: int, tmp_
 
 
 def test_jobs_are_made_at_the_same_time_by_as_many_processes_as_asked_for(tmp_path: Path) -> None:
-    run(tmp_path, [Job(str(i), Work(str(i), "pause")) for i in range(6)], count=3)
+    run(tmp_path, [Job(str(i), Work(str(i), "pair")) for i in range(6)], count=3)
     under_way, most = 0, 0
     for _, what, _ in read(tmp_path):
         under_way += 1 if what == "begins" else -1
@@ -240,3 +246,12 @@ def test_workers_compute_in_processes_of_their_own(tmp_path: Path) -> None:
     run(tmp_path, [Job("a", Work("a"))])
     assert {pid for _, _, pid in read(tmp_path)}.isdisjoint({os.getpid()})
     assert not multiprocessing.active_children()
+
+
+def test_an_error_that_cannot_travel_is_said_and_its_log_has_the_traceback(tmp_path: Path) -> None:
+    """An OSError, as expected ones are, that its arguments do not make again."""
+    with pytest.raises(JobFailed, match=r"one failed .*HTTPError: HTTP Error 404: gone.* has the traceback"):
+        run(tmp_path, [Job("one", Work("one", "not made again"))])
+    (log,) = (tmp_path / "logs").iterdir()
+    assert "Traceback" in log.read_text()
+    assert not alive(tmp_path)
