@@ -147,9 +147,11 @@ def measured(options: argparse.ArgumentParser, given: argparse.Namespace) -> dic
     found = dict(read_json(given.json)["parts"]) if keep else {}
     record = {"environment": machine(given.device), "quick": given.quick, "rehearsal": given.device.type == "cpu"}
     with tempfile.TemporaryDirectory() as folder:
-        chosen = parts(given.device, quick=given.quick, tests=given.tests)
-        for part in [part for part in chosen if given.only is None or part.name in given.only]:
-            found[part.name] = run_part(part, Path(folder), part.share * given.limit)
+        every = parts(given.device, quick=given.quick, tests=given.tests)
+        chosen = [part for part in every if given.only is None or part.name in given.only]
+        shares = sum(part.share for part in chosen)
+        for part in chosen:
+            found[part.name] = run_part(part, Path(folder), part.share / shares * given.limit)
             told = found[part.name]
             print(f"{part.title}: {told['outcome']}, {told['seconds']:.0f} s{_because(told['message'])}", flush=True)
     return {**record, "parts": {name: found[name] for name in NAMES if name in found}}

@@ -275,8 +275,8 @@ class _Step:
                 run.inexact.measured(self.gain_noise, run.account.operator)
         elif run.stop_at_noise:
             raise ValueError(
-                'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more '
-                "lower_batches, or a number for rtol"
+                'CG: rtol="noise" needs an operator that is a mean over two batches or more; pass more lower_batches '
+                "(in a Trainer: Implicit(hessian_batches=2) or more), or a number for rtol"
             )
         return product
 

@@ -79,7 +79,8 @@ class CG(Solver):
             length is told by the largest curvature met. The last residual is then an expectation, not a measurement:
             that of the recursion, times what the step before brought, at least 1/2, with what the products have
             missed. It ends the iterations and makes the status, so that CONVERGED means "on average": the true one may
-            be a few times as large. A breakdown is believed of a product over all batches alone.
+            be a few times as large. With a fixed budget (rtol=None) there is no tolerance to fall short of: products
+            are whole, and only the last step is added. A breakdown is believed of a product over all batches alone.
 
     The residual of the recursion is the true one up to rounding for the global method, and is measured by one more
     product wherever rounding or an inexact operator could matter; if it turns out above rtol, iterations go on from

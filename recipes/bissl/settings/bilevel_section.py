@@ -134,6 +134,11 @@ class BilevelConfig(Section):
                 "layerwise keeps no conjugate directions and no true residual: it takes none of recycle, "
                 f"solver_memory, inexact and solver_rtol=noise, but {', '.join(given)} came; leave them out"
             )
+        if self.inexact and self.recycle:
+            raise ValueError(
+                f"recycle={self.recycle} answers later right-hand sides by whole products, and inexact makes them of "
+                "some batches alone; set recycle to 0 and solver_memory instead, or inexact to false"
+            )
         if self.through_negative_curvature and not self.layerwise:
             raise ValueError(
                 "through_negative_curvature belongs to layerwise, the paper's variant of cg, which is off; set "

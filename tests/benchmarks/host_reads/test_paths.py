@@ -124,4 +124,4 @@ def test_the_command_writes_counts_and_page(tmp_path: Any) -> None:
     page.write_text("".join(f"<!-- table {name} -->\n<!-- end -->\n" for name in tables(FIGURES)), encoding="utf-8")
     assert main(["--from", str(KEPT), "--json", str(kept), "--docs", str(page)]) == 0
     assert json.loads(kept.read_text(encoding="utf-8")) == FIGURES
-    assert page.read_text(encoding="utf-8").count("| --- |") == len(FIGURES)
+    assert page.read_text(encoding="utf-8").count("\n| --- |") == len(FIGURES)

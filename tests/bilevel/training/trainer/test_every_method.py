@@ -44,6 +44,8 @@ EVERY = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS.keys())
 LOOPS = {name: kind for name, kind in METHODS.items() if kind.method.moves_lower}
 SINGLE_LOOP = pytest.mark.parametrize("kind", LOOPS.values(), ids=LOOPS.keys())
 OTHERS = {name: kind for name, kind in METHODS.items() if name not in LOOPS}
+INDEPENDENT = ("aggregated", "recycled", "remembering", "inexact, remembering")
+"""Kinds for curvature that does not depend on the upper variables."""
 ALTERNATING = pytest.mark.parametrize("kind", OTHERS.values(), ids=OTHERS.keys())
 
 
@@ -223,7 +225,7 @@ def trained() -> dict[str, list[float]]:
     for name, kind in METHODS.items():
         upper = {"s": vector(2, 71).requires_grad_()}
         lower = {"w": vector(3, 72).requires_grad_()}
-        problem = Independent() if name in ("aggregated", "recycled") else Weighted()
+        problem = Independent() if name in INDEPENDENT else Weighted()
         data: list[Any] = [[rows[8:][shard(8)]], [rows[:8][shard(8)]] * 2]
         if kind.blocks:
             data = [Blocks(8, 4, partial(shared_out, half), seed=1) for half in (rows[8:], rows[:8])]

@@ -40,6 +40,8 @@ def test_options_of_the_system() -> None:
     assert [hvp.memory_budget for hvp in automatic] == [None, 2 * GIB]
     # From the command line, whose values are texts.
     fields = [
+        "--bissl.hessian-batches",
+        "2",
         "--bissl.solver-rtol",
         "noise",
         "--bissl.recycle",
@@ -64,6 +66,9 @@ def test_fresh_hessian_batches_may_be_more_than_the_lower_steps() -> None:
     assert (section.hessian_batches, section.fresh_hessian_batches) == (3, True)
 
 
+TO_THE_NOISE: dict[str, Any] = {"hessian_batches": 2, "solver_rtol": "noise", "hvp": "reverse"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -72,6 +77,7 @@ def test_fresh_hessian_batches_may_be_more_than_the_lower_steps() -> None:
         ({"solver": "nystrom", "solver_memory": 2, "inexact": True}, "with solver_rtol, inexact, solver_memory; set"),
         ({"layerwise": True, "recycle": 2}, "layerwise keeps no conjugate directions"),
         ({"layerwise": True, "solver_rtol": "noise"}, "but solver_rtol came; leave them out"),
+        ({"inexact": True, "recycle": 3}, "set recycle to 0 and solver_memory instead, or inexact to false"),
         ({"layerwise": True, "solver_memory": 3}, "solver_rtol, solver_memory came; leave them out"),
         ({"through_negative_curvature": True}, "through_negative_curvature belongs to layerwise.*set .* to false too"),
         (
@@ -92,4 +98,4 @@ def test_fresh_hessian_batches_may_be_more_than_the_lower_steps() -> None:
 )
 def test_options_of_the_system_that_contradict_each_other(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_config(PRESETS["digits"]("v2"), {"bissl": fields})
+        build_config(PRESETS["digits"]("v2"), {"bissl": TO_THE_NOISE | fields})

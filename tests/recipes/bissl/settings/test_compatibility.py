@@ -145,7 +145,7 @@ def test_wrong_names_and_misfits_are_refused() -> None:
     with pytest.raises(ConfigError, match="compat: unknown name 'nothing'; there are official, one-hessian-batch, "):
         apply(paper(), ["nothing"])
     with pytest.raises(ConfigError, match=r"compat: one-hessian-batch does not fit .*solver_rtol=noise"):
-        apply(PRESETS["digits"]("v2"), ["one-hessian-batch"])
+        apply(PRESETS["images"]("v2"), ["one-hessian-batch"])
     chain = build_config(paper(), {"model": {"backbone": "mobilenet_v3_small"}})
     with pytest.raises(ConfigError, match=r"zero-init-residual does not fit .*'mobilenet_v3_small' is none of them"):
         apply(chain, ["official"])

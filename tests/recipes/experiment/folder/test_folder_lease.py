@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,9 +165,9 @@ def test_a_stage_that_another_run_trains_is_refused(tmp_path: Path, capsys: pyte
 def test_every_stage_leases_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def spy(folder: Path, what: str) -> object:
+    def spy(folder: Path, what: str, **options: Any) -> object:
         seen.append(folder.name.partition("-")[0])
-        return leased(folder, what)
+        return leased(folder, what, **options)
 
     monkeypatch.setattr("recipes.experiment.stage.leased", spy)
     small_pipeline(tmp_path, small_config("--seeds=1")).run()
