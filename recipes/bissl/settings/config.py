@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from ...experiment.configuration import check_values, explain, merge
 from ...experiment.errors import ConfigError
@@ -41,7 +41,17 @@ DOWNSTREAM_TASKS: dict[str, type[DownstreamTask]] = {
 }
 
 
+MOST_JOBS = 512
+
 T = TypeVar("T", bound=Task)
+
+
+def _jobs(value: object) -> object:
+    """In one sentence what a union of types says in one for each."""
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if number != "auto" and not (type(number) is int and 1 <= number <= MOST_JOBS):
+        raise ValueError(f"must be a whole number from 1 to {MOST_JOBS}, or auto, got {value!r}")
+    return number
 
 
 class Config(Section):
@@ -66,7 +76,7 @@ class Config(Section):
         default="auto", description="where to compute; auto: cuda where there is one"
     )
     threads: int | None = Field(default=None, ge=1, description="torch's CPU threads; null: torch's choice")
-    jobs: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = Field(
+    jobs: Annotated[int | Literal["auto"], BeforeValidator(_jobs)] = Field(
         default=1,
         description="processes of this machine that make arms and seeds side by side, each with `threads` threads and "
         "its own images; the result is the same to the bit. auto: as many as cores allow on a CPU where threads is "
