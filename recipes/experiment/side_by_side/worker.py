@@ -1,5 +1,6 @@
 """A worker process: it does the jobs that the run's process sends, one after the other, and ends with it."""
 
+import copy
 import os
 import pickle
 import signal
@@ -104,6 +105,8 @@ def _listen(connection: Connection, jobs: "SimpleQueue[Any]") -> None:
 def _travels(error: Exception) -> bool:
     """Whether an error is the same at the other end of a pipe; some kinds cannot be made again from their arguments."""
     try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
+        pickle.dumps(error)
+        # Made again as at the other end.
+        return type(copy.copy(error)) is type(error)
     except Exception:
         return False
