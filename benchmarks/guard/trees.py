@@ -38,6 +38,8 @@ def resolve(checkout: Path, commit: str) -> str:
 def files_of(checkout: Path, commit: str) -> Iterator[Path]:
     """A temporary folder with the files of a resolved commit, removed at the end; the checkout's index is not touched.
 
+    Other temporary files are made in that folder meanwhile, so that a signal in the moment of their making leaves none.
+
     Raises:
         CheckoutError: git could not write them.
     """
@@ -48,7 +50,11 @@ def files_of(checkout: Path, commit: str) -> Iterator[Path]:
             done = _git(checkout, *command, more=index)
             if done.returncode != 0:
                 raise CheckoutError(f"--against: git {command[0]} failed for {commit}: {done.stderr.strip()}")
-        yield tree
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            yield tree
+        finally:
+            tempfile.tempdir = before
 
 
 def _git(checkout: Path, *arguments: str, more: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
