@@ -50,9 +50,9 @@ def test_the_kept_figures_meet_what_the_documentation_says() -> None:
     overhead, floors = kept["overhead"], kept["noise_floor"]
     assert overhead["global_cg"]["error"][0] <= overhead["paper"]["error"][0]
     solves = {name: row["ratio"] - overhead["identity"]["ratio"] for name, row in overhead.items()}
-    assert solves["global_cg"] <= solves["paper"] / 5.0
-    assert overhead["default"]["ratio"] <= 3.0
-    assert overhead["two_batches"]["ratio"] <= 1.8
+    assert solves["global_cg"] <= solves["paper"] / 6.0
+    assert overhead["default"]["ratio"] <= 2.4
+    assert overhead["two_batches"]["ratio"] <= 1.7
     assert all(error <= floor for error, floor in zip(overhead["default"]["error"], floors, strict=True))
     assert overhead["paper"]["ratio"] > overhead["global_cg"]["ratio"] > overhead["default"]["ratio"]
 
