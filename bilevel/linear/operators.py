@@ -118,6 +118,10 @@ class _Combined(LinearOperator):
         # Means over different batches have no batches in common.
         return counts.pop() if len(counts) == 1 else 1
 
+    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
+        """The first operator's, for those that are made of one and change nothing of a product."""
+        return self.operators[0].on_batches(vector, batches)
+
     def agree(self, flag: bool) -> bool:
         return any([op.agree(flag) for op in self.operators])
 
@@ -172,9 +176,6 @@ class KnownProduct(_Combined):
     def sampled(self, vector: Params) -> tuple[Params, Tensor | None]:
         return self.operators[0].sampled(vector)
 
-    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
-        return self.operators[0].on_batches(vector, batches)
-
 
 @final
 class SampledOnce(_Combined):
@@ -198,9 +199,6 @@ class SampledOnce(_Combined):
             self.noise = error / tree.norm(vector)
         self._made = True
         return product, error
-
-    def on_batches(self, vector: Params, batches: Sequence[int]) -> Params:
-        return self.operators[0].on_batches(vector, batches)
 
 
 @final

@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 
 from bilevel import tree
+from bilevel.checks import same_structure
 from bilevel.tree import Params
 
 Pair = tuple[Params, Params]
@@ -54,7 +55,7 @@ def loaded_pairs(saved: Mapping[str, Any], like: Params) -> list[Pair]:
 
 
 def _alike(p: Params, like: Params) -> bool:
-    return p.keys() == like.keys() and all(p[n].shape == like[n].shape and p[n].dtype == like[n].dtype for n in like)
+    return same_structure(p, like) and all(p[name].dtype == leaf.dtype for name, leaf in like.items())
 
 
 def _placed(x: Params, like: Params) -> Params:
