@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = tuple(f"{_ROOT / package}/" for package in ("bilevel", "recipes"))
+# By name: an environment may lie inside the checkout too.
+_CALLERS = tuple(f"{_ROOT / folder}/" for folder in ("benchmarks", "examples", "tests"))
 _DEVICE, _CPU = torch.device("meta"), torch.device("cpu")
 _NUMBERS = (torch.float64, torch.int64, torch.bool, torch.complex128)
 """Dtypes in which Python's numbers come into operations, as 0-d tensors of the CPU."""
@@ -229,7 +231,7 @@ def _place() -> str:
         file = frame.f_code.co_filename
         if file.startswith(_PACKAGES):
             return f"{Path(file).relative_to(_ROOT)}:{frame.f_lineno}"
-        if caller == "?" and file.startswith(str(_ROOT)) and file != __file__:
+        if caller == "?" and file.startswith(_CALLERS) and file != __file__:
             caller = f"{Path(file).relative_to(_ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return caller
