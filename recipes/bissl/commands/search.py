@@ -21,9 +21,10 @@ from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.search.choosers import PRUNERS, SAMPLERS, make_pruner, make_sampler
+from ...experiment.search.plan import StudyPlan
 from ...experiment.search.space import FORMS, Space, Trial, draw, nested, parse_space, title
 from ...experiment.search.storage import load_optuna
-from ...experiment.search.study import StudyPlan, open_study
+from ...experiment.search.study import open_study
 from ...experiment.search.trial_record import select, value_text
 from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from bilevel.checkpoint import write_atomic
 from bilevel.training import NonFiniteError, derive_seed
 
 from ..errors import ConfigError
-from ..folder.leases import Lease, LeaseLost, Leases
+from ..folder.leases import Lease, LeaseLost
 from ..folder.run_folder import INSPECT
 from ..stage import Attempt, discard_checkpoints
 from .choosers import make_pruner, make_sampler
-from .space import Space, Trial
+from .plan import NAMED, StudyPlan
+from .space import Trial
 from .storage import load_optuna, open_storage, reaching, shown
 from .trial_record import Scores, TrialRecord
 
@@ -38,10 +39,7 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial
 
-TRIALS, LEASES = "trials", "leases"
-PREPARE = "prepare"
-NAMED = "study.json"
-"""Which study it is, and in which database."""
+TRIALS, PREPARE = "trials", "prepare"
 
 POLL = 5.0
 """Longest wait before looking again at what other workers have done (s)."""
@@ -64,108 +62,51 @@ class Pruned(Exception):
     """The pruner has given the trial up."""
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """What a search tries and how its workers share it; it travels to other processes.
+def prepare(
+    plan: StudyPlan, is_done: Callable[[], bool], make: Callable[[], None], higher_is_better: Callable[[], bool]
+) -> None:
+    """Make the study and what all trials start from, or wait for another worker that does.
 
-    Attributes:
-        directory: of the search, the same for all its workers.
-        space: the fields, and what their values are from.
-        trials: all trials, where they are known from the start.
-        count: how many there are to be.
-        duration: of a lease: seconds after which a silent worker's trial is taken up by another.
-        storage: URL of the study's database; None: a file in the directory.
-        sampler: draws the trials one after the other instead, see `make_sampler`.
-        pruner: gives hopeless trials up, see `make_pruner`.
-        seed: of the sampler.
+    Args:
+        is_done, make: whether what trials start from is there, and the function that makes it.
+        higher_is_better: than another score; asked when the study is made.
+
+    Raises:
+        ConfigError: the database does not answer, or holds trials of another search.
     """
+    leases = plan.leases
+    while not (is_done() and _is_enqueued(plan)):
+        lease = leases.take(PREPARE)
+        interruption.check()
+        if lease is None:
+            time.sleep(min(POLL, plan.duration / 4))
+            continue
+        with lease.kept():
+            if not is_done():
+                make()
+            _enqueue(plan, higher_is_better)
 
-    directory: Path
-    space: Space
-    trials: tuple[Trial, ...] | None
-    count: int
-    duration: float
-    storage: str | None = None
-    sampler: str | None = None
-    pruner: str | None = None
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        assert (self.trials is None) == (self.sampler is not None), "trials are enumerated, or a sampler draws them"
-        assert self.trials is None or len(self.trials) == self.count
+def _is_enqueued(plan: StudyPlan) -> bool:
+    if plan.begun() is None:
+        return False
+    with open_study(plan) as study:
+        return plan.trials is None or study.has(plan.trials)
 
-    @property
-    def leases(self) -> Leases:
-        """Who works on what."""
-        return Leases(self.directory / LEASES, self.duration)
 
-    def begun(self) -> str | None:
-        """The name of the study, None before `prepare` has made it.
-
-        Raises:
-            ConfigError: it cannot be read, or the search was begun in another database.
-        """
-        path = self.directory / NAMED
-        if not path.exists():
-            return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            name, storage = content["study"], content["storage"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} cannot be read ({error}); put it back, or name another folder") from error
-        if storage != self._shown():
-            raise ConfigError(
-                f"--storage: the search in {self.directory} keeps its trials in {storage or 'its own folder'}, not in "
-                f"{self._shown() or 'its own folder'}; give the same one"
-            )
-        return name
-
-    def prepare(
-        self, is_done: Callable[[], bool], make: Callable[[], None], higher_is_better: Callable[[], bool]
-    ) -> None:
-        """Make the study and what all trials start from, or wait for another worker that does.
-
-        Args:
-            is_done, make: whether what trials start from is there, and the function that makes it.
-            higher_is_better: than another score; asked when the study is made.
-
-        Raises:
-            ConfigError: the database does not answer, or holds trials of another search.
-        """
-        leases = self.leases
-        while not (is_done() and self._is_enqueued()):
-            lease = leases.take(PREPARE)
-            interruption.check()
-            if lease is None:
-                time.sleep(min(POLL, self.duration / 4))
-                continue
-            with lease.kept():
-                if not is_done():
-                    make()
-                self._enqueue(higher_is_better)
-
-    def _is_enqueued(self) -> bool:
-        if self.begun() is None:
-            return False
-        with open_study(self) as study:
-            return self.trials is None or study.has(self.trials)
-
-    def _enqueue(self, higher_is_better: Callable[[], bool]) -> None:
-        """Make the study, or what of it is missing: a worker may have died at this."""
-        if self.begun() is None:
-            name = f"{self.directory.resolve().name}-{uuid.uuid4().hex[:8]}"
-            direction = "maximize" if higher_is_better() else "minimize"
-            with reaching(self.directory, self.storage):
-                storage = open_storage(self.directory, self.storage)
-                load_optuna().create_study(storage=storage, study_name=name, direction=direction)
-                storage.engine.dispose()
-            content = {"study": name, "storage": self._shown()}
-            write_atomic(self.directory / NAMED, json.dumps(content).encode())
-        with open_study(self) as study:
-            study.add(self.trials or ())
-
-    def _shown(self) -> str | None:
-        return None if self.storage is None else shown(self.directory, self.storage)
+def _enqueue(plan: StudyPlan, higher_is_better: Callable[[], bool]) -> None:
+    """Make the study, or what of it is missing: a worker may have died at this."""
+    if plan.begun() is None:
+        name = f"{plan.directory.resolve().name}-{uuid.uuid4().hex[:8]}"
+        direction = "maximize" if higher_is_better() else "minimize"
+        with reaching(plan.directory, plan.storage):
+            storage = open_storage(plan.directory, plan.storage)
+            load_optuna().create_study(storage=storage, study_name=name, direction=direction)
+            storage.engine.dispose()
+        content = {"study": name, "storage": plan.shown_storage()}
+        write_atomic(plan.directory / NAMED, json.dumps(content).encode())
+    with open_study(plan) as study:
+        study.add(plan.trials or ())
 
 
 @contextmanager
@@ -234,7 +175,9 @@ class TrialStudy:
 
     def missing(self) -> list[int]:
         """Numbers of the trials that are not done."""
-        known = self._by_id()
+        return self._missing(self._by_id())
+
+    def _missing(self, known: Mapping[int, FrozenTrial]) -> list[int]:
         done = {number for number, found in known.items() if found.state.is_finished()}
         return [number for number in range(self.plan.count) if number not in done]
 
@@ -251,7 +194,11 @@ class TrialStudy:
             only: numbers of the trials to do, or to wait for, instead of all.
         """
         leases = self.plan.leases
-        while pending := [number for number in self.missing() if only is None or number in only]:
+        while True:
+            known = self._by_id()
+            pending = [number for number in self._missing(known) if only is None or number in only]
+            if not pending:
+                return
             taken = ((number, leases.take(_name(number))) for number in pending)
             number, lease = next(((number, lease) for number, lease in taken if lease is not None), (-1, None))
             if lease is None:
@@ -259,7 +206,7 @@ class TrialStudy:
                 time.sleep(min(POLL, self.plan.duration / 4))
                 continue
             with lease.kept():
-                self._attempt(number, fit, lease, console)
+                self._attempt(number, known.get(number), fit, lease, console)
             interruption.check()
 
     def sweep(self) -> None:
@@ -295,18 +242,17 @@ class TrialStudy:
                 )
         return known
 
-    def _attempt(self, number: int, fit: Fit, lease: Lease, console: Console) -> None:
+    def _attempt(self, number: int, known: FrozenTrial | None, fit: Fit, lease: Lease, console: Console) -> None:
         """Do a trial whose lease is held, unless it was finished just before, or the lease is lost on the way."""
-        started = self._started(number, lease)
+        started = self._started(number, known, lease)
         if started is None:
             return
         trial, reported = started
         directory = self._folder(number)
         directory.mkdir(parents=True, exist_ok=True)
+        attempt = Attempt(directory, lease.check, self._report(trial, reported))
         try:
-            record = _fitted(
-                Trial(number, trial.params), fit, Attempt(directory, lease.check, self._report(trial, reported))
-            )
+            record = _fitted(Trial(number, trial.params), fit, attempt)
         except LeaseLost as lost:
             console.print(f"trial {number}: {lost}", markup=False, highlight=False, soft_wrap=True)
             return
@@ -314,12 +260,15 @@ class TrialStudy:
         _discard(directory)
         console.print(f"trial {record.describe()}", markup=False, highlight=False, soft_wrap=True)
 
-    def _started(self, number: int, lease: Lease) -> tuple[OptunaTrial, Collection[int]] | None:
+    def _started(
+        self, number: int, known: FrozenTrial | None, lease: Lease
+    ) -> tuple[OptunaTrial, Collection[int]] | None:
         """The trial, now running, and the epochs that it has reported; None where it is done.
 
         It is one that waits, one that a dead worker left, or, where a sampler draws them, a new one.
         """
-        optuna, found = load_optuna(), self._by_id().get(number)
+        # Another worker may have drawn it, or done it, before the lease was taken.
+        optuna, found = load_optuna(), known or self._by_id().get(number)
         if found is None:
             assert self.plan.sampler is not None, "trials that are enumerated are enqueued"
             # A worker that goes on in another's place draws the same.
@@ -328,10 +277,11 @@ class TrialStudy:
             lease.check()
             asked.set_user_attr(ID, number)
             return asked, ()
-        if found.state.is_finished():
-            return None
         study_id = self._storage.get_study_id_from_name(self._study.study_name)
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, found.number)
+        found = self._storage.get_trial(trial_id)
+        if found.state.is_finished():
+            return None
         if found.state == optuna.trial.TrialState.WAITING:
             # `ask` would take whichever trial comes first.
             self._storage.set_trial_state_values(trial_id, optuna.trial.TrialState.RUNNING)

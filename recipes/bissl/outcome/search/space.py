@@ -20,9 +20,7 @@ FIXED = {
     **dict.fromkeys(("preset", "paper_version", "compat"), "it says how other fields came about; search those"),
     **dict.fromkeys(("arms", "variants"), "a search has one arm; give --arm"),
     **dict.fromkeys(("seeds", "pipeline_seeds", "jobs"), "a trial is one repeat"),
-    **dict.fromkeys(
-        ("device", "threads", "rank_timeout", "tracking"), "it says how a process works, not what comes out"
-    ),
+    **dict.fromkeys(("device", "threads", "rank_timeout", "tracking"), "it does not decide what is trained"),
     "data": "trials are compared on the same images",
 }
 """Fields and sections that no search decides, and why."""

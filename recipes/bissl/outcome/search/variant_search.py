@@ -16,7 +16,9 @@ from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
-from ....experiment.search.study import InvalidValues, StudyPlan, open_study
+from ....experiment.search.plan import StudyPlan
+from ....experiment.search.study import InvalidValues, open_study
+from ....experiment.search.study import prepare as prepare_study
 from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
 from ....vision.errors import DataError
@@ -130,7 +132,7 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
         task = search.config.downstream_task(data.downstream.train.classes)
         return next(iter(as_metrics(task.metrics()).values())).higher_is_better
 
-    search.plan.prepare(lambda: path.exists() and _has_images(search), make, higher_is_better)
+    prepare_study(search.plan, lambda: path.exists() and _has_images(search), make, higher_is_better)
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")

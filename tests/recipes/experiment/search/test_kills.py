@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
+from recipes.experiment.search.plan import StudyPlan
 from recipes.experiment.search.space import draw, log_uniform
 from recipes.experiment.search.storage import open_storage
-from recipes.experiment.search.study import StudyPlan, open_study
+from recipes.experiment.search.study import open_study, prepare
 from recipes.experiment.search.trial_record import Scores, TrialRecord, select
 from recipes.experiment.stage import Attempt
 from tests.support.postgresql import serve
@@ -30,7 +31,7 @@ STARTED = "started.txt"
 def make_plan(folder: Path, storage: str | None = None, count: int = COUNT) -> StudyPlan:
     space = {"rate": log_uniform(1e-4, 1.0), "decay": log_uniform(1e-5, 1e-2)}
     plan = StudyPlan(folder, space, tuple(draw(space, count, 0)), count, 60.0, storage)
-    plan.prepare(lambda: True, lambda: None, lambda: True)
+    prepare(plan, lambda: True, lambda: None, lambda: True)
     return plan
 
 
@@ -94,18 +95,19 @@ def killed_at_random(plan: StudyPlan, seed: int, kills: int) -> int:
         return process
 
     workers = [begin() for _ in range(3)]
-    marks = sorted(generator.sample(range(1, plan.count - 1), kills))
-    while any(worker.is_alive() for worker in workers):
-        done = len(records(plan))
-        if marks and done >= marks[0]:
-            marks.pop(0)
-            place = generator.randrange(3)
-            time.sleep(generator.uniform(0.0, 0.05))
-            workers[place].kill()
-            workers[place].join()
-            workers[place] = begin()
-            count += 1
-        time.sleep(0.01)
+    marks = sorted(generator.sample(range(1, plan.count * 3 // 4), kills))
+    with open_study(plan) as study:
+        while missing := len(study.missing()):
+            if marks and plan.count - missing >= marks[0]:
+                marks.pop(0)
+                place = generator.randrange(3)
+                workers[place].kill()
+                workers[place].join()
+                workers[place] = begin()
+                count += 1
+            time.sleep(generator.uniform(0.05, 0.15))
+    for worker in workers:
+        worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     return count
 

@@ -14,9 +14,11 @@ from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.training import NonFiniteError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder.leases import LeaseLost
-from recipes.experiment.search.space import grid, parse_space
+from recipes.experiment.search import study as room
+from recipes.experiment.search.plan import StudyPlan
+from recipes.experiment.search.space import Trial, grid, parse_space
 from recipes.experiment.search.storage import open_storage
-from recipes.experiment.search.study import Fit, InvalidValues, StudyPlan, open_study
+from recipes.experiment.search.study import Fit, InvalidValues, open_study
 from recipes.experiment.search.trial_record import Scores, TrialRecord
 from recipes.experiment.stage import Attempt
 
@@ -32,7 +34,7 @@ def make_plan(folder: Path, **changes: Any) -> StudyPlan:
 
 
 def prepare(plan: StudyPlan, *, higher_is_better: bool = True) -> None:
-    plan.prepare(lambda: True, lambda: None, lambda: higher_is_better)
+    room.prepare(plan, lambda: True, lambda: None, lambda: higher_is_better)
 
 
 def work(plan: StudyPlan, fit: Fit, **given: Any) -> list[TrialRecord]:
@@ -148,7 +150,7 @@ def test_the_result_of_a_worker_that_was_too_late_does_not_count(tmp_path: Path)
 def test_what_trials_start_from_is_made_once(tmp_path: Path) -> None:
     plan, made = make_plan(tmp_path), []
     for _ in range(2):
-        plan.prepare(lambda: bool(made), lambda: made.append(1), lambda: True)
+        room.prepare(plan, lambda: bool(made), lambda: made.append(1), lambda: True)
     assert made == [1]
     assert len(stored(plan).trials) == 3
 
@@ -166,7 +168,7 @@ def test_a_worker_that_died_while_it_enqueued_is_helped_out(tmp_path: Path) -> N
 def test_trials_of_other_values_and_other_databases_are_refused(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
     space, trials = grid({"rate": [1.0, 2.0, 4.0]})
-    with pytest.raises(ConfigError, match="trial 2 of the study .* is of other values than this search's"):
+    with pytest.raises(ConfigError, match=r"trial 2 of the study .* is of other values than this search's"):
         prepare(replace(plan, space=space, trials=tuple(trials)))
     other = replace(plan, storage=f"sqlite:///{tmp_path / 'other.db'}")
     with pytest.raises(ConfigError, match=r"--storage: .* keeps its trials in its own folder, not in sqlite:///"):
@@ -226,9 +228,8 @@ def test_trials_without_a_number_do_not_count(tmp_path: Path) -> None:
 
 
 def test_a_pruner_gives_trials_up(tmp_path: Path) -> None:
-    rates = [1.0] * 6 + [0.1]
-    trials = [replace(trial, values={"rate": rate}) for trial, rate in zip(grid({"rate": range(1, 8)})[1], rates)]
-    plan = make_plan(tmp_path, space=parse_space(["rate=uniform:0:1"]), trials=tuple(trials), count=7, pruner="median")
+    trials = tuple(Trial(number, {"rate": 1.0 if number < 6 else 0.1}) for number in range(7))
+    plan = make_plan(tmp_path, space=parse_space(["rate=uniform:0:1"]), trials=trials, count=7, pruner="median")
 
     def fit(values: Mapping[str, Any], attempt: Attempt) -> Scores:
         for epoch in (1, 2):
