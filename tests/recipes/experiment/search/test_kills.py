@@ -33,7 +33,7 @@ HANGING = (3, 17, 18, 39, 80, 120, 160, 199)
 def make_plan(folder: Path, storage: str | None = None, count: int = COUNT) -> StudyPlan:
     space = {"rate": log_uniform(1e-4, 1.0), "decay": log_uniform(1e-5, 1e-2)}
     plan = StudyPlan(folder, space, tuple(draw(space, count, 0)), count, 60.0, storage)
-    prepare(plan, lambda: True, lambda: None, lambda: True)
+    prepare(plan, lambda: True)
     return plan
 
 

@@ -89,7 +89,7 @@ def test_the_dashboard_shows_the_study(tmp_path: Path) -> None:
         pytest.skip("optuna-dashboard, of the extra search, is not installed")
     space = {"rate": log_uniform(1e-4, 1.0)}
     plan = StudyPlan(tmp_path, space, tuple(draw(space, 3, 0)), 3, 60.0)
-    prepare(plan, lambda: True, lambda: None, lambda: True)
+    prepare(plan, lambda: True)
     with open_study(plan) as study:
         assert study.missing() == [0, 1, 2]
     with socket.socket() as probe:
