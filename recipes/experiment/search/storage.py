@@ -80,7 +80,7 @@ def open_storage(directory: Path, url: str | None) -> RDBStorage:
 @contextmanager
 def _opening(directory: Path, url: str | None) -> Iterator[Any]:
     """Gives SQLAlchemy, and says in a sentence what keeps the database from being opened."""
-    import sqlalchemy
+    import sqlalchemy.exc
 
     try:
         yield sqlalchemy
@@ -92,7 +92,7 @@ def shown(directory: Path, url: str | None) -> str:
     """The database without a password, for messages and files."""
     if url is None:
         return str(directory / STUDY)
-    import sqlalchemy
+    import sqlalchemy.exc
 
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
@@ -109,7 +109,7 @@ def reaching(directory: Path, url: str | None) -> Iterator[None]:
         ConfigError: it does not.
     """
     optuna = load_optuna()
-    import sqlalchemy
+    import sqlalchemy.exc
 
     try:
         yield
