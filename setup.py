@@ -1,5 +1,5 @@
-"""What pyproject.toml cannot say: which folders are packages (`recipes` is installed as `bilevel.recipes`), and the README
-as it reads away from the files beside it."""
+"""What pyproject.toml cannot say: which folders are packages (`recipes` is installed as `bilevel.recipes`), and how the
+README reads away from the files beside it."""
 
 import re
 import tomllib
