@@ -208,6 +208,15 @@ def test_a_page_that_another_has_replaced_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_name)
+def test_files_of_the_project_are_there(page: Path) -> None:
+    named = re.findall(
+        r"`((?:[\w.-]+/)*test_\w+\.py|(?:benchmarks|bilevel|examples|recipes|tests)/[\w/.-]+\.\w+)`",
+        page.read_text("utf-8"),
+    )
+    assert not [name for name in named if not (ROOT / name).is_file() and not list((ROOT / "tests").rglob(name))]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=page_name)
 def test_links_resolve(page: Path) -> None:
     assert not broken_links(page)
 
