@@ -77,11 +77,6 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     return torch.device("cuda", launch.local_rank)
 
 
-def ignore_warnings_of_torch() -> None:
-    """torch.func's first use makes torch import its own deprecated TorchScript."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-
-
 def crops_on(device: torch.device) -> str:
     """How a new run crops images in memory where it has the choice."""
     return "float" if device.type == "cuda" else "uint8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,6 @@ from ..pipeline.work import digest
 from .contents import Contents, by_threads, pixel_digests
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
-PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
 
 
 def copies(images: Images, others: Images) -> Mask:
@@ -95,13 +94,14 @@ def without_copies(images: ImageSet, sets: DownstreamSets) -> tuple[ImageSet, di
 
 
 def copies_between(contents: dict[str, Contents]) -> dict[str, int]:
-    """How many pictures of the second set of each of `PAIRS` are copies of one of the first: "train and val": 3.
+    """How many pictures of the second set of each pair of labelled sets are copies of one of the first: "train and
+    val": 3.
 
     Pairs without any are left out.
     """
-    rows = {part: [row.tobytes() for row in contents[part].digests] for part in ("train", "val", "test")}
+    rows = {part: [row.tobytes() for row in known.digests] for part, known in contents.items()}
     found = {}
-    for one, other in PAIRS:
+    for one, other in combinations(rows, 2):
         known = set(rows[one])
         count = sum(row in known for row in rows[other])
         if count:
