@@ -11,6 +11,7 @@ from ..experiment.folder.paths import user_path
 from ..vision.errors import DataError
 from ..vision.imagesets import ImageSet
 from ..vision.pictures.base import EncodedImages
+from ..vision.record.copies import labels_of_copies
 from ..vision.record.identity import Identity
 from ..vision.sources.loading import load_labelled
 from ..vision.sources.splits import hold_out
@@ -28,7 +29,7 @@ class Sets:
     Attributes:
         rows: int64 [N], the samples to look at; `given`: int64 [N], their labels as they are given.
         right: int64 [N], their right labels; None where nobody knows.
-        trusted: int64 [M], rows of trusted pictures; `labels`: int64 [M], theirs.
+        trusted: int64 [M], rows of trusted pictures; `labels`: int64 [M], theirs, in each of `classes`.
     """
 
     rows: Tensor
@@ -36,6 +37,11 @@ class Sets:
     right: Tensor | None
     trusted: Tensor
     labels: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many there are, each of which has trusted pictures."""
+        return 1 + int(self.labels.max())
 
 
 class Pictures:
@@ -79,18 +85,13 @@ class Pictures:
         return Identity(self.parts.__getitem__, tuple(self.parts))
 
     @cached_property
-    def copies(self) -> Tensor:
-        """bool [N], which of the data are copies of a trusted picture, byte for byte or pixel by pixel."""
+    def twins(self) -> Tensor:
+        """int64 [N], of each of the data that is a copy of a trusted picture the trusted label, else -1."""
         if self.trusted is None:
-            return torch.zeros(len(self.data), dtype=torch.bool)
-        return torch.tensor([digest in self._of_trusted for digest in self._digests("data")])
-
-    @cached_property
-    def contradictions(self) -> list[tuple[int, int]]:
-        """(row, label) of copies whose trusted label is another one than theirs."""
-        assert self.data.labels is not None, "read with labels"
-        known = [(row, self._of_trusted[self._digests("data")[row]]) for row in self.copies.nonzero()[:, 0].tolist()]
-        return [(row, label) for row, label in known if label != int(self.data.labels[row])]
+            return torch.full((len(self.data),), -1)
+        self.identity.complete(lambda line: None)
+        assert self.trusted.labels is not None, "read with labels"
+        return labels_of_copies(self.identity.contents("data"), self.identity.contents("trusted"), self.trusted.labels)
 
     def sets(self, seed: int) -> Sets:
         """The samples of one repeat.
@@ -108,7 +109,7 @@ class Pictures:
             trusted, rows = hold_out(rows, known, classes, generator=generator, **by)
             trusted_labels = known[trusted]
         else:
-            rows, trusted = rows[~self.copies], len(labels) + torch.arange(len(self.trusted))
+            rows, trusted = rows[self.twins < 0], len(labels) + torch.arange(len(self.trusted))
             assert self.trusted.labels is not None, "read with labels"
             trusted_labels = self.trusted.labels
         self._check_counts(len(rows), trusted_labels)
@@ -156,18 +157,3 @@ class Pictures:
                 f"{field}: {source} must have one class a picture, of two or more; it has {images.kind} labels"
             )
         return images
-
-    def _digests(self, part: str) -> list[bytes]:
-        return [row.tobytes() for row in self.identity.contents(part).digests]
-
-    @cached_property
-    def _of_trusted(self) -> dict[bytes, int]:
-        """Labels of trusted pictures by their digests."""
-        self.identity.complete(_quiet)
-        assert self.trusted is not None, "asked for where there are some"
-        assert self.trusted.labels is not None, "read with labels"
-        return dict(zip(self._digests("trusted"), self.trusted.labels.tolist(), strict=True))
-
-
-def _quiet(line: str) -> None:
-    """Says nothing."""

@@ -14,8 +14,10 @@ from bilevel.training import derive_seed
 
 from ..experiment.artifacts import Artifact, make_key
 from ..experiment.stage import Attempt, CachedStage, Tensors
-from ..experiment.stage_training import run_training
+from ..experiment.stage_training import Seconds, run_training
 from ..experiment.workspace import Workspace
+from ..vision.sources.splits import folds as spread
+from ..vision.sources.splits import stream
 from .data import Sets
 from .problem import Batch, WeightedSamples, losses, sample_weights, scores, solved
 from .settings import Config, LearningConfig
@@ -43,21 +45,17 @@ class Part:
     classes: int
 
     @classmethod
-    def of(cls, features: Tensor, sets: Sets, classes: int, fold: int, folds: int, seed: int) -> "Part":
+    def of(cls, features: Tensor, sets: Sets, fold: int, folds: int, seed: int, device: torch.device) -> "Part":
         """Fold number `fold` of a repeat; each class is spread evenly over the folds."""
-        here = folds_of(sets.given, classes, folds, seed, "samples") == fold
-        there = folds_of(sets.labels, classes, folds, seed, "trusted") == fold
-        z, trusted = features[sets.rows.to(features.device)], features[sets.trusted.to(features.device)]
-        given, labels = sets.given.to(features.device), sets.labels.to(features.device)
-        here, there = here.to(features.device), there.to(features.device)
-        places = torch.arange(int((~here).sum()), device=features.device)
-        return cls(
-            (z[~here], given[~here], places),
-            (trusted[~there], labels[~there]),
-            (z[here], given[here]),
-            (trusted[there], labels[there]),
-            classes,
-        )
+
+        def picked(rows: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            return features[rows[chosen]].to(device), labels[chosen].to(device)
+
+        here, there = (one == fold for one in folds_of(sets, folds, seed))
+        samples, trusted = (sets.rows, sets.given), (sets.trusted, sets.labels)
+        places = torch.arange(int((~here).sum()), device=device)
+        learned = (*picked(*samples, ~here), places)
+        return cls(learned, picked(*trusted, ~there), picked(*samples, here), picked(*trusted, there), sets.classes)
 
     def fitted(self, ridge: float, weights: Tensor | None = None) -> Params:
         """The model of the samples by their `weights` (None: the trusted part alone) and of the trusted part."""
@@ -68,22 +66,15 @@ class Part:
         return solved(z, t, ones if weights is None else torch.cat([weights, ones]), ridge, self.classes)
 
 
-def folds_of(labels: Tensor, classes: int, folds: int, seed: int, purpose: str) -> Tensor:
-    """The fold of each sample, int64 [N], at random within its class."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "folds", purpose))
-    order = torch.randperm(len(labels), generator=generator)
-    # Positions of one class behind one another are dealt out in turn.
-    order = order[labels[order].argsort(stable=True)]
-    made = torch.empty(len(labels), dtype=torch.int64)
-    made[order] = torch.arange(len(labels)) % folds
-    return made
+def folds_of(sets: Sets, folds: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The fold of each sample and of each trusted picture, int64 [N] and [M]."""
+    return spread(sets.given, folds, stream(seed, 1)), spread(sets.labels, folds, stream(seed, 2))
 
 
 def run(
     config: Config,
     features: Artifact,
     sets: Sets,
-    classes: int,
     seed: int,
     fold: int,
     device: torch.device,
@@ -97,9 +88,10 @@ def run(
     section = config.learning
 
     def fit(attempt: Attempt) -> tuple[Mapping[str, nn.Module], dict[str, Any]]:
-        part = Part.of(features.tensors()["all.features"].to(device), sets, classes, fold, config.folds, seed)
+        timer = Seconds()
+        part = Part.of(features.tensors()["all.features"], sets, fold, config.folds, seed, device)
         ridge = section.ridge or _chosen_ridge(part)
-        weights, seconds, solves = _learned(config, part, ridge, seed, fold, attempt, workspace)
+        weights, solves = _learned(config, part, ridge, seed, fold, attempt, workspace)
         models = {
             "weighted": part.fitted(ridge, weights),
             "all labels": part.fitted(ridge, torch.ones_like(weights)),
@@ -110,7 +102,13 @@ def run(
         for name, model in models.items():
             said[f"held {name}"] = scores(model, part.held[0]).log_softmax(1)
             said[f"trusted {name}"] = scores(model, part.held_trusted[0]).log_softmax(1)
-        facts = {"seconds": features.info["seconds"] + seconds, "seed": seed, "fold": fold, "ridge": ridge, **solves}
+        facts = {
+            "seconds": features.info["seconds"] + timer.total(),
+            "seed": seed,
+            "fold": fold,
+            "ridge": ridge,
+            "solves": solves,
+        }
         return {"fold": Tensors({name: tensor.cpu() for name, tensor in said.items()})}, facts
 
     decisive = section.model_dump(exclude={"checkpoint_every"})
@@ -140,8 +138,8 @@ def _kept(part: Part, model: Params, false_alarms: float) -> Tensor:
 
 def _learned(
     config: Config, part: Part, ridge: float, seed: int, fold: int, attempt: Attempt, workspace: Workspace
-) -> tuple[Tensor, float, dict[str, Any]]:
-    """The weights of the samples, the seconds that they took, and how solves ended."""
+) -> tuple[Tensor, dict[str, int]]:
+    """The weights of the samples, and how many solves ended how."""
     section, count = config.learning, len(part.samples[1])
     upper = {"logits": torch.zeros(count, device=part.samples[0].device, requires_grad=True)}
     # Weights of 1, where both methods start.
@@ -153,14 +151,14 @@ def _learned(
         schedule = AlternatingSchedule(section.epochs, lower_steps=0, upper_steps=len(data))
         above = Level(upper, torch.optim.Adam(upper.values(), lr=section.soba_lr), [part.trusted])
     else:
-        problem, data = WeightedSamples(ridge, part.samples), [part.samples]
+        problem, data = WeightedSamples(ridge, part.samples, part.classes), [part.samples]
         method = Implicit(CG(section.cg_iterations, rtol=1e-3), hvp=ReverseOverReverse(keep_graph=True))
         schedule = AlternatingSchedule(section.alternations, lower_steps=0, upper_steps=1)
         # Cut to LIMIT, every gradient makes a step of `lr` in the mean square over samples.
         rate = section.lr * math.sqrt(count) / LIMIT
         above = Level(upper, torch.optim.SGD(upper.values(), lr=rate), [part.trusted], max_grad_norm=LIMIT)
     events = workspace.events({"stage": STAGE, "variant": f"fold {fold}", "seed": seed}, config.model_dump(mode="json"))
-    trainer, seconds = run_training(
+    trainer, _ = run_training(
         lambda callbacks: Trainer(problem, above, Level(lower, below, data), schedule, method, callbacks=callbacks),
         f"weights, seed {seed}, fold {fold + 1} of {config.folds}",
         events=events,
@@ -168,7 +166,7 @@ def _learned(
         workspace=workspace,
         checkpoint_every=section.checkpoint_every,
     )
-    return sample_weights(upper).detach(), seconds, {"solves": dict(trainer.solves)}
+    return sample_weights(upper).detach(), dict(trainer.solves)
 
 
 def _stack(samples: Batch, section: LearningConfig, seed: int) -> BatchStack:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from bilevel.checkpoint import write_atomic
 
@@ -16,17 +15,18 @@ from ..experiment.folder.run_folder import REPORT, RESULTS, RunDirectory
 from ..experiment.html import Absent, Block, Bullets, Figure, Gallery, Listing, Picture, Section, Text, render_page
 from ..experiment.plots import Panel, draw
 from ..experiment.records import Curve
-from ..experiment.statistics import mean_std
+from ..experiment.statistics import over_repeats
 from ..experiment.tables import Table
+from ..vision.pictures.thumbnail import png
 from .data import Pictures
-from .ranking import CONFIDENT, METHOD, RECALLS, Repeat
+from .ranking import CONFIDENT, METHOD, OUT_OF_FOLD, RECALLS, Repeat
 from .settings import RANKING, Config
 
 THUMBNAIL = 160
 """Longest side of a picture on the page (px)."""
 MEANINGS = {
     METHOD: "the loss of the given label under the model that is fitted by the learned weights",
-    "out-of-fold loss": "the loss under a model of all labels alike and the trusted part",
+    OUT_OF_FOLD: "the loss under a model of all labels alike and the trusted part",
     "trusted part alone": "the loss under a model of the trusted part",
     "weights alone": "the learned weights, low ones first; suspicious below the weight that all start from",
     CONFIDENT: "cleanlab, of the probabilities of the out-of-fold model",
@@ -46,21 +46,21 @@ def notes(config: Config, pictures: Pictures, repeat: Repeat) -> list[str]:
     lines = [
         f"{len(sets.given):,} pictures of {source} are looked at, in {len(pictures.data.classes)} classes; "
         f"{len(sets.labels):,} are trusted ({where})",
-        f"every score is of models that have not seen the picture ({config.folds} folds), features: {config.features}",
+        f"features: {config.features.section.features}; scores are of models that have not seen the picture, "
+        f"{config.folds} folds",
         f"suspicious: a loss above that of all but {config.false_alarms:.0%} of the trusted pictures, which these "
         "models have not seen either; so about as many of the right labels are called suspicious too",
         "accuracies are cross-validated: what is tested was used neither for weights, nor for what is kept",
     ]
     if config.data.flips is not None:
         lines.append(f"wrong labels were planted ({config.data.flips}); other labels are taken for right")
-    copies = int(pictures.copies.sum())
-    if copies:
-        lines.append(f"{copies:,} pictures of the data are copies of trusted ones and are left out")
-    classes, given = pictures.data.classes, pictures.data.labels
+    twins, classes, given = pictures.twins, pictures.data.classes, pictures.data.labels
+    if (twins >= 0).any():
+        lines.append(f"{int((twins >= 0).sum()):,} pictures of the data are copies of trusted ones and are left out")
     assert given is not None, "read with labels"
-    for row, label in pictures.contradictions:
-        name, said = pictures.name(row), classes[int(given[row])]
-        lines.append(f"{name} has the label {said}, and its trusted copy {classes[label]}")
+    for row in ((twins >= 0) & (twins != given)).nonzero()[:, 0].tolist():
+        told = pictures.name(row), classes[int(given[row])], classes[int(twins[row])]
+        lines.append("{} has the label {}, and its trusted copy {}".format(*told))
     if CONFIDENT not in repeat.rankings:
         lines.append('confident learning is left out: pip install "bilevel[cleaning]" brings cleanlab')
     return lines
@@ -70,8 +70,10 @@ def summarise(
     config: Config, pictures: Pictures, repeats: Sequence[Repeat], seconds: float, device: torch.device
 ) -> dict[str, Any]:
     """The content of results.json."""
-    rankings = {name: _over([r.rankings[name].figures(r.wrong) for r in repeats]) for name in repeats[0].rankings}
-    accuracy = {name: _over([repeat.accuracy[name] for repeat in repeats]) for name in ACCURACIES}
+    rankings = {
+        name: over_repeats([r.rankings[name].figures(r.wrong) for r in repeats]) for name in repeats[0].rankings
+    }
+    accuracy = {name: over_repeats([repeat.accuracy[name] for repeat in repeats]) for name in ACCURACIES}
     return {
         "seeds": [config.seed + i for i in range(config.seeds)],
         "rankings": rankings,
@@ -80,17 +82,6 @@ def summarise(
         "environment": environment(device),
         "notes": notes(config, pictures, repeats[0]),
     }
-
-
-def _over(figures: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
-    """Mean and spread of each figure over the repeats; None where one of them has none."""
-    found = {}
-    for name in figures[0]:
-        values = [one[name] for one in figures]
-        known = [value for value in values if value is not None]
-        mean, std = mean_std(known) if len(known) == len(values) else (None, None)
-        found[name] = {"mean": mean, "std": std, "per_seed": values}
-    return found
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
@@ -180,14 +171,9 @@ def _curves(seeds: Sequence[int], repeats: Sequence[Repeat]) -> list[Block]:
 def _picture(pictures: Pictures, repeat: Repeat, place: int) -> Picture:
     """One sample with its labels, as PNG."""
     row, classes = int(repeat.sets.rows[place]), pictures.data.classes
-    pixels = pictures.data.images.at(row)
-    image = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    content = io.BytesIO()
-    image.save(content, format="PNG")
     given, predicted = (classes[int(labels[place])] for labels in (repeat.sets.given, repeat.predicted))
     lines = [f"given {given}, predicted {predicted}", pictures.name(row)]
     if repeat.sets.right is not None:
         right = classes[int(repeat.sets.right[place])]
         lines.insert(1, "the label is right" if right == given else f"right: {right}")
-    return Picture(content.getvalue(), "image/png", "\n".join(lines))
+    return Picture(png(pictures.data.images.at(row), THUMBNAIL), "image/png", "\n".join(lines))

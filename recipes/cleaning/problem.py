@@ -27,10 +27,11 @@ class WeightedSamples(Problem):
     Args:
         ridge: rho > 0, which keeps the lower Hessian positive definite where weights go to 0.
         samples: all samples, at which `reset_lower` solves the lower level anew; None: it goes on from where it is.
+        classes: how many there are.
     """
 
-    def __init__(self, ridge: float, samples: Batch | None = None) -> None:
-        self.regularization_weight, self.samples = ridge, samples
+    def __init__(self, ridge: float, samples: Batch | None = None, classes: int = 0) -> None:
+        self.regularization_weight, self.samples, self.classes = ridge, samples, classes
 
     def lower_objective(self, upper: Params, lower: Params, batch: Batch) -> Tensor:
         z, t, places = batch
@@ -46,8 +47,7 @@ class WeightedSamples(Problem):
         if self.samples is None:
             return None
         z, t, places = self.samples
-        classes = 1 + int(t.max())
-        return solved(z, t, sample_weights(upper).detach()[places], self.regularization_weight, classes)
+        return solved(z, t, sample_weights(upper).detach()[places], self.regularization_weight, self.classes)
 
 
 def sample_weights(upper: Params) -> Tensor:

@@ -1,9 +1,7 @@
 """What the folds of one repeat say together: scores of every sample, and how well they rank where truth is known."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,11 +11,12 @@ from torch.nn.functional import nll_loss
 
 from ..experiment.artifacts import Artifact
 from ..experiment.statistics import area_under_curve, precision_at_recall
+from ..vision.confident_learning import confident_learning
 from .data import Sets
 from .fold import MODELS, folds_of
 
-METHOD = "weighted fit"
-RANKINGS = {METHOD: "weighted", "out-of-fold loss": "all labels", "trusted part alone": "trusted alone"}
+METHOD, OUT_OF_FOLD = "weighted fit", "out-of-fold loss"
+RANKINGS = {METHOD: "weighted", OUT_OF_FOLD: "all labels", "trusted part alone": "trusted alone"}
 """Rankings by the loss of the given label under a model of `MODELS` that has not seen the sample."""
 WEIGHTS, CONFIDENT = "weights alone", "confident learning"
 RECALLS = np.arange(1, 101) / 100
@@ -74,15 +73,14 @@ class Repeat:
         return precision_at_recall(self.rankings[name].scores, self.wrong, RECALLS)
 
 
-def gathered(made: Sequence[Artifact], sets: Sets, classes: int, seed: int, false_alarms: float) -> Repeat:
+def gathered(made: Sequence[Artifact], sets: Sets, seed: int, false_alarms: float) -> Repeat:
     """The repeat whose folds left these artifacts.
 
     A ranking calls those suspicious whose loss is above that of all but a share `false_alarms` of trusted pictures,
     under models that have seen neither.
     """
     said = [artifact.tensors() for artifact in made]
-    here = folds_of(sets.given, classes, len(made), seed, "samples")
-    there = folds_of(sets.labels, classes, len(made), seed, "trusted")
+    here, there = folds_of(sets, len(made), seed)
     held = {name: _together([one[f"fold.held {name}"] for one in said], here) for name in MODELS}
     trusted = {name: _together([one[f"fold.trusted {name}"] for one in said], there) for name in MODELS}
     weights = torch.zeros(len(sets.given))
@@ -94,8 +92,9 @@ def gathered(made: Sequence[Artifact], sets: Sets, classes: int, seed: int, fals
         limit = torch.quantile(nll_loss(trusted[name], sets.labels, reduction="none"), 1.0 - false_alarms)
         rankings[title] = Ranking(losses.double().numpy(), (losses > limit).numpy())
     rankings[WEIGHTS] = Ranking(-weights.double().numpy(), (weights < 1.0).numpy())
-    if find_spec("cleanlab") is not None:
-        rankings[CONFIDENT] = _confident(sets.given, held[RANKINGS["out-of-fold loss"]])
+    found = confident_learning(sets.given.numpy(), held[RANKINGS[OUT_OF_FOLD]].double().softmax(1).numpy())
+    if found is not None:
+        rankings[CONFIDENT] = Ranking(*found)
     return Repeat(sets, rankings, held[MODELS[0]].argmax(1), weights, _accuracies(held, trusted, sets))
 
 
@@ -105,20 +104,6 @@ def _together(parts: Sequence[Tensor], fold: Tensor) -> Tensor:
     for number, part in enumerate(parts):
         whole[fold == number] = part
     return whole
-
-
-def _confident(given: Tensor, said: Tensor) -> Ranking:
-    """Confident learning (Northcutt, Jiang and Chuang 2021) by cleanlab, of the out-of-fold model of all labels."""
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
-
-    labels, chances = given.numpy(), said.double().softmax(1).numpy()
-    with warnings.catch_warnings():
-        # Of its own dependencies, and of classes in which it finds nothing.
-        warnings.simplefilter("ignore")
-        quality = get_label_quality_scores(labels, chances, method="normalized_margin", adjust_pred_probs=True)
-        issues = find_label_issues(labels, chances, n_jobs=1)
-    return Ranking(-np.asarray(quality, dtype=np.float64), np.asarray(issues, dtype=np.bool_))
 
 
 def _accuracies(held: Mapping[str, Tensor], trusted: Mapping[str, Tensor], sets: Sets) -> dict[str, dict[str, float]]:

@@ -7,14 +7,15 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..experiment.configuration import Section
 from ..experiment.folder.run_folder import RunDirectory
-from ..vision.networks.backbones import check_backbone
+from ..vision.frozen.features import FrozenFeatures
+from ..vision.frozen.section import FrozenSection
 from ..vision.reading_section import HOW_READ, ReadingSection
 from ..vision.sources.loading import DIGITS
 from ..vision.sources.wrong_labels import check_flips
 
 IMAGES, RANKING = "images.npz", "suspicious.csv"
 WIDEST = 2048
-"""Features a picture at most: a fold solves for WIDEST weights a class again and again."""
+"""Features a picture at most: every fold solves for so many numbers a class, again and again."""
 MARKS = frozenset({"data", "model", "learning", "false_alarms"})
 SAFE_TO_CHANGE = frozenset({"seeds", "device", "threads", "shown", *(f"data.{name}" for name in HOW_READ)})
 
@@ -37,40 +38,11 @@ class DataConfig(ReadingSection):
     flips: Annotated[str | None, AfterValidator(check_flips)] = Field(
         default=None, description="wrong labels to plant, which are then known: uniform:0.2 or pair:0.4; null: none"
     )
-    image_size: int | None = Field(
-        default=None,
-        ge=4,
-        le=1024,
-        description="side that pictures are brought to (px); null: 8 for digits, 224 for a backbone, else 32",
-    )
 
     @model_validator(mode="after")
     def _one_truth(self) -> "DataConfig":
         if self.truth is not None and self.flips is not None:
             raise ValueError("truth and flips exclude each other: planted labels are known; give one of them")
-        return self
-
-
-class ModelConfig(Section):
-    """What the linear model sees of a picture. Nothing of it is trained by the run."""
-
-    features: Literal["auto", "pixels", "patches", "backbone"] = Field(
-        default="auto",
-        description="pixels: the picture itself, for tiny ones; patches: responses to patches of the data's own "
-        "pictures; backbone: a network's; auto: backbone where one is named, else pixels up to 16 px, else patches",
-    )
-    backbone: str | None = Field(default=None, description="any name that bissl's model.backbone takes")
-    init_backbone: str | None = Field(
-        default=None, description="its weights: a file, or the folder of an artifact of bissl; null: random ones"
-    )
-    batch_size: int = Field(default=256, ge=1, description="pictures a pass")
-
-    @model_validator(mode="after")
-    def _named(self) -> "ModelConfig":
-        if self.backbone is None and (self.features == "backbone" or self.init_backbone is not None):
-            raise ValueError("backbone: name the network that the features are of, such as resnet18")
-        if self.backbone is not None and self.features in ("pixels", "patches"):
-            raise ValueError(f"features: {self.features} are of no backbone; set it to backbone, or leave backbone out")
         return self
 
 
@@ -83,7 +55,7 @@ class LearningConfig(Section):
         "soba: single-loop steps on batches; auto: soba above 100,000 samples",
     )
     alternations: int = Field(
-        default=3, ge=1, description="hypergradient steps of implicit; more of them fit the trusted part, see docs"
+        default=2, ge=1, description="hypergradient steps of implicit; more of them fit the trusted part, see docs"
     )
     lr: float = Field(default=1.0, gt=0, description="step of the logits, in the mean square over samples, implicit")
     ridge: float | None = Field(
@@ -109,32 +81,13 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute")
     threads: int | None = Field(default=None, ge=1, description="torch's CPU threads; null: torch's choice")
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: FrozenSection = FrozenSection()
     learning: LearningConfig = LearningConfig()
 
-    @model_validator(mode="after")
-    def _backbone(self) -> "Config":
-        if self.model.backbone is not None:
-            check_backbone(self.model.backbone, self.image_size)
-        return self
-
     @property
-    def features(self) -> str:
-        """`model.features` without an open choice."""
-        if self.model.features != "auto":
-            return self.model.features
-        if self.model.backbone is not None:
-            return "backbone"
-        return "pixels" if self.image_size <= 16 else "patches"
-
-    @property
-    def image_size(self) -> int:
-        """`data.image_size` without an open choice."""
-        if self.data.image_size is not None:
-            return self.data.image_size
-        if self.model.backbone is not None:
-            return 224
-        return 8 if self.data.source == DIGITS else 32
+    def features(self) -> FrozenFeatures:
+        """What the linear model sees of a picture."""
+        return FrozenFeatures(self.model.settled(native=8 if self.data.source == DIGITS else None), WIDEST)
 
 
 def run_directory(path: Path) -> RunDirectory:

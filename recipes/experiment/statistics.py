@@ -4,7 +4,7 @@ What a handful of numbers cannot tell (the spread of one value, a test without s
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,17 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """
     x = _finite("values", values)
     return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None
+
+
+def over_repeats(figures: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Of each figure of several repeats "mean", "std" and, in their order, "per_seed"; None where one has none."""
+    found = {}
+    for name in figures[0]:
+        values = [one[name] for one in figures]
+        known = [value for value in values if value is not None]
+        mean, std = mean_std(known) if len(known) == len(values) else (None, None)
+        found[name] = {"mean": mean, "std": std, "per_seed": values}
+    return found
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:

@@ -6,8 +6,6 @@ from contextlib import closing
 from functools import partial
 from typing import NoReturn
 
-from rich.console import Console
-
 from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError
@@ -15,7 +13,7 @@ from ...experiment.command.exit_codes import Endings, end_process, run_command
 from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS, RunDirectory
 from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Ranks, first_on_each_machine
-from ...experiment.terminal import printable
+from ...experiment.terminal import say
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.pipeline.workers import WorkerLost
@@ -78,8 +76,8 @@ def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> 
         seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
         for artifact in [pipeline.finetune(pipeline.at(request.arm, seed), parent) for seed in seeds]:
             scores = ", ".join(f"{name} {number_text(value)}" for name, value in artifact.info["test"].items())
-            _say(console, f"seed {artifact.info['seed']}: test {scores}")
-            _say(console, f"artifact: {artifact.directory}")
+            say(console, f"seed {artifact.info['seed']}: test {scores}")
+            say(console, f"artifact: {artifact.directory}")
         return
     repeat = pipeline.at(request.arm, config.seed)
     if parent is None:
@@ -87,7 +85,7 @@ def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> 
     else:
         stages = {"restart": pipeline.restart, "head": pipeline.head, "bissl": pipeline.bissl}
         made = stages[request.command](repeat, parent)
-    _say(console, f"artifact: {made.directory}")
+    say(console, f"artifact: {made.directory}")
 
 
 def _execute(request: Request, ranks: Ranks) -> int:
@@ -118,8 +116,8 @@ def _execute(request: Request, ranks: Ranks) -> int:
         results = run_whole(pipeline, directory)
     console.print(results_table(results))
     for line in comparison_lines(results):
-        _say(console, line)
-    _say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
+        say(console, line)
+    say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
 
 
@@ -145,7 +143,7 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
             directory.check(config, resume=request.resume, overwrite=request.overwrite)
         check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
         for line in start_lines(pipeline.data):
-            _say(pipeline.workspace.console, line)
+            say(pipeline.workspace.console, line)
     checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
     if parent is not None:
         check_parent(parent, request.command, config, checked.classes)
@@ -168,11 +166,6 @@ def _settled(config: Config, directory: RunDirectory, ranks: Ranks) -> Config:
     saved = directory.saved_config() if directory.started else None
     began = (saved or {}).get("compute", {}).get("crops", "auto")
     return config.with_crops(began).with_crops(crops_on(compute_device(config, ranks.launch)))
-
-
-def _say(console: Console, line: str) -> None:
-    """Print a line as it is: brackets are no markup, and a path is not broken."""
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _parent(request: Request) -> Artifact | None:

@@ -8,6 +8,19 @@ import torch
 
 from bilevel.distributed import world_size
 
+from ..errors import ConfigError
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a field `device` asks for: "cpu", "cuda", or "auto", which is CUDA where there is one.
+
+    Raises:
+        ConfigError: torch does not see it.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
     """What the run was made with: versions, processors, processes, threads; nothing that tells the machine or its user.

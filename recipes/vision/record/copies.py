@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
@@ -91,6 +92,15 @@ def without_copies(images: ImageSet, sets: DownstreamSets) -> tuple[ImageSet, di
             "left out; give other images to data.pretext"
         )
     return images.subset(torch.from_numpy(np.flatnonzero(~of_test))), found
+
+
+def labels_of_copies(contents: Contents, others: Contents, labels: Tensor) -> Tensor:
+    """int64 [N], of each picture the label of the one of `others` that it is a copy of, by `labels`; else -1.
+
+    Of both, all contents must be known.
+    """
+    known = dict(zip((row.tobytes() for row in others.digests), labels.tolist(), strict=True))
+    return torch.tensor([known.get(row.tobytes(), -1) for row in contents.digests], dtype=torch.int64)
 
 
 def copies_between(contents: dict[str, Contents]) -> dict[str, int]:
