@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel import interruption
 from bilevel.distributed import rank
@@ -68,6 +68,15 @@ class CachedStage:
 
     def _find(self) -> Artifact | None:
         return self.store.find(self.name, self.key)
+
+
+class Tensors(nn.Module):
+    """Tensors by name, as a module that a stage may leave."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
 
 def discard_checkpoints(directory: Path) -> None:
