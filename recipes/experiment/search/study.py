@@ -273,7 +273,10 @@ class TrialStudy:
             assert self.plan.sampler is not None, "trials that are enumerated are enqueued"
             # A worker that goes on in another's place draws the same.
             self._study.sampler = make_sampler(self.plan.sampler, derive_seed(self.plan.seed, "sampler", number))
-            asked = self._study.ask(dict(self.plan.space))
+            try:
+                asked = self._study.ask(dict(self.plan.space))
+            except ImportError as error:
+                raise ConfigError(f"--sampler: {self.plan.sampler} needs another package ({error})") from error
             lease.check()
             asked.set_user_attr(ID, number)
             return asked, ()
