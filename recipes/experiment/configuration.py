@@ -5,11 +5,19 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import ConfigError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A configuration or a part of one; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -39,6 +47,20 @@ def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def validated(kind: type[C], values: Mapping[str, Any]) -> C:
+    """The configuration of that kind with these values.
+
+    Raises:
+        ConfigError: naming every field that is unknown or has a bad value.
+    """
+    try:
+        config = kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error))) from error
+    check_values(config.model_dump())
+    return config
 
 
 def explain(error: ValidationError, prefix: str = "") -> list[str]:

@@ -46,6 +46,13 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Small pictures side by side, each above its caption."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Listing:
     """Preformatted text that a click on `summary` unfolds."""
 
@@ -60,7 +67,7 @@ class Absent:
     title: str = ""
 
 
-Block = Text | Bullets | Table | Figure | Picture | Listing | Absent
+Block = Text | Bullets | Table | Figure | Picture | Gallery | Listing | Absent
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,15 @@ gaps.{% endif %}</figcaption>
 <img alt="{{ block.caption }}" src="data:{{ block.media_type }};base64,{{ block.content | base64 }}">
 <figcaption>{{ block.caption }}</figcaption>
 </figure>
+{% elif kind == "Gallery" %}
+<div class="gallery">
+{% for picture in block.pictures %}
+<figure>
+<img alt="{{ picture.caption }}" src="data:{{ picture.media_type }};base64,{{ picture.content | base64 }}">
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% endfor %}
+</div>
 {% elif kind == "Listing" %}
 <details><summary>{{ block.summary }}</summary><pre>{{ block.text }}</pre></details>
 {% else %}
@@ -160,6 +176,10 @@ p, ul, figure { max-width: 1180px; }
 figure { margin: 0.8rem 0; }
 figure svg, figure img { width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.gallery { display: flex; flex-wrap: wrap; gap: 0.8rem; }
+.gallery figure { width: 11rem; margin: 0; }
+.gallery img { width: 6rem; image-rendering: pixelated; }
+.gallery figcaption { font-size: 13px; overflow-wrap: anywhere; white-space: pre-line; }
 figcaption { opacity: 0.85; max-width: 60rem; }
 pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 13px; }
 summary { cursor: pointer; }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel import interruption
 from bilevel.distributed import rank
@@ -21,10 +21,12 @@ class Attempt:
     Attributes:
         directory: where its checkpoints lie; an earlier attempt may have left some.
         check: to be called before each step; raises where another process has taken the work over.
+        report: to be called with an epoch's number and its validation score; raises where the work is given up.
     """
 
     directory: Path
     check: Callable[[], None]
+    report: Callable[[int, float], None] = lambda epoch, score: None
 
 
 Fit = Callable[[Attempt], tuple[Mapping[str, nn.Module], Mapping[str, Any]]]
@@ -66,6 +68,15 @@ class CachedStage:
 
     def _find(self) -> Artifact | None:
         return self.store.find(self.name, self.key)
+
+
+class Tensors(nn.Module):
+    """Tensors by name, as a module that a stage may leave."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
 
 def discard_checkpoints(directory: Path) -> None:

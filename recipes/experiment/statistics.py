@@ -1,10 +1,10 @@
-"""Means, t-tests, confidence intervals and Holm's correction, over the values of a few seeds.
+"""Means, t-tests, confidence intervals and Holm's correction over the values of a few seeds; how well scores rank.
 
 What a handful of numbers cannot tell (the spread of one value, a test without spread) is None, never NaN or zero.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,17 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """
     x = _finite("values", values)
     return float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else None
+
+
+def over_repeats(figures: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Of each figure of several repeats "mean", "std" and, in their order, "per_seed"; None where one has none."""
+    found = {}
+    for name in figures[0]:
+        values = [one[name] for one in figures]
+        known = [value for value in values if value is not None]
+        mean, std = mean_std(known) if len(known) == len(values) else (None, None)
+        found[name] = {"mean": mean, "std": std, "per_seed": values}
+    return found
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Comparison:
@@ -115,6 +126,35 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(tests) - rank) * p))
         adjusted[index] = largest
     return adjusted
+
+
+def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Chance that a positive one scores higher than another one, a tie counting one half; None without either kind.
+
+    With ranks r of all n scores (mean ranks for ties) and p positive ones, ``(sum r - p (p + 1) / 2) / (p (n - p))``.
+
+    Args:
+        scores: float [n]; positive: bool [n].
+    """
+    from scipy import stats
+
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return None
+    ranks = stats.rankdata(scores)
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def precision_at_recall(scores: np.ndarray, positive: np.ndarray, recalls: np.ndarray) -> np.ndarray:
+    """Precision among the highest scores, of as many as hold each share in `recalls` of the positive ones, float [k].
+
+    Args:
+        scores: float [n]; positive: bool [n], some of them true; recalls: in (0, 1].
+    """
+    found = np.cumsum(positive[np.argsort(-scores, kind="stable")])
+    needed = np.ceil(recalls * found[-1] - 1e-9)
+    places = np.searchsorted(found, needed)
+    return found[places] / (places + 1)
 
 
 def _comparison(difference: float, name: str, test: Any) -> Comparison:

@@ -4,6 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+from rich.text import Text
+
 from .terminal import printable
 
 _LATEX = {
@@ -28,6 +32,21 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: int = 1
     title: str = ""
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table on a terminal, whatever its cells hold."""
+    shown = ConsoleTable(title=_shown(table.title))
+    for place, heading in enumerate(table.headings):
+        shown.add_column(_shown(heading), justify="left" if place < table.left else "right")
+    for row in table.rows:
+        shown.add_row(*map(_shown, row))
+    console.print(shown)
+
+
+def _shown(cell: str) -> Text:
+    """A cell as it is: neither markup nor commands for the terminal."""
+    return Text(printable(cell))
 
 
 def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:

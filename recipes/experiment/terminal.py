@@ -4,10 +4,17 @@ import shlex
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 
 def printable(text: str) -> str:
     """`text` with control characters as their escapes: a terminal takes some of them for commands."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: brackets are no markup, and a path is not broken."""
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def command_name() -> str:

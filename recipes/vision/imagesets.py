@@ -130,6 +130,12 @@ class ImageSet:
         """The same pictures without labels."""
         return ImageSet(self.images, None, self.classes, self.name, self.passed_over)
 
+    def by_classes(self, classes: tuple[str, ...]) -> ImageSet:
+        """The same single-label pictures, their labels by position in `classes`, which holds the same names."""
+        assert self.labels is not None, "single-label sets have labels"
+        places = torch.tensor([classes.index(name) for name in self.classes])
+        return ImageSet(self.images, places[self.labels], classes, self.name, self.passed_over)
+
     def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
         """The images at `indices`, in that order. Raises IndexError on a position that is not there."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

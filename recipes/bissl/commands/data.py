@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...experiment.folder.paths import user_path
-from ...experiment.terminal import command_line, command_name, printable
+from ...experiment.terminal import command_line, command_name, say
 from ...vision.errors import DataError
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> int:
         console.print(_table(root))
         for dataset in DATASETS.values():
             if not dataset.downloadable and dataset.missing(root):
-                _say(console, f"{dataset.name}: {remedy(dataset, root)}")
+                say(console, f"{dataset.name}: {remedy(dataset, root)}")
         verify = f"`{command_line()} data verify NAME`"
-        _say(console, f"{verify} says of any other what is missing, where it is from and where it goes")
+        say(console, f"{verify} says of any other what is missing, where it is from and where it goes")
         return 0
     if options.command == "download":
         return _download(console, _named(options.name), root)
@@ -105,7 +105,7 @@ def _table(root: Path) -> Table:
 def _verify(console: Console, dataset: Dataset, root: Path, options: argparse.Namespace, named: bool) -> int:
     """Check one set and say what was found; one that is not on disk counts as wrong only where it was named."""
     if not named and _state(dataset, root) == "no":
-        _say(console, f"{dataset.name}: not on disk")
+        say(console, f"{dataset.name}: not on disk")
         return 0
     return _report(
         console, dataset, verify(dataset, root, sample=None if options.all else options.sample, seed=options.seed)
@@ -115,12 +115,12 @@ def _verify(console: Console, dataset: Dataset, root: Path, options: argparse.Na
 def _report(console: Console, dataset: Dataset, found: Verified) -> int:
     """Print what `verify` found; the exit code."""
     for problem in found.problems[:SHOWN]:
-        _say(console, f"{dataset.name}: {problem}")
+        say(console, f"{dataset.name}: {problem}")
     if len(found.problems) > SHOWN:
-        _say(console, f"{dataset.name}: and {len(found.problems) - SHOWN:,} more")
+        say(console, f"{dataset.name}: and {len(found.problems) - SHOWN:,} more")
     if found.problems:
         return BAD
-    _say(console, f"{dataset.name}: whole; {found.counted:,} images counted, {found.decoded:,} decoded")
+    say(console, f"{dataset.name}: whole; {found.counted:,} images counted, {found.decoded:,} decoded")
     return 0
 
 
@@ -129,12 +129,7 @@ def _download(console: Console, dataset: Dataset, root: Path) -> int:
     found = verify(dataset, root, sample=SAMPLE)
     if found.problems:
         if dataset.downloadable:
-            _say(console, f"{dataset.title}: fetching what {dataset.page} publishes; terms: {dataset.terms}")
+            say(console, f"{dataset.title}: fetching what {dataset.page} publishes; terms: {dataset.terms}")
         fetch_dataset(dataset, root)
         found = verify(dataset, root, sample=SAMPLE)
     return _report(console, dataset, found)
-
-
-def _say(console: Console, line: str) -> None:
-    """One line as it is: paths are neither highlighted, wrapped nor read as markup."""
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,28 +1,19 @@
-"""The command line as a whole: which command, which exit code, what is said."""
+"""The command line as a whole: which command, and what is said."""
 
-import errno
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from signal import SIG_IGN, Signals, signal
+from functools import partial
 from typing import NoReturn
 
-from rich.console import Console
-
-from bilevel.checkpoint import CheckpointError
-from bilevel.distributed import CollectiveError, rank
-from bilevel.interruption import SIGNALS, Interrupted, Interruption, deferred
-from bilevel.training import NonFiniteError
+from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError
-from ...experiment.errors import ConfigError
-from ...experiment.folder.leases import LeaseLost
+from ...experiment.command.exit_codes import Endings, end_process, run_command
 from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS, RunDirectory
-from ...experiment.plugins import PluginError
 from ...experiment.ranks.agreement import check_same
-from ...experiment.ranks.processes import Launch, Ranks, first_on_each_machine
-from ...experiment.side_by_side.pool import JobFailed, JobLost
-from ...experiment.terminal import command_name, printable
+from ...experiment.ranks.processes import Ranks, first_on_each_machine
+from ...experiment.terminal import say
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.pipeline.workers import WorkerLost
@@ -35,7 +26,6 @@ from ..outcome.open_run import (
     check_parent_images,
     compute_device,
     crops_on,
-    ignore_warnings_of_torch,
     make_pipeline,
 )
 from ..outcome.pipeline import Pipeline
@@ -52,9 +42,7 @@ from ..training.torch_settings import settings_kept, without_deterministic_form
 from . import data, export, features, figure2, search, table
 from .parsing import Request, parse, show_config
 
-FAILED, BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 1, 2, 130, 3, 74, 75, 76
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-"""A file system that takes no more, or does not answer."""
+ENDINGS = Endings(bad_input=(DataError,), lost=(WorkerLost,), explained=without_deterministic_form)
 TOOLS: dict[str, Callable[[list[str]], int]] = {
     "data": data.main,
     "search": search.main,
@@ -67,74 +55,18 @@ TOOLS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; the process's exit code.
-
-    0 done, 1 a fault of the program or a plug-in, 2 bad input, 3 numbers that went wrong, 74 files that cannot be
-    written, 75 stopped by SIGTERM or SIGUSR1, 76 another rank or a worker process is lost, 130 stopped by Ctrl-C. After
-    the last three, and a remedy for the others, the same command with --resume continues.
-    """
-    with Interruption(), settings_kept():
-        return _as_a_rank(sys.argv[1:] if arguments is None else arguments)
+    """Run a command line; the process's exit code, as `run_command` gives it."""
+    given = sys.argv[1:] if arguments is None else arguments
+    with settings_kept():
+        return run_command(partial(_chosen, given), ENDINGS)
 
 
-def _as_a_rank(arguments: list[str]) -> int:
-    """Run as one of the processes that torchrun has started, or as the only one."""
-    try:
-        ranks = Ranks(Launch.of_environment())
-    except ConfigError as error:
-        print(f"{command_name()}: error: {printable(str(error))}", file=sys.stderr)
-        return BAD_INPUT
-    code, message = 1, ""
-    try:
-        code, message = _guarded(arguments, ranks)
-    finally:
-        # Also where an exception goes on from here: the others must not wait for this rank.
-        with deferred():
-            prints = ranks.leave(code)
-    if message and prints:
-        who = f"rank {ranks.launch.rank}: " if ranks.launch.rank > 0 else ""
-        print(f"{command_name()}: {who}{printable(message)}", file=sys.stderr)
-    return code
-
-
-def _guarded(arguments: list[str], ranks: Ranks) -> tuple[int, str]:
-    """Exit code, and why it is not 0."""
-    try:
-        if arguments and arguments[0] in TOOLS:
-            ranks.refuse_several(arguments[0])
-            return TOOLS[arguments[0]](arguments[1:]), ""
-        return _execute(parse(arguments), ranks), ""
-    except (ConfigError, DataError, ArtifactError, PluginError, CheckpointError, LeaseLost) as error:
-        return BAD_INPUT, f"error: {error}"
-    except NonFiniteError as error:
-        return DIVERGED, f"stopped: {error}"
-    except JobFailed as error:
-        return FAILED, f"stopped: {error}"
-    except (WorkerLost, JobLost) as error:
-        return LOST, f"stopped: {error}; the same command with --resume continues"
-    except CollectiveError as error:
-        with deferred():
-            message, code = ranks.explain(error)
-        return code, f"stopped: {message}"
-    except Interrupted as stop:
-        code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
-        return code, f"{stop}, and saved; the same command with --resume continues"
-    except OSError as error:
-        # A name too long, a folder without permission: no fault of the program either.
-        if error.errno not in WRITE_ERRORS:
-            return BAD_INPUT, f"error: {error}"
-        where = "" if error.filename is None else f" ({error.filename})"
-        return UNWRITABLE, (
-            f"cannot write: {error.strerror}{where}; nothing that was saved is lost. Make room, or allow it, and "
-            "continue by the same command with --resume"
-        )
-    except RuntimeError as error:
-        refused = without_deterministic_form(error)
-        if refused is None:
-            raise
-        return BAD_INPUT, f"error: {refused}"
-    except KeyboardInterrupt:
-        return INTERRUPTED, "interrupted; the same command with --resume continues"
+def _chosen(arguments: list[str], ranks: Ranks) -> int:
+    """Run a subcommand, or a stage or all of them."""
+    if arguments and arguments[0] in TOOLS:
+        ranks.refuse_several(arguments[0])
+        return TOOLS[arguments[0]](arguments[1:])
+    return _execute(parse(arguments), ranks)
 
 
 def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> None:
@@ -144,8 +76,8 @@ def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> 
         seeds = [config.seed + i for i in range(config.pipeline_seeds or config.seeds)]
         for artifact in [pipeline.finetune(pipeline.at(request.arm, seed), parent) for seed in seeds]:
             scores = ", ".join(f"{name} {number_text(value)}" for name, value in artifact.info["test"].items())
-            _say(console, f"seed {artifact.info['seed']}: test {scores}")
-            _say(console, f"artifact: {artifact.directory}")
+            say(console, f"seed {artifact.info['seed']}: test {scores}")
+            say(console, f"artifact: {artifact.directory}")
         return
     repeat = pipeline.at(request.arm, config.seed)
     if parent is None:
@@ -153,7 +85,7 @@ def run_stage(pipeline: Pipeline, request: Request, parent: Artifact | None) -> 
     else:
         stages = {"restart": pipeline.restart, "head": pipeline.head, "bissl": pipeline.bissl}
         made = stages[request.command](repeat, parent)
-    _say(console, f"artifact: {made.directory}")
+    say(console, f"artifact: {made.directory}")
 
 
 def _execute(request: Request, ranks: Ranks) -> int:
@@ -184,8 +116,8 @@ def _execute(request: Request, ranks: Ranks) -> int:
         results = run_whole(pipeline, directory)
     console.print(results_table(results))
     for line in comparison_lines(results):
-        _say(console, line)
-    _say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
+        say(console, line)
+    say(console, f"{directory.path / REPORT}, {directory.path / RESULTS}")
     return 0
 
 
@@ -211,7 +143,7 @@ def _checked(request: Request, config: Config, ranks: Ranks) -> tuple[Pipeline, 
             directory.check(config, resume=request.resume, overwrite=request.overwrite)
         check_images(pipeline.data, directory, pipeline.workspace.console, overwrite=request.overwrite)
         for line in start_lines(pipeline.data):
-            _say(pipeline.workspace.console, line)
+            say(pipeline.workspace.console, line)
     checked = checks.check_data(config, pipeline.data, pipeline.computing, published=request.dry_run)
     if parent is not None:
         check_parent(parent, request.command, config, checked.classes)
@@ -236,11 +168,6 @@ def _settled(config: Config, directory: RunDirectory, ranks: Ranks) -> Config:
     return config.with_crops(began).with_crops(crops_on(compute_device(config, ranks.launch)))
 
 
-def _say(console: Console, line: str) -> None:
-    """Print a line as it is: brackets are no markup, and a path is not broken."""
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-
-
 def _parent(request: Request) -> Artifact | None:
     """The artifact that the command line names, of the stage that is needed."""
     if request.parent is None:
@@ -260,8 +187,4 @@ def _parent(request: Request) -> Artifact | None:
 
 def console() -> NoReturn:
     """Run this process's command line and end with its exit code."""
-    ignore_warnings_of_torch()
-    # What `main` leaves behind: after it a signal could only change the exit code.
-    for number in SIGNALS:
-        signal(number, SIG_IGN)
-    sys.exit(main())
+    end_process(main)

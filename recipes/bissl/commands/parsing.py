@@ -2,21 +2,16 @@
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
-from pydantic import Field, create_model
-from pydantic_settings import BaseSettings, CliSettingsSource
-from pydantic_settings.exceptions import SettingsError
-
+from ...experiment.command.parsing import Parser, field_options, field_values, hyphenated
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import RunDirectory
-from ...experiment.terminal import command_name
 from ..settings import compatibility
 from ..settings.arms import ARMS, EQUAL_TIME, METHOD, SCRATCH, arm_of
 from ..settings.config import Config, build_config
@@ -44,16 +39,6 @@ Several processes: torchrun --nproc-per-node=N -m bilevel.recipes.bissl.run ...
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse without its page of usage before every error, and with null for None, as options take it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists all options")
-
-    def format_help(self) -> str:
-        return re.sub(r"\(default:(\s+)None\)", r"(default:\1null)", super().format_help())
-
-
 @dataclass(frozen=True)
 class Request:
     """A parsed command line."""
@@ -76,7 +61,7 @@ def parse(arguments: Sequence[str]) -> Request:
     Raises:
         ConfigError: an unknown option, preset, field or value.
     """
-    arguments = [_hyphenated(argument) for argument in arguments]
+    arguments = [hyphenated(argument, SHORT_NAMES) for argument in arguments]
     early, _ = _base_parser(add_help=False).parse_known_args(arguments)
     file = read_config_file(user_path(early.config)) if early.config else {}
     base = _base_config(early, file)
@@ -84,15 +69,11 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.description = f"{_DESCRIPTION}\nPreset {base.preset}: {describe_preset(base.preset)}"
     # Not among the early options, where it would swallow the value of a field; its choices are checked below.
     parser.add_argument("command", nargs="?", default="all", help=f"one of {', '.join(COMMANDS)} (default: all)")
-    source = _field_options(parser, base)
+    source = field_options(parser, base, ("preset", "paper_version"))
     given = parser.parse_args(arguments)
     if given.command not in COMMANDS:
         raise ConfigError(f"command: unknown command {given.command!r}; there are {', '.join(COMMANDS)}")
-    try:
-        values = source(parsed_args=given)()
-    except SettingsError as error:
-        problem = str(error).removeprefix("Parsing error encountered for ")
-        raise ConfigError(f"--{problem}; give JSON, or key=value for options") from error
+    values = field_values(source, given)
     config = compatibility.apply(build_config(base, file, values))
     _check_options(given, config)
     return Request(
@@ -110,13 +91,7 @@ def parse(arguments: Sequence[str]) -> Request:
 
 
 def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=command_name(),
-        description=_DESCRIPTION,
-        add_help=add_help,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(_DESCRIPTION, add_help=add_help)
     parser.add_argument(
         "--preset", default=None, metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT_PRESET})"
     )
@@ -148,17 +123,6 @@ def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
     )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and what they are for")
     return parser
-
-
-def _field_options(parser: argparse.ArgumentParser, base: Config) -> CliSettingsSource[Any]:
-    """Adds one option for each field, with the base config's values as the defaults shown."""
-    fields: dict[str, Any] = {
-        name: (info.annotation, Field(getattr(base, name), description=info.description or info.annotation.__doc__))
-        for name, info in Config.model_fields.items()
-        if name not in ("preset", "paper_version") and info.annotation is not None
-    }
-    settings = create_model("Config", __base__=BaseSettings, **fields)
-    return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
 
 
 def _check_options(given: argparse.Namespace, config: Config) -> None:
@@ -210,15 +174,6 @@ def _base_config(early: argparse.Namespace, file: Mapping[str, Any]) -> Config:
 
 def _directory(given: argparse.Namespace, preset: str) -> RunDirectory:
     return run_directory(user_path(given.output_dir) if given.output_dir else Path("runs") / preset)
-
-
-def _hyphenated(argument: str) -> str:
-    """``--pretext.batch_size=4`` as ``--pretext.batch-size=4``: both spellings are accepted; so are short names."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    hyphenated = name.replace("_", "-")
-    return SHORT_NAMES.get(hyphenated, hyphenated) + equals + value
 
 
 def show_config(config: Config) -> str:

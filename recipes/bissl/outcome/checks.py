@@ -8,19 +8,16 @@ import torch
 from torch import nn
 
 from ...experiment.artifacts import Artifact
-from ...experiment.errors import ConfigError
-from ...experiment.folder.paths import lies_in, user_path
+from ...experiment.folder.paths import user_path
 from ...vision.errors import DataError
 from ...vision.imagesets import LabelKind
 from ...vision.networks.backbones import build_backbone
-from ...vision.sources.label_file import LABEL_FILE
-from ...vision.sources.loading import FOLDER_PREFIX
+from ...vision.sources import places as places_of_images
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset
 from ...vision.torch_metrics import as_metrics
 from ..settings.arms import METHOD
 from ..settings.config import Config
-from ..settings.run_directory import run_directory
 from ..settings.sections import DataConfig
 from ..training.compute import Computing
 from ..training.datasets import Datasets
@@ -117,29 +114,17 @@ def check_parent(parent: Artifact, command: str, config: Config, classes: tuple[
 
 
 def check_places(config: DataConfig, places: Mapping[str, Path]) -> None:
-    """Refuse to write where images are read from: what is written would be listed with them on the next start.
+    """Refuse to write where images are read from, the cache of pictures included.
 
     Args:
         places: folders that will be written to, by their options.
 
     Raises:
-        ConfigError: one lies in a folder of images, by whatever way its path leads there, or is a file.
+        ConfigError: as `vision.sources.places.check_places`.
     """
     cache = {} if config.cache is None else {"data.cache": user_path(config.cache)}
-    for option, place in {**places, **cache}.items():
-        if place.exists() and not place.is_dir():
-            raise ConfigError(f"{option}: {place} is a file; name a folder")
-        for field, source in (("data.pretext", config.pretext), ("data.downstream", config.downstream)):
-            folder = user_path(source.removeprefix(FOLDER_PREFIX)) if source.startswith(FOLDER_PREFIX) else None
-            # With a table, the images that it lists are read alone.
-            if folder is None or (folder / LABEL_FILE).is_file() or not lies_in(place, folder):
-                continue
-            run = run_directory(place)
-            moved = " The run that is there goes on with --resume once it is moved out" if run.started else ""
-            raise ConfigError(
-                f"{option}: {place} lies in {folder}, whose folders {field} reads as images: what a run writes there "
-                f"would be read with them. Name a folder outside of it.{moved}"
-            )
+    sources = {"data.pretext": config.pretext, "data.downstream": config.downstream}
+    places_of_images.check_places({**places, **cache}, sources)
 
 
 def _fractions(config: Config) -> list[float]:

@@ -12,10 +12,11 @@ from bilevel import SolverWarning
 from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError, ArtifactStore
+from ...experiment.command.environment import find_device
 from ...experiment.errors import ConfigError
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, METRICS, SPLITS, RunDirectory
 from ...experiment.ranks.processes import Launch, Ranks
-from ...experiment.terminal import printable
+from ...experiment.terminal import say
 from ...experiment.workspace import Workspace
 from ..settings.arms import BASELINE, EQUAL_TIME, METHOD, arm_of
 from ..settings.config import Config, build_config
@@ -60,14 +61,13 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
     Raises:
         ConfigError: torch does not see it, or it cannot be made deterministic any more.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, but torch sees no CUDA device; use --device cpu or auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+    found = find_device(config.device)
+    if found.type == "cpu":
+        return found
     if config.compute.deterministic:
         fix_workspace()
     if launch.world_size == 1:
-        return torch.device("cuda")
+        return found
     if launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"LOCAL_RANK: this machine has {torch.cuda.device_count()} GPUs, but a process number {launch.local_rank} "
@@ -75,11 +75,6 @@ def compute_device(config: Config, launch: Launch = ALONE.launch) -> torch.devic
         )
     torch.cuda.set_device(launch.local_rank)
     return torch.device("cuda", launch.local_rank)
-
-
-def ignore_warnings_of_torch() -> None:
-    """torch.func's first use makes torch import its own deprecated TorchScript."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def crops_on(device: torch.device) -> str:
@@ -129,7 +124,7 @@ def check_images(data: Datasets, directory: RunDirectory, console: Console, *, o
         DataError: they changed, in which way, or the record cannot be read.
     """
     there = directory.started and not overwrite
-    data.identity.check(directory.path / IMAGES if there else None, partial(_say, console))
+    data.identity.check(directory.path / IMAGES if there else None, partial(say, console))
 
 
 def check_parent_images(parent: Artifact, config: Config, data: Datasets) -> None:
@@ -216,7 +211,3 @@ def before_finetuning(pipeline: Pipeline, arms: Sequence[str], seed: int) -> dic
     for arm in needed:
         made[arm] = pipeline.pretrain(pipeline.at(arm, seed), made)
     return {arm: artifact for arm in arms if (artifact := made[arm]) is not None}
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

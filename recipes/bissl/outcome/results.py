@@ -6,12 +6,13 @@ from typing import Any
 import torch
 
 from ...experiment.artifacts import Artifact
+from ...experiment.command.environment import environment
 from ..settings import compatibility
 from ..settings.arms import METHOD, REQUIRED, SCRATCH, arm_of
 from ..settings.config import Config
 from ..training.costs import costs_of
 from ..training.datasets import Datasets
-from .summary import ArmResult, assemble, environment
+from .summary import ArmResult, assemble
 
 
 def summarise(

@@ -1,19 +1,13 @@
 """Makes `results.json`: the scores and costs of every arm, and tests of the differences between arms."""
 
 import math
-import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import combinations
 from typing import Any, Literal
 
-import torch
-
 from bilevel import Status
-from bilevel.distributed import world_size
 
 from ...experiment.statistics import Comparison, holm, mean_std, paired, welch
 from ..settings.arms import METHOD, REQUIRED, SCRATCH, in_order
@@ -91,28 +85,6 @@ def assemble(
         "comparisons": _comparisons(repeats, len(seeds), primary_metric, arms),
         "solver": {name: _solver(arm.solves) for name, arm in arms.items() if arm.solves},
         "environment": dict(environment),
-    }
-
-
-def environment(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
-    """What the run was made with: versions, processors, processes, threads; nothing that tells the machine or its user.
-
-    Args:
-        device: The device that the run used.
-    """
-    device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "processes": world_size(),
-        "platform": f"{platform.system()} {platform.machine()}",
     }
 
 

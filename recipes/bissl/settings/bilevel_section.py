@@ -8,7 +8,7 @@ from bilevel import CG, MINRES, Identity, Neumann
 from bilevel.linear import Escalating, Nystrom, Solver
 from bilevel.products import Automatic, FiniteDifference, ForwardOverReverse, HVPProvider, ReverseOverReverse
 
-from .sections import Section
+from ...experiment.configuration import Section
 
 
 class BilevelConfig(Section):

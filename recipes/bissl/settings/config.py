@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from ...experiment.configuration import check_values, explain, merge
-from ...experiment.errors import ConfigError
+from ...experiment.configuration import Section, explain, merge, validated
 from ...experiment.plugins import PluginError, resolve
 from ...vision.networks.backbones import check_backbone, check_view
 from ...vision.pipeline.reduction import View
@@ -30,7 +29,6 @@ from .sections import (
     HeadConfig,
     ModelConfig,
     PretextConfig,
-    Section,
 )
 
 PRETEXT_TASKS: dict[str, type[PretextTask]] = {"simclr": SimCLR, "byol": BYOL, "vicreg": VICReg}
@@ -256,12 +254,7 @@ def build_config(preset: Config, *overrides: Mapping[str, Any]) -> Config:
     values = preset.model_dump()
     for override in overrides:
         values = merge(_without_foreign_options(values, override), override)
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error))) from error
-    check_values(config.model_dump())
-    return config
+    return validated(Config, values)
 
 
 def _without_foreign_options(values: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

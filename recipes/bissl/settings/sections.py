@@ -3,10 +3,11 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from ...experiment.configuration import Section
+from ...vision import reading_section
 from ...vision.networks.backbones import BACKBONES, check_backbone, check_residual
-from ...vision.sources.loading import Storage
 from .arms import BASELINE, METHOD, arm_of
 
 V = TypeVar("V")
@@ -23,13 +24,7 @@ def _json_values(options: dict[str, Any]) -> dict[str, Any]:
 Options = Annotated[dict[str, Any], AfterValidator(_json_values)]
 
 
-class Section(BaseModel):
-    """A part of the configuration; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
+class DataConfig(reading_section.ReadingSection):
     """Where images come from and how they are split."""
 
     pretext: str = Field(
@@ -37,22 +32,8 @@ class DataConfig(Section):
         '"module:Class" (docs/datasets.md)'
     )
     downstream: str = Field(description="source of labelled images, as for pretext")
-    root: str = Field(default="data", description="folder of downloaded sets")
-    download: bool = Field(default=True, description="fetch a set that is not below root, where the network allows it")
     image_size: int = Field(
         ge=4, le=4096, description="side of a view, unless a task's options say otherwise (px); cut from the original"
-    )
-    storage: Storage = Field(
-        default="auto",
-        description="files read into memory at the start, or streamed, read when they are needed; auto: streamed where "
-        "they have more than 32 MiB. Batches are the same to the bit",
-    )
-    num_workers: int | None = Field(
-        default=None,
-        ge=0,
-        le=512,
-        description="processes that read and crop streamed images, for all stages together; 0: this process does; "
-        "null: one fewer than there are cores, shared by the processes on this machine",
     )
     prefetch_factor: int = Field(
         default=2, ge=1, le=64, description="batches of each level that are made before they are used, while room lasts"
@@ -81,7 +62,7 @@ class DataConfig(Section):
     split_seed: int = Field(default=0, ge=0, description="seed of the splits")
 
 
-HOW_READ = {"root", "download", "storage", "num_workers", "prefetch_factor", "cache"}
+HOW_READ = {*reading_section.HOW_READ, "prefetch_factor", "cache"}
 """Fields of the section `data` that change no batch; a cache of reduced pictures does, see `datasets.resolution`."""
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import DataError
 from ..imagesets import DownstreamSets, ImageSet
@@ -15,8 +17,6 @@ from ..pipeline.work import digest
 from .contents import Contents, by_threads, pixel_digests
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
-PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
 
 
 def copies(images: Images, others: Images) -> Mask:
@@ -94,14 +94,24 @@ def without_copies(images: ImageSet, sets: DownstreamSets) -> tuple[ImageSet, di
     return images.subset(torch.from_numpy(np.flatnonzero(~of_test))), found
 
 
+def labels_of_copies(contents: Contents, others: Contents, labels: Tensor) -> Tensor:
+    """int64 [N], of each picture the label of the one of `others` that it is a copy of, by `labels`; else -1.
+
+    Of both, all contents must be known.
+    """
+    known = dict(zip((row.tobytes() for row in others.digests), labels.tolist(), strict=True))
+    return torch.tensor([known.get(row.tobytes(), -1) for row in contents.digests], dtype=torch.int64)
+
+
 def copies_between(contents: dict[str, Contents]) -> dict[str, int]:
-    """How many pictures of the second set of each of `PAIRS` are copies of one of the first: "train and val": 3.
+    """How many pictures of the second set of each pair of labelled sets are copies of one of the first: "train and
+    val": 3.
 
     Pairs without any are left out.
     """
-    rows = {part: [row.tobytes() for row in contents[part].digests] for part in ("train", "val", "test")}
+    rows = {part: [row.tobytes() for row in known.digests] for part, known in contents.items()}
     found = {}
-    for one, other in PAIRS:
+    for one, other in combinations(rows, 2):
         known = set(rows[one])
         count = sum(row in known for row in rows[other])
         if count:

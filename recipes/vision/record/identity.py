@@ -16,7 +16,7 @@ from ..imagesets import ImageSet
 from ..pipeline.work import DIGEST
 from .contents import Contents, names_digest
 from .copies import copies_between
-from .listing import LABELLED, SETS, Record, changes, label_digests
+from .listing import PRETEXT, SETS, Record, changes, label_digests
 
 SHOWN = 5
 
@@ -27,14 +27,16 @@ def _quiet(line: str) -> None:
 
 @final
 class Identity:
-    """The four sets of a run, told from any others.
+    """The sets of a run, told from any others.
 
     Args:
-        images: gives the set "pretext", "train", "val" or "test"; each is asked for when it is needed.
+        images: gives a set by its name; each is asked for when it is needed.
+        sets: their names; all but "pretext" have labels.
     """
 
-    def __init__(self, images: Callable[[str], ImageSet]) -> None:
-        self._images = images
+    def __init__(self, images: Callable[[str], ImageSet], sets: Sequence[str] = SETS) -> None:
+        self._images, self._sets = images, tuple(sets)
+        self._labelled = tuple(part for part in sets if part != PRETEXT)
         self._contents: dict[str, Contents] = {}
         self._digests: dict[str, str] = {}
         self._record: Record | None = None
@@ -59,7 +61,7 @@ class Identity:
         """A digest of the labelled sets: of names, contents and labels, in their order."""
         if "labelled" not in self._digests:
             hashed = hashlib.sha256()
-            for part in LABELLED:
+            for part in self._labelled:
                 contents, labels = self._completed(part), label_digests(self._images(part))
                 assert labels is not None, "labelled sets have labels"
                 hashed.update(names_digest(contents) + contents.whole() + labels.tobytes())
@@ -72,12 +74,12 @@ class Identity:
         Raises:
             DataError: a picture cannot be read.
         """
-        for part in SETS:
+        for part in self._sets:
             self._completed(part, say)
 
     def copies(self) -> dict[str, int]:
         """Copies within the labelled sets, by the names of two sets; see `copies_between`."""
-        return copies_between({part: self._completed(part) for part in LABELLED})
+        return copies_between({part: self._completed(part) for part in self._labelled})
 
     def check(self, path: Path | None, say: Callable[[str], None]) -> None:
         """Compare the sets with a record; nothing is written. Rank 0 does so for all.
@@ -89,10 +91,10 @@ class Identity:
         Raises:
             DataError: images or labels changed, in which way, or the record is damaged.
         """
-        for part in SETS:
+        for part in self._sets:
             self._completed(part, say, files=False)
-        self._record = now = Record.of({part: self._images(part) for part in SETS}, self._contents)
-        before = None if path is None or rank() > 0 else Record.load(path)
+        self._record = now = Record.of({part: self._images(part) for part in self._sets}, self._contents)
+        before = None if path is None or rank() > 0 else Record.load(path, self._sets)
         if path is not None and before is None and rank() == 0:
             say(f"{path} is missing: whether images have changed since the run was started cannot be told")
         if before is not None:
@@ -107,7 +109,7 @@ class Identity:
                 + "\n  ".join(lines)
                 + "\nPut them back as they were, or start a run anew: with --overwrite, or in another folder"
             )
-        if not np.array_equal(before.listings["pretext"].sizes, now.listings["pretext"].sizes):
+        if PRETEXT in self._sets and not np.array_equal(before.listings[PRETEXT].sizes, now.listings[PRETEXT].sizes):
             say("pretext images that had not been read were replaced: stages that read them begin anew")
         if before.versions != now.versions:
             then, here = (" and ".join(f"{name} {v}" for name, v in r.versions.items()) for r in (before, now))

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,9 @@ from .contents import Contents, Digests
 
 FORMAT = 1
 META = "meta"
-SETS = ("pretext", "train", "val", "test")
+PRETEXT = "pretext"
+"""The set without labels, of a run that has one."""
+SETS = (PRETEXT, "train", "val", "test")
 LABELLED = SETS[1:]
 DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile)
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -117,7 +119,7 @@ class Record:
     """What a run's folder says about its pictures.
 
     Attributes:
-        listings: of the sets in `SETS`.
+        listings: of the run's sets, by their names.
         versions: of torch and torchvision, for one pair of which views are the same to the bit.
     """
 
@@ -127,7 +129,7 @@ class Record:
     @classmethod
     def of(cls, sets: Mapping[str, ImageSet], contents: Mapping[str, Contents]) -> Record:
         """That of a run's sets as they are now."""
-        return cls({part: Listing.of(sets[part], contents[part]) for part in SETS}, versions_now())
+        return cls({part: Listing.of(images, contents[part]) for part, images in sets.items()}, versions_now())
 
     def save(self, path: Path) -> None:
         """Write it; the file is the old or the new one at any time."""
@@ -140,8 +142,8 @@ class Record:
         write_atomic(path, buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path) -> Record | None:
-        """The one in a file; None where there is no file.
+    def load(cls, path: Path, sets: Sequence[str] = SETS) -> Record | None:
+        """The one of a run with these sets in a file; None where there is no file.
 
         Raises:
             DataError: it is damaged.
@@ -153,12 +155,12 @@ class Record:
                 meta = json.loads(arrays[META].tobytes())
                 if meta["format"] != FORMAT:
                     raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
-                found: dict[str, dict[str, Any]] = {part: {} for part in SETS}
+                found: dict[str, dict[str, Any]] = {part: {} for part in sets}
                 for name in arrays.files:
                     part, _, field = name.partition("-")
                     if field:
                         found[part][field] = arrays[name]
-            return cls({part: Listing.from_arrays(found[part]) for part in SETS}, dict(meta["versions"]))
+            return cls({part: Listing.from_arrays(arrays) for part, arrays in found.items()}, dict(meta["versions"]))
         except DAMAGED as error:
             raise DataError(
                 f"{path} cannot be read ({error}), so that nobody can tell whether the images are still those of this "
@@ -210,9 +212,11 @@ def changes(old: Record, new: Record, shown: Callable[[list[str]], str]) -> list
     the source do, nor the size of a pretext file that has not been read yet, such as a damaged one. `shown` makes a few
     words of a list of names.
     """
-    lines = _changed({"": old.listings["pretext"]}, {"": new.listings["pretext"]}, "pretext", shown)
-    parts = [{part: record.listings[part] for part in LABELLED} for record in (old, new)]
-    return lines + _changed(parts[0], parts[1], "labelled", shown)
+    lines = []
+    if PRETEXT in new.listings:
+        lines = _changed({"": old.listings[PRETEXT]}, {"": new.listings[PRETEXT]}, PRETEXT, shown)
+    before, now = ({part: one for part, one in record.listings.items() if part != PRETEXT} for record in (old, new))
+    return lines + _changed(before, now, "labelled", shown)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,15 @@ from .sources import Request, Source, open_digits, open_folder, open_images
 from .splits import TEST_STREAM, TRAIN_CAP_STREAM, VAL_CAP_STREAM, VAL_STREAM, Cap, hold_out, limited, stream
 from .subset_list import read_subset
 
-__all__ = ["CustomSource", "DataError", "DownstreamSets", "ImageSet", "load_downstream", "load_pretext"]
+__all__ = [
+    "CustomSource",
+    "DataError",
+    "DownstreamSets",
+    "ImageSet",
+    "load_downstream",
+    "load_labelled",
+    "load_pretext",
+]
 
 DIGITS = "digits"
 FOLDER_PREFIX = "folder:"
@@ -218,6 +226,22 @@ def _listed(source: Source, train: Tensor, train_list: Path | str) -> Tensor:
     if not len(kept):
         raise DataError(f"train_list: {path} names no training image of {source.name}, only held-out ones")
     return kept
+
+
+def load_labelled(source: str, *, root: Path | str, download: bool, storage: Storage = "auto") -> ImageSet:
+    """All labelled images of `source` as one set, in its order, of whatever parts they are.
+
+    Sources, `storage` and errors are those of `load_downstream`, but for a `CustomSource`, which gives no single set.
+    """
+    opened = _open(source, Request(user_path(root), download, "downstream"))
+    if not isinstance(opened, Source):
+        raise DataError(f"{source}: gives three sets, where one is needed; name a Dataset of torch, or a folder")
+    if opened.labels is None:
+        raise DataError(f"{source}: labels are needed, but this source has none")
+    positions = torch.cat([opened.parts[part] for part in ("train", "val", "test") if part in opened.parts])
+    chosen = positions.sort().values
+    images = stored(opened.images.subset(chosen), storage, opened.name)
+    return ImageSet(images, opened.labels[chosen], opened.classes, opened.name, opened.passed_over)
 
 
 def load_pretext(

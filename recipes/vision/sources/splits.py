@@ -95,6 +95,16 @@ def hold_out(
     return held.sort().values, rest.sort().values
 
 
+def folds(labels: Tensor, count: int, generator: np.random.Generator) -> Tensor:
+    """The fold of each single-label image, int64 [N] in 0 .. count - 1, at random; each class is spread evenly."""
+    order = torch.from_numpy(generator.permutation(len(labels)))
+    # Those of one class behind one another are dealt out in turn.
+    order = order[labels[order].argsort(stable=True)]
+    made = torch.empty(len(labels), dtype=torch.int64)
+    made[order] = torch.arange(len(labels)) % count
+    return made
+
+
 @dataclass(frozen=True)
 class Cap:
     """How many images of each class a set may keep (None: all), and the option's name for the error."""

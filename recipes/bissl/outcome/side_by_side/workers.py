@@ -11,6 +11,7 @@ from bilevel.distributed import world_size
 from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import ArtifactError
+from ....experiment.command.exit_codes import ignore_warnings_of_torch
 from ....experiment.errors import ConfigError
 from ....experiment.events import LOCK
 from ....experiment.folder.leases import LeaseLost
@@ -24,7 +25,7 @@ from ...settings.config import Config
 from ...training.costs import artifact_store
 from ...training.datasets import Datasets
 from ...training.torch_settings import without_deterministic_form
-from ..open_run import FinishedStages, Unfinished, ignore_warnings_of_torch, make_pipeline
+from ..open_run import FinishedStages, Unfinished, make_pipeline
 from ..pipeline import Pipeline
 from .job_graph import Task, jobs_of
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from recipes.bissl.outcome.summary import ArmResult, assemble, environment
+from recipes.bissl.outcome.summary import ArmResult, assemble
+from recipes.experiment.command.environment import environment
 
 BISSL = [81.2, 80.4, 82.9, 81.0]
 BASELINE = [79.9, 80.6, 81.1, 80.2]

@@ -1,0 +1,28 @@
+"""What a command says where a package is missing. Imports nothing that may be."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+LATER = ("scipy", "torchvision")
+"""What is imported once there is work for it; a run should not learn at its end that it is missing."""
+
+
+@contextmanager
+def recipes_installed() -> Iterator[None]:
+    """Ends the process with exit code 2, and a message, where an import in the block finds no package."""
+    try:
+        for missing in (name for name in LATER if find_spec(name) is None):
+            raise ModuleNotFoundError(name=missing)
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "bilevel":
+            raise
+        print(
+            f"{Path(sys.argv[0]).name}: error: {error.name} is not installed; what the recipes need comes with "
+            'pip install "bilevel[recipes]", in a checkout with pip install -e ".[recipes]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -1,0 +1,85 @@
+"""A command line on top of a configuration: every field is an option."""
+
+import argparse
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, Field, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from ..errors import ConfigError
+from ..terminal import command_name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its page of usage before every error, and with null for None, as options take it."""
+
+    def __init__(self, description: str, *, add_help: bool) -> None:
+        super().__init__(
+            prog=command_name(),
+            description=description,
+            add_help=add_help,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists all options")
+
+    def format_help(self) -> str:
+        return re.sub(r"\(default:(\s+)None\)", r"(default:\1null)", super().format_help())
+
+
+def add_run_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """Adds the options of every run: where its configuration and its stages lie, and whether it goes on.
+
+    Args:
+        folder: where it is written unless it is said, for the help.
+    """
+    parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with fields to change")
+    parser.add_argument("--output-dir", metavar="DIR", help=f"folder of the run (default: {folder})")
+    parser.add_argument(
+        "--artifacts",
+        metavar="DIR",
+        help="folder of finished stages, may be shared by runs (default: OUTPUT_DIR/checkpoints)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
+    parser.add_argument("--dry-run", action="store_true", help="check what the run checks, and print the config")
+
+
+def field_options(
+    parser: argparse.ArgumentParser, base: BaseModel, leave_out: Collection[str] = ()
+) -> CliSettingsSource[Any]:
+    """Adds one option for each field but those in `leave_out`, with the values of `base` as the defaults shown."""
+    fields: dict[str, Any] = {
+        name: (info.annotation, Field(getattr(base, name), description=info.description or info.annotation.__doc__))
+        for name, info in type(base).model_fields.items()
+        if name not in leave_out and info.annotation is not None
+    }
+    settings = create_model("Config", __base__=BaseSettings, **fields)
+    return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
+
+
+def field_values(source: CliSettingsSource[Any], given: argparse.Namespace) -> dict[str, Any]:
+    """The fields that a command line names, nested.
+
+    Raises:
+        ConfigError: a value is not what the command line takes.
+    """
+    try:
+        return source(parsed_args=given)()
+    except SettingsError as error:
+        problem = str(error).removeprefix("Parsing error encountered for ")
+        raise ConfigError(f"--{problem}; give JSON, or key=value for options") from error
+
+
+def hyphenated(argument: str, short_names: Mapping[str, str]) -> str:
+    """``--head.batch_size=4`` as ``--head.batch-size=4``: both spellings are accepted; so are short names."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    spelt = name.replace("_", "-")
+    return short_names.get(spelt, spelt) + equals + value

@@ -1,0 +1,17 @@
+"""Pictures for a page."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+from torch import Tensor
+
+
+def png(picture: Tensor, longest: int) -> bytes:
+    """A picture, uint8 [1 or 3, H, W], as the bytes of a PNG file; its longer side at most `longest` px."""
+    image = Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    image.thumbnail((longest, longest))
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
