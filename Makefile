@@ -11,7 +11,7 @@ RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
 MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
 MODULES_demo := $(MODULES_recipes) sklearn matplotlib
-MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm datasets ruff pyright
+MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm datasets cleanlab ruff pyright
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
 .PHONY: help demo test gpu lint docs package soak guard clean environment-demo environment-test environment-docs
