@@ -101,7 +101,7 @@ def _checked(request: RunRequest[Config], console: Console) -> Pictures:
     pictures = Pictures(config.model_copy(update={"data": section}))
     there = directory.started and not request.overwrite
     pictures.identity.check(directory.path / IMAGES if there else None, lambda line: say(console, line))
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in config.repeats:
         sets = pictures.sets(seed)
         say(console, f"seed {seed}: {len(sets.given):,} pictures to look at, {len(sets.labels):,} trusted")
     return pictures
@@ -117,7 +117,7 @@ def _run(
     """
     repeats, seconds = list[Repeat](), 0.0
     seen = features.run(config, pictures, device, workspace)
-    for seed in range(config.seed, config.seed + config.seeds):
+    for seed in config.repeats:
         sets = pictures.sets(seed)
         made = [fold.run(config, seen, sets, seed, k, device, workspace) for k in range(config.folds)]
         repeats.append(gathered(made, sets, seed, config.false_alarms))

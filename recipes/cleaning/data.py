@@ -64,15 +64,7 @@ class Pictures:
         """
         if self.section.trusted is None:
             return None
-        images, classes = self._read("data.trusted", self.section.trusted), self.data.classes
-        if {*images.classes} != {*classes}:
-            alone = sorted({*images.classes} ^ {*classes})
-            named = ", ".join(f"{name} ({'trusted' if name in images.classes else 'data'})" for name in alone[:5])
-            raise DataError(
-                f"data.trusted: {self.section.trusted} must have the classes of {self.section.source}, by name; "
-                f"one of them alone has {named}{f' and {len(alone) - 5} more' * (len(alone) > 5)}. Rename folders"
-            )
-        return images.by_classes(classes)
+        return self._read("data.trusted", self.section.trusted).by_classes_of(self.data)
 
     @property
     def parts(self) -> dict[str, ImageSet]:

@@ -18,13 +18,14 @@ STAGE = "features"
 
 def run(config: Config, pictures: Pictures, device: torch.device, workspace: Workspace) -> Artifact:
     """The features of all pictures, float32 [N, D] as "all.features": centred, and of variance 1 on average."""
+    frozen = config.features
 
     def fit(attempt: Attempt) -> tuple[Mapping[str, nn.Module], dict[str, Any]]:
         seconds = Seconds()
-        found = config.features.of(list(pictures.parts.values()), config.data.num_workers, device)
+        found = frozen.of(list(pictures.parts.values()), config.data.num_workers, device)
         centred = found - found.mean(0)
         scale = centred.square().mean().sqrt().clamp(min=1e-12)
         return {"all": Tensors({"features": centred / scale})}, {"seconds": seconds.total(), "width": found.shape[1]}
 
-    key = make_key(STAGE, 0, None, config.features.decisive, list(pictures.parts), pictures.identity.labelled)
+    key = make_key(STAGE, 0, None, frozen.decisive, list(pictures.parts), pictures.identity.labelled)
     return CachedStage(workspace.store, STAGE, key).run(fit)

@@ -152,7 +152,7 @@ def _learned(
         above = Level(upper, torch.optim.Adam(upper.values(), lr=section.soba_lr), [part.trusted])
     else:
         problem, data = WeightedSamples(ridge, part.samples, part.classes), [part.samples]
-        method = Implicit(CG(section.cg_iterations, rtol=1e-3), hvp=ReverseOverReverse(keep_graph=True))
+        method = Implicit(CG(section.cg_iterations, rtol=1e-2), hvp=ReverseOverReverse(keep_graph=True))
         schedule = AlternatingSchedule(section.alternations, lower_steps=0, upper_steps=1)
         # Cut to LIMIT, every gradient makes a step of `lr` in the mean square over samples.
         rate = section.lr * math.sqrt(count) / LIMIT

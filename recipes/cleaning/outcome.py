@@ -16,7 +16,7 @@ from ..experiment.html import Absent, Block, Bullets, Figure, Gallery, Listing, 
 from ..experiment.plots import Panel, draw
 from ..experiment.records import Curve
 from ..experiment.statistics import over_repeats
-from ..experiment.tables import Table
+from ..experiment.tables import Table, mean_text
 from ..vision.pictures.thumbnail import png
 from .data import Pictures
 from .ranking import CONFIDENT, METHOD, OUT_OF_FOLD, RECALLS, Repeat
@@ -31,6 +31,8 @@ MEANINGS = {
     "weights alone": "the learned weights, low ones first; suspicious below the weight that all start from",
     CONFIDENT: "cleanlab, of the probabilities of the out-of-fold model",
 }
+HEADINGS = {"area_under_curve": "area under curve", **{name: name for name in ("precision", "recall", "suspicious")}}
+TESTED = {"trusted": "accuracy on trusted pictures", "samples": "on the data's right labels"}
 ACCURACIES = {
     "all labels": "before: all labels as they are",
     "kept": "after: what is kept",
@@ -75,7 +77,7 @@ def summarise(
     }
     accuracy = {name: over_repeats([repeat.accuracy[name] for repeat in repeats]) for name in ACCURACIES}
     return {
-        "seeds": [config.seed + i for i in range(config.seeds)],
+        "seeds": list(config.repeats),
         "rankings": rankings,
         "accuracy": accuracy,
         "seconds": seconds,
@@ -86,22 +88,20 @@ def summarise(
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The rankings, and the accuracies before and after, for the page and the terminal."""
-    known = "area_under_curve" in results["rankings"][METHOD]
-    columns = ["area_under_curve", "precision", "recall", "suspicious"] if known else ["suspicious"]
-    rows = [[name, *(_shown(one[column], column) for column in columns)] for name, one in results["rankings"].items()]
-    rankings = Table(["ranking", *(column.replace("_", " ") for column in columns)], rows, title="Rankings")
-    tested = list(results["accuracy"]["kept"])
-    heads = {"trusted": "accuracy on trusted pictures", "samples": "on the data's right labels"}
-    rows = [[ACCURACIES[name], *(_shown(one[on], on) for on in tested)] for name, one in results["accuracy"].items()]
-    return [rankings, Table(["fitted to", *(heads[on] for on in tested)], rows, title="Before and after")]
+    return [
+        _table_of(results["rankings"], "ranking", "Rankings", HEADINGS),
+        _table_of(
+            {ACCURACIES[n]: one for n, one in results["accuracy"].items()}, "fitted to", "Before and after", TESTED
+        ),
+    ]
 
 
-def _shown(figure: Mapping[str, Any], name: str) -> str:
-    mean, std = figure["mean"], figure["std"]
-    if mean is None:
-        return "undefined"
-    digits = ",.0f" if name == "suspicious" else ".4f"
-    return f"{mean:{digits}}" + ("" if std is None else f" ± {std:{digits}}")
+def _table_of(figures: Mapping[str, Any], what: str, title: str, headings: Mapping[str, str]) -> Table:
+    """Those of the headings whose figures are there, a row a name."""
+    columns = [column for column in headings if all(column in one for one in figures.values())]
+    forms = [",.0f" if column == "suspicious" else ".4f" for column in columns]
+    rows = [[n, *map(mean_text, [one[column] for column in columns], forms)] for n, one in figures.items()]
+    return Table([what, *(headings[column] for column in columns)], rows, title=title)
 
 
 def write(
@@ -163,7 +163,7 @@ def _curves(seeds: Sequence[int], repeats: Sequence[Repeat]) -> list[Block]:
             curve = repeat.curve(name)
             if curve is not None:
                 found.setdefault(name, {})[seed] = Curve(100.0 * RECALLS, 100.0 * curve)
-    drawing = draw("precision-recall", [Panel("precision (%)", "recall (%)", found)], list(found), columns=1)
+    drawing = draw("precision-recall", [Panel("precision (%)", "recall (%)", found)], list(found))
     caption = "Of the most suspicious labels that hold so much of the wrong ones, the share that is wrong."
     return [Absent()] if drawing is None else [Figure(drawing, caption)]
 

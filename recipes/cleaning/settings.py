@@ -61,7 +61,7 @@ class LearningConfig(Section):
     ridge: float | None = Field(
         default=None, gt=0, description="of the linear model; null: chosen in each fold by the trusted part"
     )
-    cg_iterations: int = Field(default=60, ge=1, description="of each linear solve, at most")
+    cg_iterations: int = Field(default=100, ge=1, description="of each linear solve, at most")
     epochs: int = Field(default=10, ge=1, description="passes over the samples, soba")
     batch_size: int = Field(default=256, ge=2, description="samples a step, soba")
     soba_lr: float = Field(default=0.1, gt=0, description="step of Adam on the weights' logits, soba")
@@ -83,6 +83,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: FrozenSection = FrozenSection()
     learning: LearningConfig = LearningConfig()
+
+    @property
+    def repeats(self) -> range:
+        """The seeds."""
+        return range(self.seed, self.seed + self.seeds)
 
     @property
     def features(self) -> FrozenFeatures:

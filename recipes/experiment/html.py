@@ -178,7 +178,7 @@ figure svg, figure img { width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .gallery { display: flex; flex-wrap: wrap; gap: 0.8rem; }
 .gallery figure { width: 11rem; margin: 0; }
-.gallery img { width: 6rem; image-rendering: pixelated; }
+.gallery img { width: 6rem; }
 .gallery figcaption { font-size: 13px; overflow-wrap: anywhere; white-space: pre-line; }
 figcaption { opacity: 0.85; max-width: 60rem; }
 pre { background: var(--soft); padding: 0.8rem; overflow-x: auto; font-size: 13px; }

@@ -1,8 +1,9 @@
 """Tables of text, written as markdown and as LaTeX."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as ConsoleTable
@@ -32,6 +33,14 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: int = 1
     title: str = ""
+
+
+def mean_text(figure: Mapping[str, Any], form: str) -> str:
+    """A figure of `statistics.over_repeats` as "mean ± spread", each in this format; "undefined" without a mean."""
+    mean, std = figure["mean"], figure["std"]
+    if mean is None:
+        return "undefined"
+    return f"{mean:{form}}" + ("" if std is None else f" ± {std:{form}}")
 
 
 def print_table(console: Console, table: Table) -> None:

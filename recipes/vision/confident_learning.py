@@ -19,12 +19,12 @@ def confident_learning(labels: NDArray[np.int64], chances: NDArray[np.float64]) 
     """
     if find_spec("cleanlab") is None:
         return None
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
-
     with warnings.catch_warnings():
         # Of its own dependencies, and of classes in which it finds nothing.
         warnings.simplefilter("ignore")
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+
         quality = get_label_quality_scores(labels, chances, method="normalized_margin", adjust_pred_probs=True)
         issues = find_label_issues(labels, chances, n_jobs=1)
     return -np.asarray(quality, dtype=np.float64), np.asarray(issues, dtype=np.bool_)

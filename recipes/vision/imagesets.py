@@ -130,9 +130,20 @@ class ImageSet:
         """The same pictures without labels."""
         return ImageSet(self.images, None, self.classes, self.name, self.passed_over)
 
-    def by_classes(self, classes: tuple[str, ...]) -> ImageSet:
-        """The same single-label pictures, their labels by position in `classes`, which holds the same names."""
+    def by_classes_of(self, other: ImageSet) -> ImageSet:
+        """The same single-label pictures, their labels by position in the classes of another set, of the same names.
+
+        Raises:
+            DataError: one of them has a class that the other lacks.
+        """
         assert self.labels is not None, "single-label sets have labels"
+        classes, alone = other.classes, sorted({*self.classes} ^ {*other.classes})
+        if alone:
+            named = [f"{name} ({(self if name in self.classes else other).name})" for name in alone[:5]]
+            raise DataError(
+                f"{self.name} and {other.name} must have the same classes, by name; one of them alone has "
+                f"{', '.join(named)}{f' and {len(alone) - 5} more' * (len(alone) > 5)}: rename folders, or add pictures"
+            )
         places = torch.tensor([classes.index(name) for name in self.classes])
         return ImageSet(self.images, places[self.labels], classes, self.name, self.passed_over)
 

@@ -1,6 +1,8 @@
 """Who imports whom, read from the sources: what the rules about the project's structure are checked with."""
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -116,6 +118,31 @@ def private_imports(modules: Mapping[str, Module], rooms: Iterable[str]) -> list
             names = sorted(asked for asked in imported(module) if asked.startswith(f"{room}."))
             wrong += [f"{name} imports {n}" for n in names if n.removeprefix(f"{room}.").split(".")[0] not in exported]
     return wrong
+
+
+def between_recipes(modules: Mapping[str, Module], shared: Sequence[str]) -> list[str]:
+    """A line for each import from one recipe of another one; a recipe is a folder of recipes that is not `shared`."""
+
+    def recipe(name: str) -> str | None:
+        parts = name.split(".")
+        return parts[2] if len(parts) > 2 and ".".join(parts[:3]) not in shared else None
+
+    wrong = []
+    for name, module in modules.items():
+        reached = sorted(targets(module, modules))
+        wrong += [f"{name} imports {target}" for target in reached if recipe(target) not in (None, recipe(name))]
+    return wrong
+
+
+def lines_of_code(source: str) -> int:
+    """Lines of a module that are neither blank nor hold comments or strings alone."""
+    alone = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            alone.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in no_code]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - alone)
 
 
 def exports(module: Module) -> set[str]:

@@ -10,7 +10,6 @@ import re
 import runpy
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -27,6 +26,8 @@ from tests.project.imports import imported, read_modules
 from tests.support.paths import ROOT
 
 NOT_IN_THE_SOURCES = {".ci/run", ".gitignore"}
+SHARED = "\n".join(folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
+"""The places of this environment's packages."""
 
 
 def tracked_files() -> list[Path]:
@@ -214,7 +215,7 @@ def environment(folder: Path, *installed: str | Path) -> Path:
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "--disable-pip-version-check", "install"]
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "shared.pth").write_text(SHARED)
     run(*pip, "--no-deps", "--no-index", "--no-build-isolation", *installed, cwd=folder)
     (packages / "shared.pth").unlink()
     return packages
@@ -251,7 +252,7 @@ def whole(distributions: tuple[Path, Path, str], tmp_path_factory: pytest.TempPa
 
 def with_everything(folder: Path, *installed: str | Path) -> Path:
     packages = environment(folder, *installed)
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "shared.pth").write_text(SHARED)
     return folder
 
 

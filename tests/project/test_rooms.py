@@ -9,11 +9,13 @@ import pytest
 
 import bilevel
 from tests.project.imports import (
+    between_recipes,
     crowded_folders,
     cycle,
     imported,
     imports_in_functions,
     installed_name,
+    lines_of_code,
     needed_packages,
     private_imports,
     read_modules,
@@ -37,8 +39,10 @@ RECIPES = [
         "bissl.outcome",
         "bissl.commands",
         "bissl.run",
+        "cleaning",
     )
 ]
+SHARED = ("bilevel.recipes.experiment", "bilevel.recipes.vision")
 # A module imports from its own entry and those before it alone.
 ORDER = [*GROUND, *ROOMS, "bilevel", "bilevel.recipes", *RECIPES]
 
@@ -80,6 +84,15 @@ def test_recipes_name_each_other_relatively_as_they_go_by_two_names() -> None:
     assert not {n: found for n, m in RECIPE.items() if (found := list(filter(own.match, imported(m, absolute=True))))}
 
 
+def test_no_recipe_imports_another_one() -> None:
+    assert not between_recipes(RECIPE, SHARED)
+
+
+def test_a_second_recipe_costs_a_few_hundred_lines() -> None:
+    sources = (ROOT / "recipes" / "cleaning").rglob("*.py")
+    assert sum(lines_of_code(path.read_text(encoding="utf-8")) for path in sources) <= 700
+
+
 def test_the_core_needs_torch_numpy_and_rich_and_recipes_what_their_extra_brings() -> None:
     core = {"bilevel", "torch", "numpy", "rich", *sys.stdlib_module_names}
     assert not needed_packages(CORE, except_for=core)
@@ -107,6 +120,23 @@ def test_the_surface_is_small() -> None:
     assert len(bilevel.__all__) <= 32
     assert len(inspect.signature(bilevel.hypergradient).parameters) <= 7
     assert len(inspect.signature(bilevel.Trainer).parameters) <= 9
+
+
+def test_an_import_of_another_recipe_is_noticed(tmp_path: Path) -> None:
+    planted(
+        tmp_path,
+        recipes__experiment__x="",
+        recipes__one__a="from ..experiment import x\nfrom . import b\nfrom ..two import c",
+        recipes__one__b="",
+        recipes__two__c="from ..experiment.x import y",
+    )
+    modules = read_modules(tmp_path, "recipes")
+    assert between_recipes(modules, SHARED) == ["bilevel.recipes.one.a imports bilevel.recipes.two.c"]
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings() -> None:
+    source = '"""One.\n\nTwo."""\n\n# Why.\nx = 1\n"""Of x."""\n\n\ndef f():\n    """F."""\n    return """\n    y"""\n'
+    assert lines_of_code(source) == 4
 
 
 def planted(root: Path, **sources: str) -> Path:

@@ -68,7 +68,13 @@ def of_torch(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return loaded(("-c", "import torch"), tmp_path_factory.mktemp("torch"))
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=list(COMMANDS))
+CLEANING = {
+    "cleaning --help": ("recipes/cleaning/run.py", "--help"),
+    "cleaning --dry-run": ("recipes/cleaning/run.py", "--dry-run", "--output-dir", OUTPUT),
+}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), *CLEANING.values()], ids=[*COMMANDS, *CLEANING])
 def test_nothing_heavy_is_imported_before_it_is_needed(
     command: tuple[str, ...], of_torch: set[str], tmp_path: Path
 ) -> None:
@@ -83,10 +89,13 @@ def test_what_is_heavy_is_seen(of_torch: set[str], tmp_path: Path) -> None:
     assert {"torchvision", "scipy"} <= loaded(("-c", "import torchvision, scipy.stats"), tmp_path) - of_torch
 
 
+@pytest.mark.parametrize("recipe", ["bissl", "cleaning"])
 @pytest.mark.parametrize("package", ["torchvision", "scipy", "pydantic"])
-def test_what_is_missing_is_said_at_once_although_it_is_imported_later(package: str, tmp_path: Path) -> None:
+def test_what_is_missing_is_said_at_once_although_it_is_imported_later(
+    package: str, recipe: str, tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MISSING, package, str(ROOT / "recipes" / "bissl" / "run.py"), "--list-presets"],
+        [sys.executable, "-c", MISSING, package, str(ROOT / "recipes" / recipe / "run.py"), "--help"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -23,7 +23,7 @@ from ...experiment.plugins import PluginError
 from ...experiment.search.choosers import PRUNERS, SAMPLERS, make_pruner, make_sampler
 from ...experiment.search.plan import StudyPlan
 from ...experiment.search.space import FORMS, Space, Trial, draw, nested, parse_space, title
-from ...experiment.search.storage import load_optuna
+from ...experiment.search.storage import check_storage, load_optuna
 from ...experiment.search.study import open_study
 from ...experiment.search.trial_record import select, value_text
 from ...experiment.search.workers import run_workers
@@ -262,6 +262,8 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
 
 def _checked(search: Search, given: argparse.Namespace) -> Artifact | None:
     """The artifact of --from, after what costs nothing to check."""
+    check_storage(search.directory, search.plan.storage)
+    search.plan.begun()
     parent = _given_artifact(given, search)
     compute_device(search.config)
     check_installed(search.config.tracking)

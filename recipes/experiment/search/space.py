@@ -55,24 +55,25 @@ def log_uniform(low: float, high: float) -> BaseDistribution:
 
 def quantile(distribution: BaseDistribution, u: float) -> Any:
     """The value below which a share u of all draws lies, 0 <= u <= 1; the choices of a set have equal shares."""
-    kinds = load_optuna().distributions
-    if isinstance(distribution, kinds.CategoricalDistribution):
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[min(int(u * len(distribution.choices)), len(distribution.choices) - 1)]
-    assert isinstance(distribution, kinds.FloatDistribution | kinds.IntDistribution)
-    low, high = distribution.low, distribution.high
-    whole = isinstance(distribution, kinds.IntDistribution)
-    if whole:
-        # Each integer stands for what is rounded to it.
-        low, high = low - 0.5, high + 0.5
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    # Each integer stands for what is rounded to it.
+    around = 0.5 if isinstance(distribution, IntDistribution) else 0.0
+    low, high = distribution.low - around, distribution.high + around
     value = low * (high / low) ** u if distribution.log else low + (high - low) * u
-    if whole:
+    if isinstance(distribution, IntDistribution):
         return min(max(round(value), distribution.low), distribution.high)
     return min(value, high)
 
 
 def probes(distribution: BaseDistribution) -> list[Any]:
     """Values by which to see whether a field takes what may be drawn: every choice, or both ends and one between."""
-    if isinstance(distribution, load_optuna().distributions.CategoricalDistribution):
+    from optuna.distributions import CategoricalDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [quantile(distribution, u) for u in (0.0, 1.0, 1 / math.pi)]
 

@@ -34,6 +34,20 @@ def load_optuna() -> Any:
     return optuna
 
 
+def check_storage(directory: Path, url: str | None) -> None:
+    """Before a search is begun: that Optuna is there, and that the database answers, in which nothing is made yet.
+
+    Raises:
+        ConfigError: as `open_storage`.
+    """
+    load_optuna()
+    if url is not None:
+        with _opening(directory, url) as sqlalchemy:
+            engine = sqlalchemy.create_engine(url)
+            engine.connect().close()
+            engine.dispose()
+
+
 def open_storage(directory: Path, url: str | None) -> RDBStorage:
     """The database of a search: that of `url`, or the file in its folder. Tables are made where there are none.
 
@@ -45,32 +59,40 @@ def open_storage(directory: Path, url: str | None) -> RDBStorage:
     """
     optuna = load_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    import sqlalchemy
 
-    options: dict[str, Any] = {}
-    if url is None:
-        # By a function: a path may hold what means something in a URL.
-        def connect() -> sqlite3.Connection:
-            return sqlite3.connect(directory / STUDY, timeout=BUSY, check_same_thread=False)
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(directory / STUDY, timeout=BUSY, check_same_thread=False)
 
-        options = {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}
-    try:
-        if url is not None and sqlalchemy.make_url(url).get_backend_name() == "sqlite":
+    with _opening(directory, url) as sqlalchemy:
+        options: dict[str, Any] = {}
+        if url is None:
+            # By a function: a path may hold what means something in a URL.
+            options = {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}
+        elif sqlalchemy.make_url(url).get_backend_name() == "sqlite":
             options = {"connect_args": {"timeout": BUSY}, "poolclass": sqlalchemy.pool.NullPool}
         storage = optuna.storages.RDBStorage(url or "sqlite://", engine_kwargs=options)
+        if storage.engine.dialect.name == "sqlite":
+            sqlalchemy.event.listen(storage.engine, "connect", _no_transactions_of_its_own)
+            sqlalchemy.event.listen(storage.engine, "begin", _begin)
+    return storage
+
+
+@contextmanager
+def _opening(directory: Path, url: str | None) -> Iterator[Any]:
+    """Gives SQLAlchemy, and says in a sentence what keeps the database from being opened."""
+    import sqlalchemy.exc
+
+    try:
+        yield sqlalchemy
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, LookupError, RuntimeError) as error:
         raise ConfigError(f"--storage: {shown(directory, url)} cannot be opened ({_first_line(error)})") from error
-    if storage.engine.dialect.name == "sqlite":
-        sqlalchemy.event.listen(storage.engine, "connect", _no_transactions_of_its_own)
-        sqlalchemy.event.listen(storage.engine, "begin", _begin)
-    return storage
 
 
 def shown(directory: Path, url: str | None) -> str:
     """The database without a password, for messages and files."""
     if url is None:
         return str(directory / STUDY)
-    import sqlalchemy
+    import sqlalchemy.exc
 
     try:
         return sqlalchemy.make_url(url).render_as_string(hide_password=True)
@@ -87,7 +109,7 @@ def reaching(directory: Path, url: str | None) -> Iterator[None]:
         ConfigError: it does not.
     """
     optuna = load_optuna()
-    import sqlalchemy
+    import sqlalchemy.exc
 
     try:
         yield

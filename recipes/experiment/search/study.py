@@ -63,13 +63,16 @@ class Pruned(Exception):
 
 
 def prepare(
-    plan: StudyPlan, is_done: Callable[[], bool], make: Callable[[], None], higher_is_better: Callable[[], bool]
+    plan: StudyPlan,
+    higher_is_better: Callable[[], bool],
+    is_done: Callable[[], bool] = lambda: True,
+    make: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the study and what all trials start from, or wait for another worker that does.
 
     Args:
-        is_done, make: whether what trials start from is there, and the function that makes it.
-        higher_is_better: than another score; asked when the study is made.
+        higher_is_better: whether a higher score is the better one; asked when the study is made.
+        is_done, make: whether what trials start from is there, and the function that makes it; by default nothing is.
 
     Raises:
         ConfigError: the database does not answer, or holds trials of another search.
@@ -171,7 +174,8 @@ class TrialStudy:
         Raises:
             ConfigError: one is of other values.
         """
-        return [_record(number, found) for number, found in sorted(self._by_id().items()) if found.state.is_finished()]
+        known = sorted(self._by_id().items())
+        return [self._record(number, found) for number, found in known if found.state.is_finished()]
 
     def missing(self) -> list[int]:
         """Numbers of the trials that are not done."""
@@ -252,7 +256,7 @@ class TrialStudy:
         directory.mkdir(parents=True, exist_ok=True)
         attempt = Attempt(directory, lease.check, self._report(trial, reported))
         try:
-            record = _fitted(Trial(number, trial.params), fit, attempt)
+            record = _fitted(self._trial(number, trial.params), fit, attempt)
         except LeaseLost as lost:
             console.print(f"trial {number}: {lost}", markup=False, highlight=False, soft_wrap=True)
             return
@@ -273,7 +277,10 @@ class TrialStudy:
             assert self.plan.sampler is not None, "trials that are enumerated are enqueued"
             # A worker that goes on in another's place draws the same.
             self._study.sampler = make_sampler(self.plan.sampler, derive_seed(self.plan.seed, "sampler", number))
-            asked = self._study.ask(dict(self.plan.space))
+            try:
+                asked = self._study.ask(dict(self.plan.space))
+            except ImportError as error:
+                raise ConfigError(f"--sampler: {self.plan.sampler} needs another package ({error})") from error
             lease.check()
             asked.set_user_attr(ID, number)
             return asked, ()
@@ -313,6 +320,18 @@ class TrialStudy:
         except optuna.exceptions.UpdateFinishedTrialError:
             return
 
+    def _record(self, number: int, found: FrozenTrial) -> TrialRecord:
+        """What came of a trial that is done."""
+        trial, known = self._trial(number, found.params), found.user_attrs
+        if SCORES in known and found.value is not None:
+            return TrialRecord(trial, "finished", Scores(**known[SCORES]))
+        message = known.get(MESSAGE, "ended outside of the search")
+        return TrialRecord(trial, known.get(STATUS, "pruned"), message=message)
+
+    def _trial(self, number: int, params: Mapping[str, Any]) -> Trial:
+        """The trial with its values in the order of the space, in which not every database keeps them."""
+        return Trial(number, {field: params[field] for field in self.plan.space})
+
     def _folder(self, number: int) -> Path:
         """Of the trial's checkpoints and events."""
         return self.plan.directory / TRIALS / _name(number)
@@ -327,14 +346,6 @@ def _fitted(trial: Trial, fit: Fit, attempt: Attempt) -> TrialRecord:
         return TrialRecord(trial, "pruned", message=str(pruned))
     except InvalidValues as error:
         return TrialRecord(trial, "invalid", message=str(error))
-
-
-def _record(number: int, found: FrozenTrial) -> TrialRecord:
-    """What came of a trial that is done."""
-    trial, known = Trial(number, found.params), found.user_attrs
-    if SCORES in known and found.value is not None:
-        return TrialRecord(trial, "finished", Scores(**known[SCORES]))
-    return TrialRecord(trial, known.get(STATUS, "pruned"), message=known.get(MESSAGE, "ended outside of the search"))
 
 
 def _name(number: int) -> str:

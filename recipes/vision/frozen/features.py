@@ -74,7 +74,9 @@ class FrozenFeatures:
     def decisive(self) -> list[object]:
         """What decides them besides the pictures, as JSON values."""
         of_backbone = None if self.backbone is None else self.backbone[1]
-        return [self.section.features, self.section.image_size, self.section.backbone, of_backbone]
+        section = self.section
+        filters = section.filters if section.features == "patches" else None
+        return [section.features, section.image_size, filters, section.backbone, of_backbone]
 
     def of(self, sets: Sequence[ImageSet], num_workers: int | None, device: torch.device) -> Tensor:
         """Those of all pictures, one set behind the other, float32 [N, D] on the CPU; patches are of the first set."""
@@ -89,7 +91,8 @@ class FrozenFeatures:
             )
         else:
             chosen = torch.linspace(0, len(sets[0]) - 1, min(SAMPLE, len(sets[0]))).round().long()
-            network = PatchFeatures(torch.cat(list(in_one_view(sets[0].subset(chosen), side, reading))))
+            drawn = torch.cat(list(in_one_view(sets[0].subset(chosen), side, reading)))
+            network = PatchFeatures(drawn, self.section.filters)
             found = torch.cat([encoded(network, one, side, reading) for one in sets])
         self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         return found

@@ -29,7 +29,7 @@ class PatchFeatures(nn.Module):
     (2011), random patches with a soft threshold; constants of Coates, Ng and Lee (2011).
     """
 
-    def __init__(self, pictures: Tensor, filters: int = 256, *, seed: int = 0) -> None:
+    def __init__(self, pictures: Tensor, filters: int = 128, *, seed: int = 0) -> None:
         super().__init__()
         self.num_features = 2 * filters * GRID * GRID
         patches = _normalised(_drawn(pictures, max(PATCHES, filters), seed))

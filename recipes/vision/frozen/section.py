@@ -29,6 +29,7 @@ class FrozenSection(Section):
     init_backbone: str | None = Field(
         default=None, description="its weights: a file, or the folder of an artifact of bissl; null: random ones"
     )
+    filters: int = Field(default=128, ge=1, description="of patches; each makes 8 features")
     batch_size: int = Field(default=256, ge=1, description="pictures a pass")
 
     @model_validator(mode="after")

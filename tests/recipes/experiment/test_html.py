@@ -10,6 +10,7 @@ from recipes.experiment.html import (
     Block,
     Bullets,
     Figure,
+    Gallery,
     Listing,
     Picture,
     Section,
@@ -34,6 +35,7 @@ def blocks(text: str) -> list[Block]:
         Table([text, text], [[text, text]], title=text),
         Figure(Drawing(SVG, 0), text),
         Picture(PNG, "image/png", text),
+        Gallery([Picture(PNG, "image/png", text), Picture(PNG, "image/png", text)]),
         Listing(text, text),
         Absent(text),
     ]
@@ -44,9 +46,9 @@ def test_every_string_is_text() -> None:
     page = Page(source)
     assert not page.open
     assert "script" not in page.tags
-    assert page.tags.count("img") == 2
-    # Two titles, a heading of the section, and by kind of block twice: 1, 2, 1, 5, 1, 1, 2 and 1.
-    assert page.text.count(HOSTILE) == 3 + 2 * 14
+    assert page.tags.count("img") == 6
+    # Two titles, a heading of the section, and by kind of block twice: 1, 2, 1, 5, 1, 1, 2, 2 and 1.
+    assert page.text.count(HOSTILE) == 3 + 2 * 16
 
 
 def test_the_page_asks_for_nothing() -> None:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.experiment.statistics import Comparison, holm, mean_std, paired, welch
+from recipes.experiment.statistics import (
+    Comparison,
+    area_under_curve,
+    holm,
+    mean_std,
+    over_repeats,
+    paired,
+    precision_at_recall,
+    welch,
+)
 
 A = [81.2, 80.4, 82.9, 81.0, 83.3, 80.7]
 B = [79.9, 80.6, 81.1, 80.2, 81.8, 80.1]
@@ -110,3 +119,24 @@ def test_refusals() -> None:
     for p in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="p_values"):
             holm([0.5, p])
+
+
+def test_area_under_curve_is_the_share_of_pairs_in_order() -> None:
+    scores, positive = np.array([3.0, 1.0, 2.0, 2.0, 0.0]), np.array([True, False, True, False, False])
+    pairs = [(a, b) for a in scores[positive] for b in scores[~positive]]
+    expected = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+    assert area_under_curve(scores, positive) == expected == 5.5 / 6
+    assert area_under_curve(scores, np.zeros(5, dtype=bool)) is None
+    assert area_under_curve(scores, np.ones(5, dtype=bool)) is None
+
+
+def test_precision_among_the_highest_that_hold_a_share() -> None:
+    scores, positive = np.array([5.0, 4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, True, False])
+    found = precision_at_recall(scores, positive, np.array([1 / 3, 0.5, 2 / 3, 1.0]))
+    assert found.tolist() == [1.0, 2 / 3, 2 / 3, 3 / 4]
+
+
+def test_figures_over_repeats() -> None:
+    found = over_repeats([{"a": 1.0, "b": None}, {"a": 3.0, "b": 2.0}])
+    assert found["a"] == {"mean": 2.0, "std": 2.0**0.5, "per_seed": [1.0, 3.0]}
+    assert found["b"] == {"mean": None, "std": None, "per_seed": [None, 2.0]}

@@ -1,6 +1,10 @@
 """Tables of text as markdown and LaTeX: their columns, and characters that mean something there."""
 
-from recipes.experiment.tables import Table, latex, markdown
+import io
+
+from rich.console import Console
+
+from recipes.experiment.tables import Table, latex, markdown, mean_text, print_table
 
 TABLE = Table(["name", "score"], [["a_b|c", "1.0 ± 0.5"], ["<i>&%", "−2"]], left=1, title="Scores #1")
 
@@ -26,3 +30,17 @@ def test_commands_for_a_terminal_are_shown_as_words() -> None:
     for written in (markdown([hostile], []), latex([hostile], [])):
         assert "\x1b" not in written
         assert "x1b" in written
+
+
+def test_a_table_on_a_terminal_is_neither_markup_nor_commands() -> None:
+    shown = io.StringIO()
+    print_table(Console(file=shown, width=80), Table(["[b]a", "b"], [["\x1b[2J[red]x", "1"]], title="[i]t"))
+    for word in ("[b]a", "\\x1b[2J[red]x", "[i]t"):
+        assert word in shown.getvalue()
+    assert "\x1b" not in shown.getvalue()
+
+
+def test_means_with_their_spread() -> None:
+    assert mean_text({"mean": 0.51234, "std": 0.01}, ".3f") == "0.512 ± 0.010"
+    assert mean_text({"mean": 1234.0, "std": None}, ",.0f") == "1,234"
+    assert mean_text({"mean": None, "std": None}, ".3f") == "undefined"

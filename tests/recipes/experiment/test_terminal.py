@@ -1,10 +1,12 @@
 """What messages call the running command, and what they advise to type."""
 
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
-from recipes.experiment.terminal import command_line, command_name, printable
+from recipes.experiment.terminal import command_line, command_name, printable, say
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,9 @@ def test_the_command_in_use(started: str, name: str, again: str, monkeypatch: py
 
 def test_control_characters_are_shown_not_sent() -> None:
     assert printable("a\x1b[2J\tb\n") == "a\\x1b[2J\tb\n"
+
+
+def test_a_line_is_said_as_it_is() -> None:
+    shown = io.StringIO()
+    say(Console(file=shown, width=20), "[bold]a path/of/more/than/twenty/columns\x1b[2J")
+    assert shown.getvalue() == "[bold]a path/of/more/than/twenty/columns\\x1b[2J\n"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recipes.vision.sources.loading import DownstreamSets, ImageSet, load_downstream, load_pretext
+from recipes.vision.sources.loading import DownstreamSets, ImageSet, load_downstream, load_labelled, load_pretext
 
 
 def picture(seed: int, width: int = 20, height: int = 20) -> Image.Image:
@@ -28,6 +28,10 @@ def tree(root: Path, sizes: dict[str, int], suffix: str = ".png", seed: int = 0)
 
 def downstream(source: str, root: Path = Path("."), **options: Any) -> DownstreamSets:
     return load_downstream(source, root=root, download=False, **options)
+
+
+def labelled(source: str, root: Path = Path("."), **options: Any) -> ImageSet:
+    return load_labelled(source, root=root, download=False, **options)
 
 
 def pretext(source: str, root: Path = Path("."), **options: Any) -> ImageSet:

@@ -132,7 +132,7 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
         task = search.config.downstream_task(data.downstream.train.classes)
         return next(iter(as_metrics(task.metrics()).values())).higher_is_better
 
-    prepare_study(search.plan, lambda: path.exists() and _has_images(search), make, higher_is_better)
+    prepare_study(search.plan, higher_is_better, lambda: path.exists() and _has_images(search), make)
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")

@@ -18,20 +18,22 @@ from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from recipes.experiment.search.plan import StudyPlan
 from recipes.experiment.search.space import draw, log_uniform
 from recipes.experiment.search.storage import open_storage
-from recipes.experiment.search.study import open_study, prepare
+from recipes.experiment.search.study import Fit, open_study, prepare
 from recipes.experiment.search.trial_record import Scores, TrialRecord, select
 from recipes.experiment.stage import Attempt
 from tests.support.postgresql import serve
 
 optuna: Any = pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
 COUNT = 200
-STARTED = "started.txt"
+STARTED, PROCESS = "started.txt", "process.txt"
+HANGING = (3, 17, 18, 39, 80, 120, 160, 199)
+"""Trials whose first worker is killed."""
 
 
 def make_plan(folder: Path, storage: str | None = None, count: int = COUNT) -> StudyPlan:
     space = {"rate": log_uniform(1e-4, 1.0), "decay": log_uniform(1e-5, 1e-2)}
     plan = StudyPlan(folder, space, tuple(draw(space, count, 0)), count, 60.0, storage)
-    prepare(plan, lambda: True, lambda: None, lambda: True)
+    prepare(plan, lambda: True)
     return plan
 
 
@@ -56,7 +58,17 @@ def fit(values: Mapping[str, Any], attempt: Attempt) -> Scores:
     return Scores(2, "top", True, score(values), values["decay"], {}, 2, 0.0)
 
 
-def work(plan: StudyPlan) -> None:
+def fit_until_killed(values: Mapping[str, Any], attempt: Attempt) -> Scores:
+    """The same, but the first worker at a trial of `HANGING` gets no further than its checkpoint."""
+    if int(attempt.directory.name) in HANGING and load_checkpoint(attempt.directory) is None:
+        save_checkpoint(attempt.directory, 1, {"x": torch.tensor(values["rate"], dtype=torch.float64)})
+        (attempt.directory / PROCESS).write_text(str(os.getpid()))
+        time.sleep(600)
+        raise AssertionError("nobody killed it")
+    return fit(values, attempt)
+
+
+def work(plan: StudyPlan, fit: Fit = fit) -> None:
     torch.set_num_threads(1)
     with open_study(plan) as study:
         study.work(fit, Console(quiet=True))
@@ -80,36 +92,27 @@ def records(plan: StudyPlan) -> list[TrialRecord]:
         return study.records()
 
 
-def killed_at_random(plan: StudyPlan, seed: int, kills: int) -> int:
-    """Let three workers work of which now and then one is killed and replaced, in the end the one at the last trial.
-
-    Returns:
-        How many were killed.
-    """
-    generator, context, count = random.Random(seed), multiprocessing.get_context("forkserver"), 0
+def work_among_kills(plan: StudyPlan, seed: int) -> None:
+    """Let three workers work, kill each that hangs together with one drawn from the three, and replace both."""
+    generator, context = random.Random(seed), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
 
     def begin() -> BaseProcess:
-        process = context.Process(target=work, args=(plan,))
+        process = context.Process(target=work, args=(plan, fit_until_killed))
         process.start()
         return process
 
     workers = [begin() for _ in range(3)]
-    marks = sorted(generator.sample(range(1, plan.count * 3 // 4), kills))
-    with open_study(plan) as study:
-        while missing := len(study.missing()):
-            if marks and plan.count - missing >= marks[0]:
-                marks.pop(0)
-                place = generator.randrange(3)
-                workers[place].kill()
-                workers[place].join()
-                workers[place] = begin()
-                count += 1
-            time.sleep(generator.uniform(0.05, 0.15))
-    for worker in workers:
-        worker.join()
+    while any(worker.is_alive() for worker in workers):
+        hanging = [int(path.read_text() or 0) for path in plan.directory.glob(f"trials/*/{PROCESS}")]
+        for place in [place for place, worker in enumerate(workers) if worker.is_alive() and worker.pid in hanging]:
+            time.sleep(generator.uniform(0.0, 0.05))
+            for killed in {place, generator.randrange(3)}:
+                workers[killed].kill()
+                workers[killed].join()
+                workers[killed] = begin()
+        time.sleep(0.02)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    return count
 
 
 def check(plan: StudyPlan) -> None:
@@ -124,52 +127,27 @@ def check(plan: StudyPlan) -> None:
 
 
 def test_one_worker(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path)
+    plan = make_plan(tmp_path, count=40)
     work(plan)
     check(plan)
 
 
 def test_three_workers_that_are_killed(tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    assert killed_at_random(plan, seed=0, kills=8) == 8
+    work_among_kills(plan, seed=0)
     check(plan)
-    began = [line.split() for path in tmp_path.glob(f"trials/*/{STARTED}") for line in path.read_text().splitlines()]
-    assert len({process for process, _ in began}) == 3 + 8
-
-
-def hang(plan: StudyPlan) -> None:
-    def fit_until_killed(values: Mapping[str, Any], attempt: Attempt) -> Scores:
-        save_checkpoint(attempt.directory, 1, {"x": torch.tensor(values["rate"], dtype=torch.float64)})
-        (plan.directory / "hangs").touch()
-        time.sleep(600)
-        raise AssertionError("was not killed")
-
-    with open_study(plan) as study:
-        study.work(fit_until_killed, Console(quiet=True))
-
-
-def test_the_last_trial_s_worker_is_killed(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, count=4)
-    with open_study(plan) as study:
-        study.work(fit, Console(quiet=True), only=(0, 1, 2))
-    process = multiprocessing.get_context("forkserver").Process(target=hang, args=(plan,))
-    process.start()
-    while not (tmp_path / "hangs").exists():
-        assert process.is_alive()
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    with open_study(plan) as study:
-        assert (study.missing(), study.holders()) == ([3], [])
-    work(plan)
-    check(plan)
-    # It went on from the checkpoint of the dead one.
-    assert (tmp_path / "trials" / "003" / STARTED).read_text().split()[1] == "True"
+    for number in HANGING:
+        # It went on from the checkpoint of a dead worker, the last trial too.
+        assert (tmp_path / "trials" / f"{number:03d}" / STARTED).read_text().split()[1] == "True"
 
 
 def test_three_workers_on_postgresql(tmp_path: Path) -> None:
     pytest.importorskip("psycopg", reason="PostgreSQL's driver is in the extra search")
-    with serve(tmp_path / "server") as url:
-        plan = make_plan(tmp_path / "search", url, count=60)
-        assert killed_at_random(plan, seed=1, kills=4) == 4
+    with serve() as url:
+        plan = make_plan(tmp_path / "search", url, count=40)
+        work_among_kills(plan, seed=1)
         check(plan)
+        assert not list(tmp_path.rglob("study.db"))
+        # Another search on the same server is another study.
+        make_plan(tmp_path / "other", url, count=1)
+        assert len(optuna.get_all_study_names(url)) == 2

@@ -33,8 +33,8 @@ def make_plan(folder: Path, **changes: Any) -> StudyPlan:
     return plan
 
 
-def prepare(plan: StudyPlan, *, higher_is_better: bool = True) -> None:
-    room.prepare(plan, lambda: True, lambda: None, lambda: higher_is_better)
+def prepare(plan: StudyPlan) -> None:
+    room.prepare(plan, lambda: True)
 
 
 def work(plan: StudyPlan, fit: Fit, **given: Any) -> list[TrialRecord]:
@@ -150,7 +150,7 @@ def test_the_result_of_a_worker_that_was_too_late_does_not_count(tmp_path: Path)
 def test_what_trials_start_from_is_made_once(tmp_path: Path) -> None:
     plan, made = make_plan(tmp_path), []
     for _ in range(2):
-        room.prepare(plan, lambda: bool(made), lambda: made.append(1), lambda: True)
+        room.prepare(plan, lambda: True, lambda: bool(made), lambda: made.append(1))
     assert made == [1]
     assert len(stored(plan).trials) == 3
 

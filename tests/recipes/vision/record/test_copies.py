@@ -15,8 +15,9 @@ from recipes.vision.errors import DataError
 from recipes.vision.imagesets import DownstreamSets, ImageSet
 from recipes.vision.pictures.base import END
 from recipes.vision.pictures.files import FileImages, FileItem
+from recipes.vision.pictures.memory import ArrayImages
 from recipes.vision.record.contents import Contents
-from recipes.vision.record.copies import copies, copies_between, without_copies
+from recipes.vision.record.copies import copies, copies_between, labels_of_copies, without_copies
 from recipes.vision.sources.file_table import FileTable
 from recipes.vision.sources.loading import load_downstream, load_pretext
 from tests.recipes.vision.sources.foreign.test_web_dataset import samples, shard
@@ -183,3 +184,11 @@ def test_sizes_that_nobody_knows_may_be_any(tmp_path: Path) -> None:
     two = raw(tmp_path / "two", {"u": b"SHORT", "w": LONG})
     assert copies(Unknown(one.files), two).tolist() == [True, False]
     assert copies(one, Unknown(two.files)).tolist() == [True, False]
+
+
+def test_labels_of_copies_are_those_of_the_others() -> None:
+    pixels = noise(5, 0)
+    contents = [Contents(ArrayImages(pixels[rows])) for rows in ([0, 1, 2, 3], [3, 1, 4])]
+    for one in contents:
+        one.complete(lambda line: None, "images")
+    assert labels_of_copies(*contents, torch.tensor([7, 5, 6])).tolist() == [-1, 5, -1, 7]

@@ -15,8 +15,8 @@ from recipes.vision.pictures.memory import ArrayImages
 from recipes.vision.sources import loading as data_module
 from recipes.vision.sources.loading import DataError, DownstreamSets, ImageSet
 from recipes.vision.sources.sources import Source
-from recipes.vision.sources.splits import hold_out
-from tests.support.recipes.image_trees import downstream, picture, pretext
+from recipes.vision.sources.splits import folds, hold_out
+from tests.support.recipes.image_trees import downstream, picture, pretext, same_labels
 
 NOISE = np.random.default_rng(0)
 # 120 images of three classes: 60 show class 0 (half of them class 2 as well), 40 class 1, 12 class 2 alone, 8 none.
@@ -100,6 +100,28 @@ def test_downstream_sets_agree_in_kind() -> None:
     assert DownstreamSets(several, several, several, indices).kind == "multi-label"
     with pytest.raises(DataError, match="test set has multi-label labels, but the train set single-label ones"):
         DownstreamSets(single, single, several, indices)
+
+
+def test_labels_by_the_classes_of_another_set() -> None:
+    pixels, classes = torch.zeros(3, 3, 4, 4, dtype=torch.uint8), ("a", "b", "c")
+    one = ImageSet(pixels, torch.tensor([0, 1, 2]), ("c", "a", "b"), "one")
+    other = ImageSet(pixels, torch.tensor([0, 1, 2]), classes, "other")
+    assert one.by_classes_of(other).classes == classes
+    assert same_labels(one.by_classes_of(other), [2, 0, 1])
+    few = ImageSet(pixels, torch.tensor([0, 1, 1]), ("a", "d"), "few")
+    with pytest.raises(DataError, match=r"few and other must .* alone has b \(other\), c \(other\), d \(few\): rename"):
+        few.by_classes_of(other)
+
+
+def test_folds_spread_each_class_evenly() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 7 + [2] * 3)
+    made = folds(labels, 3, np.random.default_rng(0))
+    assert torch.bincount(made).tolist() == [7, 7, 6]
+    for label in range(3):
+        counts = torch.bincount(made[labels == label], minlength=3)
+        assert int(counts.max() - counts.min()) <= 1
+    assert torch.equal(made, folds(labels, 3, np.random.default_rng(0)))
+    assert not torch.equal(made, folds(labels, 3, np.random.default_rng(1)))
 
 
 @pytest.mark.usefixtures("attributes")

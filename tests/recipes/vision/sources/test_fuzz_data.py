@@ -25,7 +25,7 @@ from recipes.vision.pictures.decoding import decode
 from recipes.vision.sources.published import stl10
 from recipes.vision.sources.published.catalog import DATASETS
 from tests.support.recipes.dataset_trees import cifar, scaled, small
-from tests.support.recipes.image_trees import downstream, picture, pretext, tree
+from tests.support.recipes.image_trees import downstream, labelled, picture, pretext, tree
 
 FORMATS = {"jpg": "JPEG", "png": "PNG", "bmp": "BMP", "webp": "WEBP"}
 
@@ -200,7 +200,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str | None]] = {
 def test_odd_folders(name: str, folder: Path) -> None:
     change, named = FOLDERS[name]
     change(folder)
-    for read in (downstream, pretext):
+    for read in (downstream, pretext, labelled):
         problem = outcome(lambda read=read: read(f"folder:{folder}"), named)
         assert problem is None, problem
     if named is not None:
@@ -259,10 +259,11 @@ TABLES: dict[str, tuple[bytes, str | None]] = {
 def test_odd_label_tables(name: str, folder: Path) -> None:
     content, named = TABLES[name]
     (folder / "labels.csv").write_bytes(content)
-    problem = outcome(lambda: downstream(f"folder:{folder}"), named)
-    assert problem is None, problem
-    with pytest.raises(DataError):
-        downstream(f"folder:{folder}")
+    for read in (downstream, labelled):
+        problem = outcome(lambda read=read: read(f"folder:{folder}"), named)
+        assert problem is None, problem
+        with pytest.raises(DataError):
+            read(f"folder:{folder}")
 
 
 def test_a_label_table_with_marks_quotes_and_blanks_is_read(folder: Path) -> None:

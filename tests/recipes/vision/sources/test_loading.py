@@ -14,7 +14,7 @@ from sklearn import datasets
 
 from recipes.vision.sources import sources
 from recipes.vision.sources.loading import DataError, DownstreamSets, ImageSet
-from tests.support.recipes.image_trees import counts, downstream, pretext, rows, same_labels, tree
+from tests.support.recipes.image_trees import counts, downstream, labelled, pretext, rows, same_labels, tree
 
 DIGITS: Any = datasets.load_digits()
 
@@ -271,3 +271,17 @@ def test_a_list_that_fits_nothing_is_refused(tmp_path: Path) -> None:
         downstream(f"folder:{folder}", train_list=listed)
     with pytest.raises(DataError, match="digits are none; use labels_per_class"):
         downstream("digits", train_list=listed)
+
+
+def test_all_labelled_images_of_any_part_are_one_set(tmp_path: Path) -> None:
+    for seed, part in enumerate(("train", "val", "test")):
+        tree(tmp_path / "images" / part, {"a": 2, "b": 1}, seed=seed)
+    images = labelled(f"folder:{tmp_path / 'images'}")
+    assert (len(images), images.classes, counts(images)) == (9, ("a", "b"), [6, 3])
+    assert images.images.origin.file_name(3) == "val/a/000.png"  # type: ignore[attr-defined]
+    assert len(labelled("digits")) == 1797
+
+
+def test_images_without_labels_are_no_labelled_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no class folder"):
+        labelled(f"folder:{tmp_path}")

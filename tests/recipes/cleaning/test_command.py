@@ -1,0 +1,264 @@
+"""Whole runs: what they leave, what they find, and that one which is killed anywhere ends like one that is not."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilevel import Trainer
+from recipes.cleaning import fold, outcome
+from recipes.cleaning.settings import RANKING
+from recipes.experiment import artifacts
+from recipes.experiment.records import read_run
+from tests.support.html_page import Page
+from tests.support.recipes.cleaning_runs import clean, in_a_child, refused, shaded
+from tests.support.recipes.small_runs import files, weights, without
+
+FILES = {"config.json", "images.npz", "metrics.jsonl", "report.html", "results.json", RANKING}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shaded(tmp_path_factory.mktemp("pictures") / "data", 16)
+
+
+def options(data: Path, folder: Path) -> list[str]:
+    trusted = ["--trusted-fraction=0.25", "--flips=uniform:0.25"]
+    return ["--data", f"folder:{data}", *trusted, "--learning.alternations=2", "--output-dir", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert clean(*options(data, folder)) == 0
+    return folder
+
+
+def ranking(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / RANKING).read_text())))
+
+
+def test_every_file_is_there(whole: Path) -> None:
+    assert {path.name for path in whole.iterdir()} == {*FILES, "checkpoints"}
+    stages = sorted(path.name.partition("-")[0] for path in (whole / "checkpoints").iterdir())
+    assert stages == ["features", "fold", "fold"]
+    assert not list(whole.rglob("step-*"))
+
+
+def test_the_ranking_holds_every_sample_most_suspicious_first(whole: Path, data: Path) -> None:
+    rows = ranking(whole)
+    assert len(rows) == 24
+    assert all((data / row["file"]).is_file() for row in rows)
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0.0 < float(row["weight"]) < 2.0 for row in rows)
+    assert {row["right"] == row["file"].split("/")[0] for row in rows} == {True}
+
+
+def test_planted_labels_of_pictures_that_are_easily_told_apart_come_first(whole: Path) -> None:
+    wrong = [row["given"] != row["right"] for row in ranking(whole)]
+    assert wrong == [True] * 6 + [False] * 18
+    results = json.loads((whole / "results.json").read_text())
+    assert results["rankings"]["weighted fit"]["area_under_curve"]["per_seed"] == [1.0]
+    assert results["accuracy"]["kept"]["samples"]["mean"] == 1.0
+    assert results["rankings"].keys() >= {"weighted fit", "out-of-fold loss", "trusted part alone", "weights alone"}
+
+
+def test_the_page_shows_the_pictures_and_asks_for_nothing(whole: Path) -> None:
+    page = Page((whole / "report.html").read_text())
+    assert sum(address.startswith("data:image/png") for address in page.addresses) == 3
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    first = ranking(whole)[0]
+    caption = f"given {first['given']}, predicted {first['predicted']} right: {first['right']} {first['file']}"
+    assert caption in page.text
+    assert "6 of 24 labels are suspicious" in page.text
+    assert ["weighted fit", "1.0000", "1.0000", "1.0000", "6"] in page.cells
+
+
+def test_the_events_are_those_of_a_run(whole: Path) -> None:
+    records = read_run(whole)
+    upper = [(e["variant"], e["step"]) for e in records.events if e["event"] == "upper"]
+    assert upper == [("fold 0", 1), ("fold 0", 2), ("fold 1", 1), ("fold 1", 2)]
+    assert {e["status"] for e in records.events if e["event"] == "upper"} == {"CONVERGED"}
+
+
+def kill_before(owner: Any, name: str, call: int) -> None:
+    """From now on, die by SIGKILL before this call."""
+    real, left = getattr(owner, name), [call]
+
+    def killing(*given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    setattr(owner, name, killing)
+
+
+# Where a run of two folds with two alternations each can be told to die; each fold saves weights, then facts.
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "before the first file of features": (artifacts, "write_atomic", 1),
+    "between weights and facts of features": (artifacts, "write_atomic", 2),
+    "in the first fold's first step": (Trainer, "_upper_step", 1),
+    "in the first fold's second step": (Trainer, "_upper_step", 2),
+    "in the baselines of the first fold": (fold, "_kept", 1),
+    "between weights and facts of a fold": (artifacts, "write_atomic", 4),
+    "in the second fold": (Trainer, "_upper_step", 4),
+    "before the ranking": (outcome, "write_atomic", 1),
+    "before the page": (outcome, "write_atomic", 2),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_that_is_killed_and_resumed_leaves_the_same_bits(
+    place: str, whole: Path, data: Path, tmp_path: Path
+) -> None:
+    arguments = options(data, tmp_path / "run")
+
+    def killed() -> None:
+        kill_before(*PLACES[place])
+        os._exit(clean(*arguments))
+
+    assert in_a_child(killed) == -signal.SIGKILL
+    assert clean(*arguments, "--resume") == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert weights(run) == weights(whole)
+    assert files(run).keys() - {".writer.lock"} == files(whole).keys() - {".writer.lock"}
+    assert (run / RANKING).read_bytes() == (whole / RANKING).read_bytes()
+    first, second = (without(json.loads((folder / "results.json").read_text())) for folder in (run, whole))
+    assert first == second
+    events = [without([dict(event) for event in read_run(folder).events]) for folder in (run, whole)]
+    assert events[0] == events[1]
+
+
+def test_ctrl_c_ends_with_its_code_and_the_run_goes_on(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(data, tmp_path / "run")
+
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_upper_step", stop)
+        assert clean(*arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("interrupted; the same command with --resume continues")
+    assert clean("--output-dir", str(tmp_path / "run"), "--resume") == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def test_more_seeds_on_resume_are_added(whole: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    assert clean(*options(data, tmp_path / "run"), "--seeds=2", "--resume") == 0
+    after = weights(tmp_path / "run")
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 2
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    assert len(results["rankings"]["weighted fit"]["recall"]["per_seed"]) == 2
+
+
+def test_a_run_is_only_replaced_on_demand(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = files(tmp_path / "run")
+    assert "holds a run already" in refused(capsys, *options(data, tmp_path / "run"))
+    said = refused(capsys, *options(data, tmp_path / "run"), "--resume", "--false-alarms=0.2")
+    assert "false_alarms: 0.05 -> 0.2" in said
+    assert files(tmp_path / "run") == before
+
+
+def test_changed_pictures_are_noticed_on_resume(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "dark" / "003.png").rename(tmp_path / "data" / "bright" / "103.png")
+    before = files(tmp_path / "run")
+    moved = options(tmp_path / "data", tmp_path / "run")
+    assert "data.source" in refused(capsys, *moved, "--resume")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["source"] = f"folder:{tmp_path / 'data'}"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    before = files(tmp_path / "run")
+    assert "the images of this run changed since it was started" in refused(capsys, *moved, "--resume")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert clean(*options(data, tmp_path / "run"), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "24 pictures to look at, 8 trusted" in said
+    assert json.loads(said[said.index("{") :])["data"]["flips"] == "uniform:0.25"
+    assert not (tmp_path / "run").exists()
+
+
+def test_trusted_pictures_of_a_folder_and_labels_that_nobody_knows(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy, trusted = tmp_path / "noisy", shaded(tmp_path / "trusted", 4, seed=1)
+    shutil.copytree(data, noisy)
+    # One wrong label, and a copy of a trusted picture under another one.
+    (noisy / "dark" / "000.png").rename(noisy / "bright" / "900.png")
+    shutil.copy(trusted / "dark" / "001.png", noisy / "bright" / "901.png")
+    run = tmp_path / "run"
+    arguments = ["--data", f"folder:{noisy}", "--trusted", f"folder:{trusted}", "--output-dir", str(run)]
+    assert clean(*arguments) == 0
+    rows = ranking(run)
+    assert rows[0]["file"] == "bright/900.png"
+    assert (rows[0]["given"], rows[0]["predicted"], rows[0]["suspicious"]) == ("bright", "dark", "1")
+    assert "right" not in rows[0]
+    results = json.loads((run / "results.json").read_text())
+    assert "1 pictures of the data are copies of trusted ones and are left out" in results["notes"]
+    assert "bright/901.png has the label bright, and its trusted copy dark" in results["notes"]
+    assert results["rankings"]["weighted fit"].keys() == {"suspicious"}
+
+
+def test_the_single_loop_finds_them_too(data: Path, tmp_path: Path) -> None:
+    arguments = options(data, tmp_path / "run")
+    assert clean(*arguments, "--learning.method=soba", "--learning.batch-size=4", "--learning.epochs=20") == 0
+    wrong = [row["given"] != row["right"] for row in ranking(tmp_path / "run")]
+    assert wrong == [True] * 6 + [False] * 18
+
+
+def test_features_of_a_backbone_with_weights_of_a_file(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(data, tmp_path / "run"), "--model.features=backbone", "--backbone=resnet-tiny"]
+    assert clean(*arguments, "--model.image-size=16") == 0
+    (made,) = (tmp_path / "run" / "checkpoints").glob("features-*/artifact.json")
+    assert json.loads(made.read_text())["width"] == 64
+    said = refused(capsys, *arguments, "--init-backbone", str(tmp_path / "none.pt"), "--overwrite")
+    assert "none.pt" in said
+    wide = refused(capsys, *options(data, tmp_path / "wide"), "--model.features=backbone", "--backbone=vgg11")
+    assert "at most 2,048 can be used; name a narrower network" in wide or "vgg11" in wide
+
+
+def test_too_many_pixels_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *options(data, tmp_path / "run"), "--model.image-size=32")
+    assert "model.image_size: a picture of 32 px has 3,072 features, and at most 2,048 can be used" in said
+
+
+def test_a_page_that_cannot_be_drawn_is_said_at_the_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*given: Any) -> None:
+        raise ValueError("a drawing needs matplotlib")
+
+    monkeypatch.setattr(outcome, "draw", fails)
+    said = refused(capsys, *options(data, tmp_path / "run"))
+    assert "report.html was not written, all other files were: a drawing needs matplotlib" in said
+    assert (tmp_path / "run" / RANKING).exists()
+    assert (tmp_path / "run" / "results.json").exists()
