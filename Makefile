@@ -11,8 +11,8 @@ RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
 MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
 MODULES_demo := $(MODULES_recipes) sklearn matplotlib
-MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging torchmetrics timm datasets cleanlab optuna ruff pyright \
-	build setuptools twine check_jsonschema
+MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging torchmetrics timm datasets lightly lightning_fabric cleanlab \
+	optuna ruff pyright build setuptools twine check_jsonschema
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
 .PHONY: help demo test gpu lint docs package soak guard clean environment-demo environment-test environment-docs
