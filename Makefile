@@ -11,7 +11,8 @@ RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python
 
 MODULES_recipes := torch numpy rich torchvision pydantic pydantic_settings safetensors scipy jinja2
 MODULES_demo := $(MODULES_recipes) sklearn matplotlib
-MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging build setuptools torchmetrics timm datasets cleanlab ruff pyright
+MODULES_test := $(MODULES_demo) pytest xdist hypothesis packaging torchmetrics timm datasets lightly lightning_fabric cleanlab \
+	optuna ruff pyright build setuptools twine check_jsonschema
 MODULES_docs := $(MODULES_recipes) sphinx furo myst_parser
 
 .PHONY: help demo test gpu lint docs package soak guard clean environment-demo environment-test environment-docs
@@ -22,7 +23,7 @@ help:
 	@echo "make gpu     know this machine's GPU: tests on it, speeds and memory, in 8 minutes, into $(GPU_OUTPUT)"
 	@echo "make lint    check style, formatting and types"
 	@echo "make docs    build the documentation into docs/_build/html"
-	@echo "make package build sdist and wheel, try them in fresh environments, and look for every page in the documentation"
+	@echo "make package try sdist and wheel in fresh environments, look for every page in the documentation, and build dist/"
 	@echo "make soak    kill and resume the default preset 20 times, by one process and by two, and compare"
 	@echo "make guard   compare the working tree's speed with that of AGAINST, about 5 minutes on two idle cores"
 	@echo "make clean   remove caches and build products (not the environment, not runs/)"
@@ -47,6 +48,9 @@ docs: environment-docs
 
 package: environment-test environment-docs
 	$(RUN) -m pytest -m slow tests/project/test_packaging.py tests/project/test_documentation.py
+	rm -rf dist
+	$(BIN)/python -P -m build --no-isolation
+	$(BIN)/python -P -m twine check --strict dist/*
 
 soak: environment-demo
 	$(RUN) benchmarks/soak.py --kills 20 --output benchmarks/results/soak.json

@@ -128,6 +128,18 @@ def all_finite(x: Params) -> bool:
     return math.isfinite(norm(x).detach()) or bool(finite(x))
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no wider numbers, such as those of Apple (MPS)."""
+    if device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(device).has_fp64 else torch.float32
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the widest dtype of its device."""
+    return x.to(widest(x.device))
+
+
 def read(*scalars: Tensor) -> list[float]:
     """The numbers of 0-d tensors, in one transfer from the device of the first."""
     first = scalars[0]

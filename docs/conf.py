@@ -13,8 +13,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE / "_extensions")]
 from bilevel import __version__  # noqa: E402  (the path comes first)
 
 project = "bilevel"
-author = "The bilevel contributors"
-copyright = "The bilevel contributors"
+author = "The bilevel developers"
+copyright = "The bilevel developers"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml"]

@@ -33,7 +33,7 @@ if not __package__:
 import torch
 from torch import Tensor
 
-from benchmarks.alternation.setup import GAMMA, LAMBDA, QUICK, C, Setup, Sizes, make_setup
+from benchmarks.alternation.setup import GAMMA, LAMBDA, QUICK, Setup, Sizes, make_setup
 from benchmarks.measuring import environment, interleaved, parser, peak_memory, show, use_threads, write_json
 from bilevel import CG, AlternatingSchedule, Identity, Implicit, Level, Params, Trainer, linearize
 from bilevel.linear import LinearOperator, Solution, Solver
@@ -167,7 +167,7 @@ def prepare(setup: Setup, setting: Setting) -> Stage:
         Implicit(
             recorder,
             hvp=setting.hvp,
-            damping=C - problem.regularization_weight,
+            damping=sizes.c - problem.regularization_weight,
             hessian_batches=setting.hessian_batches or sizes.hessian_batches,
             aggregate=setting.aggregate,
         ),
@@ -221,7 +221,9 @@ class Reference:
         count = setup.sizes.hessian_batches
         first = number * stage.trainer.schedule.lower_steps + (count if other else 0)
         batches = double(setup.lower_batches[first : first + count])
-        self.system = linearize(problem, upper, lower, batches, solver=REFERENCE, hvp=KEPT, damping=C - LAMBDA)
+        self.system = linearize(
+            problem, upper, lower, batches, solver=REFERENCE, hvp=KEPT, damping=setup.sizes.c - LAMBDA
+        )
 
     def solve(self, b: Params) -> Params:
         solution = self.system.solve(double(b))

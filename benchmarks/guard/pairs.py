@@ -1,6 +1,7 @@
 """Both sides of a comparison in turn, pair by pair, each in processes of its own."""
 
 import json
+import select
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.guard.commands import ChildError, Seconds, last_words, run_timed
+from benchmarks.guard.commands import TIMEOUT, ChildError, Seconds, last_words, run_timed
 from benchmarks.measuring import environment_alone
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -70,7 +71,13 @@ class Comparison:
                 row.pairs.append([(taken[OLD], taken[NEW])])
 
     def workloads(self, files: Sequence[Path], rows: dict[str, Row], number: int) -> None:
-        """One pair of processes that take turns at each workload; rows are added as the files name them."""
+        """One pair of processes that take turns at each workload; rows are added as the files name them.
+
+        A file that could not be loaded in a pair before, which may have taken all the time there was, is left out.
+        """
+        files = [file for file in files if file.stem not in rows]
+        if not files:
+            return
         with self._server(NEW, files) as new, self._server(OLD, files) as old:
             servers = {OLD: old, NEW: new}
             for name, problem in new.problems.items():
@@ -123,7 +130,7 @@ class Server:
     """
 
     def __init__(self, process: "subprocess.Popen[str]", said: IO[str], files: Sequence[str]) -> None:
-        self.process, self.said = process, said
+        self.process, self.said, self._hung = process, said, False
         try:
             self.problems: dict[str, str | None] = self._answer()
         except ChildError as error:
@@ -133,7 +140,7 @@ class Server:
         """One call.
 
         Raises:
-            ChildError: it failed, or the process has ended.
+            ChildError: it failed, did not answer in time, or the process has ended.
         """
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # of a process that has ended; its last words are the answer
@@ -146,6 +153,11 @@ class Server:
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        # Answers are lines, one for each request, so that none waits in the buffer of the pipe's reader.
+        if self._hung or not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
+            self._hung = True
+            self.process.kill()
+            raise ChildError(f"a workload did not answer within {TIMEOUT:.0f} seconds, and its process was ended")
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()

@@ -11,8 +11,8 @@ whatever the distribution (the inverted sign test), by seconds of the processor 
 - ``alternation``, ``pipeline``, ``small_steps``: the files of `benchmarks/guard/workloads`, small sizes.
 
 Exit code 0; 1 where a slow-down by more than --threshold is certain (the whole interval lies above it), or a row that
-the commit can run fails in the working tree; 2 for bad input; 130 after Ctrl-C. A row that the commit cannot run is not
-comparable, and said so.
+the commit can run fails in the working tree, as one does that hangs for ten minutes; 2 for bad input; 130 after Ctrl-C.
+A row that the commit cannot run is not comparable, and said so.
 """
 
 import argparse

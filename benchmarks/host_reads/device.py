@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bilevel import tree
+
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = tuple(f"{_ROOT / package}/" for package in ("bilevel", "recipes"))
 # By name: an environment may lie inside the checkout too.
@@ -104,10 +106,14 @@ class SimulatedDevice(TorchDispatchMode):
     """Inside ``with``, what `put` has put on the device is calculated with, and `crossings` grows.
 
     Operations on tensors of the device and of the CPU together raise `DeviceError`; a number of Python's is no tensor.
+
+    Args:
+        float64: whether the device has it; without, an operation that makes numbers of it there raises TypeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, float64: bool = True) -> None:
         super().__init__()
+        self.float64 = float64
         self.crossings: list[Crossing] = []
         self._host: dict[int, ref[Tensor]] = {}
         self._stack = ExitStack()
@@ -117,6 +123,8 @@ class SimulatedDevice(TorchDispatchMode):
             self._stack.enter_context(patch.object(torch, name, self._from_data(getattr(torch, name))))
         self._stack.enter_context(patch.object(torch, "Generator", _Generator))
         self._stack.enter_context(patch.object(torch, "autocast", _autocast))
+        if not self.float64:
+            self._stack.enter_context(patch.object(tree, "widest", _widest))
         super().__enter__()
         return self
 
@@ -176,7 +184,7 @@ class SimulatedDevice(TorchDispatchMode):
             return self._noted(found)
         # What is written in place is the tensor that was given.
         given = {id(tensor.numbers): tensor for tensor in here}
-        return tree_map(lambda x: given[id(x)] if id(x) in given else _wrapped(x), found)
+        return tree_map(lambda x: given[id(x)] if id(x) in given else self._wrapped(x, name), found)
 
     def _on_host(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         """An operation of the CPU alone."""
@@ -191,6 +199,13 @@ class SimulatedDevice(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._host[id(leaf)] = ref(leaf)
         return found
+
+    def _wrapped(self, value: Any, name: str) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dtype == torch.float64 and not self.float64:
+            raise TypeError(f"{name} makes float64 on a device that has none at {_place()}")
+        return DeviceTensor(value)
 
     def _is_tensor(self, tensor: Tensor) -> bool:
         """Whether a tensor of the CPU is more than a number of Python's in an operation."""
@@ -211,8 +226,8 @@ class SimulatedDevice(TorchDispatchMode):
         self.crossings.append(Crossing(kind, operation, _place()))
 
 
-def _wrapped(value: Any) -> Any:
-    return DeviceTensor(value) if isinstance(value, Tensor) else value
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device == _DEVICE else torch.float64
 
 
 def _reads(func: Any, name: str, args: Any) -> bool:

@@ -112,7 +112,7 @@ def conjugate_block(pivots: Sequence[Tensor], conjugations: Sequence[Tensor]) ->
     if not pivots:
         return [], []
     count = len(pivots)
-    readings = torch.stack([*pivots, *conjugations[: count - 1]]).to(torch.float64).tolist()
+    readings = torch.stack([*pivots, *conjugations[: count - 1]]).tolist()
     steps, betas = readings[:count], readings[count:]
     diagonal = [step + (betas[k - 1] * steps[k - 1] if k else 0.0) for k, step in enumerate(steps)]
     return diagonal, [math.sqrt(beta) * step for beta, step in zip(betas, steps, strict=False)]

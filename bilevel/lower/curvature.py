@@ -221,6 +221,9 @@ class _Subject:
         return rows, Examination(suspicious_operations(graph) if self.provider.exact else {})
 
     def _compared(self, batch: Any, found: Examination) -> Examination:
+        for leaf in self.lower.values():
+            if tree.widest(leaf.device) != torch.float64:
+                return replace(found, doubt=f"the device {leaf.device} has none")
         subject = replace(self, upper=_as_double(self.upper), lower=_as_double(self.lower))
         doubt, errors = "", list[CurvatureErrors]()
         with in_double_precision(self.problem):

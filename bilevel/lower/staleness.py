@@ -110,21 +110,21 @@ def _whole_sum(tensor: Tensor) -> str:
     """Over all entries, each by its place, so that an exchange of two of them is seen."""
     flat = strided(tensor.detach()).resolve_conj().resolve_neg().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
-    return float.hex(float(torch.dot(flat.to(torch.float64), places)))
+    places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=tree.widest(flat.device))
+    return float.hex(float(torch.dot(tree.wide(flat), places)))
 
 
 def _sample_sum(tensor: Tensor) -> Tensor:
     plain = tensor.layout is torch.strided and type(tensor) in _PLAIN and tensor.dtype in _REAL
     if plain and not tensor.is_nested and tensor.is_contiguous():
         flat = tensor.detach().view(-1)
-        return flat[:: max(1, flat.numel() // _SAMPLES)].sum(dtype=torch.float64)
+        return flat[:: max(1, flat.numel() // _SAMPLES)].sum(dtype=tree.widest(flat.device))
     tensor = strided(tensor.detach())
     # In the order of memory, so that flattening a channels-last batch copies nothing.
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     flat = tensor.permute(order).reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLES)].resolve_conj().resolve_neg()
-    return (torch.view_as_real(sample) if sample.is_complex() else sample).to(torch.float64).sum()
+    return tree.wide(torch.view_as_real(sample) if sample.is_complex() else sample).sum()
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -366,9 +366,9 @@ class _Difference(Linearization):
         divisor = torch.where(magnitude == 0.0, 1.0, magnitude)
         direction = {name: (leaf / divisor).to(leaf.dtype) for name, leaf in vector.items()}
         # Along zero there is no length to divide by, and no difference.
-        length = torch.where(magnitude == 0.0, 1.0, tree.norm(direction).double())
+        length = torch.where(magnitude == 0.0, 1.0, tree.wide(tree.norm(direction)))
         rounding = max(torch.finfo(leaf.dtype).eps for leaf in y.values())
-        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + tree.norm(y).double())
+        automatic = rounding ** (1 / 3 if self.central else 1 / 2) * (1.0 + tree.wide(tree.norm(y)))
         epsilon = (self.step or automatic) / length
         ahead = function(tree.axpy(epsilon, direction, y))
         behind = function(tree.axpy(-epsilon, direction, y)) if base is None else base
@@ -377,9 +377,9 @@ class _Difference(Linearization):
 
 
 def _power_of_two(x: Params) -> Tensor:
-    """The power of two at or next below the largest entry in modulus, float64; 0 where x = 0, NaN where an entry is not
-    finite. Nothing is read from the device."""
-    norms = [torch.linalg.vector_norm(leaf, inf).double() for leaf in x.values() if leaf.numel()]
+    """The power of two at or next below the largest entry in modulus, in the device's widest dtype; 0 where x = 0, NaN
+    where an entry is not finite. Nothing is read from the device."""
+    norms = [tree.wide(torch.linalg.vector_norm(leaf, inf)) for leaf in x.values() if leaf.numel()]
     largest = torch.stack(norms).max() if norms else torch.zeros((), dtype=torch.float64)
     return torch.where(largest == 0.0, 0.0, largest / (2.0 * torch.frexp(largest).mantissa))
 

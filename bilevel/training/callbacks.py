@@ -27,6 +27,9 @@ from bilevel.distributed import on_first_rank, rank
 from bilevel.hypergradients import Hypergradient
 from bilevel.linear import Status
 
+_SHORTEST_BAR, _LONGEST_BAR = 10, 40
+"""Columns of a terminal."""
+
 Record = dict[str, Any]
 """One event: ``event`` ("lower", "adaptation", "upper", "alternation"; "train" of one level alone), ``step``, and its
 numbers. Events of one name have the same fields whatever the method."""
@@ -140,6 +143,9 @@ class JSONLWriter(Callback):
 class ProgressBar(Callback):
     """A bar over the training's units with the losses, the state of the last solve, how many steps were left out, and
     the share of the time in which the training waited for data where that is 1% or more; on the first rank.
+
+    A narrow terminal's columns go to what is the most useful, and what does not fit beside it is left out: the time to
+    go, the steps left out, the losses, the solve, the bar (at least 10 columns), the time since the start, the waiting.
     """
 
     def __init__(self, console: Console | None = None, description: str = "bilevel") -> None:
@@ -148,17 +154,15 @@ class ProgressBar(Callback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._latest: dict[str, str] = {}
+        self._name, self._whole = TextColumn("{task.description}"), MofNCompleteColumn()
+        self._drawn, self._elapsed, self._left = BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        self._status = TextColumn("{task.fields[status]}")
 
     def on_run_start(self, trainer: Any) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
-            TextColumn("{task.fields[status]}"),
-            console=self.console,
-            disable=rank() > 0,
-        )
-        self._bar.start()
+        self._bar = Progress(console=self.console, disable=rank() > 0)
         self._task = self._bar.add_task(self.description, total=trainer.total, completed=trainer.progress, status="")
+        self._fit(self._bar)
+        self._bar.start()
 
     def on_event(self, trainer: Any, record: Record) -> None:
         if "loss" in record:
@@ -174,9 +178,37 @@ class ProgressBar(Callback):
         if trainer.skipped.total():
             self._latest["skipped"] = f"{trainer.skipped.total()} skipped"
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=trainer.progress, status="  ".join(filter(None, self._latest.values()))
-            )
+            self._bar.update(self._task, completed=trainer.progress)
+            self._fit(self._bar)
+
+    def _fit(self, bar: Progress) -> None:
+        """Show as much as the terminal's width takes, the most useful first."""
+        task, words = bar.tasks[0], {name: text for name, text in self._latest.items() if text}
+        losses = [name for name in words if name not in ("skipped", "solve", "waiting")]
+        columns = {"left": self._left, "elapsed": self._elapsed}
+        # A space between columns, two between words.
+        room = bar.console.width - sum(column.render(task).cell_len + 1 for column in (self._name, self._whole))
+        shown: set[str] = set()
+        for name in ("left", "skipped", *losses, "solve", "bar", "elapsed", "waiting"):
+            if name == "bar":
+                size = _SHORTEST_BAR
+            elif name in columns:
+                size = columns[name].render(task).cell_len
+            else:
+                size = len(words[name]) + 1 if name in words else 0
+            if 0 < size < room:
+                room -= size + 1
+                shown.add(name)
+        self._drawn.bar_width = min(_LONGEST_BAR, _SHORTEST_BAR + room)
+        bar.columns = (
+            self._name,
+            *([self._drawn] if "bar" in shown else []),
+            self._whole,
+            *([self._elapsed] if "elapsed" in shown else []),
+            *([self._left] if "left" in shown else []),
+            self._status,
+        )
+        bar.update(self._task, status="  ".join(text for name, text in words.items() if name in shown))
 
     def on_run_end(self, trainer: Any) -> None:
         if self._bar is not None:

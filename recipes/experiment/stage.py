@@ -21,10 +21,12 @@ class Attempt:
     Attributes:
         directory: where its checkpoints lie; an earlier attempt may have left some.
         check: to be called before each step; raises where another process has taken the work over.
+        report: to be called with an epoch's number and its validation score; raises where the work is given up.
     """
 
     directory: Path
     check: Callable[[], None]
+    report: Callable[[int, float], None] = lambda epoch, score: None
 
 
 Fit = Callable[[Attempt], tuple[Mapping[str, nn.Module], Mapping[str, Any]]]

@@ -8,22 +8,19 @@ import torch
 
 from benchmarks import cost_page
 from benchmarks.alternation import run as alternation
-from benchmarks.alternation.setup import Sizes, make_setup
+from benchmarks.alternation.setup import QUICK, make_setup
 from benchmarks.pages import insert
 from bilevel import CG
 from tests.support.paths import ROOT
 
-TINY = Sizes(warm_up=25, alternations=2, lower_batch=16, upper_batch=8, lower_steps=2, upper_steps=2, hessian_batches=2)
 KEPT = ROOT / "benchmarks" / "results" / "alternation.json"
 
 
 def test_the_figures_of_a_small_alternation(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A few images a batch have more curvature, which takes more damping for as few iterations.
-    monkeypatch.setattr(alternation, "C", 60.0)
-    # At that damping the benchmark's own tolerance asks for no iteration at all.
+    # At the quick run's damping the benchmark's own tolerance asks for no iteration at all.
     tight = replace(alternation.SETTINGS["global_cg"], solver=CG(10, 4e-3, memory=6))
     monkeypatch.setitem(alternation.SETTINGS, "global_cg", tight)
-    setup = make_setup("photographs", torch.device("cpu"), TINY)
+    setup = make_setup("photographs", torch.device("cpu"), QUICK)
     assert (len(setup.lower_batches), len(setup.upper_batches)) == (2 * 4, 2 * 2)
     found = alternation.measure(setup, 1, ["global_cg", "default", "identity"], quick=True)
     separate, default, identity = (found["overhead"][name] for name in ("global_cg", "default", "identity"))

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +114,15 @@ def test_flatten_and_its_inverse() -> None:
         torch.float32,
         torch.float64,
     ]
+
+
+def test_the_widest_dtype_is_what_a_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tree.wide(torch.ones(2)).dtype == torch.float64
+    assert [tree.widest(torch.device(name)) for name in ("cuda", "mps")] == [torch.float64, torch.float32]
+    for has, dtype in ((True, torch.float64), (False, torch.float32)):
+        about = SimpleNamespace(has_fp64=has)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, about=about: about)
+        assert tree.widest(torch.device("xpu")) == dtype
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -1,11 +1,17 @@
 """The documentation against the code: every public name is there, every example runs, every link leads somewhere."""
 
+import ast
+import builtins
 import doctest
+import functools
 import html
+import importlib
+import itertools
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,11 +77,98 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
+def command_lines(page: Path) -> list[list[str]]:
+    """The words of each line that starts a program of this project, in blocks of a shell and indented ones."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [match["body"] for match in FENCE.finditer(text) if match["language"] in ("", "bash", "shell", "console")]
+    blocks += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.M)
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
+    ours = [
+        line for line in lines if re.search(r"[\w./]+\.py(?: |$)|-m bilevel|^(?:make|bissl) |&& make ", line.strip())
+    ]
+    return [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in ours]
+
+
+def unknown_in(words: list[str], known: Callable[[str, str], str]) -> list[str]:
+    """What a line asks for that is not there: a target of the Makefile, or an option in what is `known` of a script or
+    module and the words of its subcommand."""
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        return [word for word in words[1:] if "=" not in word and word not in targets]
+    place = next(n for n, word in enumerate(words) if re.search(r"\.py$|^bilevel\.|^bissl$", word))
+    program = "recipes/bissl/run.py" if words[place] == "bissl" else words[place]
+    following = words[place + 1 :]
+    command = [*itertools.takewhile(str.isidentifier, following)] if program.startswith("recipes/") else []
+    text = known(program, " ".join(command))
+    asked = [word.partition("=")[0] for word in following if re.match(r"--[a-z]", word)]
+    return [option for option in asked if not re.search(rf"(?<![\w.-]){re.escape(option)}(?![\w.-])", text)]
+
+
+def test_commands_are_there_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def helped(program: str, command: str) -> str:
+        run = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        with pytest.raises(SystemExit, match=r"^0$"):
+            sys.modules[run.console.__module__].main([*command.split(), "--help"])
+        return capsys.readouterr().out
+
+    @functools.cache
+    def known(program: str, command: str) -> str:
+        """The help of a recipe; of other programs their sources and those that they share."""
+        if program.startswith("recipes/"):
+            return helped(program, "") + helped(program, command)
+        path = ROOT / program.replace(".", "/") if program.startswith("bilevel.") else ROOT / program
+        files = [path, ROOT / "benchmarks/measuring.py"] if path.is_file() else []
+        files += (path if path.is_dir() else path.parent).glob("*.py")
+        return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+    lines = [words for page in [*TEXTS, ROOT / "examples/README.md"] for words in command_lines(page)]
+    assert len(lines) > 50
+    assert not [(words, unknown) for words in lines if (unknown := unknown_in(words, known))]
+
+
+def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    block = "X=1 python a/b.py --one 1 \\\n  --two=2 # --no\nmake it demo A=b\n"
+    page.write_text(f"```\n{block}```\n\n    bissl data list --all\n", "utf-8")
+    script, target, recipe = command_lines(page)
+    assert unknown_in(script, lambda *asked: {("a/b.py", ""): "--one-more N --two"}[asked]) == ["--one"]
+    assert unknown_in(target, lambda *asked: "") == ["it"]
+    assert unknown_in(recipe, lambda *asked: {("recipes/bissl/run.py", "data list"): "--al"}[asked]) == ["--all"]
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=page_name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name == "searching.md":
+        pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
     monkeypatch.chdir(tmp_path)
     run_examples(page)
     assert not list(tmp_path.iterdir()), "an example left files behind"
+
+
+def unbound(code: str) -> set[str]:
+    """The names that code reads and nothing in it binds."""
+    nodes = [*ast.walk(ast.parse(code))]
+    bound = {n.asname or n.name.partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    bound |= {n.id for n in names if isinstance(n.ctx, ast.Store)} | set(dir(builtins))
+    return {n.id for n in names if isinstance(n.ctx, ast.Load)} - bound
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_code_that_is_not_run_is_whole(page: Path) -> None:
+    """Blocks marked ``py`` need what is not installed everywhere, or write files: their names are there."""
+    code = "".join(m["body"] for m in FENCE.finditer(page.read_text("utf-8")) if m["language"] == "py")
+    assert not unbound(code)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bilevel"):
+            module = importlib.import_module(node.module)
+            assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
+
+
+def test_a_name_without_a_binding_is_noticed() -> None:
+    assert unbound("import a.b as c, d.e\nfor f in c: print(d, f, g)\ndef h(i): return h(i, j=k)") == {"g", "k"}
 
 
 def test_the_readmes_ridge_example_is_short() -> None:
@@ -142,6 +235,15 @@ def test_a_page_that_another_has_replaced_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<h1>A &amp; <em>b</em><a class="headerlink" href="#a">¶</a></h1>', "utf-8")
     (tmp_path / "search.html").write_text("<title>Searching</title><h1>Search</h1>", "utf-8")
     assert without_their_page(pages, tmp_path) == ["search.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=page_name)
+def test_files_of_the_project_are_there(page: Path) -> None:
+    named = re.findall(
+        r"`((?:[\w.-]+/)*test_\w+\.py|(?:benchmarks|bilevel|examples|recipes|tests)/[\w/.-]+\.\w+)`",
+        page.read_text("utf-8"),
+    )
+    assert not [name for name in named if not (ROOT / name).is_file() and not list((ROOT / "tests").rglob(name))]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_name)

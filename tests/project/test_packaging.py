@@ -7,23 +7,27 @@ import importlib.util
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 from packaging.requirements import Requirement
 
 from tests.project.imports import imported, read_modules
 from tests.support.paths import ROOT
 
 NOT_IN_THE_SOURCES = {".ci/run", ".gitignore"}
+SHARED = "\n".join(folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages"))
+"""The places of this environment's packages."""
 
 
 def tracked_files() -> list[Path]:
@@ -58,10 +62,57 @@ def test_metadata_and_version_agree() -> None:
     assert project["requires-python"] == ">=3.11,<3.14"
     assert project["dependencies"] == ["torch>=2.11", "numpy>=1.24", "rich"]
     assert importlib.import_module("bilevel").__version__ == project["version"]
-    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
-    assert cited is not None
-    assert cited[1] == project["version"]
+    (author,) = project["authors"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = dict(re.findall(r'^(title|version|license|  - name): "?([^"\n]+)"?$', citation, re.M))
+    assert cited["version"] == project["version"]
+    assert cited["license"] == project["license"]
+    assert cited["  - name"] == author["name"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (title|version|author) += \{+([^{}]+)\}+,$", readme, re.M))
+    assert bibtex == {"title": cited["title"], "version": project["version"], "author": author["name"]}
+    assert re.search(rf"^## \[{re.escape(project['version'])}\] - ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     assert (ROOT / "bilevel/py.typed").is_file()
+
+
+@pytest.mark.slow
+def test_the_citation_fits_its_schema(tmp_path: Path) -> None:
+    pytest.importorskip("check_jsonschema", reason="needs check-jsonschema, of the extra release")
+    checks = sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.citation-file-format"
+    run(*checks, ROOT / "CITATION.cff", cwd=tmp_path)
+    wrong = (ROOT / "CITATION.cff").read_text(encoding="utf-8").replace("given-names", "first-names")
+    (tmp_path / "CITATION.cff").write_text(wrong, encoding="utf-8")
+    assert "first-names" in run(*checks, tmp_path / "CITATION.cff", cwd=tmp_path, code=1).stdout
+
+
+LINK = re.compile(r"\]\(([^)]*)\)")
+
+
+def shown_by_an_index(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> str:
+    """The description that setup.py hands on, of the README and pyproject.toml of a checkout."""
+    handed_on: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: handed_on.update(arguments))
+    (checkout / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
+    runpy.run_path(str(checkout / "setup.py"))
+    assert handed_on["long_description_content_type"] == "text/markdown"
+    return handed_on["long_description"]
+
+
+def test_the_readme_without_the_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "README.md").write_text(readme + "\n[a\nb](docs/c.md#d) [e](e) [f](https://g.h)\n", encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    described = f'[project]\nversion = "{project["version"]}"\n[project.urls]\n'
+    (tmp_path / "pyproject.toml").write_text(described, encoding="utf-8")
+    bare = shown_by_an_index(monkeypatch, tmp_path)
+    assert bare.endswith("\na\nb [docs/c.md] e [f](https://g.h)\n")
+    assert all(target.startswith("https://") for target in LINK.findall(bare))
+    (tmp_path / "pyproject.toml").write_text(described + 'Source = "https://x.y/z"\n', encoding="utf-8")
+    linked, release = shown_by_an_index(monkeypatch, tmp_path), f"https://x.y/z/blob/v{project['version']}"
+    assert linked.endswith(f"\n[a\nb]({release}/docs/c.md#d) [e]({release}/e) [f](https://g.h)\n")
+    assert linked.replace(f"{release}/", "") == (tmp_path / "README.md").read_text(encoding="utf-8")
+    code = re.compile(r"^```.*?^```$", re.M | re.S)
+    assert code.findall(bare) == code.findall(linked) == code.findall(readme)
 
 
 # What is wrong in second derivatives, and is replaced in the passes of a hypergradient: it has no public name.
@@ -164,7 +215,7 @@ def environment(folder: Path, *installed: str | Path) -> Path:
     venv.create(folder, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin/python", "--disable-pip-version-check", "install"]
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "shared.pth").write_text(SHARED)
     run(*pip, "--no-deps", "--no-index", "--no-build-isolation", *installed, cwd=folder)
     (packages / "shared.pth").unlink()
     return packages
@@ -201,7 +252,7 @@ def whole(distributions: tuple[Path, Path, str], tmp_path_factory: pytest.TempPa
 
 def with_everything(folder: Path, *installed: str | Path) -> Path:
     packages = environment(folder, *installed)
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "shared.pth").write_text(SHARED)
     return folder
 
 
@@ -214,11 +265,21 @@ def test_sdist_and_wheel_are_built_without_a_warning(distributions: tuple[Path, 
     assert {str(path) for path in tracked_files()} - held == NOT_IN_THE_SOURCES
     names = zipfile.ZipFile(wheel).namelist()
     (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    description = zipfile.ZipFile(wheel).read(metadata).decode("utf-8")
+    assert [target for target in LINK.findall(description) if not target.startswith("https://")] == []
     assert {name.split("/")[0] for name in names} == {"bilevel", metadata.split("/")[0]}
-    modules = {name.replace("bilevel/recipes/", "recipes/") for name in names if name.endswith(".py")}
+    inside = {name for name in names if name.startswith("bilevel/")} - {"bilevel/py.typed"}
+    modules = {name.replace("bilevel/recipes/", "recipes/") for name in inside}
     expected = {str(p) for p in tracked_files() if p.parts[0] in ("bilevel", "recipes") and p.suffix == ".py"}
     assert modules == expected - {"bilevel/recipes/__init__.py"}
     assert "bilevel/py.typed" in names
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_may_be_uploaded(distributions: tuple[Path, Path, str], tmp_path: Path) -> None:
+    pytest.importorskip("twine", reason="needs twine, of the extra release")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *distributions[:2], cwd=tmp_path).stdout
+    assert len(re.findall(r": (?:\x1b\[\d+m)?PASSED", said)) == 2
 
 
 @pytest.mark.slow
@@ -242,6 +303,39 @@ solution = CG(5, 1e-6).solve(system.operator, {"y": torch.ones(3)})
 print(solution.status.name, (solution.value["y"] - 1 / curvature).abs().max().item() < 1e-5)
 """
     assert run(bare / "bin/python", "-c", code, cwd=tmp_path).stdout == "CONVERGED True\n"
+
+
+@pytest.mark.slow
+def test_every_module_of_the_core_without_what_recipes_need(bare: Path, tmp_path: Path) -> None:
+    files = [path for path in tracked_files() if path.parts[0] == "bilevel" and path.suffix == ".py"]
+    names = sorted(".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files)
+    code = "import importlib, sys; print(*(importlib.import_module(name).__name__ for name in sys.argv[1:]))"
+    asked = [name for name in names if not name.endswith(".__main__")]
+    assert run(bare / "bin/python", "-c", code, *asked, cwd=tmp_path).stdout.split() == asked
+
+
+@pytest.mark.slow
+def test_solvers_are_compared_by_the_core_alone(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "ridge.py").write_text("""
+import torch
+from bilevel import CG, Problem
+
+class Ridge(Problem):
+    def lower_objective(self, upper, lower, batch):
+        return 0.5 * ((batch @ lower["w"] - 1.0) ** 2).mean() + 0.5 * upper["weight"] * lower["w"] @ lower["w"]
+    def upper_objective(self, upper, lower, batch):
+        return 0.5 * ((batch @ lower["w"] - 1.0) ** 2).mean()
+
+def make():
+    batch = torch.eye(3)
+    upper, lower = {"weight": torch.ones(())}, {"w": torch.full((3,), 0.25)}
+    batches = {"upper_batches": [batch], "lower_batches": [batch]}
+    solvers = {"solvers": {"CG": lambda n: CG(n, None)}, "iterations": (1, 2)}
+    return {"problem": Ridge(), "upper": upper, "lower": lower, **batches, **solvers}
+""")
+    done = run(bare / "bin/python", "-m", "bilevel.compare", "ridge:make", "--out", "found", cwd=tmp_path)
+    assert done.stdout.startswith("Solvers on Ridge: 3 variables, 1 lower batch")
+    assert {"report.md", "curves.json"} <= {path.name for path in (tmp_path / "found").iterdir()}
 
 
 @pytest.mark.slow

@@ -279,6 +279,12 @@ TOOL_LINES: list[list[str]] = [
         ["search", "--lease", "nan"],
         ["search", "--lease", "0"],
         ["search", "--tolerance", "nan"],
+        ["search", "--space", "x"],
+        ["search", "--space=x=log:1:2"],
+        ["search", "--space=seed=int:-3:3"],
+        ["search", "--sampler=x"],
+        ["search", "--pruner=x:y"],
+        ["search", "--storage=x"],
         ["search", "--tolerance=-1"],
     ),
     *(

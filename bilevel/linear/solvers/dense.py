@@ -96,7 +96,7 @@ class Dense(Solver):
             basis = torch.zeros_like(flat)
             basis[index] = 1.0
             columns.append(tree.flatten(operator(tree.unflatten(basis, b))))
-        return torch.stack(columns, dim=1).to(torch.float64)
+        return tree.wide(torch.stack(columns, dim=1))
 
 
 def _decomposed(matrix: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -146,10 +146,10 @@ class _Cycle:
             shares = torch.stack([tree.dot(vector, w) for vector in self.basis])
             for share, vector in zip(shares, self.basis, strict=True):
                 w = tree.axpy(-share, vector, w)
-            passes.append(shares.double())
+            passes.append(tree.wide(shares))
         rest = tree.norm(w)
         self.basis.append(tree.scale(1.0 / rest, w))
-        return torch.cat([torch.stack([gain, rest]).double(), passes[0] + passes[1]])
+        return torch.cat([tree.wide(torch.stack([gain, rest])), passes[0] + passes[1]])
 
     def _take(self, row: list[float]) -> None:
         """Take note of a product's numbers, and turn the rotations that keep the matrix triangular."""

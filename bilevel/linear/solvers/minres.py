@@ -137,13 +137,13 @@ class _MinimalResiduals:
     def _unwatched(self, x: Params, r: Params, relative: float) -> _End:
         """All iterations of the budget; where the watched ones would stop x is frozen, and all is read at the end."""
         account, error, norm = self.account, self.account.product_error, tree.norm(r)
-        turns, alive, rows = _Rotations(norm.double()), torch.ones_like(norm, dtype=torch.bool), []
-        scale = torch.full_like(norm, account.norm_a, dtype=torch.float64)
+        turns, alive, rows = _Rotations(tree.wide(norm)), torch.ones_like(norm, dtype=torch.bool), []
+        scale = torch.full_like(norm, account.norm_a, dtype=tree.widest(norm.device))
         v, v_old = tree.scale(1.0 / norm, r), None
         w, w_old = None, None
         for _ in range(account.max_iterations - account.iterations):
             v_new, readings = self._lanczos_step(v, v_old, turns.beta)
-            alpha, beta = readings.double().unbind()
+            alpha, beta = tree.wide(readings).unbind()
             (curvature, gain), size = turns.of_residual(alpha, beta), _length(_length(alpha, turns.beta), beta)
             scale = torch.fmax(torch.fmax(scale, size), gain)
             null = (curvature.abs() <= 4.0 * error * scale) & (gain <= 4.0 * math.sqrt(error) * scale)

@@ -15,6 +15,7 @@ from ...experiment.configuration import read_config_file
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
 from ...experiment.terminal import command_name
+from ...vision.networks.timm_backbones import TIMM
 from ..outcome.model_card import model_card
 from ..outcome.open_run import config_of
 from ..settings.arms import METHOD, arm_of
@@ -59,7 +60,7 @@ def export(
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(f"--to: {target} exists already and is not an empty folder; name another one")
-    prefix = "backbone."
+    prefix = "backbone.network." if config.model.backbone.startswith(TIMM) else "backbone."
     tensors = artifact.tensors()
     backbone = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     if not backbone:
@@ -84,8 +85,8 @@ def export(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{command_name()} export",
-        description="Write the backbone of a finished stage as safetensors, under the names of torchvision where it is "
-        f"one of torchvision's networks, with {CARD} and {CONFIG}.",
+        description="Write the backbone of a finished stage as safetensors, under the names of torchvision or timm "
+        f"where it is one of their networks, with {CARD} and {CONFIG}.",
         allow_abbrev=False,
     )
     parser.add_argument("source", help="folder of a run, or of one artifact")

@@ -1,4 +1,4 @@
-"""``bissl search``: learning rate and weight decay of a stage, chosen on validation data by many small trials."""
+"""``bissl search``: learning rate and weight decay of a stage, or any fields, chosen on validation data by trials."""
 
 import argparse
 import json
@@ -20,8 +20,12 @@ from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
-from ...experiment.search.queue import TrialQueue
-from ...experiment.search.trial_record import select
+from ...experiment.search.choosers import PRUNERS, SAMPLERS, make_pruner, make_sampler
+from ...experiment.search.plan import StudyPlan
+from ...experiment.search.space import FORMS, Space, Trial, draw, nested, parse_space, title
+from ...experiment.search.storage import check_storage, load_optuna
+from ...experiment.search.study import open_study
+from ...experiment.search.trial_record import select, value_text
 from ...experiment.search.workers import run_workers
 from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
@@ -31,9 +35,10 @@ from ..outcome.checks import check_places, dry_data
 from ..outcome.open_run import compute_device
 from ..outcome.search.presentation import CHOSEN, SELECTION, lines, table, write_selection
 from ..outcome.search.selection import TOLERANCE, near_best
-from ..outcome.search.space import LR, LR_RANGE, TRIALS, WEIGHT_DECAY, WEIGHT_DECAY_RANGE, grid_around, random_pairs
+from ..outcome.search.space import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, check_space, grid_around, pair_space
 from ..outcome.search.variant_search import Search, check, prepare, work
 from ..settings.arms import ARMS, BASELINE, EQUAL_TIME, arm_of
+from ..settings.config import build_config
 from ..settings.run_directory import SAFE_TO_CHANGE
 from ..training.costs import read_stage
 from ..training.datasets import Datasets
@@ -44,9 +49,10 @@ UNFINISHED = 1
 
 _DESCRIPTION = """\
 A search for the learning rate and weight decay of an arm's fine-tuning, or, with --stage head, of the head's warm-up
-and the upper level. Trials are scored on the validation set; the test set is not used. The same command, on this
-machine or on others that see the folder, continues and joins the search. Options of the pipeline (--preset, --arm,
---artifacts, --finetune.epochs, ...) are taken as well: --help without `search` lists them.
+and the upper level, or for any fields of the configuration (--space). Trials are scored on the validation set; the test
+set is not used. They are a study of Optuna. The same command, on this machine or on others that see the folder,
+continues and joins the search. Options of the pipeline (--preset, --arm, --artifacts, --finetune.epochs, ...) are taken
+as well: --help without `search` lists them.
 """
 
 
@@ -67,9 +73,8 @@ def main(arguments: list[str]) -> int:
         _check_folder(search, _content(search, given))
         check(search, parent, dry_data(search.config), console, published=True)
         print(show_config(search.config))
-        for trial in search.queue.trials:
-            rate, decay = trial.values[LR], trial.values[WEIGHT_DECAY]
-            print(f"trial {trial.number:03d}: lr {rate:.6g}, weight decay {decay:.6g}")
+        for line in _planned(search.plan):
+            print(line)
         return 0
     if not given.summary:
         _begin(search, console, given)
@@ -102,18 +107,51 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="silence after which a worker's trial is taken up by another (default: 600)",
     )
-    pairs = parser.add_argument_group("random pairs, for --stage finetune")
-    add = pairs.add_argument
+    what = parser.add_argument_group("what is tried")
+    add = what.add_argument
+    add(
+        "--space",
+        action="append",
+        default=[],
+        metavar="FIELD=FORM",
+        help="search this field of the configuration, and others given alike, instead of the pair; forms are "
+        f"{FORMS}, such as bissl.upper_lr=log:1e-4:1e-1",
+    )
     add("--trials", type=int, default=None, help=f"how many (default: {TRIALS}); may be raised later")
-    add("--search-seed", type=int, default=0, help="seed of the pairs (default: 0)")
-    add("--lr-range", type=float, nargs=2, default=LR_RANGE, metavar=("LOW", "HIGH"), help="(default: 1e-4 1)")
+    add("--search-seed", type=int, default=0, help="seed of the trials (default: 0)")
+    add(
+        "--lr-range",
+        type=float,
+        nargs=2,
+        default=LR_RANGE,
+        metavar=("LOW", "HIGH"),
+        help="of the pair (default: 1e-4 1)",
+    )
     add(
         "--weight-decay-range",
         type=float,
         nargs=2,
         default=WEIGHT_DECAY_RANGE,
         metavar=("LOW", "HIGH"),
-        help="(default: 1e-5 1e-2)",
+        help="of the pair (default: 1e-5 1e-2)",
+    )
+    study = parser.add_argument_group("Optuna's study")
+    add = study.add_argument
+    add(
+        "--storage",
+        metavar="URL",
+        help="database of the study, such as postgresql+psycopg://user@host/name (default: a file in the folder)",
+    )
+    add(
+        "--sampler",
+        metavar="NAME",
+        help=f"draw each trial after those before: {', '.join(SAMPLERS)} or module:Class (default: all are drawn at "
+        "the start, the same for any number of workers)",
+    )
+    add(
+        "--pruner",
+        metavar="NAME",
+        help=f"give trials up early: {', '.join(PRUNERS)} or module:Class (default: none is)",
     )
     grid = parser.add_argument_group("grid around the baseline's fine-tuning rates, for --stage head")
     add = grid.add_argument
@@ -132,8 +170,12 @@ def _check(given: argparse.Namespace, request: Request) -> None:
         raise ConfigError("--workers and --trial exclude each other; give one of them")
     if given.workers is not None and given.workers < 1:
         raise ConfigError(f"--workers: must be at least 1, got {given.workers}")
-    if given.stage == "head" and given.trials is not None:
-        raise ConfigError("--trials: --stage head tries a grid; give --grid-side instead")
+    if given.stage == "head" and given.trials is not None and not given.space:
+        raise ConfigError("--trials: --stage head tries a grid; give --grid-side instead, or --space")
+    if given.stage == "head" and given.sampler is not None and not given.space:
+        raise ConfigError("--sampler: --stage head tries a grid; give --space, or leave it out")
+    if given.trials is not None and given.trials < 1:
+        raise ConfigError(f"--trials: must be at least 1, got {given.trials}")
     if given.stage == "head" and arm_of(request.arm).then != "bissl":
         names = ", ".join(name for name, arm in ARMS.items() if arm.then == "bissl")
         raise ConfigError(f"--arm: --stage head belongs to {names}, not to {request.arm!r}")
@@ -147,18 +189,57 @@ def _check(given: argparse.Namespace, request: Request) -> None:
 
 def _search(given: argparse.Namespace, request: Request) -> Search:
     config, of = request.config, "head" if given.stage == "head" else request.arm
-    if given.stage == "head":
-        trials = grid_around(config.finetune.rates(BASELINE), side=given.grid_side, factor=given.grid_factor)
-    else:
-        count = TRIALS if given.trials is None else given.trials
-        ranges = tuple(given.lr_range), tuple(given.weight_decay_range)
-        trials = random_pairs(count, given.search_seed, *ranges)
-    if given.trial is not None and not 0 <= given.trial < len(trials):
-        raise ConfigError(f"--trial: there are trials 0 to {len(trials) - 1}, got {given.trial}")
+    space, trials, count = _tried(given, request)
+    if given.trial is not None and not 0 <= given.trial < count:
+        raise ConfigError(f"--trial: there are trials 0 to {count - 1}, got {given.trial}")
+    if given.sampler is not None:
+        make_sampler(given.sampler, given.search_seed)
+    make_pruner(given.pruner)
     directory = user_path(given.output_dir or Path("runs") / f"{config.preset}-search-{of}")
     artifacts = request.artifacts or directory / CHECKPOINTS
-    queue = TrialQueue(directory, tuple(trials), given.lease)
-    return Search(config, artifacts, given.stage, request.arm, queue)
+    chosen = {"storage": given.storage, "sampler": given.sampler, "pruner": given.pruner, "seed": given.search_seed}
+    plan = StudyPlan(directory, space, trials, count, given.lease, **chosen)
+    return Search(config, artifacts, given.stage, request.arm, plan, given.source is not None)
+
+
+def _tried(given: argparse.Namespace, request: Request) -> tuple[Space, tuple[Trial, ...] | None, int]:
+    """The fields, the trials where they are known from the start, and how many there are to be.
+
+    Raises:
+        ConfigError: a field or a range that cannot be searched, or a trial whose values do not go together.
+    """
+    config = request.config
+    if given.stage == "head" and not given.space:
+        space, grid = grid_around(config.finetune.rates(BASELINE), side=given.grid_side, factor=given.grid_factor)
+        return space, tuple(grid), len(grid)
+    count = TRIALS if given.trials is None else given.trials
+    if given.space:
+        space = parse_space(given.space)
+        check_space(space, config, given.stage, request.arm, given=given.source is not None)
+    else:
+        space = pair_space(tuple(given.lr_range), tuple(given.weight_decay_range))
+    if given.sampler is not None:
+        return space, None, count
+    trials = tuple(draw(space, count, given.search_seed))
+    if given.space:
+        for trial in trials:
+            try:
+                build_config(config, nested(trial.values))
+            except ConfigError as error:
+                raise ConfigError(f"--space: the values of trial {trial.number} do not go together: {error}") from error
+    return space, trials, count
+
+
+def _planned(plan: StudyPlan) -> list[str]:
+    """What a dry run says about the trials."""
+    if plan.trials is None:
+        fields = "; ".join(f"{field} from {distribution}" for field, distribution in plan.space.items())
+        return [f"{plan.count} trials, drawn one after the other by {plan.sampler}: {fields}"]
+    return [
+        f"trial {trial.number:03d}: "
+        + ", ".join(f"{title(field)} {value_text(value, 6)}" for field, value in trial.values.items())
+        for trial in plan.trials
+    ]
 
 
 def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | None:
@@ -181,6 +262,8 @@ def _given_artifact(given: argparse.Namespace, search: Search) -> Artifact | Non
 
 def _checked(search: Search, given: argparse.Namespace) -> Artifact | None:
     """The artifact of --from, after what costs nothing to check."""
+    check_storage(search.directory, search.plan.storage)
+    search.plan.begun()
     parent = _given_artifact(given, search)
     compute_device(search.config)
     check_installed(search.config.tracking)
@@ -219,7 +302,12 @@ def _open(search: Search, given: argparse.Namespace) -> None:
 def _content(search: Search, given: argparse.Namespace) -> dict[str, Any]:
     """What decides the search, for its manifest."""
     settings: dict[str, Any] = {"stage": search.stage, "arm": search.variant}
-    if search.stage == "finetune":
+    settings |= {"sampler": given.sampler, "pruner": given.pruner}
+    if given.space:
+        to_json = load_optuna().distributions.distribution_to_json
+        space = {field: json.loads(to_json(distribution)) for field, distribution in search.plan.space.items()}
+        settings |= {"search_seed": given.search_seed, "space": space}
+    elif search.stage == "finetune":
         ranges = {"lr_range": list(given.lr_range), "weight_decay_range": list(given.weight_decay_range)}
         settings |= {"search_seed": given.search_seed, **ranges}
     else:
@@ -269,24 +357,27 @@ def _worker(given: tuple[Search, int]) -> None:
 
 def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
     """Print what there is; write the selection where every trial is done."""
-    queue = search.queue
-    records, missing = queue.records(), queue.missing()
-    if given.trial is not None and missing:
+    if search.plan.begun() is None:
+        _say(console, "what all trials start from is not made yet")
         return 0
-    if missing:
-        holders = queue.holders()
-        _say(console, f"{len(records)} of {len(queue.trials)} trials done, {len(holders)} being worked on")
-        for holder in holders:
-            _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
-    if records:
-        selection = select(records, partial(near_best, tolerance=given.tolerance))
-        console.print(table(search, selection))
-        for line in lines(search, selection, given.tolerance):
-            _say(console, line if not missing else f"so far, {line}")
-        if not missing and not given.summary:
-            write_selection(search, selection, given.tolerance)
-            queue.sweep()
-            _say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
+    with open_study(search.plan) as study:
+        records, missing = study.records(), study.missing()
+        if given.trial is not None and missing:
+            return 0
+        if missing:
+            holders = study.holders()
+            _say(console, f"{len(records)} of {search.plan.count} trials done, {len(holders)} being worked on")
+            for holder in holders:
+                _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
+        if records:
+            selection = select(records, partial(near_best, tolerance=given.tolerance))
+            console.print(table(search, selection))
+            for line in lines(search, selection, given.tolerance):
+                _say(console, line if not missing else f"so far, {line}")
+            if not missing and not given.summary:
+                write_selection(search, selection, given.tolerance)
+                study.sweep()
+                _say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
     return 0 if given.summary or not missing else UNFINISHED
 
 

@@ -5,12 +5,14 @@ import time
 import torch
 
 from ...vision.networks.backbones import build_backbone
+from ...vision.pipeline.workers import available_cores
 from ..settings.config import BilevelConfig, Config
 from ..settings.plan import Plan, batches_per_epoch, make_plan
 from ..training.datasets import Datasets
 from .checks import Checked
 from .loading_cost import loaded_images, measure_loading
 from .reading_words import start_lines
+from .side_by_side.workers import worker_count
 
 PROBE = {"cpu": 16, "cuda": 256}
 """Images that the time of one is measured on: enough to fill the device."""
@@ -34,11 +36,13 @@ def describe(config: Config, checked: Checked, data: Datasets) -> str:
         f"pretext images {images}, batches an epoch {batches_per_epoch(images, config.pretext.batch_size)}; labelled "
         f"images {labelled}, batches an epoch {batches_per_epoch(labelled, config.downstream.batch_size)}"
     ]
-    total, loaded = 0.0, (0, 0)
+    total, longest, loaded = 0.0, 0.0, (0, 0)
+    tunings, repeats = (1, config.pipeline_seeds) if config.pipeline_seeds else (config.seeds, 1)
     for arm in config.arms:
         plan = make_plan(config, arm, images, labelled)
         products = _products(config.for_arm(arm).bissl) if plan.upper else 0
-        total += unit * _gradients(config, plan, products, images, labelled)
+        total += repeats * unit * _gradients(config, plan, products, tunings, images, labelled)
+        longest = max(longest, unit * _gradients(config, plan, products, 1, images, labelled))
         more = loaded_images(config, plan, images, labelled)
         loaded = loaded[0] + more[0], loaded[1] + more[1]
         lines.append(
@@ -51,16 +55,17 @@ def describe(config: Config, checked: Checked, data: Datasets) -> str:
         f"{'CPU' if device.type == 'cpu' else 'GPU'} in float32, {HVP_COST:g} gradients a Hessian-vector product "
         "assumed"
     )
-    repeats = config.pipeline_seeds or 1
+    at_once = _at_once(config, device)
+    where = "on this machine" + (f", {at_once} processes side by side" if at_once > 1 else "")
+    # No stage begins before those that it goes on from.
+    computing = max(total / at_once, longest)
     if not checked.whole:
-        lines.append(f"about {_duration(total * repeats)} of computing on this machine, loading left out: {measured}")
+        lines.append(f"about {_duration(computing)} of computing {where}, loading left out: {measured}")
         return "\n".join([*lines, *checked.notes])
     cost = measure_loading(config, data, device)
     beside, added = (repeats * seconds for seconds in cost.seconds(*loaded))
-    computing = total * repeats + added
-    lines.append(
-        f"about {_duration(max(beside, computing))} on this machine{_bottleneck(beside, computing)}: {measured}"
-    )
+    computing *= 1.0 + added / total
+    lines.append(f"about {_duration(max(beside, computing))} {where}{_bottleneck(beside, computing)}: {measured}")
     return "\n".join([*lines, cost.line(), *start_lines(data), *checked.notes])
 
 
@@ -79,10 +84,16 @@ def _bottleneck(loading: float, computing: float) -> str:
     )
 
 
-def _gradients(config: Config, plan: Plan, products: int, images: int, labelled: int) -> float:
+def _at_once(config: Config, device: torch.device) -> int:
+    """Processes that compute side by side, each on cores of its own; one on a GPU, which several would share."""
+    if device.type != "cpu" or config.threads is None:
+        return 1
+    return max(1, min(worker_count(config, device), available_cores() // config.threads))
+
+
+def _gradients(config: Config, plan: Plan, products: int, tunings: int, images: int, labelled: int) -> float:
     """Gradients of single images that an arm takes in one repeat of the pipeline; a pretext image has two views."""
     pretext = 2 * min(config.pretext.batch_size, images)
-    tunings = 1 if config.pipeline_seeds else config.seeds
     labelled_steps = plan.head + 2 * plan.upper + tunings * plan.finetune
     return pretext * (plan.pretext_steps + HVP_COST * products) + labelled_steps * min(
         config.downstream.batch_size, labelled

@@ -11,6 +11,7 @@ import torch
 
 from ...experiment.artifacts import Artifact
 from ...vision.networks.backbones import BACKBONES
+from ...vision.networks.timm_backbones import TIMM, timm_options
 from ...vision.networks.torchvision_backbones import network_options, resnets
 from ..settings.arms import SCRATCH
 from ..settings.config import Config
@@ -108,8 +109,18 @@ def model_card(
 
 
 def loading_snippet(backbone: str, image_size: int, weights: str) -> tuple[str, str]:
-    """Lines of Python that load the weights, into plain torchvision where it has the network; and a remark."""
+    """Lines of Python that load the weights, into plain torchvision or timm where it has the network; and a remark."""
     read = f'load_file("{weights}")'
+    if backbone.startswith(TIMM):
+        name = backbone.removeprefix(TIMM)
+        options = "".join(f", {key}={value!r}" for key, value in timm_options(name, image_size).items())
+        lines = [
+            "import timm",
+            "from safetensors.torch import load_file",
+            f'network = timm.create_model("{name}", num_classes=0{options})',
+            f"network.load_state_dict({read})",
+        ]
+        return "\n".join(lines), f"`network(x)` gives the pooled features. Made with timm {version('timm')}."
     if backbone in resnets():
         lines = [f'network = torchvision.models.get_model("{backbone}", weights=None)']
     elif backbone == "resnet18-cifar":

@@ -71,7 +71,7 @@ class ModelConfig(Section):
 
     backbone: str = Field(
         description=f"{', '.join(BACKBONES)}, any classification network of torchvision by its name in "
-        "torchvision.models, or module:Class of an own one (docs/weights.md)"
+        "torchvision.models, timm:NAME of one of timm's, or module:Class of an own one (docs/weights.md)"
     )
     zero_init_residual: bool = Field(
         default=False,

@@ -31,9 +31,10 @@ def out_of_memory_explained(stage: str, settings: Config, device: torch.device) 
             raise
         size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.I)
         asked = f" for an allocation of {size[1]}" if size else ""
+        fewer = "" if settings.jobs == 1 else ". Fewer jobs change no result, and --resume goes on with them"
         raise ConfigError(
             f"{stage}: {device} has too little memory{asked}; lower {' or '.join(fields_to_lower(stage, settings))}. "
-            "Begin another --output-dir with them; --artifacts keeps the stages that they do not concern"
+            f"Begin another --output-dir with them; --artifacts keeps the stages that they do not concern{fewer}"
         ) from error
 
 
@@ -41,7 +42,7 @@ def fields_to_lower(stage: str, settings: Config) -> list[str]:
     """The fields that decide how much memory a stage takes, with their values; those that change no result first."""
     c, compute = settings.bissl, settings.compute
     pretext, labelled = stage in ("pretext", "restart", "bissl"), stage in ("head", "bissl", "finetune")
-    found: list[str] = []
+    found = [] if settings.jobs == 1 else [f"jobs ({settings.jobs})"]
     if stage == "bissl" and c.hvp in ("reverse-kept", "auto"):
         found.append(f"bissl.graph_memory ({_value(c.graph_memory)})")
     if stage in ("head", "finetune"):

@@ -30,7 +30,8 @@ class Watch:
 
     `end` is called once a rank has counted as lost for `PATIENCE` seconds: one that has left an exit code other than 0,
     whose process has ended, that serves the store and is gone, or that was silent for `silent` seconds (`GRACE` at
-    least). Time in which this process stood still itself does not count.
+    least); none of these where it has left the exit code 0. Time in which this process stood still itself does not
+    count.
 
     Args:
         store: a connection to the ranks' store for this alone.
@@ -50,11 +51,12 @@ class Watch:
         served: bool = False,
     ) -> None:
         self.rank, self.others = rank, [other for other in range(world_size) if other != rank]
-        self._end, self._has_ended, self._served = end, has_ended, served
+        self._end, self._has_ended = end, has_ended
         self._silence = max(silent, GRACE)
         self._done, self._leaving = threading.Event(), threading.Event()
         self._silent, self._codes = dict.fromkeys(self.others, 0.0), dict[int, int]()
         self._unanswered, self._server_gone = 0.0, False
+        self._servers = [] if served or rank == 0 else [0]
         threading.Thread(target=self._send, args=(store,), daemon=True).start()
         if end is not None:
             threading.Thread(target=self._look, args=(end,), daemon=True).start()
@@ -77,8 +79,10 @@ class Watch:
                 self._unanswered, rounds = 0.0, rounds + 1
                 if self._end is None:
                     continue
-                if store.add(FAILED, 0):
-                    self._codes |= exit_codes(store, [rank for rank in self.others if rank not in self._codes])
+                failed = store.add(FAILED, 0) > 0
+                # A server that ends well takes the store with it, and can be asked no more.
+                asked = [rank for rank in self.others if (failed or rank in self._servers) and rank not in self._codes]
+                self._codes |= exit_codes(store, asked)
                 for rank in self.others if rounds % every == 0 else ():
                     before, beats[rank] = beats[rank], store.add(f"heartbeat/{rank}", 0)
                     self._silent[rank] = self._silent[rank] + every * HEARTBEAT if beats[rank] == before else 0.0
@@ -99,9 +103,9 @@ class Watch:
                 return
 
     def _lost(self) -> list[int]:
-        server = [0] if self.rank and not self._served else []
-        if server and (self._server_gone or self._has_ended(0) or self._unanswered > self._silence):
-            return server
+        watched = [rank for rank in self._servers if self._codes.get(rank) != 0]
+        if watched and (self._server_gone or self._has_ended(0) or self._unanswered > self._silence):
+            return watched
         return [rank for rank in self.others if self._is_lost(rank)]
 
     def _is_lost(self, rank: int) -> bool:

@@ -1,1 +1,1 @@
-"""A search over numbers of a configuration: trials, a queue of them that many workers share, and their records."""
+"""A search over fields of a configuration: an Optuna study of trials that many workers share, and their records."""

@@ -1,13 +1,11 @@
 """What the trials of a search came to, and which one is chosen."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ConfigError
-from .trials import Trial, title
+from .space import Trial, title
 
 
 @dataclass(frozen=True)
@@ -31,55 +29,46 @@ class Scores:
     seconds: float
 
 
+Status = Literal["finished", "diverged", "pruned", "invalid"]
+"""How a trial ended: with scores; a loss, a gradient or a score was not finite; it was given up on the way; its values
+cannot go together."""
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A trial that is done.
 
     Attributes:
-        scores: None where it diverged: a loss, a gradient or a score was not finite.
-        message: why it diverged.
+        scores: None where it did not finish.
+        message: why it did not.
     """
 
     trial: Trial
+    status: Status
     scores: Scores | None = None
     message: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it in one flat JSON object."""
         scores = dict.fromkeys(_SCORES) if self.scores is None else asdict(self.scores)
-        status = "diverged" if self.scores is None else "finished"
-        return {"trial": self.trial.number, **self.trial.values, "status": status, **scores, "message": self.message}
+        about = {"trial": self.trial.number, **self.trial.values, "status": self.status}
+        return {**about, **scores, "message": self.message}
 
     def describe(self) -> str:
         """One line."""
-        values = ", ".join(f"{title(field)} {value:.4g}" for field, value in self.trial.values.items())
+        values = ", ".join(f"{title(field)} {value_text(value)}" for field, value in self.trial.values.items())
         found, about = self.scores, f"{self.trial.number:03d}: {values}"
         if found is None:
-            return f"{about}: diverged ({self.message})"
+            return f"{about}: {self.status} ({self.message})"
         return f"{about}: {found.metric} {found.score:.4g}, loss {found.loss:.4g} at epoch {found.epoch}"
 
 
+def value_text(value: Any, digits: int = 4) -> str:
+    """A value as it is shown: a number in that many digits, null for None."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
 _SCORES = tuple(field.name for field in fields(Scores))
-
-
-def read_record(path: Path, trial: Trial) -> TrialRecord:
-    """The record of a trial.
-
-    Raises:
-        ConfigError: it cannot be read, or is of other values.
-    """
-    remedy = "delete the file to repeat the trial"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        own = {name: content[name] for name in ("trial", *trial.values)}
-        scores = {name: content[name] for name in _SCORES}
-        found = Scores(**scores) if content["status"] == "finished" else None
-        record = TrialRecord(trial, found, content["message"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} is no record of a trial ({error}); {remedy}") from error
-    if own != {"trial": trial.number, **trial.values}:
-        raise ConfigError(f"{path} is of other values than trial {trial.number} of this search; {remedy}")
-    return record
 
 
 Rule = Callable[[Sequence[tuple[int, Scores]]], tuple[list[int], int]]
@@ -92,12 +81,12 @@ class Selection:
 
     Attributes:
         ranked: finished trials, best first; `within` of them are as good as the best by score.
-        diverged: numbers of the others.
+        others: those that did not finish, by number.
     """
 
     ranked: tuple[TrialRecord, ...]
     within: int
-    diverged: tuple[int, ...]
+    others: tuple[TrialRecord, ...]
 
     @property
     def winner(self) -> TrialRecord:
@@ -112,7 +101,7 @@ def select(records: Sequence[TrialRecord], rule: Rule) -> Selection:
         ConfigError: no trial finished, or they were scored by different metrics.
     """
     finished = {record.trial.number: record for record in records if record.scores is not None}
-    diverged = tuple(sorted(record.trial.number for record in records if record.scores is None))
+    others = sorted((record for record in records if record.scores is None), key=lambda record: record.trial.number)
     scores = [(number, record.scores) for number, record in finished.items() if record.scores is not None]
     if not scores:
         raise ConfigError(
@@ -123,4 +112,4 @@ def select(records: Sequence[TrialRecord], rule: Rule) -> Selection:
         names = ", ".join(sorted({found.metric for _, found in scores}))
         raise ConfigError(f"search: the trials were scored by different metrics ({names}); use another --output-dir")
     numbers, within = rule(scores)
-    return Selection(tuple(finished[number] for number in numbers), within, diverged)
+    return Selection(tuple(finished[number] for number in numbers), within, tuple(others))

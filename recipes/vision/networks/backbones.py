@@ -13,6 +13,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ...experiment.plugins import PluginError, resolve
+from .timm_backbones import TIMM, TimmBackbone, check_timm
 from .torchvision_backbones import (
     ChainBackbone,
     TransformerBackbone,
@@ -151,16 +152,17 @@ BACKBONES: dict[str, Callable[[], ResNetBackbone | SmallResNet]] = {
 }
 """The short names that come with the recipe; every classification network of torchvision has one too."""
 
-Backbone = ResNetBackbone | SmallResNet | ChainBackbone | TransformerBackbone
+Backbone = ResNetBackbone | SmallResNet | ChainBackbone | TransformerBackbone | TimmBackbone
 
 
 def build_backbone(name: str, *, image_size: int | None = None, zero_init_residual: bool = False) -> Backbone:
     """A freshly initialised backbone.
 
     Args:
-        name: One of `BACKBONES`, a classification network of torchvision by its name there, or ``module:Class`` of an
-            own one, made without arguments.
-        image_size: Side of the images (px), which a transformer's position embeddings depend on; None: 224.
+        name: One of `BACKBONES`, a classification network of torchvision by its name there, ``timm:NAME`` of one of
+            timm's, or ``module:Class`` of an own one, made without arguments.
+        image_size: Side of the images (px), which a transformer's position embeddings depend on; None: 224, or what
+            timm makes its network for.
         zero_init_residual: The weight of each residual block's last norm starts at 0 instead of 1, so that every block
             starts as its shortcut (Goyal et al. 2017, section 5.1).
 
@@ -172,6 +174,8 @@ def build_backbone(name: str, *, image_size: int | None = None, zero_init_residu
     if zero_init_residual:
         check_residual(name)
         return _zero_last_norms(BACKBONES[name]() if name in BACKBONES else ResNetBackbone(name))
+    if name.startswith(TIMM):
+        return TimmBackbone(name.removeprefix(TIMM), image_size=image_size)
     if ":" in name:
         # Not of these classes, but it has their interface.
         return cast(Backbone, _own_backbone(name))
@@ -189,7 +193,7 @@ def check_residual(name: str) -> None:
     if name not in BACKBONES and name not in (known := resnets()):
         raise ValueError(
             f"zero_init_residual is for residual networks, {', '.join(dict.fromkeys((*BACKBONES, *known)))}; "
-            f"{name!r} is none of them: set it to false"
+            f"{name!r} is none of them: set it to false (timm's networks start as timm makes them)"
         )
 
 
@@ -202,13 +206,19 @@ def check_backbone(name: str, image_size: int | None = None) -> None:
     """
     if name in BACKBONES:
         return
+    if name.startswith(TIMM):
+        check_timm(name.removeprefix(TIMM), image_size)
+        return
     if ":" in name:
         _own_class(name)
         return
     try:
         check_torchvision(name, image_size)
     except ValueError as error:
-        raise ValueError(f"{error}. Short names are {', '.join(BACKBONES)}; an own backbone is module:Class") from error
+        raise ValueError(
+            f"{error}. Short names are {', '.join(BACKBONES)}; a network of timm is {TIMM}NAME, an own "
+            "backbone module:Class"
+        ) from error
 
 
 def check_view(name: str, image_size: int, size: int) -> None:
@@ -217,7 +227,9 @@ def check_view(name: str, image_size: int, size: int) -> None:
     Raises:
         ValueError: naming both sizes, or as `check_backbone`.
     """
-    if size != image_size and name not in BACKBONES and ":" not in name:
+    if size != image_size and name.startswith(TIMM):
+        check_timm(name.removeprefix(TIMM), image_size, size)
+    elif size != image_size and name not in BACKBONES and ":" not in name:
         if takes_one_size(name):
             raise ValueError(
                 f"{name} is made for one size of images, data.image_size={image_size} px, but a view has {size} px; "

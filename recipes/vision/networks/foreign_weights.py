@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...experiment.artifacts import not_finite
 from ...experiment.errors import ConfigError
+from .timm_backbones import TimmBackbone
 from .weight_files import FIELD, ForeignWeights, Keys, preference
 
 _WRAPPERS = {
@@ -59,7 +60,8 @@ class _Match:
 def load_backbone(weights: ForeignWeights, backbone: nn.Module, name: str) -> str:
     """Load the backbone's weights and buffers from `weights`; one line that says what was loaded, and from where.
 
-    Of several copies in a file the first by `preference` is taken: of a teacher and a student the teacher.
+    Names are those of torchvision or, for a network of timm, timm's. Of several copies in a file the first by
+    `preference` is taken: of a teacher and a student the teacher.
 
     Args:
         name: of the backbone in the configuration, for messages.
@@ -68,6 +70,7 @@ def load_backbone(weights: ForeignWeights, backbone: nn.Module, name: str) -> st
         ConfigError: no name matches, the stem or another shape differs, weights are missing or not finite, or some are
             unknown.
     """
+    backbone, names = (backbone.network, "timm") if isinstance(backbone, TimmBackbone) else (backbone, "torchvision")
     wanted = backbone.state_dict()
     match, copies = _best_match(weights, backbone, wanted)
     found = match.found
@@ -100,7 +103,7 @@ def load_backbone(weights: ForeignWeights, backbone: nn.Module, name: str) -> st
     further = f"; copies under {', '.join(map(repr, copies))} left out" if copies else ""
     return (
         f"{weights.path}: {len(taken)} tensors of {name} loaded (names: "
-        f"{'indices of children' if match.scheme else 'torchvision'}{f', after {match.place!r}' if match.place else ''}"
+        f"{'indices of children' if match.scheme else names}{f', after {match.place!r}' if match.place else ''}"
         f"), {len(others)} of heads and other branches left out{further}; SHA-256 {weights.sha256[:12]}"
     )
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.host_reads.device import DeviceError, DeviceTensor, SimulatedDevice
+from bilevel import tree
 
 X = torch.tensor([[1.0, -2.0, 3.0], [0.5, 4.0, -1.0]])
 
@@ -119,6 +120,17 @@ def test_a_tensor_of_the_cpu_is_counted(make: Callable[[], Tensor]) -> None:
     with SimulatedDevice() as device, device.watched() as found:
         make()
     assert [crossing.kind for crossing in found] == ["made"]
+
+
+@pytest.mark.parametrize("make", [Tensor.double, lambda x: x.sum(dtype=torch.float64)])
+def test_a_device_without_float64_refuses_it(make: Callable[[Tensor], Tensor]) -> None:
+    with SimulatedDevice(float64=False) as device:
+        x = device.put(X)
+        assert torch.equal(tree.wide(x).numbers, X)
+        assert tree.wide(X).dtype == x.cpu().double().dtype == torch.float64
+        with pytest.raises(TypeError, match=r"makes float64 on a device that has none at tests/.*test_device.py:"):
+            make(x)
+    assert make(X).dtype == torch.float64
 
 
 def net() -> nn.Module:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import bilevel.hypergradients
 import bilevel.linear
@@ -14,6 +16,7 @@ from benchmarks.host_reads import paths, vision
 from benchmarks.host_reads.device import Crossing, DeviceTensor, SimulatedDevice
 from benchmarks.host_reads.run import PARTS, counted, evaluation, main, tables
 from benchmarks.pages import insert
+from bilevel import linearize
 from bilevel.hypergradients import Method
 from bilevel.linear import Solver
 from bilevel.products import HVPProvider
@@ -96,6 +99,50 @@ def test_steps_on_the_device_are_those_of_the_cpu_and_read_as_often_as_the_page_
     for leaf, same in zip(trained.values(), paths.train(paths.METHODS[name], paths.on_cpu).values(), strict=True):
         assert isinstance(leaf, DeviceTensor)
         # float32, with other kernels for the double backward of a BatchNorm.
+        torch.testing.assert_close(leaf.numbers, same.detach(), rtol=1e-3, atol=1e-5)
+
+
+def in_float32(put: paths.Put) -> paths.Put:
+    """What is put is in float32 before."""
+    return lambda given: put(tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, given))
+
+
+@pytest.mark.parametrize("name", [*paths.FIXED, *paths.ADAPTIVE])
+def test_a_solve_needs_no_float64_on_the_device(name: str) -> None:
+    solver = {**paths.FIXED, **paths.ADAPTIVE}[name]
+    with SimulatedDevice(float64=False) as device:
+        found = list(paths.solve(solver, in_float32(device.put)))
+    for here, there in zip(found, paths.solve(solver, in_float32(paths.on_cpu)), strict=True):
+        for leaf, same in zip(here.value.values(), there.value.values(), strict=True):
+            assert isinstance(leaf, DeviceTensor)
+            torch.testing.assert_close(leaf.numbers, same, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", paths.PROVIDERS)
+def test_a_product_needs_no_float64_on_the_device(name: str) -> None:
+    def made(put: paths.Put, provider: HVPProvider) -> list[Tensor]:
+        point = paths.setting(put)
+        # Of dropout.
+        torch.manual_seed(2)
+        options: dict[str, Any] = {"hvp": provider, "damping": 2.0}
+        system = linearize(point.problem, point.upper, point.lower, point.batches[:2], **options)
+        return [*system.operator(point.lower).values(), *system.cross(point.lower).values()]
+
+    with SimulatedDevice(float64=False) as device:
+        found = made(device.put, paths.PROVIDERS[name]())
+    for leaf, same in zip(found, made(paths.on_cpu, paths.PROVIDERS[name]()), strict=True):
+        assert isinstance(leaf, DeviceTensor)
+        # Differences of gradients in float32 have about a third of its digits.
+        torch.testing.assert_close(leaf.numbers, same, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", paths.METHODS)
+def test_steps_need_no_float64_on_the_device(name: str) -> None:
+    kind = paths.METHODS[name]
+    with SimulatedDevice(float64=False) as device:
+        trained = paths.train(kind, device.put)
+    for leaf, same in zip(trained.values(), paths.train(kind, paths.on_cpu).values(), strict=True):
+        assert isinstance(leaf, DeviceTensor)
         torch.testing.assert_close(leaf.numbers, same.detach(), rtol=1e-3, atol=1e-5)
 
 

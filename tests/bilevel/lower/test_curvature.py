@@ -26,6 +26,7 @@ from bilevel import (
     functional_call,
     hypergradient,
     linearize,
+    tree,
 )
 from bilevel.hypergradients import SAMA, AdamUpdate
 from bilevel.lower import curvature as curvature_module
@@ -307,6 +308,13 @@ def test_a_suspicion_that_cannot_be_decided_is_said_once(function: Any) -> None:
     with pytest.warns(UserWarning, match=rf"curvature not checked: .*{function.__name__}.*a kernel for float32"):
         assert failure(problem, variables, METHODS["implicit"]) is None
     assert failure(problem, variables, METHODS["implicit"]) is None
+
+
+def test_on_a_device_without_float64_a_suspicion_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "widest", lambda device: torch.float32)
+    module, inputs = network("dense", Activation(OnceDifferentiable), torch.float32)
+    with pytest.warns(UserWarning, match=r"curvature not checked: .*in float64 \(the device cpu has none\)"):
+        assert failure(Weighted(module), setting(module, inputs), METHODS["implicit"]) is None
 
 
 def test_without_a_suspicion_nothing_is_said_of_what_cannot_be_decided() -> None:

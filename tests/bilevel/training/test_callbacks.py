@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,55 @@ def test_progress_shows_losses_and_the_last_solve() -> None:
     for part in ("waiting for data 37%", "stage three", "2/5", "lower 0.2500", "upper 0.5000", "not_converged"):
         assert part in text
     assert "skipped" not in text
+
+
+SHOWN = {
+    "name": "bilevel stage, bissl, seed 0",
+    "waiting": "waiting for data 12%",
+    "elapsed": "0:00:",
+    "bar": "\u2501" * 9,
+    "solve": "converged, residual 1.2e-02",
+    "upper": "upper 0.5000",
+    "lower": "lower 5.2500",
+    "skipped": "2 skipped",
+    "left": "-:--:--",
+    "whole": " 95/100",
+}
+"""Parts of a line, those between name and whole from the least useful on."""
+
+
+def line(width: int) -> str:
+    """The last one that a terminal of so many columns shows of a training with everything to say."""
+    output = io.StringIO()
+    bar = ProgressBar(Console(file=output, force_terminal=True, width=width, color_system=None), SHOWN["name"])
+    bar.on_run_start(trainer(1, total=100))
+    bar.on_event(trainer(1), {"event": "lower", "loss": 5.25})
+    bar.on_event(trainer(1), {"event": "upper", "loss": 0.5, "status": "CONVERGED", "residual": 0.012})
+    bar.on_progress(trainer(95, total=100, waiting=0.12, lower=2))
+    bar.on_run_end(trainer(95, total=100))
+    lines = [part for part in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", output.getvalue()) if part.strip()]
+    return lines[-1].rstrip()
+
+
+@pytest.mark.parametrize(
+    ("width", "absent"),
+    [
+        (200, []),
+        (160, []),
+        (140, ["waiting"]),
+        (130, ["waiting", "elapsed"]),
+        (120, ["waiting", "elapsed", "bar"]),
+        (90, ["waiting", "elapsed", "bar", "solve"]),
+        (80, ["waiting", "bar", "solve", "upper"]),
+        (50, ["waiting", "elapsed", "bar", "solve", "upper", "lower", "skipped"]),
+    ],
+)
+def test_a_line_fits_into_the_terminal(width: int, absent: list[str]) -> None:
+    shown = line(width)
+    assert len(shown) <= width
+    # Nothing is cut: parts are there, or not.
+    assert "\u2026" not in shown
+    assert [name for name, part in SHOWN.items() if part not in shown] == absent, shown
 
 
 def test_progress_shows_skipped_steps_where_there_are_any() -> None:

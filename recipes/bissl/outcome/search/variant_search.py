@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,15 +16,16 @@ from bilevel.training import NonFiniteError
 
 from ....experiment.artifacts import Artifact
 from ....experiment.errors import ConfigError
-from ....experiment.search.queue import TrialQueue
+from ....experiment.search.plan import StudyPlan
+from ....experiment.search.study import InvalidValues, open_study
+from ....experiment.search.study import prepare as prepare_study
 from ....experiment.search.trial_record import Scores
 from ....experiment.stage import Attempt
-from ....experiment.workspace import Workspace
 from ....vision.errors import DataError
 from ....vision.sources.image_cache import TrainAndVal, cache_folder, read_cache, write_cache
+from ....vision.torch_metrics import as_metrics
 from ...settings.arms import arm_of
-from ...settings.config import Config
-from ...settings.run_directory import PROJECT
+from ...settings.config import Config, build_config
 from ...settings.sections import HOW_READ
 from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
@@ -32,7 +34,7 @@ from ...training.stages import finetune, head
 from ..checks import check_data, check_labelled, check_parent
 from ..open_run import make_pipeline
 from ..pipeline import Pipeline
-from .space import SearchStage, decided, with_values
+from .space import LR, WEIGHT_DECAY, SearchStage, decided
 
 PARENT = "parent.json"
 
@@ -46,27 +48,34 @@ class Search:
         artifacts: folder of finished stages and of the image cache.
         stage: what trials train.
         variant: whose.
-        queue: the trials.
+        plan: the trials.
+        given: whether they start from an artifact that the command line names.
     """
 
     config: Config
     artifacts: Path
     stage: SearchStage
     variant: str
-    queue: TrialQueue
+    plan: StudyPlan
+    given: bool = False
 
     @property
     def directory(self) -> Path:
         """The folder of the search."""
-        return self.queue.directory
+        return self.plan.directory
+
+    @property
+    def common_start(self) -> bool:
+        """Whether all trials start from one artifact; else a trial's own values may decide what comes before."""
+        return self.given or set(self.plan.space) == {LR, WEIGHT_DECAY}
 
     def image_cache(self, digest: str) -> Path:
         """The folder of decoded images: one for all that decides which they are, their own digest included."""
         fields = self.config.data.model_dump(exclude=HOW_READ | {"pretext", "pretext_limit"})
         return cache_folder(self.artifacts, {**fields, "images": digest})
 
-    def fields(self, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """Section -> field -> value: what a trial's values stand for."""
+    def fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a trial's values stand for in the configuration, as nested tables."""
         return decided(self.stage, arm_of(self.variant).rates, values)
 
     def pipeline(self, data: Datasets, console: Console) -> Pipeline:
@@ -91,7 +100,7 @@ def check(search: Search, given: Artifact | None, data: Datasets, console: Conso
 
 
 def prepare(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
-    """Make or find what all trials start from: the artifact and the decoded images. One process does it, others wait.
+    """Make or find what all trials start from: the artifact, the decoded images and the study, by one process.
 
     Args:
         given: the artifact to start from; None: that of the variant, trained here unless it is among the artifacts.
@@ -109,28 +118,39 @@ def prepare(search: Search, given: Artifact | None, data: Datasets, console: Con
         check_labelled(search.config, data, pipeline.computing)
         begun = _begun(search)["images"] if path.exists() else None
         images = data.identity.labelled if begun is not None or _is_cached(data) else None
-        if begun not in (None, images):
-            raise DataError(
-                f"{data.downstream.train.name}: the labelled images are others than those that the search in "
-                f"{search.directory} was begun with; put them back as they were, or name another --output-dir"
-            )
-        if images is not None and not search.image_cache(images).exists():
+        _check_images(search, data, begun)
+        if images is not None and search.common_start and not search.image_cache(images).exists():
             write_cache(search.image_cache(images), data.downstream)
         if not path.exists():
-            made = given if given is not None else _pretrained(search, pipeline)
+            made = given
+            if given is None and search.common_start:
+                made = _pretrained(search, pipeline, pipeline.at(search.variant, search.config.seed))
             where = None if made is None else str(made.directory.resolve())
             write_atomic(path, json.dumps({"directory": where, "images": images}).encode())
 
-    search.queue.prepare(lambda: path.exists() and _has_images(search), make)
+    def higher_is_better() -> bool:
+        task = search.config.downstream_task(data.downstream.train.classes)
+        return next(iter(as_metrics(task.metrics()).values())).higher_is_better
+
+    prepare_study(search.plan, higher_is_better, lambda: path.exists() and _has_images(search), make)
     known = _parent(search)
     if given is not None and (known is None or known.key != given.key):
         raise ConfigError(f"--from: {search.directory} was begun from another artifact; name another --output-dir")
 
 
+def _check_images(search: Search, data: Datasets, begun: str | None) -> None:
+    """Refuse labelled images other than those with the digest `begun`."""
+    if begun not in (None, data.identity.labelled):
+        raise DataError(
+            f"{data.downstream.train.name}: the labelled images are others than those that the search in "
+            f"{search.directory} was begun with; put them back as they were, or name another --output-dir"
+        )
+
+
 def _has_images(search: Search) -> bool:
-    """Whether the images that lie in memory are in the cache."""
+    """Whether the images that lie in memory are in the cache, if trials read them there."""
     images = _begun(search)["images"]
-    return images is None or search.image_cache(images).exists()
+    return images is None or not search.common_start or search.image_cache(images).exists()
 
 
 def _is_cached(data: Datasets) -> bool:
@@ -140,16 +160,18 @@ def _is_cached(data: Datasets) -> bool:
 
 
 def work(search: Search, console: Console, *, only: int | None = None, processes: int = 1) -> None:
-    """Do trials until none is left, as `TrialQueue.work`.
+    """Do trials until none is left, as `TrialStudy.work`.
 
     Args:
         processes: of the search on this machine, which share its cores.
         only: the one trial to do instead, or to wait for.
     """
-    data = Datasets(search.config, partial(_train_and_val, search), processes)
-    fit = partial(_fit, search, search.pipeline(data, console), _parent(search))
-    with closing(data.workers):
-        search.queue.work(fit, console, only=None if only is None else (only,))
+    # Stages before the last have all sets in their keys; where trials make them, nothing of a set can be left out.
+    data = Datasets(search.config, partial(_train_and_val, search) if search.common_start else None, processes)
+    if not search.common_start:
+        _check_images(search, data, _begun(search)["images"])
+    with closing(data.workers), open_study(search.plan) as study:
+        study.work(partial(_fit, search, data, _parent(search)), console, only=None if only is None else (only,))
 
 
 def _train_and_val(search: Search) -> TrainAndVal:
@@ -162,16 +184,24 @@ def _train_and_val(search: Search) -> TrainAndVal:
 
 
 def _fit(
-    search: Search, pipeline: Pipeline, parent: Artifact | None, values: Mapping[str, float], attempt: Attempt
+    search: Search, data: Datasets, parent: Artifact | None, values: Mapping[str, Any], attempt: Attempt
 ) -> Scores:
     """Train with a trial's values, and score it on validation.
 
     Raises:
         NonFiniteError: training diverged, or its score is not finite.
+        InvalidValues: the values do not go together.
     """
-    config = with_values(search.config, search.fields(values))
-    repeat = Repeat.of(config, search.variant, config.seed)
-    workspace = Workspace(attempt.directory, pipeline.workspace.store, Console(quiet=True), config.tracking, PROJECT)
+    try:
+        config = build_config(search.config, search.fields(values))
+    except ConfigError as error:
+        raise InvalidValues(str(error)) from error
+    # Several trials may need the same stage.
+    store = artifact_store(search.artifacts, waits=True)
+    pipeline = make_pipeline(config, attempt.directory, store, data, console=Console(quiet=True))
+    repeat, workspace = pipeline.at(search.variant, config.seed), pipeline.workspace
+    if not search.common_start:
+        parent = _pretrained(search, pipeline, repeat)
     if search.stage == "head":
         assert parent is not None, "a head's warm-up has a backbone"
         warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
@@ -190,13 +220,12 @@ def _fit(
     return Scores(epoch, metric, higher, score, loss, finite, costs.label_steps, costs.seconds)
 
 
-def _pretrained(search: Search, pipeline: Pipeline) -> Artifact | None:
-    repeat = pipeline.at(search.variant, search.config.seed)
+def _pretrained(search: Search, pipeline: Pipeline, repeat: Repeat) -> Artifact | None:
     return pipeline.pretext(repeat) if search.stage == "head" else pipeline.pretrain(repeat, {})
 
 
 def _parent(search: Search) -> Artifact | None:
-    """What the trials start from, None for random weights."""
+    """What all trials start from, None for random weights or where each makes its own."""
     where = _begun(search)["directory"]
     return None if where is None else read_stage(Path(where))
 

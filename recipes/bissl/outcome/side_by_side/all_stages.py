@@ -6,6 +6,7 @@ from typing import Any
 from bilevel.distributed import rank
 
 from ....experiment.errors import ConfigError
+from ....experiment.events import LOCK
 from ....experiment.folder.run_folder import METRICS, REPORT, RESULTS, RunDirectory
 from ....experiment.records import order_events
 from ..open_run import begin
@@ -25,8 +26,13 @@ def run_whole(pipeline: Pipeline, directory: RunDirectory) -> dict[str, Any]:
     """
     begin(pipeline.data, directory)
     count = worker_count(pipeline.config, pipeline.computing.device)
-    if count > 1:
-        make_side_by_side(pipeline, count)
+    try:
+        if count > 1:
+            make_side_by_side(pipeline, count)
+    finally:
+        if rank() == 0:
+            # One that was killed with its workers has left it too.
+            (directory.path / LOCK).unlink(missing_ok=True)
     # Of stages that are made by now only their artifacts are found.
     results = summarise(pipeline.run(), pipeline.config, pipeline.data, pipeline.computing.device)
     directory.write_json(RESULTS, results)

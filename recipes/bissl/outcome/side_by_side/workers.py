@@ -13,7 +13,6 @@ from bilevel.training import NonFiniteError
 from ....experiment.artifacts import ArtifactError
 from ....experiment.command.exit_codes import ignore_warnings_of_torch
 from ....experiment.errors import ConfigError
-from ....experiment.events import LOCK
 from ....experiment.folder.leases import LeaseLost
 from ....experiment.folder.run_folder import LOGS
 from ....experiment.plugins import PluginError
@@ -79,19 +78,16 @@ def make_side_by_side(pipeline: Pipeline, count: int) -> None:
     done = {place for place, job in enumerate(jobs) if _is_done(job.task, finished)}
     if len(done) == len(jobs):
         return
-    try:
-        run_jobs(
-            jobs,
-            open_worker,
-            Given(pipeline.config, workspace.folder, workspace.store.folder, count),
-            count=count,
-            console=workspace.console,
-            logs=workspace.folder / LOGS,
-            done=done,
-            expected=EXPECTED,
-        )
-    finally:
-        (workspace.folder / LOCK).unlink(missing_ok=True)
+    run_jobs(
+        jobs,
+        open_worker,
+        Given(pipeline.config, workspace.folder, workspace.store.folder, count),
+        count=count,
+        console=workspace.console,
+        logs=workspace.folder / LOGS,
+        done=done,
+        expected=EXPECTED,
+    )
 
 
 def open_worker(given: Given, reporter: Reporter) -> Callable[[Task], None]:

@@ -102,7 +102,13 @@ def fit(
     supervised = SupervisedModel(task, model["backbone"], model["head"], computing)
     best = _Best(model, supervised.metrics, settings.finetune.ties)
     validation = _Validation(
-        supervised, batches.evaluation(sets.val, task), best, len(stack), settings.finetune.validate_every, events
+        supervised,
+        batches.evaluation(sets.val, task),
+        best,
+        len(stack),
+        settings.finetune.validate_every,
+        events,
+        attempt,
     )
     trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
@@ -169,8 +175,9 @@ class _Validation(Callback):
         epoch: int,
         every: int,
         events: StageEvents,
+        attempt: Attempt,
     ) -> None:
-        self.model, self.batches, self.best, self.events = model, batches, best, events
+        self.model, self.batches, self.best, self.events, self.attempt = model, batches, best, events, attempt
         self.epoch, self.every = epoch, every
         self.losses: list[float] = []
 
@@ -190,6 +197,7 @@ class _Validation(Callback):
         named = {f"val_{name}": value for name, value in values.items()}
         self.events.write({"event": "epoch", "step": step, "epoch": epoch, "train_loss": mean, **named})
         self.losses = []
+        self.attempt.report(epoch, values[self.best.primary])
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "best": self.best.state_dict()}

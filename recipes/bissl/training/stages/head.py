@@ -91,7 +91,7 @@ def fit(
     scheduler = schedule(optimizer, "constant", total_steps=total)
     backbone.train(section.batch_norm == "train")
     model = SupervisedModel(task, backbone, head, computing)
-    validation = _Validation(model, batches.evaluation(sets.val, task), len(stack), events)
+    validation = _Validation(model, batches.evaluation(sets.val, task), len(stack), events, attempt)
     trainer, seconds = run_training(
         lambda callbacks: SingleLevelTrainer(
             gradient_of(model.loss, variables),
@@ -117,8 +117,10 @@ def fit(
 class _Validation(Callback):
     """Scores the model after every epoch; `values` are those of the last one."""
 
-    def __init__(self, model: SupervisedModel, batches: Iterable[Any], epoch: int, events: StageEvents) -> None:
-        self.model, self.batches, self.epoch, self.events = model, batches, epoch, events
+    def __init__(
+        self, model: SupervisedModel, batches: Iterable[Any], epoch: int, events: StageEvents, attempt: Attempt
+    ) -> None:
+        self.model, self.batches, self.epoch, self.events, self.attempt = model, batches, epoch, events, attempt
         self.values: dict[str, float] = {}
 
     def on_progress(self, trainer: Any) -> None:
@@ -127,6 +129,7 @@ class _Validation(Callback):
             self.values = self.model.measure(self.batches)
             named = {f"val_{name}": value for name, value in self.values.items()}
             self.events.write({"event": "epoch", "step": step, "epoch": step // self.epoch, **named})
+            self.attempt.report(step // self.epoch, self.values[next(iter(self.model.metrics))])
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values}

@@ -1,5 +1,6 @@
 """Before stage 1, where the backbone's weights were made elsewhere: pretext heads that fit it."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ....vision.networks.backbones import build_backbone
 from ....vision.networks.foreign_weights import load_backbone
 from ....vision.networks.weight_files import ForeignWeights
 from ....vision.optimizers import schedule
+from ...settings.arms import arm_of
 from ...tasks.base import PretextTask
 from ..compute import JoinBuffers
 from ..costs import Costs
@@ -35,9 +37,11 @@ def run(repeat: Repeat, batches: Batches, workspace: Workspace, weights: Foreign
 
     The backbone is in eval mode; heads before it (a masked autoencoder's token) get gradients through it. The optimizer
     is the task's, with the pretext stage's learning rate, warmed up over a tenth of the steps and then decayed by a
-    cosine. All variants share the result.
+    cosine. All variants share the result, and the events are in the name of the first one, whichever makes it.
     """
     settings = repeat.settings
+    first = next(name for name in settings.arms if arm_of(name).start != "random")
+    repeat = dataclasses.replace(repeat, variant=first)
 
     def fit(attempt: Attempt) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         torch.manual_seed(derive_seed(repeat.seed, STAGE))

@@ -138,6 +138,8 @@ OTHERS = {
 def test_dry_runs_of_other_commands_check_too(
     command: str, case: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if command == "search":
+        pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
     monkeypatch.chdir(made)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
     arguments, said = REFUSED[case]
@@ -153,6 +155,7 @@ def test_dry_runs_of_other_commands_check_too(
 def test_a_dry_run_of_a_search_looks_at_its_folder(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
     monkeypatch.chdir(made)
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "notes.txt").write_text("mine")
@@ -225,6 +228,8 @@ def test_a_run_is_not_written_where_images_are_read_from(
 def test_other_commands_are_not_written_there_either(
     tool: list[str], standing: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if tool[0] == "search":
+        pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
     before = files(standing)
     for more in ([], ["--dry-run"]):
         source = ["--data.pretext=folder:images", "--output-dir=images/x"]

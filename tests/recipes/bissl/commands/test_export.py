@@ -13,6 +13,7 @@ from recipes.bissl.settings.config import Config, build_config
 from recipes.experiment.artifacts import ArtifactError, ArtifactStore
 from recipes.experiment.errors import ConfigError
 from recipes.vision.networks.backbones import build_backbone
+from recipes.vision.networks.timm_backbones import TimmBackbone
 from tests.support.recipes.small_runs import small_config
 
 FINETUNED = {"variant": "bissl", "test": {"top1": 61.234, "loss": None}}
@@ -40,10 +41,12 @@ def snippet_of(card: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet18-cifar", "resnet-tiny", "shufflenet_v2_x0_5", "mnasnet0_5"]
+    ["resnet18", "resnet18-cifar", "resnet-tiny", "shufflenet_v2_x0_5", "mnasnet0_5", "timm:test_vit"]
     + [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "vit_b_32", "convnext_tiny", "googlenet")],
 )
 def test_the_cards_lines_load_the_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm's networks are in the extra timm")
     config = make_run(tmp_path, name, 0)
     assert main([str(tmp_path), "--to", str(tmp_path / "out")]) == 0
     monkeypatch.chdir(tmp_path / "out")
@@ -54,10 +57,11 @@ def test_the_cards_lines_load_the_weights(name: str, tmp_path: Path, monkeypatch
     network, size = scope["network"].eval(), config.data.image_size
     torch.manual_seed(0)
     expected = build_backbone(name, image_size=size)
+    state = expected.network.state_dict() if isinstance(expected, TimmBackbone) else expected.state_dict()
     for key, value in network.state_dict().items():
-        if key in expected.state_dict():
-            assert torch.equal(value, expected.state_dict()[key]), key
-    if name.startswith(("resnet", "mnasnet")):
+        if key in state:
+            assert torch.equal(value, state[key]), key
+    if name.startswith(("resnet", "mnasnet", "timm")):
         images = torch.randn(2, 3, size, size)
         with torch.no_grad():
             torch.testing.assert_close(network(images), expected.eval()(images))

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from recipes.bissl.outcome.side_by_side import all_stages
+from tests.support.own_process import in_own_process
 from tests.support.recipes.small_runs import execute, refused, results, weights, without
 
 # Calls of the operating system in a save: each of state and manifest is synced, renamed, and its folder synced.
@@ -29,15 +30,6 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def state(value: float) -> dict[str, Any]:
     return {"w": torch.full((1000,), value)}
-
-
-def in_a_child(work: Callable[[], None]) -> int:
-    """The exit code of a child process that does `work`."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def kill_at(name: str, number: int, *, after: bool) -> None:
@@ -56,26 +48,35 @@ def kill_at(name: str, number: int, *, after: bool) -> None:
     setattr(os, name, call)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_killed_inside_any_step_of_a_save(number: int, tmp_path: Path) -> None:
-    # Checkpoint 2 is new, or replaces one of its number.
+def saves_that_are_killed(folder: str, number: str) -> None:
+    """One process for each step, and what it leaves."""
     for index, (name, call) in enumerate(CALLS):
         for after in (False, True):
-            folder = tmp_path / f"{index}-{after}"
-            save_checkpoint(folder, 1, state(1.0))
+            place = Path(folder) / f"{index}-{after}"
+            save_checkpoint(place, 1, state(1.0))
 
-            def killed(folder: Path = folder, name: str = name, call: int = call, after: bool = after) -> None:
+            def killed(place: Path = place, name: str = name, call: int = call, after: bool = after) -> None:
                 kill_at(name, call, after=after)
-                save_checkpoint(folder, number, state(2.0))
+                save_checkpoint(place, int(number), state(2.0))
 
-            assert in_a_child(killed) == -signal.SIGKILL
-            found = load_checkpoint(folder)
+            process = multiprocessing.get_context("fork").Process(target=killed)
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, (name, call, after)
+            found = load_checkpoint(place)
             assert found is not None
             # The manifest's rename is the moment.
             done = (name, call, after) in (("replace", 2, True), ("fsync", 4, False), ("fsync", 4, True))
             assert float(found[1]["w"][0]) == (2.0 if done else 1.0), (name, call, after)
-            save_checkpoint(folder, 5, state(5.0), keep=1)
-            assert sorted(path.name for path in folder.iterdir()) == ["step-00000005.json", "step-00000005.pt"]
+            save_checkpoint(place, 5, state(5.0), keep=1)
+            assert sorted(path.name for path in place.iterdir()) == ["step-00000005.json", "step-00000005.pt"]
+    print(len(CALLS))
+
+
+# Checkpoint 2 is new, or replaces one of its number.
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_killed_inside_any_step_of_a_save(number: str, tmp_path: Path) -> None:
+    assert in_own_process(saves_that_are_killed, str(tmp_path), number) == (0, "6\n", "")
 
 
 def test_a_checkpoint_of_the_same_number_replaces_the_other_when_it_is_whole(tmp_path: Path) -> None:
@@ -122,20 +123,18 @@ def test_a_file_system_that_takes_no_more_ends_the_run_with_its_code(
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_a_limit_on_file_sizes_is_a_message_and_the_run_goes_on_without_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = "pretext", "--output-dir", str(tmp_path / "a")
+def pretext_with_a_limit(folder: str) -> None:
+    """Metrics and configuration fit, a checkpoint does not."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    sys.exit(execute("pretext", "--output-dir", folder))
 
-    def limited() -> None:
-        # Metrics and configuration fit, a checkpoint does not.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        os._exit(execute(*arguments))
 
-    assert in_a_child(limited) == 74
-    assert "run.py: cannot write: File too large" in capfd.readouterr().err
-    assert execute(*arguments, "--resume") == 0
+def test_a_limit_on_file_sizes_is_a_message_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    code, _, said = in_own_process(pretext_with_a_limit, str(tmp_path / "a"))
+    assert code == 74
+    assert ": cannot write: File too large; nothing that was saved is lost" in said
+    assert execute("pretext", "--output-dir", str(tmp_path / "a"), "--resume") == 0
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,15 +16,17 @@ import torch
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.commands.search import main
 from recipes.bissl.outcome.pipeline import Pipeline
-from recipes.bissl.outcome.search.space import random_pairs
+from recipes.bissl.outcome.search.space import pair_space
 from recipes.bissl.training.stages import finetune
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder.leases import LeaseLost
+from recipes.experiment.search.space import draw
 from recipes.experiment.stage import Attempt
 from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import SMALL_OPTIONS, of_stage, run_stage, small_config, small_pipeline
 
+optuna: Any = pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
 COUNT = 12
 
 
@@ -33,8 +36,18 @@ def search(*arguments: object) -> int:
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """Each trial's record without its time."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "trials").glob("*.json"))}
-    return {name: {key: value for key, value in one.items() if key != "seconds"} for name, one in found.items()}
+    if not (folder / "study.json").exists():
+        return {}
+    name = json.loads((folder / "study.json").read_text())["study"]
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'study.db'}")
+    found, states = dict[str, dict[str, Any]](), optuna.trial.TrialState
+    for trial in study.get_trials(states=(states.COMPLETE, states.PRUNED)):
+        scores = {key: value for key, value in trial.user_attrs.get("scores", {}).items() if key != "seconds"}
+        message = trial.user_attrs.get("message")
+        number = f"{trial.user_attrs['id']:03d}"
+        assert number not in found
+        found[number] = {**trial.params, **scores, "message": message, "status": trial.user_attrs.get("status")}
+    return dict(sorted(found.items()))
 
 
 def selection(folder: Path) -> dict[str, Any]:
@@ -88,9 +101,8 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.Capture
     shared = (*options, "--artifacts", one / "checkpoints", "--output-dir", three, "--workers", 3)
     thread = threading.Thread(target=lambda: codes.append(search(*shared)))
     thread.start()
-    deadline = time.monotonic() + 120
-    while not records(three) and thread.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not records(three) and thread.is_alive():
+        time.sleep(0.05)
     assert kill_workers() == 3
     thread.join()
     survivors = records(three)
@@ -105,12 +117,12 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.Capture
     assert records(three) == expected
     assert selection(three)["ranking"] == selection(one)["ranking"]
     assert selection(three)["winner"]["trial"] == selection(one)["winner"]["trial"]
-    assert (three / "chosen.toml").read_text() == (one / "chosen.toml").read_text()
+    assert (three / "chosen.json").read_text() == (one / "chosen.json").read_text()
     assert not list(three.glob("trials/*/step-*"))
     assert not list(three.glob("leases/*.lease"))
 
     winner = selection(one)["winner"]
-    config = parse([*SMALL_OPTIONS, "--config", str(one / "chosen.toml")]).config
+    config = parse([*SMALL_OPTIONS, "--config", str(one / "chosen.json")]).config
     pipeline = small_pipeline(one, config)
     baseline = pipeline.at("baseline", 0)
     artifact = pipeline.finetune(baseline, pipeline.pretext(baseline))
@@ -134,9 +146,9 @@ def test_single_trials_make_up_the_search(tmp_path: Path) -> None:
     # A learning rate of 1e26 cannot go well: that is recorded, and cannot be chosen.
     diverged = records(folder)["001"]
     assert diverged["lr"] > 1e20
-    assert (diverged["status"], diverged["score"], diverged["epoch"]) == ("diverged", None, None)
+    assert (diverged["status"], "score" in diverged) == ("diverged", False)
     assert "loss" in diverged["message"]
-    assert selection(folder)["diverged"] == [1]
+    assert [(trial["status"], trial["score"]) for trial in selection(folder)["trials"]][1] == ("diverged", None)
     assert sorted(selection(folder)["ranking"]) == [0, 2]
 
 
@@ -156,8 +168,8 @@ def test_the_artifact_that_trials_start_from_is_checked(tmp_path: Path) -> None:
     assert not list((tmp_path / "s").glob("checkpoints/pretext-*"))
     with pytest.raises(ConfigError, match="begun from another artifact"):
         search("--arm", "baseline", *options, second.directory)
-    (tmp_path / "s" / "trials" / "000.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"000.json is no record of a trial .* delete the file to repeat"):
+    (tmp_path / "s" / "study.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"study\.json cannot be read .*; put it back, or name another folder"):
         search("--arm", "baseline", *options, first.directory)
 
 
@@ -167,7 +179,7 @@ def test_the_heads_grid_is_scored_by_its_last_epoch(tmp_path: Path) -> None:
     found = records(tmp_path)["000"]
     assert (found["lr"], found["weight_decay"]) == (0.07, 0.002)
 
-    config = parse([*SMALL_OPTIONS, "--config", str(tmp_path / "chosen.toml")]).config
+    config = parse([*SMALL_OPTIONS, "--config", str(tmp_path / "chosen.json")]).config
     assert (config.head.lr, config.bissl.upper_lr) == (0.07, 0.07)
     assert (config.head.weight_decay, config.bissl.upper_weight_decay) == (0.002, 0.002)
     (tmp_path / "own").mkdir()
@@ -196,6 +208,16 @@ def test_the_heads_grid_is_scored_by_its_last_epoch(tmp_path: Path) -> None:
         (("--arm", "scratch", "--from", "x"), "starts from random weights"),
         (("--summary",), "holds no search"),
         (("--overwrite",), "delete its folder by hand"),
+        (("--stage", "head", "--sampler", "tpe"), "--sampler: --stage head tries a grid; give --space"),
+        (("--sampler", "best"), "--sampler: 'best' is not of the form 'module:Class'"),
+        (("--pruner", "best"), "--pruner: 'best' is not of the form 'module:Class'"),
+        (("--storage", "server"), "--storage: the URL, which is not of the form"),
+        (("--space", "bissl.uper_lr=log:1e-4:1"), "bissl.uper_lr: unknown field; --help lists all fields"),
+        (("--space", "finetune.lr=log:0:1"), "--space finetune.lr=log:0:1: needs 0 < LOW <= HIGH, got 0 1"),
+        (
+            ("--space", "pretext.epochs=int:0:3", "--trials", "40"),
+            "--space: .*pretext.epochs: 0 is for weights that are trained already",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -233,12 +255,50 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.txt"]
 
 
+def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"search needs Optuna .*; run: pip install 'bilevel\[search\]'"):
+        search("--output-dir", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_space_of_fields_trains_what_they_decide(tmp_path: Path) -> None:
+    fields = ("--space", "bissl.upper_lr=log:0.001:0.1", "--space", "finetune.lr=choice:0.01,0.1")
+    shared = ("--trials", 3, "--artifacts", tmp_path / "stages")
+    assert search(*fields, *shared, "--output-dir", tmp_path / "a") == 0
+    found = records(tmp_path / "a")
+    assert len(found) == 3
+    # One warm-up of backbone and head, and a bilevel stage for each upper rate.
+    stages = [path.parent.name.split("-")[0] for path in (tmp_path / "stages").glob("*-*/artifact.json")]
+    assert sorted(stages) == ["bissl"] * 3 + ["head", "pretext"]
+    best = selection(tmp_path / "a")["winner"]
+    config = parse([*SMALL_OPTIONS, "--config", str(tmp_path / "a" / "chosen.json")]).config
+    assert (config.bissl.upper_lr, config.finetune.lr) == (best["bissl.upper_lr"], best["finetune.lr"])
+    pipeline = small_pipeline(tmp_path / "own", config)
+    repeat = pipeline.at("bissl", 0)
+    tuned = pipeline.finetune(repeat, pipeline.pretrain(repeat, {}))
+    assert (tuned.info["best"]["top1"], tuned.info["best"]["loss"]) == (best["score"], best["loss"])
+    with pytest.raises(ConfigError, match=r"search\.space"):
+        search("--space", "finetune.lr=choice:0.01,0.2", *shared, "--output-dir", tmp_path / "a")
+
+
+def test_a_sampler_and_a_pruner_search_in_the_same_folder_layout(tmp_path: Path) -> None:
+    options = ("--arm", "scratch", "--trials", 4, "--sampler", "tpe", "--pruner", "median", "--lr-range", 1e-3, 1.0)
+    assert search(*options, "--output-dir", tmp_path) == 0
+    found = records(tmp_path)
+    assert list(found) == ["000", "001", "002", "003"]
+    assert all(1e-3 <= record["lr"] <= 1.0 for record in found.values())
+    assert [trial["trial"] for trial in selection(tmp_path)["trials"]] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match=r"search\.sampler: 'tpe' -> 'gp'"):
+        search(*options, "--sampler", "gp", "--output-dir", tmp_path)
+
+
 def test_a_dry_run_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search("--dry-run", "--trials", 2, "--output-dir", tmp_path / "s") == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
     expected = [
         f"trial {t.number:03d}: lr {t.values['lr']:.6g}, weight decay {t.values['weight_decay']:.6g}"
-        for t in random_pairs(2)
+        for t in draw(pair_space(), 2, 0)
     ]
     assert printed == expected
     assert not (tmp_path / "s").exists()

@@ -17,6 +17,7 @@ from recipes.bissl.outcome.open_run import FinishedStages, Unfinished
 from recipes.bissl.outcome.side_by_side import workers
 from recipes.bissl.outcome.side_by_side.job_graph import jobs_of
 from recipes.bissl.outcome.side_by_side.workers import worker_count
+from recipes.experiment.events import LOCK
 from recipes.experiment.folder.run_folder import METRICS
 from tests.support.rank_processes import forkserver
 from tests.support.recipes.small_runs import (
@@ -97,6 +98,8 @@ def test_processes_that_need_the_same_stage_make_it_once(tmp_path: Path) -> None
     options = (f"--model.init-backbone={given}", "--model.projector-epochs=20")
     runs = [whole_run(tmp_path / f"{jobs}", *options, f"--jobs={jobs}") for jobs in (1, 3)]
     assert len(list(runs[1].glob("checkpoints/projector-*"))) == 1
+    # Whichever arm's process made it.
+    assert {event["variant"] for event in events(runs[1]) if event["stage"] == "projector"} == {"bissl"}
     assert timeless(runs[1]) == timeless(runs[0])
 
 
@@ -118,8 +121,11 @@ def test_a_signal_saves_all_stages_under_way(
     assert said == f"run.py: stopped by {number}, and saved; the same command with --resume continues\n"
     assert not list(tmp_path.rglob("*.lease"))
     before = (tmp_path / METRICS).read_text().splitlines()
+    # As after SIGKILL.
+    (tmp_path / LOCK).touch()
     # In another number of processes, too.
     assert execute(*given[:-1], "--jobs=1", "--resume") == 0
+    assert not (tmp_path / LOCK).exists()
     # No step that was finished is made again.
     assert set(before) <= set((tmp_path / METRICS).read_text().splitlines())
     assert timeless(tmp_path) == timeless(whole)

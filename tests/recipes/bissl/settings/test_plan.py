@@ -9,6 +9,7 @@ import torch
 
 from recipes.bissl.outcome import estimate
 from recipes.bissl.outcome.checks import check_data, dry_data
+from recipes.bissl.outcome.side_by_side import workers
 from recipes.bissl.settings.config import Config, build_config
 from recipes.bissl.settings.plan import batches_per_epoch, make_plan
 from recipes.bissl.settings.presets import PRESETS
@@ -191,3 +192,22 @@ def test_estimate_grows_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hours() == pytest.approx(bissl + baseline, rel=0.01)
     assert hours("--bissl.solver", "identity") == pytest.approx(bissl - 48 * 4 * 2 * 2 * 4 + baseline, rel=0.01)
     assert hours("--pipeline-seeds", "3") == pytest.approx(3 * (bissl + baseline - 2 * 16 * 8), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "threads", "cores", "at_once"),
+    [("1", 1, 8, 1), ("2", 1, 8, 2), ("4", 1, 2, 2), ("4", 4, 2, 1), ("auto", 2, 8, 4), ("8", 1, 8, 8)],
+)
+def test_estimate_counts_stages_that_are_made_side_by_side(
+    jobs: str, threads: int, cores: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "_seconds_per_image", lambda config, device: 3600.0)
+    for module in (estimate, workers):
+        monkeypatch.setattr(module, "available_cores", lambda: cores)
+    text = describe(small_config(f"--jobs={jobs}", f"--threads={threads}"))
+    found = re.search(r"about ([\d.]+) days on this machine(?:, (\d) processes side by side)?[:,]", text)
+    assert found is not None, text
+    # As above; the longest way is through one fine-tuning of BiSSL's, of 8 steps.
+    bissl, baseline, tuning = 48 * (4 + 4 + 4 * 2 * 2 * 4) + 16 * (4 + 2 * 4 + 2 * 8), 48 * 8 + 16 * 2 * 8, 16 * 8
+    assert 24 * float(found[1]) == pytest.approx(max((bissl + baseline) / at_once, bissl - tuning), rel=0.01)
+    assert found[2] == (None if at_once == 1 else str(at_once))

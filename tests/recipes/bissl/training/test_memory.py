@@ -40,6 +40,11 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
     ("stage", "options", "expected"),
     [
         ("pretext", ("--compute.micro-batch=12",), ["compute.micro_batch (12)", "pretext.batch_size (24)"]),
+        (
+            "pretext",
+            ("--jobs=3", "--threads=1"),
+            ["jobs (3)", "compute.micro_batch (null)", "pretext.batch_size (24)"],
+        ),
         ("restart", (), ["compute.micro_batch (null)", "pretext.batch_size (24)"]),
         (
             "head",
@@ -66,3 +71,13 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
 )
 def test_the_fields_of_each_stage(stage: str, options: tuple[str, ...], expected: list[str]) -> None:
     assert fields_to_lower(stage, small_config(*options)) == expected
+
+
+@pytest.mark.parametrize(("jobs", "ending"), [(1, "do not concern"), (3, "and --resume goes on with them")])
+def test_fewer_jobs_need_no_other_run(jobs: int, ending: str) -> None:
+    with (
+        pytest.raises(ConfigError) as found,
+        out_of_memory_explained("bissl", small_config(f"--jobs={jobs}", "--threads=1"), CUDA),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(found.value).endswith(ending)

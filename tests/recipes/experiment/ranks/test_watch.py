@@ -100,6 +100,7 @@ class Store:
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
         self.fails = False
+        self.given = threading.Event()
 
     def add(self, name: str, number: int) -> int:
         if self.fails:
@@ -111,6 +112,7 @@ class Store:
         return all(name in self.numbers for name in names)
 
     def get(self, name: str) -> bytes:
+        self.given.set()
         return str(self.numbers[name]).encode()
 
 
@@ -188,3 +190,18 @@ def test_a_store_that_is_gone_is_rank_0_where_it_serves_it(served: bool, monkeyp
     others = Others(monkeypatch, served=served)
     found = others.after(lambda: setattr(others.store, "fails", True), ends=not served)
     assert found == ([] if served else [{0: None}])
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_rank_0_that_ended_well_may_take_its_store_with_it(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = set[int]()
+    others = Others(monkeypatch, has_ended=lambda rank: rank in gone)
+
+    def leave() -> None:
+        others.store.numbers["exit code/0"] = 0
+        assert others.store.given.wait(TIMEOUT), "asked for while it can be"
+        others.store.fails = True
+        if ended:
+            gone.add(0)
+
+    assert others.after(leave, ends=False) == []
