@@ -188,6 +188,7 @@ def _check(given: argparse.Namespace, request: Request) -> None:
 
 
 def _search(given: argparse.Namespace, request: Request) -> Search:
+    load_optuna()
     config, of = request.config, "head" if given.stage == "head" else request.arm
     space, trials, count = _tried(given, request)
     if given.trial is not None and not 0 <= given.trial < count:

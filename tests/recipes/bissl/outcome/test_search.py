@@ -267,7 +267,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"search needs Optuna .*; run: pip install 'bilevel\[search\]'"):
+    with pytest.raises(ConfigError, match=r"^search needs Optuna .*; run: pip install 'bilevel\[search\]'"):
         search("--output-dir", tmp_path / "s")
     assert not (tmp_path / "s").exists()
 

@@ -26,7 +26,7 @@ sqlalchemy: Any = pytest.importorskip("sqlalchemy")
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"search needs Optuna .*; run: pip install 'bilevel\[search\]'"):
+    with pytest.raises(ConfigError, match=r"^search needs Optuna .*; run: pip install 'bilevel\[search\]'"):
         load_optuna()
 
 
