@@ -27,7 +27,7 @@ from ...experiment.search.storage import check_storage, load_optuna
 from ...experiment.search.study import open_study
 from ...experiment.search.trial_record import select, value_text
 from ...experiment.search.workers import run_workers
-from ...experiment.terminal import command_name
+from ...experiment.terminal import command_name, say
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.pipeline.workers import WorkerLost
@@ -358,7 +358,7 @@ def _worker(given: tuple[Search, int]) -> None:
 def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
     """Print what there is; write the selection where every trial is done."""
     if search.plan.begun() is None:
-        _say(console, "what all trials start from is not made yet")
+        say(console, "what all trials start from is not made yet")
         return 0
     with open_study(search.plan) as study:
         records, missing = study.records(), study.missing()
@@ -366,20 +366,16 @@ def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
             return 0
         if missing:
             holders = study.holders()
-            _say(console, f"{len(records)} of {search.plan.count} trials done, {len(holders)} being worked on")
+            say(console, f"{len(records)} of {search.plan.count} trials done, {len(holders)} being worked on")
             for holder in holders:
-                _say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
+                say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
         if records:
             selection = select(records, partial(near_best, tolerance=given.tolerance))
             console.print(table(search, selection))
             for line in lines(search, selection, given.tolerance):
-                _say(console, line if not missing else f"so far, {line}")
+                say(console, line if not missing else f"so far, {line}")
             if not missing and not given.summary:
                 write_selection(search, selection, given.tolerance)
                 study.sweep()
-                _say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
+                say(console, f"{search.directory / SELECTION}, {search.directory / CHOSEN}")
     return 0 if given.summary or not missing else UNFINISHED
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
