@@ -149,7 +149,8 @@ def draw(setting: Setting, seeds: int, first: int = 0) -> Draws:
         rows.append(tuple(drawn))
     stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
     batches = stacked[6].transpose(0, 1) if setting.hessian_rows is not None else None
-    return Draws(setting, h, s, *stacked[:6], batches)
+    a, w, S_train, g_train, S_val, g_val = stacked[:6]
+    return Draws(setting, h, s, a, w, S_train, g_train, S_val, g_val, batches)
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:

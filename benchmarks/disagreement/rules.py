@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from benchmarks.disagreement.model import Draws, Setting, direction_of, largest_curvature, times, train
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 LEAST_GAIN = 0.02
 """Share of the risk that a solve has to save to be worth anything."""

@@ -84,8 +84,8 @@ def train(
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 alternations instead of 25")
-    alternations = 5 if parser.parse_args(arguments).quick else 25
+    parser.add_argument("--quick", action="store_true", help="3 alternations instead of 25")
+    alternations = 3 if parser.parse_args(arguments).quick else 25
     same, other = torch.stack([torch.randperm(TOKENS, generator=torch.Generator().manual_seed(k)) for k in (0, 1)])
     domains = torch.stack([speak(160, follows, k) for k, follows in enumerate((same, other, None))], dim=1)
     target, test = speak(16, same, 10), speak(200, same, 11)

@@ -144,8 +144,6 @@ class Pictures:
     def _read(self, field: str, source: str) -> ImageSet:
         section = self.section
         images = load_labelled(source, root=section.root, download=section.download, storage=section.storage)
-        if images.kind != "single-label" or len(images.classes) < 2:
-            raise DataError(
-                f"{field}: {source} must have one class a picture, of two or more; it has {images.kind} labels"
-            )
+        if images.kind != "single-label":
+            raise DataError(f"{field}: {source} must have one class a picture; it has {images.kind} labels")
         return images

@@ -154,7 +154,7 @@ class ImageSet:
         return ImageSet(self.images.subset(chosen), labels, self.classes, self.name, self.passed_over)
 
 
-def _check_classes(train: ImageSet) -> None:
+def check_classes(train: ImageSet) -> None:
     """Raise DataError unless the training images are of two classes or more."""
     assert train.labels is not None  # checked by the caller
     first = train.classes[int(train.labels[0])]
@@ -196,7 +196,7 @@ class DownstreamSets:
             if len(self.indices.get(part, ())) != len(images):
                 raise DataError(f"{images.name}: indices[{part!r}] must hold one position for each image of that set")
         if self.kind == "single-label":
-            _check_classes(self.train)
+            check_classes(self.train)
 
     @property
     def kind(self) -> LabelKind:

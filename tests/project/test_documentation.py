@@ -77,15 +77,17 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
+COMMAND = r"^(?:\S*/bin/)?(bissl|cleaning)"
+"""The start of a line that calls an installed recipe."""
+
+
 def command_lines(page: Path) -> list[list[str]]:
     """The words of each line that starts a program of this project, in blocks of a shell and indented ones."""
     text = page.read_text(encoding="utf-8")
     blocks = [match["body"] for match in FENCE.finditer(text) if match["language"] in ("", "bash", "shell", "console")]
     blocks += re.findall(r"(?:^    .*\n)+", FENCE.sub("", text), re.M)
     lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks)).splitlines()
-    ours = [
-        line for line in lines if re.search(r"[\w./]+\.py(?: |$)|-m bilevel|^(?:make|bissl) |&& make ", line.strip())
-    ]
+    ours = [line for line in lines if re.search(rf"[\w./]+\.py(?: |$)|-m bilevel|^make |{COMMAND} ", line.strip())]
     return [shlex.split(line.strip().removeprefix("$ "), comments=True) for line in ours]
 
 
@@ -95,8 +97,8 @@ def unknown_in(words: list[str], known: Callable[[str, str], str]) -> list[str]:
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         return [word for word in words[1:] if "=" not in word and word not in targets]
-    place = next(n for n, word in enumerate(words) if re.search(r"\.py$|^bilevel\.|^bissl$", word))
-    program = "recipes/bissl/run.py" if words[place] == "bissl" else words[place]
+    place = next(n for n, word in enumerate(words) if re.search(rf"\.py$|^bilevel\.|{COMMAND}$", word))
+    program = re.sub(rf"{COMMAND}$", r"recipes/\1/run.py", words[place])
     following = words[place + 1 :]
     command = [*itertools.takewhile(str.isidentifier, following)] if program.startswith("recipes/") else []
     text = known(program, " ".join(command))
@@ -129,7 +131,7 @@ def test_commands_are_there_with_their_options(capsys: pytest.CaptureFixture[str
 def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     block = "X=1 python a/b.py --one 1 \\\n  --two=2 # --no\nmake it demo A=b\n"
-    page.write_text(f"```\n{block}```\n\n    bissl data list --all\n", "utf-8")
+    page.write_text(f"```\n{block}```\n\n    .venv/bin/bissl data list --all\n", "utf-8")
     script, target, recipe = command_lines(page)
     assert unknown_in(script, lambda *asked: {("a/b.py", ""): "--one-more N --two"}[asked]) == ["--one"]
     assert unknown_in(target, lambda *asked: "") == ["it"]
@@ -158,8 +160,11 @@ def unbound(code: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_that_is_not_run_is_whole(page: Path) -> None:
-    """Blocks marked ``py`` need what is not installed everywhere, or write files: their names are there."""
-    code = "".join(m["body"] for m in FENCE.finditer(page.read_text("utf-8")) if m["language"] == "py")
+    """Blocks marked ``py`` need what is not installed everywhere, or write files: their names are there, or they are
+    excerpts of an example."""
+    shown = [m["body"] for m in FENCE.finditer(page.read_text("utf-8")) if m["language"] == "py"]
+    sources = [path.read_text("utf-8") for path in (ROOT / "examples").rglob("*.py")]
+    code = "".join(body for body in shown if not any(body in source for source in sources))
     assert not unbound(code)
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bilevel"):

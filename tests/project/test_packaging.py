@@ -339,9 +339,11 @@ def make():
 
 
 @pytest.mark.slow
-def test_the_command_without_its_extra_says_what_to_install(bare: Path, tmp_path: Path) -> None:
-    done = run(bare / "bin/bissl", "--list-presets", cwd=tmp_path, code=2)
-    assert re.fullmatch(r'bissl: error: \w+ is not installed; .* pip install "bilevel\[recipes\]", .*\n', done.stderr)
+@pytest.mark.parametrize("command", ["bissl", "cleaning"])
+def test_a_command_without_its_extra_says_what_to_install(bare: Path, tmp_path: Path, command: str) -> None:
+    done = run(bare / "bin" / command, "--help", cwd=tmp_path, code=2)
+    said = r': error: \w+ is not installed; .* pip install "bilevel\[recipes\]", .*\n'
+    assert re.fullmatch(command + said, done.stderr)
     assert done.stdout == ""
 
 
@@ -353,8 +355,9 @@ def dry_run(environment: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_installed_command(whole: Path, tmp_path: Path) -> None:
+def test_the_installed_commands(whole: Path, tmp_path: Path) -> None:
     dry_run(whole, tmp_path)
+    assert run(whole / "bin/cleaning", "--help", cwd=tmp_path).stdout.startswith("usage: cleaning ")
 
 
 @pytest.mark.slow

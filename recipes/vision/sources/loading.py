@@ -12,7 +12,7 @@ from torch import Tensor
 from ...experiment.folder.paths import user_path
 from ...experiment.plugins import PluginError, resolve
 from ..errors import DataError
-from ..imagesets import DownstreamSets, ImageSet
+from ..imagesets import DownstreamSets, ImageSet, check_classes
 from ..pictures.base import Images
 from ..pictures.files import FileImages
 from ..pictures.memory import read_all
@@ -240,8 +240,12 @@ def load_labelled(source: str, *, root: Path | str, download: bool, storage: Sto
         raise DataError(f"{source}: labels are needed, but this source has none")
     positions = torch.cat([opened.parts[part] for part in ("train", "val", "test") if part in opened.parts])
     chosen = positions.sort().values
+    labels = opened.labels[chosen]
     images = stored(opened.images.subset(chosen), storage, opened.name)
-    return ImageSet(images, opened.labels[chosen], opened.classes, opened.name, opened.passed_over)
+    made = ImageSet(images, labels, opened.classes, opened.name, opened.passed_over)
+    if made.kind == "single-label":
+        check_classes(made)
+    return made
 
 
 def load_pretext(

@@ -20,7 +20,7 @@ FLIPS = re.compile(r"(uniform|pair):(\d*\.?\d+(?:e-\d+)?)")
 
 def check_flips(flips: str | None) -> str | None:
     """The same flips, see `planted`, or None. Raises ValueError on anything else."""
-    found = FLIPS.fullmatch(flips or "uniform:0.5")
+    found = FLIPS.fullmatch("uniform:0.5" if flips is None else flips)
     if found is None or not 0.0 < float(found[2]) < 1.0:
         raise ValueError(
             "must be uniform:SHARE (to any other class), pair:SHARE (to the next class) or null, with a share "

@@ -29,6 +29,7 @@ from ...settings.config import Config, build_config
 from ...settings.sections import HOW_READ
 from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
+from ...training.memory import out_of_memory_explained
 from ...training.repeat import Repeat
 from ...training.stages import finetune, head
 from ..checks import check_data, check_labelled, check_parent
@@ -191,6 +192,7 @@ def _fit(
     Raises:
         NonFiniteError: training diverged, or its score is not finite.
         InvalidValues: the values do not go together.
+        ConfigError: there is too little memory.
     """
     try:
         config = build_config(search.config, search.fields(values))
@@ -204,12 +206,14 @@ def _fit(
         parent = _pretrained(search, pipeline, repeat)
     if search.stage == "head":
         assert parent is not None, "a head's warm-up has a backbone"
-        warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
+        with out_of_memory_explained("head", config, pipeline.computing.device):
+            warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
         metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
         found, costs = warmed.values, warmed.costs
     else:
-        fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
+        with out_of_memory_explained("finetune", config, pipeline.computing.device):
+            fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         found = dict(fitted.facts["best"])
         metric, epoch = fitted.facts["primary_metric"], int(found.pop("epoch"))
         higher, costs = fitted.facts["higher_is_better"][metric], fitted.costs

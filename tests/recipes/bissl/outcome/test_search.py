@@ -248,6 +248,16 @@ def test_bad_data_is_refused_before_anything_is_written(tmp_path: Path, monkeypa
     assert search("--trials", 1, *arguments) == 0
 
 
+def test_a_trial_without_memory_names_the_fields_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(finetune, "fit", too_large)
+    said = r"^finetune: cpu has too little memory for an allocation of 2\.50 GiB; lower downstream\.eval_batch_size"
+    with pytest.raises(ConfigError, match=said):
+        search("--arm", "scratch", "--trials", 1, "--output-dir", tmp_path / "s")
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "theirs.txt").write_text("x")
     with pytest.raises(ConfigError, match="holds other files"):

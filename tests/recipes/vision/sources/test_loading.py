@@ -282,6 +282,13 @@ def test_all_labelled_images_of_any_part_are_one_set(tmp_path: Path) -> None:
     assert len(labelled("digits")) == 1797
 
 
+def test_a_labelled_set_of_one_class_is_refused(tmp_path: Path) -> None:
+    tree(tmp_path / "images", {"a": 2})
+    (tmp_path / "images" / "labels.csv").write_text("file,label\na/000.png,a\na/001.png,a\n")
+    with pytest.raises(DataError, match="has a single class, 'a', which leaves nothing to tell apart"):
+        labelled(f"folder:{tmp_path / 'images'}")
+
+
 def test_images_without_labels_are_no_labelled_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no class folder"):
         labelled(f"folder:{tmp_path}")
