@@ -12,7 +12,6 @@ from ..experiment.artifacts import ArtifactStore
 from ..experiment.command.environment import find_device
 from ..experiment.command.exit_codes import Endings, end_process, run_command
 from ..experiment.command.run_request import CommandLine, RunRequest
-from ..experiment.errors import ConfigError
 from ..experiment.folder.run_folder import METRICS, REPORT, RunDirectory
 from ..experiment.ranks.processes import Ranks
 from ..experiment.tables import Table, print_table
@@ -49,8 +48,10 @@ After 74, 75, 76, 130 and a kill the same command with --resume continues.
 
 
 def _example(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Digits, two in five of which get the label of the next class, where no source is named."""
-    named = "source" in (given.get("data") or {})
+    """Digits, two in five of which get the label of the next class, where neither a source nor a truth is named."""
+    data = given.get("data", {})
+    # What is no table of fields is refused where all fields are checked.
+    named = not isinstance(data, Mapping) or not data.keys().isdisjoint(("source", "truth"))
     return {} if named else {"data": {"source": DIGITS, "flips": "pair:0.4"}}
 
 
@@ -110,11 +111,7 @@ def _checked(request: RunRequest[Config], console: Console) -> Pictures:
 def _run(
     config: Config, pictures: Pictures, device: torch.device, workspace: Workspace, directory: RunDirectory
 ) -> list[Table]:
-    """All stages, and what they leave for people; the tables of results.
-
-    Raises:
-        ConfigError: the page could not be written; everything else was.
-    """
+    """All stages, and what they leave for people; the tables of results."""
     repeats, seconds = list[Repeat](), 0.0
     seen = features.run(config, pictures, device, workspace)
     for seed in config.repeats:
@@ -123,10 +120,7 @@ def _run(
         repeats.append(gathered(made, sets, seed, config.false_alarms))
         seconds += sum(artifact.info["seconds"] - seen.info["seconds"] for artifact in made)
     results = outcome.summarise(config, pictures, repeats, seconds + seen.info["seconds"], device)
-    try:
-        outcome.write(config, pictures, repeats, results, directory)
-    except ValueError as error:
-        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
+    outcome.write(config, pictures, repeats, results, directory)
     return outcome.tables(results)
 
 

@@ -11,6 +11,7 @@ import torch
 from bilevel.checkpoint import write_atomic
 
 from ..experiment.command.environment import environment
+from ..experiment.errors import ConfigError
 from ..experiment.folder.run_folder import REPORT, RESULTS, RunDirectory
 from ..experiment.html import Absent, Block, Bullets, Figure, Gallery, Listing, Picture, Section, Text, render_page
 from ..experiment.plots import Panel, draw
@@ -110,14 +111,18 @@ def write(
     """Write the table and the page of the first repeat, and results.json.
 
     Raises:
-        DataError: a picture cannot be read any more.
-        ValueError: matplotlib is missing; all but the page was written.
+        ConfigError: a picture cannot be read any more, or matplotlib is missing; all but the page was written.
     """
     first = repeats[0]
     order = np.argsort(-first.rankings[METHOD].scores, kind="stable")
     write_atomic(directory.path / RANKING, _table(pictures, first, order).encode("utf-8", "surrogateescape"))
     directory.write_json(RESULTS, results)
-    write_atomic(directory.path / REPORT, _page(config, pictures, repeats, results, order).encode())
+    try:
+        page = _page(config, pictures, repeats, results, order)
+    except ValueError as error:
+        raise ConfigError(f"{REPORT} was not written, all other files were: {error}") from error
+    # A name that is no text is shown by the codes of its bytes.
+    write_atomic(directory.path / REPORT, page.encode("utf-8", "backslashreplace"))
 
 
 def _table(pictures: Pictures, repeat: Repeat, order: np.ndarray) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ...experiment.command.parsing import Parser, field_options, field_values, hyphenated
+from ...experiment.command.parsing import Parser, add_run_options, field_options, field_values, hyphenated
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
@@ -101,25 +101,13 @@ def _base_parser(*, add_help: bool) -> argparse.ArgumentParser:
         default="v2",
         help="whose values the paper presets take (default: v2)",
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with fields to change")
-    parser.add_argument("--output-dir", metavar="DIR", help="folder of the run (default: runs/PRESET)")
-    parser.add_argument(
-        "--artifacts",
-        metavar="DIR",
-        help="folder of finished stages, may be shared by runs (default: OUTPUT_DIR/checkpoints)",
-    )
+    dry_run = "check what the run checks, print and write the config, estimate steps and time"
+    add_run_options(parser, "runs/PRESET", dry_run)
     parser.add_argument(
         "--from", dest="from_artifact", metavar="ARTIFACT", help="folder of the artifact that one stage starts from"
     )
     parser.add_argument(
         "--arm", metavar="NAME", help="whose steps and rates a single stage takes (default: bissl, or restart)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check what the run checks, print and write the config, estimate steps and time",
     )
     parser.add_argument("--list-presets", action="store_true", help="print the presets and what they are for")
     return parser

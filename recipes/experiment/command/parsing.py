@@ -32,11 +32,11 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"\(default:(\s+)None\)", r"(default:\1null)", super().format_help())
 
 
-def add_run_options(parser: argparse.ArgumentParser, folder: str) -> None:
+def add_run_options(parser: argparse.ArgumentParser, folder: str, dry_run: str) -> None:
     """Adds the options of every run: where its configuration and its stages lie, and whether it goes on.
 
     Args:
-        folder: where it is written unless it is said, for the help.
+        folder: where it is written unless it is said, and `dry_run`: what a dry run does; both for the help.
     """
     parser.add_argument("--config", metavar="FILE", help="TOML or JSON file with fields to change")
     parser.add_argument("--output-dir", metavar="DIR", help=f"folder of the run (default: {folder})")
@@ -47,7 +47,7 @@ def add_run_options(parser: argparse.ArgumentParser, folder: str) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in the output folder, or start there")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder first")
-    parser.add_argument("--dry-run", action="store_true", help="check what the run checks, and print the config")
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
 
 
 def field_options(

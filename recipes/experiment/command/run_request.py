@@ -75,5 +75,5 @@ class CommandLine(Generic[C]):
 
     def _parser(self, *, add_help: bool) -> argparse.ArgumentParser:
         parser = Parser(self.description, add_help=add_help)
-        add_run_options(parser, str(self.folder))
+        add_run_options(parser, str(self.folder), "check what the run checks, and print the config")
         return parser

@@ -12,6 +12,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
+    from sqlalchemy import URL
 
 STUDY = "study.db"
 """The file of an embedded study, in the folder of its search."""
@@ -68,7 +69,7 @@ def open_storage(directory: Path, url: str | None) -> RDBStorage:
         if url is None:
             # By a function: a path may hold what means something in a URL.
             options = {"creator": connect, "poolclass": sqlalchemy.pool.NullPool}
-        elif sqlalchemy.make_url(url).get_backend_name() == "sqlite":
+        elif _parsed(url).get_backend_name() == "sqlite":
             options = {"connect_args": {"timeout": BUSY}, "poolclass": sqlalchemy.pool.NullPool}
         storage = optuna.storages.RDBStorage(url or "sqlite://", engine_kwargs=options)
         if storage.engine.dialect.name == "sqlite":
@@ -82,6 +83,8 @@ def _opening(directory: Path, url: str | None) -> Iterator[Any]:
     """Gives SQLAlchemy, and says in a sentence what keeps the database from being opened."""
     import sqlalchemy.exc
 
+    if url is not None:
+        _parsed(url)
     try:
         yield sqlalchemy
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, LookupError, RuntimeError) as error:
@@ -92,13 +95,30 @@ def shown(directory: Path, url: str | None) -> str:
     """The database without a password, for messages and files."""
     if url is None:
         return str(directory / STUDY)
+    found = _parsed(url)
+    # Drivers take a password among the options, too.
+    hidden = {name: "***" for name in found.query if "pass" in name.lower()}
+    return found.update_query_dict(hidden).render_as_string(hide_password=True)
+
+
+def _parsed(url: str) -> URL:
+    """The parts of a URL.
+
+    Raises:
+        ConfigError: it has none, or its tables are gone with the process; what cannot be read is not repeated, since it
+            may hold a password anywhere.
+    """
     import sqlalchemy.exc
 
     try:
-        return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        # What cannot be read as a URL may hold a password anywhere.
-        return "the URL, which is not of the form dialect+driver://user:password@host:port/database,"
+        found = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise ConfigError(
+            "--storage: the URL is not of the form dialect+driver://user:password@host:port/database"
+        ) from None
+    if found.get_backend_name() == "sqlite" and found.database in (None, "", ":memory:"):
+        raise ConfigError(f"--storage: {url} is in memory, which no other process sees; name a file: sqlite:///FILE")
+    return found
 
 
 @contextmanager

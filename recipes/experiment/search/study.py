@@ -27,6 +27,7 @@ from ..errors import ConfigError
 from ..folder.leases import Lease, LeaseLost
 from ..folder.run_folder import INSPECT
 from ..stage import Attempt, discard_checkpoints
+from ..terminal import say
 from .choosers import make_pruner, make_sampler
 from .plan import NAMED, StudyPlan
 from .space import Trial
@@ -248,21 +249,21 @@ class TrialStudy:
 
     def _attempt(self, number: int, known: FrozenTrial | None, fit: Fit, lease: Lease, console: Console) -> None:
         """Do a trial whose lease is held, unless it was finished just before, or the lease is lost on the way."""
-        started = self._started(number, known, lease)
-        if started is None:
-            return
-        trial, reported = started
         directory = self._folder(number)
-        directory.mkdir(parents=True, exist_ok=True)
-        attempt = Attempt(directory, lease.check, self._report(trial, reported))
         try:
+            started = self._started(number, known, lease)
+            if started is None:
+                return
+            trial, reported = started
+            directory.mkdir(parents=True, exist_ok=True)
+            attempt = Attempt(directory, lease.check, self._report(trial, reported))
             record = _fitted(self._trial(number, trial.params), fit, attempt)
         except LeaseLost as lost:
-            console.print(f"trial {number}: {lost}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"trial {number}: {lost}")
             return
         self._tell(trial, record)
         _discard(directory)
-        console.print(f"trial {record.describe()}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"trial {record.describe()}")
 
     def _started(
         self, number: int, known: FrozenTrial | None, lease: Lease

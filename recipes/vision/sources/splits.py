@@ -77,14 +77,14 @@ def hold_out(
         for class_name, size in zip(classes, sizes, strict=True):
             if size <= keep:
                 raise DataError(
-                    f"{name}: class {class_name!r} has too few images for the split into train, val and test: "
+                    f"{name}: class {class_name!r} has too few images to be split: "
                     f"{size} where at least {keep + 1} are needed; add images or remove the class{ending}"
                 )
         counts = np.clip(counts, 1, sizes - keep)
     else:
         if len(positions) <= keep:
             raise DataError(
-                f"{name} has too few images for the split into train, val and test: "
+                f"{name} has too few images to be split: "
                 f"{len(positions)} where at least {keep + 1} are needed; add images{ending}"
             )
         largest = int(sizes.argmax())

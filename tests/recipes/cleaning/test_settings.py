@@ -17,6 +17,7 @@ def test_without_a_source_digits_with_planted_labels_are_taken() -> None:
     assert (parsed().data.source, parsed().data.flips) == ("digits", "pair:0.4")
     assert parsed("--flips", "uniform:0.2").data.flips == "uniform:0.2"
     assert parsed("--data", "digits").data.flips is None
+    assert parsed("--truth", "x.csv").data.flips is None
     assert parsed("run", "--data", "folder:x").data.source == "folder:x"
 
 
@@ -63,6 +64,12 @@ def test_features_that_are_not_named_follow_from_the_pictures(arguments: tuple[s
 def test_what_cannot_be_meant_is_said(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parsed(*arguments)
+
+
+def test_a_file_whose_data_is_no_table_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"data": 5}')
+    with pytest.raises(ConfigError, match=r"^data: .*, got 5"):
+        parsed("--config", str(tmp_path / "mine.json"))
 
 
 def test_a_resumed_run_has_the_fields_it_was_begun_with(tmp_path: Path) -> None:

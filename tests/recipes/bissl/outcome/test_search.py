@@ -211,7 +211,7 @@ def test_the_heads_grid_is_scored_by_its_last_epoch(tmp_path: Path) -> None:
         (("--stage", "head", "--sampler", "tpe"), "--sampler: --stage head tries a grid; give --space"),
         (("--sampler", "best"), "--sampler: 'best' is not of the form 'module:Class'"),
         (("--pruner", "best"), "--pruner: 'best' is not of the form 'module:Class'"),
-        (("--storage", "server"), "--storage: the URL, which is not of the form"),
+        (("--storage", "server"), "--storage: the URL is not of the form"),
         (("--space", "bissl.uper_lr=log:1e-4:1"), "bissl.uper_lr: unknown field; --help lists all fields"),
         (("--space", "finetune.lr=log:0:1"), "--space finetune.lr=log:0:1: needs 0 < LOW <= HIGH, got 0 1"),
         (

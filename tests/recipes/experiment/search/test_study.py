@@ -13,7 +13,7 @@ from rich.console import Console
 from bilevel.checkpoint import load_checkpoint, save_checkpoint
 from bilevel.training import NonFiniteError
 from recipes.experiment.errors import ConfigError
-from recipes.experiment.folder.leases import LeaseLost
+from recipes.experiment.folder.leases import Lease, LeaseLost
 from recipes.experiment.search import study as room
 from recipes.experiment.search.plan import StudyPlan
 from recipes.experiment.search.space import Trial, grid, parse_space
@@ -132,6 +132,22 @@ def test_a_trial_that_was_taken_over_is_left_to_the_other_worker(tmp_path: Path)
 
     work(plan, fit)
     assert calls == [1.0, 1.0, 2.0, 3.0]
+
+
+def test_a_worker_that_is_replaced_as_it_draws_a_trial_goes_on_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, check, checks = sampled(tmp_path, count=3), Lease.check, list[Lease]()
+
+    def first_lost(lease: Lease) -> None:
+        checks.append(lease)
+        if len(checks) == 1:
+            raise LeaseLost("taken over")
+        check(lease)
+
+    monkeypatch.setattr(Lease, "check", first_lost)
+    assert [record.trial.number for record in work(plan, peak)] == [0, 1, 2]
+    assert [trial.user_attrs.get("id") for trial in stored(plan).trials] == [None, 0, 1, 2]
 
 
 def test_the_result_of_a_worker_that_was_too_late_does_not_count(tmp_path: Path) -> None:
