@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ..imagesets import ImageSet
-from ..networks.backbones import build_backbone
+from ..networks.backbones import Backbone, build_backbone
 from ..networks.foreign_weights import load_backbone
 from ..networks.weight_files import read_weights
 from ..pipeline.loader import Loader, UnderWay
@@ -59,7 +59,7 @@ class FrozenFeatures:
     widest: int
 
     @cached_property
-    def backbone(self) -> tuple[nn.Module, str] | None:
+    def backbone(self) -> tuple[Backbone, str] | None:
         """The network, and a digest of the weights that it is given ("" for random ones); None for other features."""
         section = self.section
         if section.backbone is None:
@@ -67,7 +67,7 @@ class FrozenFeatures:
         given = None if section.init_backbone is None else user_path(section.init_backbone)
         assert section.image_size is not None, "settled"
         backbone, digest = frozen_backbone(section.backbone, section.image_size, given)
-        self._check_width(int(backbone.num_features), f"model.backbone: {section.backbone}", "name a narrower network")
+        self._check_width(backbone.num_features, f"model.backbone: {section.backbone}", "name a narrower network")
         return backbone, digest
 
     @property
@@ -131,7 +131,7 @@ def encoded(network: nn.Module, images: ImageSet, view: View, reading: Reading) 
     return torch.cat([network(batch.to(reading.device)).float().cpu() for batch in in_one_view(images, view, reading)])
 
 
-def frozen_backbone(name: str, image_size: int, weights: Path | None) -> tuple[nn.Module, str]:
+def frozen_backbone(name: str, image_size: int, weights: Path | None) -> tuple[Backbone, str]:
     """A backbone of given weights, and their digest; without weights, random ones that are always the same, and "".
 
     Raises:
