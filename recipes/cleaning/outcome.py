@@ -82,7 +82,7 @@ def summarise(
         "rankings": rankings,
         "accuracy": accuracy,
         "seconds": seconds,
-        "environment": environment(device),
+        "environment": environment(device, ["torchvision"]),
         "notes": notes(config, pictures, repeats[0]),
     }
 

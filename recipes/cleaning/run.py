@@ -10,7 +10,7 @@ if not __package__:
 
 from ..experiment.command.installed import recipes_installed
 
-with recipes_installed():
+with recipes_installed("scipy", "torchvision"):
     from .command import console
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def summarise(
         "pipeline" if config.pipeline_seeds else "finetune",
         first["primary_metric"],
         arms,
-        environment(device),
+        environment(device, ["torchvision"]),
         higher_is_better=first["higher_is_better"],
     )
     results["images"] = data.reading()

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 
 import torch
@@ -22,18 +23,19 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def environment(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
+def environment(device: torch.device | str = "cpu", packages: Iterable[str] = ()) -> dict[str, str | int | None]:
     """What the run was made with: versions, processors, processes, threads; nothing that tells the machine or its user.
 
     Args:
-        device: The device that the run used.
+        device: the device that the run used.
+        packages: of which the version counts beside torch's.
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": version("torchvision"),
+        **{name: version(name) for name in packages},
         "cuda": torch.version.cuda if on_gpu else None,
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),

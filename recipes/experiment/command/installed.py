@@ -6,15 +6,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-LATER = ("scipy", "torchvision")
-"""What is imported once there is work for it; a run should not learn at its end that it is missing."""
-
 
 @contextmanager
-def recipes_installed() -> Iterator[None]:
-    """Ends the process with exit code 2, and a message, where an import in the block finds no package."""
+def recipes_installed(*later: str) -> Iterator[None]:
+    """Ends the process with exit code 2, and a message, where an import in the block finds no package.
+
+    Args:
+        later: packages that are imported once there is work for them; a run should not learn at its end that one is
+            missing.
+    """
     try:
-        for missing in (name for name in LATER if find_spec(name) is None):
+        for missing in (name for name in later if find_spec(name) is None):
             raise ModuleNotFoundError(name=missing)
         yield
     except ModuleNotFoundError as error:

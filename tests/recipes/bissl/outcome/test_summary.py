@@ -204,7 +204,7 @@ def test_refusals(arms: dict[str, ArmResult], changes: dict[str, Any], message: 
 
 
 def test_environment_says_what_ran_and_not_where() -> None:
-    content = environment("cpu")
+    content = environment("cpu", ["torchvision"])
     assert content["python"] == platform.python_version()
     assert content["torch"] == torch.__version__
     assert content["torchvision"] == version("torchvision")
