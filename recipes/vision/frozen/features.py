@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ..imagesets import ImageSet
-from ..networks.backbones import build_backbone
+from ..networks.backbones import Backbone, build_backbone
 from ..networks.foreign_weights import load_backbone
 from ..networks.weight_files import read_weights
 from ..pipeline.loader import Loader, UnderWay
@@ -21,7 +21,7 @@ from ..pipeline.reduction import View
 from ..pipeline.stream import InOrder
 from ..pipeline.workers import Workers, cores_to_spare, share_of_budget
 from ..views.evaluation_view import EvalView, eval_resize
-from .patches import PatchFeatures
+from .patches import OF_A_FILTER, PatchFeatures
 from .section import FrozenSection
 
 SAMPLE = 2_000
@@ -59,7 +59,7 @@ class FrozenFeatures:
     widest: int
 
     @cached_property
-    def backbone(self) -> tuple[nn.Module, str] | None:
+    def backbone(self) -> tuple[Backbone, str] | None:
         """The network, and a digest of the weights that it is given ("" for random ones); None for other features."""
         section = self.section
         if section.backbone is None:
@@ -67,7 +67,7 @@ class FrozenFeatures:
         given = None if section.init_backbone is None else user_path(section.init_backbone)
         assert section.image_size is not None, "settled"
         backbone, digest = frozen_backbone(section.backbone, section.image_size, given)
-        self._check_width(int(backbone.num_features), f"model.backbone: {section.backbone}", "name a narrower network")
+        self._check_width(backbone.num_features, f"model.backbone: {section.backbone}", "name a narrower network")
         return backbone, digest
 
     @property
@@ -78,6 +78,14 @@ class FrozenFeatures:
         filters = section.filters if section.features == "patches" else None
         return [section.features, section.image_size, filters, section.backbone, of_backbone]
 
+    def check(self, images: ImageSet) -> None:
+        """Refuse features that are too wide by what the first picture tells; colours that come later are left to `of`."""
+        if self.section.features == "patches":
+            filters = self.section.filters
+            self._check_width(OF_A_FILTER * filters, f"model.filters: a picture seen by {filters:,}", "take fewer")
+        elif self.backbone is None:
+            self.of([images.subset([0])], 0, torch.device("cpu"))
+
     def of(self, sets: Sequence[ImageSet], num_workers: int | None, device: torch.device) -> Tensor:
         """Those of all pictures, one set behind the other, float32 [N, D] on the CPU; patches are of the first set."""
         side = self.section.image_size
@@ -85,6 +93,7 @@ class FrozenFeatures:
         reading = Reading(self.section.batch_size, num_workers, device)
         if self.section.features == "pixels":
             found = _pixels(sets, side, reading)
+            self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         elif self.backbone is not None:
             found = torch.cat(
                 [encoded(self.backbone[0], one, EvalView(eval_resize(side), side), reading) for one in sets]
@@ -94,7 +103,6 @@ class FrozenFeatures:
             drawn = torch.cat(list(in_one_view(sets[0].subset(chosen), side, reading)))
             network = PatchFeatures(drawn, self.section.filters)
             found = torch.cat([encoded(network, one, side, reading) for one in sets])
-        self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         return found
 
     def _check_width(self, width: int, what: str, remedy: str) -> None:
@@ -131,7 +139,7 @@ def encoded(network: nn.Module, images: ImageSet, view: View, reading: Reading) 
     return torch.cat([network(batch.to(reading.device)).float().cpu() for batch in in_one_view(images, view, reading)])
 
 
-def frozen_backbone(name: str, image_size: int, weights: Path | None) -> tuple[nn.Module, str]:
+def frozen_backbone(name: str, image_size: int, weights: Path | None) -> tuple[Backbone, str]:
     """A backbone of given weights, and their digest; without weights, random ones that are always the same, and "".
 
     Raises:

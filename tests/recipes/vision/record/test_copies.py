@@ -188,7 +188,7 @@ def test_sizes_that_nobody_knows_may_be_any(tmp_path: Path) -> None:
 
 def test_labels_of_copies_are_those_of_the_others() -> None:
     pixels = noise(5, 0)
-    contents = [Contents(ArrayImages(pixels[rows])) for rows in ([0, 1, 2, 3], [3, 1, 4])]
-    for one in contents:
-        one.complete(lambda line: None, "images")
-    assert labels_of_copies(*contents, torch.tensor([7, 5, 6])).tolist() == [-1, 5, -1, 7]
+    own, others = (Contents(ArrayImages(pixels[rows])) for rows in ([0, 1, 2, 3], [3, 1, 4]))
+    for contents in (own, others):
+        contents.complete(lambda line: None, "images")
+    assert labels_of_copies(own, others, torch.tensor([7, 5, 6])).tolist() == [-1, 5, -1, 7]
