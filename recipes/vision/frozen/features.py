@@ -79,7 +79,7 @@ class FrozenFeatures:
         return [section.features, section.image_size, filters, section.backbone, of_backbone]
 
     def check(self, images: ImageSet) -> None:
-        """Refuse features that are too wide by what the first picture tells; colours that come later are left to `of`."""
+        """Refuse features that are too wide, by the first of the pictures; colours that come later are left to `of`."""
         if self.section.features == "patches":
             filters = self.section.filters
             self._check_width(OF_A_FILTER * filters, f"model.filters: a picture seen by {filters:,}", "take fewer")
