@@ -96,10 +96,12 @@ def _checked(request: RunRequest[Config], console: Console) -> Pictures:
     sources = {"data.source": config.data.source, "data.trusted": config.data.trusted or ""}
     check_places({"output-dir": directory.path, "--artifacts": request.artifacts}, sources)
     directory.check(config, resume=request.resume, overwrite=request.overwrite)
-    # A backbone that cannot be used is refused here.
-    _ = config.features.backbone
+    frozen = config.features
+    # A backbone that cannot be used is refused before pictures are read.
+    _ = frozen.backbone
     section = config.data.model_copy(update={"download": config.data.download and not request.dry_run})
     pictures = Pictures(config.model_copy(update={"data": section}))
+    frozen.check(pictures.data)
     there = directory.started and not request.overwrite
     pictures.identity.check(directory.path / IMAGES if there else None, lambda line: say(console, line))
     for seed in config.repeats:

@@ -97,7 +97,7 @@ def shown(directory: Path, url: str | None) -> str:
         return str(directory / STUDY)
     found = _parsed(url)
     # Drivers take a password among the options, too.
-    hidden = {name: "***" for name in found.query if "pass" in name.lower()}
+    hidden = {name: "hidden" for name in found.query if "pass" in name.lower()}
     return found.update_query_dict(hidden).render_as_string(hide_password=True)
 
 

@@ -297,10 +297,14 @@ class TrialStudy:
 
     def _report(self, trial: OptunaTrial, reported: Collection[int]) -> Callable[[int, float], None]:
         """Writes an epoch's score to the study, unless an earlier attempt has, and asks the pruner."""
+        optuna = load_optuna()
 
         def report(epoch: int, score: float) -> None:
             if epoch not in reported:
-                trial.report(score, epoch)
+                try:
+                    trial.report(score, epoch)
+                except optuna.exceptions.UpdateFinishedTrialError as error:
+                    raise LeaseLost("finished by the process from which it was taken over") from error
             if self.plan.pruner is not None and trial.should_prune():
                 raise Pruned(f"by {self.plan.pruner} after epoch {epoch}")
 

@@ -21,7 +21,7 @@ from ..pipeline.reduction import View
 from ..pipeline.stream import InOrder
 from ..pipeline.workers import Workers, cores_to_spare, share_of_budget
 from ..views.evaluation_view import EvalView, eval_resize
-from .patches import PatchFeatures
+from .patches import OF_A_FILTER, PatchFeatures
 from .section import FrozenSection
 
 SAMPLE = 2_000
@@ -78,6 +78,14 @@ class FrozenFeatures:
         filters = section.filters if section.features == "patches" else None
         return [section.features, section.image_size, filters, section.backbone, of_backbone]
 
+    def check(self, images: ImageSet) -> None:
+        """Refuse features that are too wide, by the first of the pictures; colours that come later are left to `of`."""
+        if self.section.features == "patches":
+            filters = self.section.filters
+            self._check_width(OF_A_FILTER * filters, f"model.filters: a picture seen by {filters:,}", "take fewer")
+        elif self.backbone is None:
+            self.of([images.subset([0])], 0, torch.device("cpu"))
+
     def of(self, sets: Sequence[ImageSet], num_workers: int | None, device: torch.device) -> Tensor:
         """Those of all pictures, one set behind the other, float32 [N, D] on the CPU; patches are of the first set."""
         side = self.section.image_size
@@ -85,6 +93,7 @@ class FrozenFeatures:
         reading = Reading(self.section.batch_size, num_workers, device)
         if self.section.features == "pixels":
             found = _pixels(sets, side, reading)
+            self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         elif self.backbone is not None:
             found = torch.cat(
                 [encoded(self.backbone[0], one, EvalView(eval_resize(side), side), reading) for one in sets]
@@ -94,7 +103,6 @@ class FrozenFeatures:
             drawn = torch.cat(list(in_one_view(sets[0].subset(chosen), side, reading)))
             network = PatchFeatures(drawn, self.section.filters)
             found = torch.cat([encoded(network, one, side, reading) for one in sets])
-        self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         return found
 
     def _check_width(self, width: int, what: str, remedy: str) -> None:

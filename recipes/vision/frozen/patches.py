@@ -10,6 +10,8 @@ SIDE, STRIDE, GRID = 6, 2, 2
 PATCHES = 20_000
 """Patches that means and covariances are taken over."""
 CONTRAST, WHITENING, THRESHOLD = 10.0, 0.1, 0.25
+OF_A_FILTER = 2 * GRID * GRID
+"""Features that each filter makes."""
 
 
 class PatchFeatures(nn.Module):
@@ -31,7 +33,7 @@ class PatchFeatures(nn.Module):
 
     def __init__(self, pictures: Tensor, filters: int = 128, *, seed: int = 0) -> None:
         super().__init__()
-        self.num_features = 2 * filters * GRID * GRID
+        self.num_features = OF_A_FILTER * filters
         patches = _normalised(_drawn(pictures, max(PATCHES, filters), seed))
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))

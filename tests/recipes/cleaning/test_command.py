@@ -233,7 +233,7 @@ def test_a_name_that_is_no_text_is_shown_by_its_bytes(data: Path, tmp_path: Path
     shutil.copytree(data, tmp_path / "data")
     name = os.fsdecode(b"\xff<b>.png")
     (tmp_path / "data" / "dark" / "000.png").rename(tmp_path / "data" / "dark" / name)
-    assert clean(*options(tmp_path / "data", tmp_path / "run"), "--learning.alternations=1") == 0
+    assert clean(*options(tmp_path / "data", tmp_path / "run"), "--learning.alternations=1", "--shown=24") == 0
     assert b"dark/\xff<b>.png," in (tmp_path / "run" / RANKING).read_bytes()
     assert r"dark/\udcff<b>.png" in Page((tmp_path / "run" / "report.html").read_text()).text
 
@@ -254,13 +254,17 @@ def test_features_of_a_backbone_with_weights_of_a_file(
     assert json.loads(made.read_text())["width"] == 64
     said = refused(capsys, *arguments, "--init-backbone", str(tmp_path / "none.pt"), "--overwrite")
     assert "none.pt" in said
-    wide = refused(capsys, *options(data, tmp_path / "wide"), "--model.features=backbone", "--backbone=vgg11")
-    assert "model.backbone: vgg11 has 4,096 features, and at most 2,048 can be used; name a narrower network" in wide
 
 
-def test_too_many_pixels_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_features_are_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refused(capsys, *options(data, tmp_path / "run"), "--model.image-size=32")
     assert "model.image_size: a picture of 32 px has 3,072 features, and at most 2,048 can be used" in said
+    patches = ("--model.features=patches", "--model.filters=257")
+    said = refused(capsys, *options(data, tmp_path / "run"), *patches)
+    assert "model.filters: a picture seen by 257 has 2,056 features, and at most 2,048 can be used; take fewer" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_page_that_cannot_be_drawn_is_said_at_the_end(

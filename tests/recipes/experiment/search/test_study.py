@@ -150,17 +150,21 @@ def test_a_worker_that_is_replaced_as_it_draws_a_trial_goes_on_with_others(
     assert [trial.user_attrs.get("id") for trial in stored(plan).trials] == [None, 0, 1, 2]
 
 
-def test_the_result_of_a_worker_that_was_too_late_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reports", [False, True])
+def test_the_result_of_a_worker_that_was_too_late_does_not_count(tmp_path: Path, reports: bool) -> None:
     plan = make_plan(tmp_path)
 
     def late(values: Mapping[str, Any], attempt: Attempt) -> Scores:
         if values["rate"] == 1.0:
             found = stored(plan)
             found.tell(0, 70.0)
+        if reports:
+            attempt.report(1, 0.5)
         return score(values, attempt)
 
-    work(plan, late)
+    found = work(plan, late)
     assert stored(plan).trials[0].value == 70.0
+    assert [record.trial.number for record in found] == [0, 1, 2]
 
 
 def test_what_trials_start_from_is_made_once(tmp_path: Path) -> None:
