@@ -16,6 +16,7 @@ from recipes.cleaning import fold, outcome
 from recipes.cleaning.settings import RANKING
 from recipes.experiment import artifacts
 from recipes.experiment.records import read_run
+from recipes.vision.networks.backbones import build_backbone
 from tests.support.html_page import Page
 from tests.support.recipes.cleaning_runs import clean, in_a_child, refused, shaded
 from tests.support.recipes.small_runs import files, weights, without
@@ -254,6 +255,15 @@ def test_features_of_a_backbone_with_weights_of_a_file(
     assert json.loads(made.read_text())["width"] == 64
     said = refused(capsys, *arguments, "--init-backbone", str(tmp_path / "none.pt"), "--overwrite")
     assert "none.pt" in said
+
+
+def test_features_of_a_network_of_timm(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="timm:NAME needs timm, of the extra timm")
+    backbone = ("--model.features=backbone", "--backbone=timm:test_resnet", "--model.image-size=32")
+    assert clean(*options(data, tmp_path / "run"), *backbone) == 0
+    (made,) = (tmp_path / "run" / "checkpoints").glob("features-*/artifact.json")
+    width = build_backbone("timm:test_resnet", image_size=32).num_features
+    assert json.loads(made.read_text())["width"] == width
 
 
 def test_too_many_features_are_refused_before_anything_is_written(
