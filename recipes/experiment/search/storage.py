@@ -42,11 +42,18 @@ def check_storage(directory: Path, url: str | None) -> None:
         ConfigError: as `open_storage`.
     """
     load_optuna()
-    if url is not None:
-        with _opening(directory, url) as sqlalchemy:
-            engine = sqlalchemy.create_engine(url)
-            engine.connect().close()
-            engine.dispose()
+    if url is None:
+        return
+    with _opening(directory, url) as sqlalchemy:
+        found = _parsed(url)
+        file = Path(found.database or "")
+        if found.get_backend_name() == "sqlite" and not file.exists() and file.parent.is_dir():
+            # Connecting would make it.
+            return
+        engine = sqlalchemy.create_engine(url)
+        # SQLite opens any file, and says what it is once it is read.
+        sqlalchemy.inspect(engine).has_table("studies")
+        engine.dispose()
 
 
 def open_storage(directory: Path, url: str | None) -> RDBStorage:

@@ -17,7 +17,7 @@ import pytest
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.search.plan import StudyPlan
 from recipes.experiment.search.space import draw, log_uniform
-from recipes.experiment.search.storage import load_optuna, open_storage, reaching, shown
+from recipes.experiment.search.storage import check_storage, load_optuna, open_storage, reaching, shown
 from recipes.experiment.search.study import open_study, prepare
 
 optuna: Any = pytest.importorskip("optuna", reason="a search needs Optuna, of the extra search")
@@ -67,6 +67,16 @@ def test_what_cannot_be_opened_is_named_without_a_password(tmp_path: Path, url: 
     with pytest.raises(ConfigError, match=message) as refused:
         open_storage(tmp_path, url)
     assert "secret" not in str(refused.value)
+
+
+def test_a_check_makes_no_file(tmp_path: Path) -> None:
+    check_storage(tmp_path, f"sqlite:///{tmp_path / 'new.db'}")
+    with pytest.raises(ConfigError, match=r"none/new\.db cannot be opened .*unable to open"):
+        check_storage(tmp_path, f"sqlite:///{tmp_path / 'none' / 'new.db'}")
+    (tmp_path / "text.db").write_text("no database" * 100)
+    with pytest.raises(ConfigError, match=r"text\.db cannot be opened .*not a database"):
+        check_storage(tmp_path, f"sqlite:///{tmp_path / 'text.db'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.db"]
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
