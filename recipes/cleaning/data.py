@@ -11,7 +11,7 @@ from ..experiment.folder.paths import user_path
 from ..vision.errors import DataError
 from ..vision.imagesets import ImageSet
 from ..vision.pictures.base import EncodedImages
-from ..vision.record.copies import labels_of_copies
+from ..vision.record.copies import but_copies, labels_of_copies
 from ..vision.record.identity import Identity
 from ..vision.sources.loading import load_labelled
 from ..vision.sources.splits import hold_out
@@ -77,8 +77,8 @@ class Pictures:
         return Identity(self.parts.__getitem__, tuple(self.parts))
 
     @cached_property
-    def twins(self) -> Tensor:
-        """int64 [N], of each of the data that is a copy of a trusted picture the trusted label, else -1."""
+    def copies(self) -> Tensor:
+        """int64 [N], of each of the data that is a copy of a picture of `trusted` the trusted label, else -1."""
         if self.trusted is None:
             return torch.full((len(self.data),), -1)
         self.identity.complete(lambda line: None)
@@ -95,13 +95,13 @@ class Pictures:
         assert labels is not None, "read with labels"
         rows, right = torch.arange(len(labels)), self.truth
         if self.trusted is None:
-            known = labels if right is None else right
-            by = {"name": self.data.name, "fraction": section.trusted_fraction, "keep": 1}
-            generator = np.random.default_rng([seed, 0])
-            trusted, rows = hold_out(rows, known, classes, generator=generator, **by)
-            trusted_labels = known[trusted]
+            known, generator = labels if right is None else right, np.random.default_rng([seed, 0])
+            name, share = self.data.name, section.trusted_fraction
+            trusted, rows = hold_out(rows, known, classes, name=name, fraction=share, keep=1, generator=generator)
+            self.identity.complete(lambda line: None)
+            rows, trusted_labels = but_copies(self.identity.contents("data"), rows, trusted), known[trusted]
         else:
-            rows, trusted = rows[self.twins < 0], len(labels) + torch.arange(len(self.trusted))
+            rows, trusted = rows[self.copies < 0], len(labels) + torch.arange(len(self.trusted))
             assert self.trusted.labels is not None, "read with labels"
             trusted_labels = self.trusted.labels
         self._check_counts(len(rows), trusted_labels)

@@ -145,7 +145,7 @@ def _learned(
     # Weights of 1, where both methods start.
     began = solved(*part.samples[:2], sample_weights(upper).detach(), ridge, part.classes)
     lower = {name: leaf.requires_grad_() for name, leaf in began.items()}
-    below = torch.optim.SGD(lower.values(), lr=_step(part.samples[0]))
+    below = torch.optim.SGD(lower.values(), lr=_step(part.samples[0], ridge))
     if section.method == "soba" or (section.method == "auto" and count > MANY):
         problem, method, data = WeightedSamples(ridge), SOBA(), _stack(part.samples, section, derive_seed(seed, fold))
         schedule = AlternatingSchedule(section.epochs, lower_steps=0, upper_steps=len(data))
@@ -177,7 +177,9 @@ def _stack(samples: Batch, section: LearningConfig, seed: int) -> BatchStack:
     return BatchStack(len(samples[1]), min(section.batch_size, len(samples[1])), load, seed=seed)
 
 
-def _step(z: Tensor) -> float:
-    """1 / L of the lower objective: the cross-entropy's Hessian is at most half of the features' second moments."""
+def _step(z: Tensor, ridge: float) -> float:
+    """1 / L of the lower objective: the cross-entropy's Hessian is at most half of the features' second moments, and
+    weights are at most 2.
+    """
     squared = torch.linalg.matrix_norm(z.T @ z / len(z), 2)
-    return float(1.0 / (0.5 * (squared + 1.0)))
+    return float(1.0 / (squared + 1.0 + ridge))

@@ -57,12 +57,12 @@ def notes(config: Config, pictures: Pictures, repeat: Repeat) -> list[str]:
     ]
     if config.data.flips is not None:
         lines.append(f"wrong labels were planted ({config.data.flips}); other labels are taken for right")
-    twins, classes, given = pictures.twins, pictures.data.classes, pictures.data.labels
-    if (twins >= 0).any():
-        lines.append(f"{int((twins >= 0).sum()):,} pictures of the data are copies of trusted ones and are left out")
+    copies, classes, given = pictures.copies, pictures.data.classes, pictures.data.labels
+    if (copies >= 0).any():
+        lines.append(f"{int((copies >= 0).sum()):,} pictures of the data are copies of trusted ones and are left out")
     assert given is not None, "read with labels"
-    for row in ((twins >= 0) & (twins != given)).nonzero()[:, 0].tolist():
-        told = pictures.name(row), classes[int(given[row])], classes[int(twins[row])]
+    for row in ((copies >= 0) & (copies != given)).nonzero()[:, 0].tolist():
+        told = pictures.name(row), classes[int(given[row])], classes[int(copies[row])]
         lines.append("{} has the label {}, and its trusted copy {}".format(*told))
     if CONFIDENT not in repeat.rankings:
         lines.append('confident learning is left out: pip install "bilevel[cleaning]" brings cleanlab')

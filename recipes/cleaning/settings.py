@@ -1,5 +1,6 @@
 """The configuration of a run, and what its folder holds."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +90,7 @@ class Config(Section):
         """The seeds."""
         return range(self.seed, self.seed + self.seeds)
 
-    @property
+    @cached_property
     def features(self) -> FrozenFeatures:
         """What the linear model sees of a picture."""
         return FrozenFeatures(self.model.settled(native=8 if self.data.source == DIGITS else None), WIDEST)

@@ -103,6 +103,12 @@ def labels_of_copies(contents: Contents, others: Contents, labels: Tensor) -> Te
     return torch.tensor([known.get(row.tobytes(), -1) for row in contents.digests], dtype=torch.int64)
 
 
+def but_copies(contents: Contents, rows: Tensor, others: Tensor) -> Tensor:
+    """`rows` of a set but for copies of its rows `others`; all contents must be known."""
+    held = {contents.digests[row].tobytes() for row in others.tolist()}
+    return rows[torch.tensor([contents.digests[row].tobytes() not in held for row in rows.tolist()], dtype=torch.bool)]
+
+
 def copies_between(contents: dict[str, Contents]) -> dict[str, int]:
     """How many pictures of the second set of each pair of labelled sets are copies of one of the first: "train and
     val": 3.

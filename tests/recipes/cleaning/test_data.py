@@ -43,9 +43,25 @@ def test_copies_of_trusted_pictures_are_left_out_and_compared(tmp_path: Path) ->
     shutil.copy(data / "bright" / "002.png", trusted / "bright" / "same.png")
     shutil.copy(data / "dark" / "001.png", trusted / "bright" / "contradicts.png")
     found = pictures(data, trusted=f"folder:{trusted}")
-    assert {row: label for row, label in enumerate(found.twins.tolist()) if label >= 0} == {2: 0, 7: 0}
+    assert {row: label for row, label in enumerate(found.copies.tolist()) if label >= 0} == {2: 0, 7: 0}
     assert found.sets(0).rows.tolist() == [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
     assert found.name(7) == "dark/001.png"
+
+
+def test_copies_of_pictures_held_as_trusted_are_left_out(tmp_path: Path) -> None:
+    data = shaded(tmp_path / "data", 8)
+    original = data / "bright" / "000.png"
+    for i in range(1, 5):
+        shutil.copy(original, data / "dark" / f"copy{i}.png")
+    found = pictures(data, trusted_fraction=0.4)
+    same = [row for row in range(len(found.data)) if found.name(row).startswith("dark/copy")]
+    same.append(next(row for row in range(len(found.data)) if found.name(row) == "bright/000.png"))
+    for seed in range(5):
+        sets = found.sets(seed)
+        held = set(same) & set(sets.trusted.tolist())
+        left = set(same) & set(sets.rows.tolist())
+        assert left == (set() if held else set(same))
+        assert set(sets.rows.tolist()) | set(sets.trusted.tolist()) == set(range(20)) - (set(same) - held - left)
 
 
 def test_labels_known_by_a_table(tmp_path: Path) -> None:

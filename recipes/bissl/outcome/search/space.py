@@ -21,6 +21,7 @@ FIXED = {
     **dict.fromkeys(("arms", "variants"), "a search has one arm; give --arm"),
     **dict.fromkeys(("seeds", "pipeline_seeds", "jobs"), "a trial is one repeat"),
     **dict.fromkeys(("device", "threads", "rank_timeout", "tracking"), "it does not decide what is trained"),
+    "seed": "the best of several seeds is chance",
     "data": "trials are compared on the same images",
 }
 """Fields and sections that no search decides, and why."""

@@ -103,7 +103,7 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, capsys: pytest.Capture
     thread.start()
     while not records(three) and thread.is_alive():
         time.sleep(0.05)
-    assert kill_workers() == 3
+    assert 1 <= kill_workers() <= 3
     thread.join()
     survivors = records(three)
     assert codes == [1]
