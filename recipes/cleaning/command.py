@@ -113,9 +113,9 @@ def _checked(request: RunRequest[Config], console: Console) -> Pictures:
     for seed in config.repeats:
         sets = pictures.sets(seed)
         say(console, f"seed {seed}: {counted(len(sets.given), 'picture')} to look at, {len(sets.labels):,} trusted")
-    # A run tells the latter once more, with its results.
-    for line in (*pictures.passed_over, *(f"note: {line}" for line in beforehand(config, pictures))):
-        say(console, line)
+    # A run tells it once more, with its results.
+    for line in beforehand(config, pictures):
+        say(console, f"note: {line}")
     return pictures
 
 

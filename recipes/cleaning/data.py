@@ -142,11 +142,6 @@ class Pictures:
         """The copies of trusted pictures whose label is not the trusted one, in words."""
         return contradictions(self.data, self.copies, self.name)
 
-    @property
-    def passed_over(self) -> list[str]:
-        """What of the sources was not taken and why, in words."""
-        return [f"{images.name}: {images.passed_over}" for images in self.parts.values() if images.passed_over]
-
     def name(self, row: int) -> str:
         """What a picture of the data is called: its path below the source's folder, else its number."""
         origin = self.data.images.origin

@@ -30,6 +30,7 @@ def beforehand(config: Config, pictures: Pictures) -> list[str]:
             "certain wrong labels, of copies of trusted pictures, which stand neither in the gallery nor in the table: "
             f"{', '.join(wrong[:LISTED])}{more}"
         )
+    lines += [f"{images.name}: {images.passed_over}" for images in pictures.parts.values() if images.passed_over]
     return lines
 
 
@@ -67,7 +68,6 @@ def notes(config: Config, pictures: Pictures, repeat: Repeat) -> list[str]:
         "counts; the area under the curve needs none",
         "accuracies are cross-validated: what is tested was used neither for weights, nor for what is kept; in "
         "brackets Wilson's interval at 95%, by the number of trusted pictures",
-        *pictures.passed_over,
     ]
     if config.data.flips is not None:
         lines.append(f"wrong labels were planted ({config.data.flips}); other labels are taken for right")
