@@ -59,13 +59,13 @@ def ahead_lines(repeats: Sequence[Ranked], name: str) -> list[str]:
     """
     told = [(one, wrong) for one, wrong in repeats if wrong is not None and 2 <= wrong.sum() <= len(wrong) - 2]
     found = list[tuple[float, str]]()
+    own = np.mean([area_under_curve(one[name].scores, wrong) or 0.0 for one, wrong in told]) if told else 0.0
     for other in told[0][0] if told else ():
         apart = [areas_apart(one[other].scores, one[name].scores, wrong) for one, wrong in told]
-        difference, error = np.mean(apart, axis=0)
+        difference, error = np.mean(apart, axis=0).tolist()
         if difference > 1.96 * error:
-            areas = [np.mean([area_under_curve(one[n].scores, wrong) for one, wrong in told]) for n in (other, name)]
-            words = f'here "{other}" ranks better, by more than chance: area under the curve {areas[0]:.4f}'
-            found.append((difference, f'{words} against {areas[1]:.4f} of "{name}"'))
+            words = f'here "{other}" ranks better, by more than chance: area under the curve {own + difference:.4f}'
+            found.append((difference, f'{words} against {own:.4f} of "{name}"'))
     return [words for _, words in sorted(found, reverse=True)]
 
 
