@@ -21,7 +21,7 @@ from recipes.bissl.training.stages import finetune
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.folder.leases import LeaseLost
-from recipes.experiment.search.space import draw
+from recipes.experiment.search.space import draw, parse_space
 from recipes.experiment.stage import Attempt
 from recipes.vision.errors import DataError
 from tests.support.recipes.small_runs import SMALL_OPTIONS, of_stage, run_stage, small_config, small_pipeline
@@ -328,6 +328,16 @@ def test_trials_whose_values_do_not_fit_the_data_end_and_the_search_goes_on(
     assert "downstream.batch_size 16" in printed
     assert "finetune.baseline_lr " in printed
     assert "…" not in printed
+
+
+def test_unfit_trials_that_join_a_search_end_and_the_others_go_on(tmp_path: Path) -> None:
+    space = parse_space(["downstream.batch_size=choice:16,32"])
+    sizes = {seed: [trial.values["downstream.batch_size"] for trial in draw(space, 4, seed)] for seed in range(50)}
+    seed = next(seed for seed, drawn in sizes.items() if drawn == [16, 32, 32, 16])
+    options = ("--arm", "scratch", "--search-seed", seed, "--space", "downstream.batch_size=choice:16,32")
+    for count in (1, 4):
+        assert search(*options, "--trials", count, "--output-dir", tmp_path) == 0
+    assert [record["status"] for record in records(tmp_path).values()] == [None, "invalid", "invalid", None]
 
 
 def test_values_that_a_training_refuses_end_the_trial_and_other_faults_the_worker(
