@@ -15,6 +15,7 @@ from bilevel.interruption import Interruption
 from bilevel.training import NonFiniteError
 
 from ...experiment.artifacts import Artifact, ArtifactError
+from ...experiment.command.parsing import Parser
 from ...experiment.configuration import differences, read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
@@ -22,12 +23,12 @@ from ...experiment.folder.run_folder import CHECKPOINTS
 from ...experiment.plugins import PluginError
 from ...experiment.search.choosers import PRUNERS, SAMPLERS, make_pruner, make_sampler
 from ...experiment.search.plan import StudyPlan
-from ...experiment.search.space import FORMS, Space, Trial, draw, nested, parse_space, title
+from ...experiment.search.space import FORMS, Space, Trial, draw, parse_space
 from ...experiment.search.storage import check_storage, load_optuna
 from ...experiment.search.study import open_study
 from ...experiment.search.trial_record import select, value_text
 from ...experiment.search.workers import run_workers
-from ...experiment.terminal import command_name, say
+from ...experiment.terminal import command_line, command_name, say
 from ...experiment.tracking import check_installed
 from ...vision.errors import DataError
 from ...vision.pipeline.workers import WorkerLost
@@ -38,7 +39,6 @@ from ..outcome.search.selection import TOLERANCE, near_best
 from ..outcome.search.space import LR_RANGE, TRIALS, WEIGHT_DECAY_RANGE, check_space, grid_around, pair_space
 from ..outcome.search.variant_search import Search, check, prepare, work
 from ..settings.arms import ARMS, BASELINE, EQUAL_TIME, arm_of
-from ..settings.config import build_config
 from ..settings.run_directory import SAFE_TO_CHANGE
 from ..training.costs import read_stage
 from ..training.datasets import Datasets
@@ -52,7 +52,7 @@ A search for the learning rate and weight decay of an arm's fine-tuning, or, wit
 and the upper level, or for any fields of the configuration (--space). Trials are scored on the validation set; the test
 set is not used. They are a study of Optuna. The same command, on this machine or on others that see the folder,
 continues and joins the search. Options of the pipeline (--preset, --arm, --artifacts, --finetune.epochs, ...) are taken
-as well: --help without `search` lists them.
+as well, and its fields are those of --space.
 """
 
 
@@ -85,7 +85,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"{command_name()} search", description=_DESCRIPTION, allow_abbrev=False)
+    listed = f"`{command_line()} --help` lists these options and fields."
+    parser = Parser(f"{_DESCRIPTION}{listed}", add_help=True, command="search")
     add: Callable[..., Any] = parser.add_argument
     add("--stage", choices=("finetune", "head"), default="finetune", help="what to search for (default: finetune)")
     add("--from", dest="source", metavar="ARTIFACT", help="artifact to start from (default: the arm's, made if needed)")
@@ -207,7 +208,7 @@ def _tried(given: argparse.Namespace, request: Request) -> tuple[Space, tuple[Tr
     """The fields, the trials where they are known from the start, and how many there are to be.
 
     Raises:
-        ConfigError: a field or a range that cannot be searched, or a trial whose values do not go together.
+        ConfigError: a field or a range that cannot be searched.
     """
     config = request.config
     if given.stage == "head" and not given.space:
@@ -221,14 +222,7 @@ def _tried(given: argparse.Namespace, request: Request) -> tuple[Space, tuple[Tr
         space = pair_space(tuple(given.lr_range), tuple(given.weight_decay_range))
     if given.sampler is not None:
         return space, None, count
-    trials = tuple(draw(space, count, given.search_seed))
-    if given.space:
-        for trial in trials:
-            try:
-                build_config(config, nested(trial.values))
-            except ConfigError as error:
-                raise ConfigError(f"--space: the values of trial {trial.number} do not go together: {error}") from error
-    return space, trials, count
+    return space, tuple(draw(space, count, given.search_seed)), count
 
 
 def _planned(plan: StudyPlan) -> list[str]:
@@ -238,7 +232,7 @@ def _planned(plan: StudyPlan) -> list[str]:
         return [f"{plan.count} trials, drawn one after the other by {plan.sampler}: {fields}"]
     return [
         f"trial {trial.number:03d}: "
-        + ", ".join(f"{title(field)} {value_text(value, 6)}" for field, value in trial.values.items())
+        + ", ".join(f"{field} {value_text(value, 6)}" for field, value in trial.values.items())
         for trial in plan.trials
     ]
 
@@ -370,9 +364,9 @@ def _report(search: Search, console: Console, given: argparse.Namespace) -> int:
             say(console, f"{len(records)} of {search.plan.count} trials done, {len(holders)} being worked on")
             for holder in holders:
                 say(console, f"  on {holder['host']}, process {holder['pid']}, seen {holder['age']:.0f} s ago")
-        if records:
+        if not missing or any(record.scores is not None for record in records):
             selection = select(records, partial(near_best, tolerance=given.tolerance))
-            console.print(table(search, selection))
+            console.print(table(search, selection, console))
             for line in lines(search, selection, given.tolerance):
                 say(console, line if not missing else f"so far, {line}")
             if not missing and not given.summary:

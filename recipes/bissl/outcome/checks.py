@@ -57,6 +57,15 @@ def check_data(config: Config, data: Datasets, computing: Computing, *, publishe
         DataError, ConfigError, ArtifactError, PluginError: naming what is wrong.
     """
     check_initial_weights(config.model, config.data.image_size)
+    return check_batches(config, data, computing, published=published)
+
+
+def check_batches(config: Config, data: Datasets, computing: Computing, *, published: bool = False) -> Checked:
+    """Read both data sets, and make stacks of batches of them, as `check_data` does.
+
+    Raises:
+        DataError, ConfigError, PluginError: naming what is wrong.
+    """
     source, notes = config.data.pretext, []
     absent = _absent(config.data, source, lambda: data.pretext, notes) if published else None
     if absent is None:

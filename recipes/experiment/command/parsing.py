@@ -16,9 +16,9 @@ from ..terminal import command_name
 class Parser(argparse.ArgumentParser):
     """argparse without its page of usage before every error, and with null for None, as options take it."""
 
-    def __init__(self, description: str, *, add_help: bool) -> None:
+    def __init__(self, description: str, *, add_help: bool, command: str | None = None) -> None:
         super().__init__(
-            prog=command_name(),
+            prog=command_name() if command is None else f"{command_name()} {command}",
             description=description,
             add_help=add_help,
             allow_abbrev=False,

@@ -37,11 +37,6 @@ class Trial:
     values: Mapping[str, Any]
 
 
-def title(field: str) -> str:
-    """A field's name in words."""
-    return field.replace("_", " ")
-
-
 def log_uniform(low: float, high: float) -> BaseDistribution:
     r"""Uniform on a logarithmic scale: :math:`a (b / a)^u` with u uniform in [0, 1).
 
@@ -82,13 +77,13 @@ def draw(space: Space, count: int, seed: int) -> list[Trial]:
     """`count` trials, each field drawn independently from its distribution.
 
     A value is a function of (seed, number, field), by SHA-256: the trials do not depend on who draws them, in which
-    order, or on how many there are. A field's stream is named by its title.
+    order, or on how many there are. A field's stream is named by its words.
     """
     return [
         Trial(
             number,
             {
-                field: quantile(distribution, derive_seed(seed, "search", number, title(field)) / 2**63)
+                field: quantile(distribution, derive_seed(seed, "search", number, field.replace("_", " ")) / 2**63)
                 for field, distribution in space.items()
             },
         )

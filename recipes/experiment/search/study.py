@@ -51,12 +51,13 @@ ID, SCORES, STATUS, MESSAGE = "id", "scores", "status", "message"
 Fit = Callable[[Mapping[str, Any], Attempt], Scores]
 """Trains with a trial's values, from the attempt's newest checkpoint where there is one.
 
-Raises NonFiniteError where training diverges and InvalidValues where the values do not go together: results too.
+Raises NonFiniteError where training diverges and InvalidValues where the values do not fit each other or what they are
+tried on: results too.
 """
 
 
 class InvalidValues(ValueError):
-    """A trial's values, each allowed by itself, do not go together."""
+    """A trial's values, each allowed by itself, do not fit each other or what they are tried on."""
 
 
 class Pruned(Exception):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..errors import ConfigError
-from .space import Trial, title
+from .space import Trial
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scores:
 
 Status = Literal["finished", "diverged", "pruned", "invalid"]
 """How a trial ended: with scores; a loss, a gradient or a score was not finite; it was given up on the way; its values
-cannot go together."""
+do not fit each other or what they are tried on."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TrialRecord:
 
     def describe(self) -> str:
         """One line."""
-        values = ", ".join(f"{title(field)} {value_text(value)}" for field, value in self.trial.values.items())
+        values = ", ".join(f"{field} {value_text(value)}" for field, value in self.trial.values.items())
         found, about = self.scores, f"{self.trial.number:03d}: {values}"
         if found is None:
             return f"{about}: {self.status} ({self.message})"
@@ -98,15 +98,15 @@ def select(records: Sequence[TrialRecord], rule: Rule) -> Selection:
     """The trials ranked by `rule`.
 
     Raises:
-        ConfigError: no trial finished, or they were scored by different metrics.
+        ConfigError: no trial finished (how the first one ended is said), or they were scored by different metrics.
     """
     finished = {record.trial.number: record for record in records if record.scores is not None}
     others = sorted((record for record in records if record.scores is None), key=lambda record: record.trial.number)
     scores = [(number, record.scores) for number, record in finished.items() if record.scores is not None]
     if not scores:
         raise ConfigError(
-            f"search: none of {len(records)} trials finished with finite numbers, so that there is nothing to choose; "
-            "search lower values"
+            f"search: none of {len(records)} trials finished, so that there is nothing to choose; search other values. "
+            f"Trial {others[0].describe()}"
         )
     if len({(found.metric, found.higher_is_better) for _, found in scores}) > 1:
         names = ", ".join(sorted({found.metric for _, found in scores}))

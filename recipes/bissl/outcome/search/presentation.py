@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bilevel.checkpoint import write_atomic
 
-from ....experiment.search.space import title
 from ....experiment.search.trial_record import Scores, Selection, TrialRecord, value_text
 from ....experiment.terminal import command_line
 from .variant_search import Search
@@ -64,19 +65,29 @@ def unfinished(records: Sequence[TrialRecord]) -> str:
     return ", ".join(f"{counts[status]} {status}" for status in sorted({"diverged", *counts}))
 
 
-def table(search: Search, selection: Selection) -> Table:
-    """The winner and its runners-up."""
+def table(search: Search, selection: Selection, console: Console) -> Table:
+    """The winner and its runners-up: a column for each field where they fit on the console, else a line for each."""
+    wide = _table(search, selection, columns=True)
+    needed = console.measure(wide, options=console.options.update(max_width=10_000)).maximum
+    return wide if needed <= console.width else _table(search, selection, columns=False)
+
+
+def _table(search: Search, selection: Selection, *, columns: bool) -> Table:
     done = len(selection.ranked) + len(selection.others)
     view = Table(title=f"{search.stage}, arm {search.variant}: {done} of {search.plan.count} trials done")
-    fields = [title(field) for field in selection.winner.trial.values]
-    for name in ("rank", "trial", *fields, f"val {_scores(selection.winner).metric}", "val loss", "epoch"):
+    fields, metric = list(selection.winner.trial.values), _scores(selection.winner).metric
+    for name in ("rank", "trial", *(fields if columns else []), f"val {metric}", "val loss", "epoch"):
         view.add_column(name, justify="right", no_wrap=True)
+    if not columns:
+        view.add_column("values", overflow="fold")
     for rank, record in enumerate(selection.ranked[: SHOWN + 1], start=1):
         scores = _scores(record)
-        numbers = [value_text(value) for value in (*record.trial.values.values(), scores.score, scores.loss)]
+        values = {field: value_text(value) for field, value in record.trial.values.items()}
+        found = [value_text(scores.score), value_text(scores.loss), str(scores.epoch)]
+        cells = [*values.values(), *found] if columns else [*found, "\n".join(map(" ".join, values.items()))]
         # Behind the line the score is too low to be chosen, whatever the loss.
         last = rank == selection.within
-        view.add_row(str(rank), f"{record.trial.number:03d}", *numbers, str(scores.epoch), end_section=last)
+        view.add_row(str(rank), f"{record.trial.number:03d}", *map(escape, cells), end_section=last)
     return view
 
 

@@ -1,11 +1,15 @@
 """What the search looks for: which fields of the configuration, and from which ranges."""
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from ....experiment.errors import ConfigError
 from ....experiment.search.space import Space, Trial, grid, log_uniform, nested, probes
+from ....experiment.terminal import command_line
 from ...settings.arms import METHOD, Rates, arm_of
 from ...settings.config import Config, build_config
 
@@ -56,7 +60,7 @@ def check_space(space: Space, config: Config, stage: SearchStage, variant: str, 
     Raises:
         ConfigError: naming the field and what is wrong.
     """
-    idle = _idle(stage, variant, given=given)
+    idle, known = _idle(stage, variant, given=given), set(_names(config))
     for field, distribution in space.items():
         section = field.partition(".")[0]
         if section in FIXED:
@@ -65,6 +69,8 @@ def check_space(space: Space, config: Config, stage: SearchStage, variant: str, 
             try:
                 changed = build_config(config, nested({field: value}))
             except ConfigError as error:
+                if field not in known:
+                    raise ConfigError(_unknown(field, known - FIXED.keys())) from error
                 raise ConfigError(f"--space: {error}") from error
             if config.data.cache is not None and _views(changed) != _views(config):
                 raise ConfigError(
@@ -74,6 +80,30 @@ def check_space(space: Space, config: Config, stage: SearchStage, variant: str, 
         reason = next((why for name, why in idle.items() if f"{field}.".startswith(f"{name}.")), None)
         if reason is not None:
             raise ConfigError(f"--space: {field} changes no trial: {reason}; leave it out")
+
+
+def _names(config: Config) -> Iterator[str]:
+    """All fields, nested ones joined by dots, and the sections that they are in."""
+    yield from _names_of(config)
+    for section, task in (("pretext", config.pretext_task()), ("downstream", config.downstream_task(("a", "b")))):
+        yield from (f"{section}.options.{name}" for name in type(task).model_fields)
+
+
+def _names_of(section: BaseModel) -> Iterator[str]:
+    for name in type(section).model_fields:
+        yield name
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from (f"{name}.{inner}" for inner in _names_of(value))
+
+
+def _unknown(field: str, known: set[str]) -> str:
+    """The message about a field that there is not, with those that may be meant: of the same last name, or similar."""
+    last = field.rpartition(".")[2]
+    near = sorted(name for name in known if name.rpartition(".")[2] == last)
+    near = near or difflib.get_close_matches(field, sorted(known), n=3)
+    meant = f"there is {' and '.join(near)}; " if near else ""
+    return f"--space: {field}: unknown field; {meant}`{command_line()} --help` lists all"
 
 
 def _idle(stage: SearchStage, variant: str, *, given: bool) -> dict[str, str]:

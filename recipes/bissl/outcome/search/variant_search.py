@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from bilevel.checkpoint import write_atomic
 from bilevel.training import NonFiniteError
 
-from ....experiment.artifacts import Artifact
+from ....experiment.artifacts import Artifact, ArtifactError
 from ....experiment.errors import ConfigError
+from ....experiment.plugins import PluginError
 from ....experiment.search.plan import StudyPlan
 from ....experiment.search.study import InvalidValues, open_study
 from ....experiment.search.study import prepare as prepare_study
@@ -27,13 +30,15 @@ from ....vision.torch_metrics import as_metrics
 from ...settings.arms import arm_of
 from ...settings.config import Config, build_config
 from ...settings.sections import HOW_READ
+from ...training.compute import Computing
 from ...training.costs import artifact_store, read_stage
 from ...training.datasets import Datasets
+from ...training.given_weights import check_initial_weights
 from ...training.memory import out_of_memory_explained
 from ...training.repeat import Repeat
 from ...training.stages import finetune, head
-from ..checks import check_data, check_labelled, check_parent
-from ..open_run import make_pipeline
+from ..checks import Checked, check_batches, check_labelled, check_parent
+from ..open_run import compute_device, crops_on, make_pipeline
 from ..pipeline import Pipeline
 from .space import LR, WEIGHT_DECAY, SearchStage, decided
 
@@ -66,9 +71,14 @@ class Search:
         return self.plan.directory
 
     @property
+    def of_pairs(self) -> bool:
+        """Whether trials are pairs of learning rate and weight decay."""
+        return set(self.plan.space) == {LR, WEIGHT_DECAY}
+
+    @property
     def common_start(self) -> bool:
         """Whether all trials start from one artifact; else a trial's own values may decide what comes before."""
-        return self.given or set(self.plan.space) == {LR, WEIGHT_DECAY}
+        return self.given or self.of_pairs
 
     def image_cache(self, digest: str) -> Path:
         """The folder of decoded images: one for all that decides which they are, their own digest included."""
@@ -91,13 +101,57 @@ def check(search: Search, given: Artifact | None, data: Datasets, console: Conso
         published: as for `check_data`.
 
     Raises:
-        DataError, ConfigError, ArtifactError: naming what is wrong.
+        DataError, ConfigError, ArtifactError, PluginError: naming what is wrong, also with the values of a trial that
+            is known from the start.
     """
-    computing = search.pipeline(data, console).computing
-    pretrains = given is None and arm_of(search.variant).start != "random"
-    found = (check_data if pretrains else check_labelled)(search.config, data, computing, published=published)
+    device = search.pipeline(data, console).computing.device
+    pretrains = _pretrains(search)
+    if pretrains:
+        check_initial_weights(search.config.model, search.config.data.image_size)
+    found = _check_batches(search.config, data, device, pretext=pretrains, published=published)
     if given is not None:
         check_parent(given, search.stage, search.config, found.classes)
+    for trial in search.plan.trials or ():
+        try:
+            _trial_config(search, trial.values, data, device, published=published)
+        except InvalidValues as error:
+            raise ConfigError(
+                f"--space: the values of trial {trial.number} do not fit each other or the data: {error}"
+            ) from error
+
+
+def _pretrains(search: Search) -> bool:
+    return not search.given and arm_of(search.variant).start != "random"
+
+
+def _check_batches(config: Config, data: Datasets, device: torch.device, *, pretext: bool, published: bool) -> Checked:
+    """Read the labelled images, and those of `pretext`, and see whether the config's batches can be made of them."""
+    computing = Computing(config.with_crops(crops_on(device)).compute, device)
+    return (check_batches if pretext else check_labelled)(config, data, computing, published=published)
+
+
+def _trial_config(
+    search: Search, values: Mapping[str, Any], data: Datasets, device: torch.device, *, published: bool = False
+) -> Config:
+    """The configuration of a trial, checked against the data as that of a run is.
+
+    Raises:
+        InvalidValues: the values do not fit each other or the data.
+        DataError, ConfigError, PluginError: it is not the values, but the search's own config or data.
+    """
+    # A trial whose values do not reach the pretext images may find all that is made of them.
+    reached = {field.partition(".")[0] for field in search.plan.space} & {"pretext", "model", "compute", "bissl"}
+    check = partial(_check_batches, pretext=_pretrains(search) and bool(reached), published=published)
+    try:
+        config = build_config(search.config, search.fields(values))
+        if not search.of_pairs:
+            if config.model != search.config.model:
+                check_initial_weights(config.model, config.data.image_size)
+            check(config, data, device)
+    except (ConfigError, DataError, ArtifactError, PluginError) as error:
+        check(search.config, data, device)
+        raise InvalidValues(str(error)) from error
+    return config
 
 
 def prepare(search: Search, given: Artifact | None, data: Datasets, console: Console) -> None:
@@ -191,13 +245,20 @@ def _fit(
 
     Raises:
         NonFiniteError: training diverged, or its score is not finite.
-        InvalidValues: the values do not go together.
-        ConfigError: there is too little memory.
+        InvalidValues: the values do not fit each other, the data or the memory.
+        ConfigError, DataError: something else is wrong, such as too little memory whatever the values.
     """
+    config = _trial_config(search, values, data, compute_device(search.config))
     try:
-        config = build_config(search.config, search.fields(values))
-    except ConfigError as error:
-        raise InvalidValues(str(error)) from error
+        return _trained(search, config, data, parent, attempt)
+    except (ConfigError, DataError) as error:
+        # Messages name the field that is wrong.
+        if any(re.search(rf"(?<![\w.]){re.escape(field)}(?!\w|\.\w)", str(error)) for field in search.plan.space):
+            raise InvalidValues(str(error)) from error
+        raise
+
+
+def _trained(search: Search, config: Config, data: Datasets, parent: Artifact | None, attempt: Attempt) -> Scores:
     # Several trials may need the same stage.
     store = artifact_store(search.artifacts, waits=True)
     pipeline = make_pipeline(config, attempt.directory, store, data, console=Console(quiet=True))

@@ -112,13 +112,17 @@ def test_fields_become_tables_options_and_back() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("bissl.uper_lr=log:1e-4:1", r"--space: bissl\.uper_lr: unknown field; --help lists all fields"),
+        (
+            "bissl.uper_lr=log:1e-4:1",
+            r"--space: bissl\.uper_lr: unknown field; there is bissl\.upper_lr.*; `.* --help` lists",
+        ),
+        ("finetune.batch-size=int:1:9", "unknown field; there is downstream.batch_size and pretext.batch_size; `"),
         ("nothing=log:1e-4:1", "--space: nothing: unknown field"),
-        ("nonfinite_skips.x=int:0:1", "--space: nonfinite_skips: .* got {'x': 0}"),
+        ("nonfinite_skips.x=int:0:1", r"--space: nonfinite_skips\.x: unknown field; there is nonfinite_skips; `"),
         ("bissl.upper_lr=uniform:-1:1", r"--space: bissl\.upper_lr: Input should be greater than 0, got -1\.0"),
         ("finetune.epochs=uniform:1:5", r"--space: finetune\.epochs: Input should be a valid integer"),
         ("bissl.solver=choice:cg,jacobi", r"--space: bissl\.solver: .*, got 'jacobi'"),
-        ("pretext.options.temperatur=log:0.1:1", r"--space: pretext\.options\.temperatur: "),
+        ("pretext.options.temperatur=log:0.1:1", r"temperatur: unknown field; there is pretext\.options\.temperature"),
         ("data.image_size=choice:8,16", "data.image_size is not searched: trials are compared on the same images"),
         ("seeds=int:1:3", "seeds is not searched: a trial is one repeat"),
         ("seed=int:1:3", "seed is not searched: the best of several seeds is chance"),

@@ -22,7 +22,7 @@ def test_a_record_is_a_flat_object() -> None:
 
 
 def test_records_are_told_in_a_line() -> None:
-    values = "007: rate 0.1, decay of weights 0.02: "
+    values = "007: rate 0.1, decay_of_weights 0.02: "
     assert TrialRecord(TRIAL, "finished", SCORES).describe() == values + "top 61.5, loss 0.25 at epoch 3"
     assert TrialRecord(TRIAL, "diverged", message="loss nan").describe() == values + "diverged (loss nan)"
 
