@@ -40,8 +40,8 @@ def findings(repeats: Sequence[Repeat], results: Mapping[str, Any]) -> list[str]
     lines, right = list[str](), accuracy["weighted"]["mean"]
     if right < WEAK:
         lines.append(
-            f"weak features: the weighted model gets {1 - right:.0%} of the held-out trusted pictures wrong, so its "
-            "ranking tells little; find better features first (--model.features, --backbone)"
+            f"weak features: the weighted model gets {1 - right:.0%} of the held-out trusted pictures wrong, and many "
+            "wrong labels stay hidden; find better features first (--model.features, --backbone)"
         )
     lines += [f"{line}, by which page and table are ordered" for line in ahead_lines(ranked(repeats), METHOD)]
     before, after = accuracy["all labels"], accuracy["kept"]
