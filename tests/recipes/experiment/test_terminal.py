@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from recipes.experiment.terminal import command_line, command_name, printable, say
+from recipes.experiment.terminal import command_line, command_name, counted, printable, say
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,7 @@ def test_a_line_is_said_as_it_is() -> None:
     shown = io.StringIO()
     say(Console(file=shown, width=20), "[bold]a path/of/more/than/twenty/columns\x1b[2J")
     assert shown.getvalue() == "[bold]a path/of/more/than/twenty/columns\\x1b[2J\n"
+
+
+def test_one_thing_and_several() -> None:
+    assert [counted(count, "picture") for count in (0, 1, 1200)] == ["0 pictures", "1 picture", "1,200 pictures"]
