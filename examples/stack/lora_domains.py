@@ -10,16 +10,21 @@ Then fresh adapters are trained by weights that stand still. Nothing is download
 
 import argparse
 import math
+import sys
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bilevel import CG, AlternatingSchedule, Implicit, Level, Params, Problem, Trainer, functional_call
+
+try:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+except ModuleNotFoundError as error:
+    sys.exit(f'{error.name} is not installed; the extra stack brings it: pip install ".[stack]"')
 
 TOKENS, LENGTH, SURE = 12, 16, 0.8
 DOMAINS: tuple[str, ...] = ("same", "other", "noise")

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from ..experiment.artifacts import ArtifactStore
 from ..experiment.command.environment import find_device
-from ..experiment.command.exit_codes import Endings, end_process, run_command
+from ..experiment.command.exit_codes import Endings, before_a_run, end_process, run_command
 from ..experiment.command.run_request import CommandLine, RunRequest
+from ..experiment.errors import ConfigError
 from ..experiment.folder.run_folder import METRICS, REPORT, RunDirectory
 from ..experiment.ranks.processes import Ranks
-from ..experiment.tables import Table, print_table
-from ..experiment.terminal import say
+from ..experiment.tables import print_table
+from ..experiment.terminal import counted, say
 from ..experiment.workspace import Workspace
 from ..vision.errors import DataError
 from ..vision.pipeline.workers import WorkerLost
@@ -23,6 +24,7 @@ from ..vision.sources.loading import DIGITS
 from ..vision.sources.places import check_places
 from . import features, fold, outcome
 from .data import Pictures
+from .notes import beforehand
 from .ranking import Repeat, gathered
 from .settings import IMAGES, RANKING, Config, run_directory
 
@@ -38,8 +40,7 @@ Cleaning: the wrong labels of a labelled image set, given a small part of it tha
     run --data folder:PATH --trusted folder:PATH     a page of suspicious pictures in runs/cleaning
     run                                              the same on scikit-learn's digits with planted wrong labels
 
---data, --trusted, --trusted-fraction, --truth and --flips are short for --data.source, --data.trusted and so on. A
-config file (TOML or JSON, such as a run's own config.json) changes some fields; options change single ones.
+A config file (TOML or JSON, such as a run's own config.json) changes some fields; options change single ones.
 
 Exit codes: 0 done; 1 a fault of the program or a plug-in; 2 bad input; 3 losses or gradients that are not finite; 74
 files that cannot be written; 75 stopped by SIGTERM or SIGUSR1; 76 a worker process is lost; 130 stopped by Ctrl-C.
@@ -51,6 +52,8 @@ def _example(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Digits, two in five of which get the label of the next class, where neither a source nor a truth is named."""
     data = given.get("data", {})
     # What is no table of fields is refused where all fields are checked.
+    if isinstance(data, Mapping) and data.get("trusted") is not None and "source" not in data:
+        raise ConfigError("data.trusted: the pictures to look at are missing; name them by --data")
     named = not isinstance(data, Mapping) or not data.keys().isdisjoint(("source", "truth"))
     return {} if named else {"data": {"source": DIGITS, "flips": "pair:0.4"}}
 
@@ -74,7 +77,8 @@ def _execute(arguments: list[str], ranks: Ranks) -> int:
     device = find_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pictures = _checked(request, console)
+    with before_a_run():
+        pictures = _checked(request, console)
     if request.dry_run:
         print(config.model_dump_json(indent=1))
         return 0
@@ -83,9 +87,11 @@ def _execute(arguments: list[str], ranks: Ranks) -> int:
         # First: where a run has started there is a record of its pictures.
         pictures.identity.keep(directory.path / IMAGES)
         (directory.path / METRICS).touch()
-        tables = _run(config, pictures, device, workspace, directory)
-    for table in tables:
+        results = _run(config, pictures, device, workspace, directory)
+    for table in outcome.tables(results):
         print_table(console, table)
+    for line in results["warnings"]:
+        say(console, f"note: {line}")
     say(console, f"{directory.path / REPORT}, {directory.path / RANKING}")
     return 0
 
@@ -106,14 +112,17 @@ def _checked(request: RunRequest[Config], console: Console) -> Pictures:
     pictures.identity.check(directory.path / IMAGES if there else None, lambda line: say(console, line))
     for seed in config.repeats:
         sets = pictures.sets(seed)
-        say(console, f"seed {seed}: {len(sets.given):,} pictures to look at, {len(sets.labels):,} trusted")
+        say(console, f"seed {seed}: {counted(len(sets.given), 'picture')} to look at, {len(sets.labels):,} trusted")
+    # A run tells it once more, with its results.
+    for line in beforehand(config, pictures):
+        say(console, f"note: {line}")
     return pictures
 
 
 def _run(
     config: Config, pictures: Pictures, device: torch.device, workspace: Workspace, directory: RunDirectory
-) -> list[Table]:
-    """All stages, and what they leave for people; the tables of results."""
+) -> dict[str, Any]:
+    """All stages, and what they leave for people; the results."""
     repeats, seconds = list[Repeat](), 0.0
     seen = features.run(config, pictures, device, workspace)
     for seed in config.repeats:
@@ -123,7 +132,7 @@ def _run(
         seconds += sum(artifact.info["seconds"] - seen.info["seconds"] for artifact in made)
     results = outcome.summarise(config, pictures, repeats, seconds + seen.info["seconds"], device)
     outcome.write(config, pictures, repeats, results, directory)
-    return outcome.tables(results)
+    return results
 
 
 def console() -> NoReturn:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..experiment.folder.paths import user_path
+from ..experiment.terminal import counted
 from ..vision.errors import DataError
 from ..vision.imagesets import ImageSet
 from ..vision.pictures.base import EncodedImages
-from ..vision.record.copies import but_copies, labels_of_copies
+from ..vision.record.copies import but_copies, contradictions, labels_of_copies
 from ..vision.record.identity import Identity
 from ..vision.sources.loading import load_labelled
 from ..vision.sources.splits import hold_out
@@ -116,13 +117,13 @@ class Pictures:
         if int(counts[fewest]) < FEWEST:
             field = "data.trusted_fraction" if self.trusted is None else "data.trusted"
             raise DataError(
-                f"{field}: class {self.data.classes[fewest]!r} has {int(counts[fewest])} trusted pictures; every class "
-                f"needs {FEWEST} or more"
+                f"{field}: class {self.data.classes[fewest]!r} has {counted(int(counts[fewest]), 'trusted picture')}; "
+                f"every class needs {FEWEST} or more"
             )
         if left < 2 * self.config.folds:
             raise DataError(
-                f"data.source: {left} pictures are left to look at, too few for folds={self.config.folds}; the others "
-                "are trusted, or copies of trusted ones"
+                f"data.source: {counted(left, 'picture')} left to look at, too few for folds={self.config.folds}; the "
+                "others are trusted, or copies of trusted ones"
             )
 
     @cached_property
@@ -135,6 +136,11 @@ class Pictures:
         if self.section.truth is None:
             return None
         return labels_by_table(self.data, user_path(self.section.truth), "data.truth")
+
+    @property
+    def contradictions(self) -> list[str]:
+        """The copies of trusted pictures whose label is not the trusted one, in words."""
+        return contradictions(self.data, self.copies, self.name)
 
     def name(self, row: int) -> str:
         """What a picture of the data is called: its path below the source's folder, else its number."""

@@ -16,10 +16,12 @@ from ..experiment.artifacts import Artifact, make_key
 from ..experiment.stage import Attempt, CachedStage, Tensors
 from ..experiment.stage_training import Seconds, run_training
 from ..experiment.workspace import Workspace
+from ..vision.frozen.linear_model import losses, scores, solved
+from ..vision.optimizers import NormalizedSGD
 from ..vision.sources.splits import folds as spread
 from ..vision.sources.splits import stream
 from .data import Sets
-from .problem import Batch, WeightedSamples, losses, sample_weights, scores, solved
+from .problem import Batch, WeightedSamples, sample_weights
 from .settings import Config, LearningConfig
 
 STAGE = "fold"
@@ -27,8 +29,6 @@ RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Of which one is chosen, for features of variance 1 on average."""
 MANY = 100_000
 """Samples above which `learning.method` auto takes the single loop."""
-LIMIT = 1e-8
-"""Of the upper gradient's norm, below any that is not 0 for rounding."""
 MODELS = ("weighted", "all labels", "trusted alone", "kept")
 """Each fitted without the fold: by the learned weights, by all labels alike, to none of them, to those that are kept;
 and all of them to the trusted part."""
@@ -154,9 +154,7 @@ def _learned(
         problem, data = WeightedSamples(ridge, part.samples, part.classes), [part.samples]
         method = Implicit(CG(section.cg_iterations, rtol=1e-2), hvp=ReverseOverReverse(keep_graph=True))
         schedule = AlternatingSchedule(section.alternations, lower_steps=0, upper_steps=1)
-        # Cut to LIMIT, every gradient makes a step of `lr` in the mean square over samples.
-        rate = section.lr * math.sqrt(count) / LIMIT
-        above = Level(upper, torch.optim.SGD(upper.values(), lr=rate), [part.trusted], max_grad_norm=LIMIT)
+        above = Level(upper, NormalizedSGD(upper.values(), section.lr), [part.trusted])
     events = workspace.events({"stage": STAGE, "variant": f"fold {fold}", "seed": seed}, config.model_dump(mode="json"))
     trainer, _ = run_training(
         lambda callbacks: Trainer(problem, above, Level(lower, below, data), schedule, method, callbacks=callbacks),

@@ -13,14 +13,14 @@ from bilevel.checkpoint import write_atomic
 from ..experiment.command.environment import environment
 from ..experiment.errors import ConfigError
 from ..experiment.folder.run_folder import REPORT, RESULTS, RunDirectory
-from ..experiment.html import Absent, Block, Bullets, Figure, Gallery, Listing, Picture, Section, Text, render_page
-from ..experiment.plots import Panel, draw
-from ..experiment.records import Curve
-from ..experiment.statistics import over_repeats
-from ..experiment.tables import Table, mean_text
+from ..experiment.html import Bullets, Gallery, Listing, Picture, Section, Text, render_page
+from ..experiment.statistics import over_repeats, share_interval
+from ..experiment.tables import Table, figures_table
+from ..vision.label_rankings import HEADINGS, precision_drawn
 from ..vision.pictures.thumbnail import png
 from .data import Pictures
-from .ranking import CONFIDENT, METHOD, OUT_OF_FOLD, RECALLS, Repeat
+from .notes import beforehand, findings, notes
+from .ranking import CONFIDENT, METHOD, OUT_OF_FOLD, Repeat, ranked
 from .settings import RANKING, Config
 
 THUMBNAIL = 160
@@ -32,41 +32,13 @@ MEANINGS = {
     "weights alone": "the learned weights, low ones first; suspicious below the weight that all start from",
     CONFIDENT: "cleanlab, of the probabilities of the out-of-fold model",
 }
-HEADINGS = {"area_under_curve": "area under curve", **{name: name for name in ("precision", "recall", "suspicious")}}
-TESTED = {"trusted": "accuracy on trusted pictures", "samples": "on the data's right labels"}
+TESTED = {"trusted": ("accuracy on trusted pictures", ".4f"), "samples": ("on the data's right labels", ".4f")}
 ACCURACIES = {
     "all labels": "before: all labels as they are",
     "kept": "after: what is kept",
     "weighted": "all labels by their learned weights",
     "trusted alone": "no label but the trusted ones",
 }
-
-
-def notes(config: Config, pictures: Pictures, repeat: Repeat) -> list[str]:
-    """What a reader of the results must know."""
-    sets, source = repeat.sets, config.data.source
-    where = config.data.trusted or f"a fraction {config.data.trusted_fraction:g} of each class"
-    lines = [
-        f"{len(sets.given):,} pictures of {source} are looked at, in {len(pictures.data.classes)} classes; "
-        f"{len(sets.labels):,} are trusted ({where})",
-        f"features: {config.features.section.features}; scores are of models that have not seen the picture, "
-        f"{config.folds} folds",
-        f"suspicious: a loss above that of all but {config.false_alarms:.0%} of the trusted pictures, which these "
-        "models have not seen either; so about as many of the right labels are called suspicious too",
-        "accuracies are cross-validated: what is tested was used neither for weights, nor for what is kept",
-    ]
-    if config.data.flips is not None:
-        lines.append(f"wrong labels were planted ({config.data.flips}); other labels are taken for right")
-    copies, classes, given = pictures.copies, pictures.data.classes, pictures.data.labels
-    if (copies >= 0).any():
-        lines.append(f"{int((copies >= 0).sum()):,} pictures of the data are copies of trusted ones and are left out")
-    assert given is not None, "read with labels"
-    for row in ((copies >= 0) & (copies != given)).nonzero()[:, 0].tolist():
-        told = pictures.name(row), classes[int(given[row])], classes[int(copies[row])]
-        lines.append("{} has the label {}, and its trusted copy {}".format(*told))
-    if CONFIDENT not in repeat.rankings:
-        lines.append('confident learning is left out: pip install "bilevel[cleaning]" brings cleanlab')
-    return lines
 
 
 def summarise(
@@ -77,7 +49,9 @@ def summarise(
         name: over_repeats([r.rankings[name].figures(r.wrong) for r in repeats]) for name in repeats[0].rankings
     }
     accuracy = {name: over_repeats([repeat.accuracy[name] for repeat in repeats]) for name in ACCURACIES}
-    return {
+    for one in accuracy.values():
+        one["trusted"]["ci95"] = list(share_interval(one["trusted"]["mean"], len(repeats[0].sets.labels)))
+    results = {
         "seeds": list(config.repeats),
         "rankings": rankings,
         "accuracy": accuracy,
@@ -85,24 +59,16 @@ def summarise(
         "environment": environment(device, ["torchvision"]),
         "notes": notes(config, pictures, repeats[0]),
     }
+    return results | {"warnings": [*beforehand(config, pictures), *findings(repeats, results)]}
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """The rankings, and the accuracies before and after, for the page and the terminal."""
+    accuracy = {ACCURACIES[name]: one for name, one in results["accuracy"].items()}
     return [
-        _table_of(results["rankings"], "ranking", "Rankings", HEADINGS),
-        _table_of(
-            {ACCURACIES[n]: one for n, one in results["accuracy"].items()}, "fitted to", "Before and after", TESTED
-        ),
+        figures_table(results["rankings"], "ranking", "Rankings", HEADINGS),
+        figures_table(accuracy, "fitted to", "Before and after", TESTED),
     ]
-
-
-def _table_of(figures: Mapping[str, Any], what: str, title: str, headings: Mapping[str, str]) -> Table:
-    """Those of the headings whose figures are there, a row a name."""
-    columns = [column for column in headings if all(column in one for one in figures.values())]
-    forms = [",.0f" if column == "suspicious" else ".4f" for column in columns]
-    rows = [[n, *map(mean_text, [one[column] for column in columns], forms)] for n, one in figures.items()]
-    return Table([what, *(headings[column] for column in columns)], rows, title=title)
 
 
 def write(
@@ -143,41 +109,31 @@ def _page(
     config: Config, pictures: Pictures, repeats: Sequence[Repeat], results: Mapping[str, Any], order: np.ndarray
 ) -> str:
     first = repeats[0]
-    count = int(first.rankings[METHOD].suspicious.sum())
-    opening = [
-        Text(
-            f"{count:,} of {len(order):,} labels are suspicious; the {min(config.shown, len(order)):,} most suspicious "
-            f"pictures are below, all of them in {RANKING}, most suspicious first. Look before you change a label."
-        )
-    ]
-    shown = Gallery([_picture(pictures, first, place) for place in order[: config.shown].tolist()])
-    sections = [Section("Most suspicious pictures", [shown])]
+    count, shown = int(first.rankings[METHOD].suspicious.sum()), min(config.shown, len(order))
+    end = f"{shown:,} of the {count:,}" if shown <= count else f"the {count:,}, then {shown - count:,} that are not,"
+    text = (
+        f"{count:,} of {len(order):,} labels are suspicious by the {METHOD}; {end} are below, the highest score first, "
+        f"which is {MEANINGS[METHOD]}. All are in {RANKING}. Look before you change a label."
+    )
+    opening = [Text(text), *(Text(line, "warning", "Note:") for line in results["warnings"])]
+    gallery = Gallery([_picture(pictures, first, place) for place in order[:shown].tolist()])
+    sections = [Section("Most suspicious pictures", [gallery])]
     if repeats[0].wrong is not None:
-        sections.append(Section("How well they are found", _curves(results["seeds"], repeats)))
+        sections.append(Section("How well they are found", precision_drawn(ranked(repeats), results["seeds"])))
     sections.append(Section("Figures", [*tables(results), Bullets([f"{n}: {MEANINGS[n]}" for n in first.rankings])]))
     sections.append(Section("What to know", [Bullets(results["notes"])]))
     settings = Listing("all fields", config.model_dump_json(indent=2))
     return render_page("Suspicious labels", opening, [*sections, Section("Configuration", [settings])])
 
 
-def _curves(seeds: Sequence[int], repeats: Sequence[Repeat]) -> list[Block]:
-    """Precision over recall of each ranking, in percent."""
-    found: dict[str, dict[int, Curve]] = {}
-    for seed, repeat in zip(seeds, repeats, strict=True):
-        for name in repeat.rankings:
-            curve = repeat.curve(name)
-            if curve is not None:
-                found.setdefault(name, {})[seed] = Curve(100.0 * RECALLS, 100.0 * curve)
-    drawing = draw("precision-recall", [Panel("precision (%)", "recall (%)", found)], list(found))
-    caption = "Of the most suspicious labels that hold so much of the wrong ones, the share that is wrong."
-    return [Absent()] if drawing is None else [Figure(drawing, caption)]
-
-
 def _picture(pictures: Pictures, repeat: Repeat, place: int) -> Picture:
     """One sample with its labels, as PNG."""
     row, classes = int(repeat.sets.rows[place]), pictures.data.classes
     given, predicted = (classes[int(labels[place])] for labels in (repeat.sets.given, repeat.predicted))
-    lines = [f"given {given}, predicted {predicted}", pictures.name(row)]
+    method = repeat.rankings[METHOD]
+    called = "suspicious" if method.suspicious[place] else "not suspicious"
+    score = f"score {method.scores[place]:.3g}, {called}"
+    lines = [f"given {given}, predicted {predicted}", score, pictures.name(row)]
     if repeat.sets.right is not None:
         right = classes[int(repeat.sets.right[place])]
         lines.insert(1, "the label is right" if right == given else f"right: {right}")

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from ..experiment.artifacts import Artifact
-from ..experiment.statistics import area_under_curve, precision_at_recall
 from ..vision.confident_learning import confident_learning
+from ..vision.label_rankings import Mask, Ranked, Ranking
 from .data import Sets
 from .fold import MODELS, folds_of
 
@@ -19,28 +17,6 @@ METHOD, OUT_OF_FOLD = "weighted fit", "out-of-fold loss"
 RANKINGS = {METHOD: "weighted", OUT_OF_FOLD: "all labels", "trusted part alone": "trusted alone"}
 """Rankings by the loss of the given label under a model of `MODELS` that has not seen the sample."""
 WEIGHTS, CONFIDENT = "weights alone", "confident learning"
-RECALLS = np.arange(1, 101) / 100
-Scores = np.ndarray[Any, np.dtype[np.float64]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Scores of the samples, float [N], high for suspicious ones, and which of them are called so, bool [N]."""
-
-    scores: Scores
-    suspicious: Mask
-
-    def figures(self, wrong: Mask | None) -> dict[str, float | None]:
-        """How many are called suspicious and, where the truth is known: area under the curve, precision and recall."""
-        found: dict[str, float | None] = {"suspicious": float(self.suspicious.sum())}
-        if wrong is None:
-            return found
-        hits = float((self.suspicious & wrong).sum())
-        found["area_under_curve"] = area_under_curve(self.scores, wrong)
-        found["precision"] = hits / self.suspicious.sum() if self.suspicious.any() else None
-        found["recall"] = hits / wrong.sum() if wrong.any() else None
-        return found
 
 
 @dataclass(frozen=True)
@@ -66,11 +42,10 @@ class Repeat:
         """bool [N], which given labels are wrong; None where nobody knows."""
         return None if self.sets.right is None else (self.sets.right != self.sets.given).numpy()
 
-    def curve(self, name: str) -> Scores | None:
-        """Precision at `RECALLS` of one ranking, None where the truth is unknown or no label wrong."""
-        if self.wrong is None or not self.wrong.any():
-            return None
-        return precision_at_recall(self.rankings[name].scores, self.wrong, RECALLS)
+
+def ranked(repeats: Sequence[Repeat]) -> list[Ranked]:
+    """The rankings of each repeat, and which labels are wrong."""
+    return [(repeat.rankings, repeat.wrong) for repeat in repeats]
 
 
 def gathered(made: Sequence[Artifact], sets: Sets, seed: int, false_alarms: float) -> Repeat:

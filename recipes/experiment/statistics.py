@@ -1,4 +1,4 @@
-"""Means, t-tests, confidence intervals and Holm's correction over the values of a few seeds; how well scores rank.
+"""Means, t-tests, intervals and Holm's correction over the values of a few seeds; shares; how well scores rank.
 
 What a handful of numbers cannot tell (the spread of one value, a test without spread) is None, never NaN or zero.
 """
@@ -143,6 +143,37 @@ def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float | None:
         return None
     ranks = stats.rankdata(scores)
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def areas_apart(a: np.ndarray, b: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
+    """The area under the curve of scores `a` minus that of `b`, of the same samples, and its standard error.
+
+    With u_i the share of the n others that positive sample i outranks (a tie counts one half), and v_j the share of the
+    p positive ones that outrank the other sample j, each by a minus by b, the error is ``sqrt(var u / p + var v / n)``.
+
+    Args:
+        a, b: float [k]; positive: bool [k], two or more of each kind.
+
+    Source: DeLong, DeLong and Clarke-Pearson, "Comparing the Areas under Two or More Correlated Receiver Operating
+    Characteristic Curves" (1988).
+    """
+    from scipy import stats
+
+    def placed(scores: np.ndarray, these: np.ndarray) -> np.ndarray:
+        """Of each of these samples the share of all others that score lower."""
+        below = stats.rankdata(scores)[these] - stats.rankdata(scores[these])
+        return below / (~these).sum()
+
+    u, v = (placed(a, these) - placed(b, these) for these in (positive, ~positive))
+    return float(u.mean()), float(np.sqrt(u.var(ddof=1) / len(u) + v.var(ddof=1) / len(v)))
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's interval at 95% of a chance, by the share of `count` independent trials that came out so."""
+    from scipy import stats
+
+    interval = stats.binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def precision_at_recall(scores: np.ndarray, positive: np.ndarray, recalls: np.ndarray) -> np.ndarray:

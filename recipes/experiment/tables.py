@@ -36,11 +36,22 @@ class Table:
 
 
 def mean_text(figure: Mapping[str, Any], form: str) -> str:
-    """A figure of `statistics.over_repeats` as "mean ± spread", each in this format; "undefined" without a mean."""
+    """A figure of `statistics.over_repeats` as "mean ± spread", each in this format, and the interval "ci95" where it
+    has one; "undefined" without a mean.
+    """
     mean, std = figure["mean"], figure["std"]
     if mean is None:
         return "undefined"
-    return f"{mean:{form}}" + ("" if std is None else f" ± {std:{form}}")
+    interval = "".join(f" [{low:{form}}, {high:{form}}]" for low, high in [figure["ci95"]]) if "ci95" in figure else ""
+    return f"{mean:{form}}" + ("" if std is None else f" ± {std:{form}}") + interval
+
+
+def figures_table(figures: Mapping[str, Any], what: str, title: str, headings: Mapping[str, tuple[str, str]]) -> Table:
+    """A row a name, `what` above the names, and of the headings, each a title and a format, those that all have."""
+    columns = [column for column in headings if all(column in one for one in figures.values())]
+    titles, forms = zip(*(headings[column] for column in columns), strict=True)
+    rows = [[name, *map(mean_text, [one[column] for column in columns], forms)] for name, one in figures.items()]
+    return Table([what, *titles], rows, title=title)
 
 
 def print_table(console: Console, table: Table) -> None:

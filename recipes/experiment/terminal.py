@@ -1,4 +1,4 @@
-"""Text on a terminal: names and files shown safely, and how the running command is called."""
+"""Text on a terminal: names and files shown safely, numbers of things, and how the running command is called."""
 
 import shlex
 import sys
@@ -15,6 +15,11 @@ def printable(text: str) -> str:
 def say(console: Console, line: str) -> None:
     """Print a line as it is: brackets are no markup, and a path is not broken."""
     console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as "1 picture" and "1,200 pictures"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def command_name() -> str:

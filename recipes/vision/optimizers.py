@@ -1,4 +1,4 @@
-"""The pretext optimizer (LARS) and the learning-rate schedules."""
+"""The pretext optimizer (LARS), steps of a given size whatever the gradient's, and the learning-rate schedules."""
 
 # torch has no public name for its foreach operations.
 # pyright: reportPrivateImportUsage=false
@@ -97,6 +97,29 @@ class LARS(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
+
+
+class NormalizedSGD(Optimizer):
+    """Gradient descent whose step of every tensor has the root mean square `lr`: ``p = p - lr * g / rms(g)``.
+
+    A tensor whose gradient is 0 stays.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Root mean square of a step, above 0.
+    """
+
+    def __init__(self, params: ParamsT, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients in ``.grad``."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    size = p.grad.square().mean().sqrt()
+                    p.sub_(torch.where(size > 0, group["lr"] / size, 0.0) * p.grad)
 
 
 def _alike(params: Iterable[Tensor], exclude_1d: bool) -> list[tuple[list[Tensor], bool]]:

@@ -6,6 +6,7 @@ Those whose packages are missing are skipped by name: transformers and peft are 
 import importlib.util
 import math
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +101,15 @@ def test_a_loop_whose_package_is_missing_is_named(
         monkeypatch.setitem(sys.modules, package, None)
     result, _ = quick("three_loops", monkeypatch, capsys, tmp_path)
     assert set(result) == {"nothing", "nothing, apart", "plain torch", "plain torch, apart"}
+
+
+@pytest.mark.parametrize("package", ["peft", "transformers"])
+def test_adapters_without_their_extra_end_in_a_sentence(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("peft", "transformers"):
+        pytest.importorskip(name, reason=f"without one of both packages; {name} is missing")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f'^{package} is not installed; the extra stack brings it: pip install "'):
+        runpy.run_path(str(FOLDER / "lora_domains.py"))
 
 
 def test_the_layers_gradient_is_that_through_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from bilevel.distributed import rank
 
 from ...experiment.artifacts import Artifact, ArtifactError
-from ...experiment.command.exit_codes import Endings, end_process, run_command
+from ...experiment.command.exit_codes import Endings, before_a_run, end_process, run_command
 from ...experiment.folder.run_folder import CHECKPOINTS, REPORT, RESULTS, RunDirectory
 from ...experiment.ranks.agreement import check_same
 from ...experiment.ranks.processes import Ranks, first_on_each_machine
@@ -96,10 +96,11 @@ def _execute(request: Request, ranks: Ranks) -> int:
         return 0
     if request.dry_run:
         ranks.refuse_several("--dry-run")
-    pipeline, parent, checked = _checked(request, config, ranks)
+    with before_a_run():
+        pipeline, parent, checked = _checked(request, config, ranks)
+        # It reads images, which may be damaged.
+        told = estimate.describe(config, checked, pipeline.data) if request.dry_run else ""
     if request.dry_run:
-        # First, as it reads images, which may be damaged.
-        told = estimate.describe(config, checked, pipeline.data)
         _save_config(request, config)
         print(show_config(config))
         print(told)

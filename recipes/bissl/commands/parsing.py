@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> Request:
     Raises:
         ConfigError: an unknown option, preset, field or value.
     """
-    arguments = [hyphenated(argument, SHORT_NAMES) for argument in arguments]
+    arguments = [hyphenated(argument) for argument in arguments]
     early, _ = _base_parser(add_help=False).parse_known_args(arguments)
     file = read_config_file(user_path(early.config)) if early.config else {}
     base = _base_config(early, file)
@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str]) -> Request:
     parser.description = f"{_DESCRIPTION}\nPreset {base.preset}: {describe_preset(base.preset)}"
     # Not among the early options, where it would swallow the value of a field; its choices are checked below.
     parser.add_argument("command", nargs="?", default="all", help=f"one of {', '.join(COMMANDS)} (default: all)")
-    source = field_options(parser, base, ("preset", "paper_version"))
+    source = field_options(parser, base, SHORT_NAMES, ("preset", "paper_version"))
     given = parser.parse_args(arguments)
     if given.command not in COMMANDS:
         raise ConfigError(f"command: unknown command {given.command!r}; there are {', '.join(COMMANDS)}")

@@ -3,7 +3,8 @@
 import errno
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import SIG_IGN, Signals, signal
 from typing import NoReturn
@@ -24,6 +25,23 @@ from ..terminal import command_name, printable
 FAILED, BAD_INPUT, INTERRUPTED, DIVERGED, UNWRITABLE, SAVED, LOST = 1, 2, 130, 3, 74, 75, 76
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 """A file system that takes no more, or does not answer."""
+
+
+class NothingSaved(KeyboardInterrupt):
+    """A command was stopped where it had saved nothing; the cause is the stop itself."""
+
+
+@contextmanager
+def before_a_run() -> Iterator[None]:
+    """What is checked before a run begins: a stop in this block is told as one that has saved nothing.
+
+    Raises:
+        NothingSaved: a signal, or Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise NothingSaved from stop
 
 
 def _nothing(error: RuntimeError) -> None:
@@ -92,8 +110,10 @@ def _guarded(work: Callable[[Ranks], int], ranks: Ranks, endings: Endings) -> tu
             message, code = ranks.explain(error)
         return code, f"stopped: {message}"
     except Interrupted as stop:
-        code = INTERRUPTED if stop.signal is Signals.SIGINT else SAVED
-        return code, f"{stop}, and saved; the same command with --resume continues"
+        return _code(stop), f"{stop}, and saved; the same command with --resume continues"
+    except NothingSaved as error:
+        stop = error.__cause__
+        return _code(stop), f"{str(stop) or 'interrupted'} before a run began; this command has saved nothing"
     except OSError as error:
         # A name too long, a folder without permission: no fault of the program either.
         if error.errno not in WRITE_ERRORS:
@@ -110,6 +130,11 @@ def _guarded(work: Callable[[Ranks], int], ranks: Ranks, endings: Endings) -> tu
         return BAD_INPUT, f"error: {explained}"
     except KeyboardInterrupt:
         return INTERRUPTED, "interrupted; the same command with --resume continues"
+
+
+def _code(stop: BaseException | None) -> int:
+    """Of a stop by a signal or by Ctrl-C."""
+    return SAVED if isinstance(stop, Interrupted) and stop.signal is not Signals.SIGINT else INTERRUPTED
 
 
 def ignore_warnings_of_torch() -> None:

@@ -51,16 +51,30 @@ def add_run_options(parser: argparse.ArgumentParser, folder: str, dry_run: str) 
 
 
 def field_options(
-    parser: argparse.ArgumentParser, base: BaseModel, leave_out: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    base: BaseModel,
+    short_names: Mapping[str, str],
+    leave_out: Collection[str] = (),
 ) -> CliSettingsSource[Any]:
-    """Adds one option for each field but those in `leave_out`, with the values of `base` as the defaults shown."""
+    """Adds one option for each field but those in `leave_out`, with the values of `base` as the defaults shown.
+
+    Args:
+        short_names: of options, by which they go too. That of a whole section gives way to a short name like its own.
+    """
+    shorter = {name: short for short, name in short_names.items()}
+
+    def add(context: Any, *names: str, **settings: Any) -> None:
+        if short_names.keys().isdisjoint(names):
+            context.add_argument(*(shorter[name] for name in names if name in shorter), *names, **settings)
+
     fields: dict[str, Any] = {
         name: (info.annotation, Field(getattr(base, name), description=info.description or info.annotation.__doc__))
         for name, info in type(base).model_fields.items()
         if name not in leave_out and info.annotation is not None
     }
     settings = create_model("Config", __base__=BaseSettings, **fields)
-    return CliSettingsSource(settings, root_parser=parser, cli_kebab_case=True, cli_hide_none_type=True)
+    shown: dict[str, Any] = {"cli_kebab_case": True, "cli_hide_none_type": True}
+    return CliSettingsSource(settings, root_parser=parser, add_argument_method=add, **shown)
 
 
 def field_values(source: CliSettingsSource[Any], given: argparse.Namespace) -> dict[str, Any]:
@@ -76,10 +90,9 @@ def field_values(source: CliSettingsSource[Any], given: argparse.Namespace) -> d
         raise ConfigError(f"--{problem}; give JSON, or key=value for options") from error
 
 
-def hyphenated(argument: str, short_names: Mapping[str, str]) -> str:
-    """``--head.batch_size=4`` as ``--head.batch-size=4``: both spellings are accepted; so are short names."""
+def hyphenated(argument: str) -> str:
+    """``--head.batch_size=4`` as ``--head.batch-size=4``: both spellings are accepted."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    spelt = name.replace("_", "-")
-    return short_names.get(spelt, spelt) + equals + value
+    return name.replace("_", "-") + equals + value

@@ -55,14 +55,14 @@ class CommandLine(Generic[C]):
         Raises:
             ConfigError: an unknown option, field or value.
         """
-        arguments = [hyphenated(argument, self.short_names) for argument in arguments]
+        arguments = [hyphenated(argument) for argument in arguments]
         early, _ = self._parser(add_help=False).parse_known_args(arguments)
         directory = self.directory(user_path(early.output_dir or self.folder))
         file = read_config_file(user_path(early.config)) if early.config else {}
         saved = directory.saved_config() if early.resume and directory.started else None
         parser = self._parser(add_help=True)
         parser.add_argument("command", nargs="?", default="run", help="run, the only command")
-        source = field_options(parser, self.defaults)
+        source = field_options(parser, self.defaults, self.short_names)
         given = parser.parse_args(arguments)
         if given.command != "run":
             raise ConfigError(f"command: unknown command {given.command!r}; there is run")

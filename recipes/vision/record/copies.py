@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -101,6 +101,14 @@ def labels_of_copies(contents: Contents, others: Contents, labels: Tensor) -> Te
     """
     known = dict(zip((row.tobytes() for row in others.digests), labels.tolist(), strict=True))
     return torch.tensor([known.get(row.tobytes(), -1) for row in contents.digests], dtype=torch.int64)
+
+
+def contradictions(images: ImageSet, trusted: Tensor, name: Callable[[int], str]) -> list[str]:
+    """Each labelled picture, by `name`, whose label is not that of its copy, which `labels_of_copies` has found."""
+    classes, given = images.classes, images.labels
+    assert given is not None, "read with labels"
+    rows = ((trusted >= 0) & (trusted != given)).nonzero()[:, 0].tolist()
+    return [f"{name(row)} (given {classes[int(given[row])]}, trusted {classes[int(trusted[row])]})" for row in rows]
 
 
 def but_copies(contents: Contents, rows: Tensor, others: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bilevel import Trainer
-from recipes.cleaning import fold, outcome
+from recipes.cleaning import command, fold, outcome
 from recipes.cleaning.settings import RANKING
 from recipes.experiment import artifacts
 from recipes.experiment.records import read_run
@@ -77,12 +77,13 @@ def test_the_page_shows_the_pictures_and_asks_for_nothing(whole: Path) -> None:
     assert sum(address.startswith("data:image/png") for address in page.addresses) == 3
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
     first = ranking(whole)[0]
-    caption = f"given {first['given']}, predicted {first['predicted']} right: {first['right']} {first['file']}"
+    score = f"score {float(first['score']):.3g}, suspicious"
+    caption = f"given {first['given']}, predicted {first['predicted']} right: {first['right']} {score} {first['file']}"
     assert caption in page.text
     count = sum(row["suspicious"] == "1" for row in ranking(whole))
     # Those that are wrong are among them, and at most a few more: eight trusted pictures say little of their losses.
     assert 6 <= count < 24
-    assert f"{count} of 24 labels are suspicious" in page.text
+    assert f"{count} of 24 labels are suspicious by the weighted fit; 3 of the {count} are below" in page.text
     assert ["weighted fit", "1.0000", f"{6 / count:.4f}", "1.0000", str(count)] in page.cells
 
 
@@ -225,9 +226,75 @@ def test_trusted_pictures_of_a_folder_and_labels_that_nobody_knows(
     assert (rows[0]["given"], rows[0]["predicted"], rows[0]["suspicious"]) == ("bright", "dark", "1")
     assert "right" not in rows[0]
     results = json.loads((run / "results.json").read_text())
-    assert "1 pictures of the data are copies of trusted ones and are left out" in results["notes"]
-    assert "bright/901.png has the label bright, and its trusted copy dark" in results["notes"]
+    assert "left out of the data as copies of trusted pictures: 1" in results["notes"]
+    assert "a certain wrong label: bright/901.png (given bright, trusted dark)" in results["notes"]
+    (certain,) = (line for line in results["warnings"] if line.startswith("certain wrong labels"))
+    assert certain.endswith(": bright/901.png (given bright, trusted dark)")
+    assert f"note: {certain}" in capsys.readouterr().out.splitlines()
+    assert f"Note: {certain}" in Page((run / "report.html").read_text()).text
     assert results["rankings"]["weighted fit"].keys() == {"suspicious"}
+
+
+def test_what_was_not_named_and_not_read_is_said_before_a_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "dark" / "about.txt").write_text("pictures")
+    arguments = ["--data", f"folder:{tmp_path / 'data'}", "--trusted-fraction=0.2"]
+    assert clean(*arguments, "--output-dir", str(tmp_path / "run"), "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "passed over 1 file (.txt 1)" in said
+    assert "note: no trusted pictures are named: 20% of the given labels are taken as trusted, wrong ones" in said
+    assert clean(*arguments, "--flips=uniform:0.2", "--output-dir", str(tmp_path / "run"), "--dry-run") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")] == [
+        f"note: folder:{tmp_path / 'data'}: passed over 1 file (.txt 1)"
+    ]
+
+
+def test_features_that_tell_nothing_are_called_weak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    # Six classes of pictures of the same kind.
+    for k in range(6):
+        shutil.copytree(shaded(tmp_path / f"{k}", 16, seed=k, classes=("a",)) / "a", data / f"class{k}")
+    assert clean(*options(data, run)) == 0
+    results = json.loads((run / "results.json").read_text())
+    right = results["accuracy"]["weighted"]["trusted"]["mean"]
+    assert right < 0.5
+    said = capsys.readouterr().out
+    for words in (f"weak features: the weighted model gets {1 - right:.0%} of the held-out", "no better beyond chance"):
+        assert words in said
+        assert words in Page((run / "report.html").read_text()).text
+
+
+def test_a_stop_before_a_run_has_saved_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command, "check_places", stop)
+    assert clean(*options(data, tmp_path / "run"), "--dry-run") == 75
+    assert capsys.readouterr().err == "run.py: stopped by SIGTERM before a run began; this command has saved nothing\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_short_names_stand_among_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert clean("--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("trusted", "trusted-fraction", "truth", "flips"):
+        assert f" --{name} {'float' if 'fraction' in name else 'str'}, --data.{name} " in said
+    assert " --data str, --data.source str pictures with labels" in said
+    assert " --init-backbone str, --model.init-backbone str " in said
+    assert "--data [JSON]" not in said
+
+
+def test_trusted_pictures_without_pictures_to_look_at(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--trusted", f"folder:{data}")
+    assert "data.trusted: the pictures to look at are missing; name them by --data" in said
+
+
+def test_a_folder_without_the_word_is_suggested_with_it(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"but a folder of that name: write folder:{data}" in refused(capsys, "--data", str(data))
 
 
 def test_a_name_that_is_no_text_is_shown_by_its_bytes(data: Path, tmp_path: Path) -> None:
@@ -283,7 +350,7 @@ def test_a_page_that_cannot_be_drawn_is_said_at_the_end(
     def fails(*given: Any) -> None:
         raise ValueError("a drawing needs matplotlib")
 
-    monkeypatch.setattr(outcome, "draw", fails)
+    monkeypatch.setattr(outcome, "precision_drawn", fails)
     said = refused(capsys, *options(data, tmp_path / "run"))
     assert "report.html was not written, all other files were: a drawing needs matplotlib" in said
     assert (tmp_path / "run" / RANKING).exists()

@@ -83,9 +83,9 @@ BAD = {
     "a class less": (lambda d, t: shutil.rmtree(t / "dark"), "single class folder"),
     "one trusted picture": (
         lambda d, t: [(t / "dark" / f"{i:03d}.png").unlink() for i in (0, 1)],
-        "'dark' has 1 trusted",
+        "'dark' has 1 trusted picture; every",
     ),
-    "all are copies": (lambda d, t: (shutil.rmtree(t), shutil.copytree(d, t)), "0 pictures are left to look at"),
+    "all are copies": (lambda d, t: (shutil.rmtree(t), shutil.copytree(d, t)), "0 pictures left to look at"),
     "a broken picture": (lambda d, t: (t / "dark" / "000.png").write_bytes(b"no image"), r"000\.png"),
     "no folder": (lambda d, t: shutil.rmtree(t), "there is no folder"),
 }
@@ -101,7 +101,7 @@ def test_trusted_pictures_that_cannot_be_used(name: str, tmp_path: Path) -> None
 
 
 def test_too_few_trusted_pictures_of_a_fraction(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.trusted_fraction: class 'bright' has 1 trusted pictures"):
+    with pytest.raises(DataError, match=r"data\.trusted_fraction: class 'bright' has 1 trusted picture;"):
         pictures(shaded(tmp_path / "data", 10), trusted_fraction=0.1).sets(0)
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import CG, hypergradient
-from recipes.cleaning.problem import WeightedSamples, losses, sample_weights, solved
+from recipes.cleaning.problem import WeightedSamples, sample_weights
+from recipes.vision.frozen.linear_model import losses, solved
 
 RIDGE, CLASSES = 0.05, 3
 

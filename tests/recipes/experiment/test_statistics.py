@@ -9,11 +9,13 @@ from scipy import stats
 from recipes.experiment.statistics import (
     Comparison,
     area_under_curve,
+    areas_apart,
     holm,
     mean_std,
     over_repeats,
     paired,
     precision_at_recall,
+    share_interval,
     welch,
 )
 
@@ -128,6 +130,39 @@ def test_area_under_curve_is_the_share_of_pairs_in_order() -> None:
     assert area_under_curve(scores, positive) == expected == 5.5 / 6
     assert area_under_curve(scores, np.zeros(5, dtype=bool)) is None
     assert area_under_curve(scores, np.ones(5, dtype=bool)) is None
+
+
+def test_areas_apart_by_hand() -> None:
+    positive = np.array([True, True, False, False, False])
+    a, b = np.array([5.0, 3.0, 4.0, 2.0, 1.0]), np.array([3.0, 1.0, 2.0, 2.0, 0.0])
+    # Shares of others outranked by the positive ones: 1, 2/3 by a and 1, 1/3 by b; and the other way round.
+    u = np.array([0.0, 1 / 3])
+    v = np.array([-1 / 2 + 1 / 2, 0.0 - 1 / 2, 0.0])
+    difference, error = areas_apart(a, b, positive)
+    assert difference == pytest.approx(1 / 6)
+    assert difference == pytest.approx(area_under_curve(a, positive) - area_under_curve(b, positive))  # type: ignore[operator]
+    assert error == pytest.approx(math.sqrt(u.var(ddof=1) / 2 + v.var(ddof=1) / 3))
+    assert areas_apart(a, a, positive) == (0.0, 0.0)
+
+
+def test_the_error_of_areas_apart_is_their_spread_over_samples() -> None:
+    draws = np.random.default_rng(0)
+    positive = np.arange(200) < 60
+    found = []
+    for _ in range(400):
+        shared = draws.normal(size=200) + positive
+        a, b = (shared + draws.normal(size=200) for _ in range(2))
+        found.append(areas_apart(a, b, positive))
+    differences, errors = np.array(found).T
+    assert errors.mean() == pytest.approx(differences.std(ddof=1), rel=0.15)
+
+
+def test_wilsons_interval_by_its_formula() -> None:
+    q, n, share = 1.959963984540054, 40, 0.3
+    middle, half = share + q**2 / (2 * n), q * math.sqrt(share * (1 - share) / n + q**2 / (4 * n**2))
+    scale = 1 + q**2 / n
+    assert share_interval(share, n) == pytest.approx(((middle - half) / scale, (middle + half) / scale))
+    assert share_interval(1.0, 10)[1] == 1.0
 
 
 def test_precision_among_the_highest_that_hold_a_share() -> None:

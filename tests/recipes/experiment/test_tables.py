@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from recipes.experiment.tables import Table, latex, markdown, mean_text, print_table
+from recipes.experiment.tables import Table, figures_table, latex, markdown, mean_text, print_table
 
 TABLE = Table(["name", "score"], [["a_b|c", "1.0 ± 0.5"], ["<i>&%", "−2"]], left=1, title="Scores #1")
 
@@ -30,6 +30,15 @@ def test_commands_for_a_terminal_are_shown_as_words() -> None:
     for written in (markdown([hostile], []), latex([hostile], [])):
         assert "\x1b" not in written
         assert "x1b" in written
+
+
+def test_figures_as_a_table() -> None:
+    one = {"mean": 0.5, "std": 0.25, "ci95": [0.25, 0.75]}
+    figures = {"a": {"x": one, "y": {"mean": 1000.0, "std": None}, "z": one}, "b": {"x": {"mean": None}, "y": one}}
+    figures["b"]["x"]["std"] = None
+    table = figures_table(figures, "name", "Title", {"y": ("Y", ",.0f"), "x": ("X", ".2f"), "z": ("Z", ".1f")})
+    assert (table.headings, table.title) == (["name", "Y", "X"], "Title")
+    assert table.rows == [["a", "1,000", "0.50 ± 0.25 [0.25, 0.75]"], ["b", "0 ± 0 [0, 1]", "undefined"]]
 
 
 def test_a_table_on_a_terminal_is_neither_markup_nor_commands() -> None:

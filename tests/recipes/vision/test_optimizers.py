@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.vision.optimizers import LARS, constant, schedule, warmup_cosine
+from recipes.vision.optimizers import LARS, NormalizedSGD, constant, schedule, warmup_cosine
 
 SHAPES = {"matrix": (3, 4), "kernel": (2, 3, 2, 2), "zero": (2, 2), "bias": (4,), "scalar": ()}
 
@@ -330,3 +330,13 @@ def test_schedule_refuses_an_unknown_shape_and_bad_lengths() -> None:
         schedule(two_groups(), "linear", total_steps=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="warmup_steps"):
         schedule(two_groups(), total_steps=3, warmup_steps=3)
+
+
+def test_normalized_steps_have_the_given_size_along_the_gradient() -> None:
+    p, still, free = (torch.ones(2, 2, requires_grad=True) for _ in range(3))
+    p.grad, still.grad = torch.tensor([[3e-9, 0.0], [0.0, 4e-9]]), torch.zeros(2, 2)
+    NormalizedSGD([p, still, free], lr=0.5).step()
+    # The root mean square of the gradient is 2.5e-9.
+    torch.testing.assert_close(p.detach(), torch.tensor([[0.4, 1.0], [1.0, 0.2]]))
+    assert torch.equal(still, torch.ones(2, 2))
+    assert torch.equal(free, torch.ones(2, 2))

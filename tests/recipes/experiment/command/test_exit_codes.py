@@ -1,13 +1,15 @@
 """Every ending of a command has its exit code and one message."""
 
 import errno
+from signal import Signals
 
 import pytest
 
 from bilevel.checkpoint import CheckpointError
+from bilevel.interruption import Interrupted
 from bilevel.training import NonFiniteError
 from recipes.experiment.artifacts import ArtifactError
-from recipes.experiment.command.exit_codes import Endings, run_command
+from recipes.experiment.command.exit_codes import Endings, before_a_run, run_command
 from recipes.experiment.errors import ConfigError
 from recipes.experiment.plugins import PluginError
 from recipes.experiment.ranks.processes import Ranks
@@ -50,6 +52,26 @@ def test_endings(error: BaseException, code: int, said: str, capsys: pytest.Capt
     told = capsys.readouterr().err
     assert told.startswith(f"run.py: {said}")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (Interrupted(Signals.SIGTERM), 75, "stopped by SIGTERM"),
+        (Interrupted(Signals.SIGINT), 130, "stopped by SIGINT"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=["SIGTERM", "SIGINT", "Ctrl-C twice"],
+)
+def test_a_stop_before_a_run_is_no_saved_one(
+    stop: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(ranks: Ranks) -> int:
+        with before_a_run():
+            raise stop
+
+    assert run_command(work, ENDINGS) == code
+    assert capsys.readouterr().err == f"run.py: {said} before a run began; this command has saved nothing\n"
 
 
 def test_what_is_no_ending_is_a_fault_of_the_program() -> None:
