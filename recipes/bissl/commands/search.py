@@ -108,8 +108,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="silence after which a worker's trial is taken up by another (default: 600)",
     )
-    what = parser.add_argument_group("what is tried")
-    add = what.add_argument
+    _add_trials(parser.add_argument_group("what is tried").add_argument)
+    _add_study(parser.add_argument_group("Optuna's study").add_argument)
+    grid = parser.add_argument_group("grid around the baseline's fine-tuning rates, for --stage head")
+    add = grid.add_argument
+    add("--grid-side", type=int, default=3, help="values of each of the two, odd (default: 3)")
+    add("--grid-factor", type=float, default=10**0.5, help="between neighbours (default: the square root of 10)")
+    return parser
+
+
+def _add_trials(add: Callable[..., Any]) -> None:
     add(
         "--space",
         action="append",
@@ -136,8 +144,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="of the pair (default: 1e-5 1e-2)",
     )
-    study = parser.add_argument_group("Optuna's study")
-    add = study.add_argument
+
+
+def _add_study(add: Callable[..., Any]) -> None:
     add(
         "--storage",
         metavar="URL",
@@ -154,11 +163,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"give trials up early: {', '.join(PRUNERS)} or module:Class (default: none is)",
     )
-    grid = parser.add_argument_group("grid around the baseline's fine-tuning rates, for --stage head")
-    add = grid.add_argument
-    add("--grid-side", type=int, default=3, help="values of each of the two, odd (default: 3)")
-    add("--grid-factor", type=float, default=10**0.5, help="between neighbours (default: the square root of 10)")
-    return parser
 
 
 def _check(given: argparse.Namespace, request: Request) -> None:
