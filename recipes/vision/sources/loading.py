@@ -92,7 +92,7 @@ def _open(source: str, request: Request, labelled: bool = True) -> Source | Cust
         return FOREIGN[kind](path, request, labelled)
     if ":" in source and kind not in FOREIGN and not source.startswith(FOLDER_PREFIX):
         return _custom(source) if gives_sets(source) else open_map_style(source, request, labelled)
-    if os.path.isdir(user_path(source)):
+    if source and os.path.isdir(user_path(source)):
         raise DataError(f"there is no data source {source!r}, but a folder of that name: write folder:{source}")
     raise DataError(
         f"there is no data source {source!r}; there are: {', '.join([DIGITS, *DATASETS])}, "
