@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bilevel.sharded import is_sharded
-from bilevel.tree import Params, flatten, unflatten
+from bilevel.tree import Params, flatten, unflatten, wide
 
 T = TypeVar("T")
 
@@ -135,7 +135,7 @@ def check_replicated(name: str, x: Params) -> None:
     """Raise ValueError, naming the leaf, where `x` is not the same on this rank as on the first."""
     if world_size() == 1:
         return
-    own = {leaf: [float(value.detach().double().sum()), list(value.shape)] for leaf, value in x.items()}
+    own = {leaf: [float(wide(value.detach()).sum()), list(value.shape)] for leaf, value in x.items()}
     first = on_first_rank(lambda: own)
     wrong = [leaf for leaf in {**own, **first} if repr(own.get(leaf)) != repr(first.get(leaf))]
     if wrong:

@@ -40,19 +40,32 @@ from recipes.experiment.records import read_run
 RUN = ROOT / "recipes" / "bissl" / "run.py"
 
 
+class RunFailed(Exception):
+    """A run of BiSSL ended early; it has said why itself."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def run_all(made: Round, images: str, folder: Path, jobs: int) -> None:
     """The search, where the round has one, then all seeds of all arms; what is finished already is not made again.
 
     Raises:
-        subprocess.CalledProcessError: a run failed; what it printed says why.
+        RunFailed: with the exit code of the run.
     """
+
+    def bissl(output: Path, options: Sequence[str]) -> None:
+        if code := subprocess.run([*common, "--output-dir", str(output), *options], check=False).returncode:
+            raise RunFailed(code)
+
     common = [sys.executable, str(RUN), "--config", str(made.config), "--data.pretext", images]
     common += ["--data.downstream", images, "--artifacts", str(folder / "artifacts"), "--jobs", str(jobs), "--resume"]
     rates: list[str] = []
     if made.search is not None:
-        subprocess.run([*common, "--output-dir", str(folder / "search"), *search_options(made)], check=True)
+        bissl(folder / "search", search_options(made))
         rates = chosen_options(made, {arm: each["chosen"] for arm, each in searched(made, folder)["arms"].items()})
-    subprocess.run([*common, "--output-dir", str(folder / "result"), *rates], check=True)
+    bissl(folder / "result", rates)
 
 
 def searched(made: Round, folder: Path) -> dict[str, Any]:
@@ -86,7 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.images or given.jobs < 1:
         options.error("--images folder:PATH is needed, and --jobs at least 1")
     folder = given.output_dir or Path("runs") / f"evidence-{made.name}"
-    run_all(made, given.images, folder, given.jobs)
+    try:
+        run_all(made, given.images, folder, given.jobs)
+    except RunFailed as failed:
+        return failed.code
+    except KeyboardInterrupt:
+        return 130
     return report(made, figures_of(made, folder), given.json, given.docs)
 
 

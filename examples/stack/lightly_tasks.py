@@ -9,12 +9,12 @@ run.py --pretext.task lightly_tasks:BarlowTwins``. Needs the extras `demo` and `
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
 from torch import Tensor, nn
 
 from bilevel.recipes.bissl.outcome.console_table import plain_lines
@@ -26,6 +26,12 @@ from bilevel.recipes.vision.losses import nt_xent, vicreg
 from bilevel.recipes.vision.networks.backbones import projector
 from bilevel.recipes.vision.views.view_policy import ViewPolicy
 
+try:
+    from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f'{error.name} is not installed; the extra lightly brings it: pip install ".[demo,lightly]"')
 
 class NTXent(TwoViewTask):
     """Any loss of the embeddings of two views is a task like this one; those below differ in the criterion."""

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...experiment.command.parsing import Parser
 from ...experiment.folder.paths import user_path
-from ...experiment.terminal import command_line, command_name, say
+from ...experiment.terminal import command_line, say
 from ...vision.errors import DataError
 from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
@@ -46,20 +47,18 @@ def main(arguments: list[str]) -> int:
     return max(codes)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The subcommands and their options."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = Parser(add_help=False)
     common.add_argument("--root", default="data", help="folder of the sets, as the field data.root (default: data)")
-    parser = argparse.ArgumentParser(prog=f"{command_name()} data", description=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__, command="data")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | verify | download")
     commands.add_parser(
         "list",
         parents=[common],
         help="all sets, their counts, what is on disk, and how to place what cannot be fetched",
     )
-    check = commands.add_parser(
-        "verify", parents=[common], allow_abbrev=False, help="check files, counts and labels, and decode images"
-    )
+    check = commands.add_parser("verify", parents=[common], help="check files, counts and labels, and decode images")
     check.add_argument("names", nargs="*", metavar="NAME", help="sets to check (default: those that are on disk)")
     amount = check.add_mutually_exclusive_group()
     amount.add_argument(
@@ -67,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     amount.add_argument("--all", action="store_true", help="decode every image")
     check.add_argument("--seed", type=int, default=0, help="seed of that choice (default: 0)")
-    fetch = commands.add_parser("download", parents=[common], allow_abbrev=False, help="fetch a set, then check it")
+    fetch = commands.add_parser("download", parents=[common], help="fetch a set, then check it")
     fetch.add_argument("name", metavar="NAME", help="the set")
     return parser
 

@@ -1,6 +1,5 @@
 """``bissl export``: the backbone of a finished stage as safetensors, with a model card and the run's configuration."""
 
-import argparse
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,10 @@ from safetensors.torch import save
 from bilevel.checkpoint import write_atomic
 
 from ...experiment.artifacts import INFO, Artifact, ArtifactError
+from ...experiment.command.parsing import Parser
 from ...experiment.configuration import read_config_file
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CHECKPOINTS, CONFIG, RESULTS
-from ...experiment.terminal import command_name
 from ...vision.networks.timm_backbones import TIMM
 from ..outcome.model_card import model_card
 from ..outcome.open_run import config_of
@@ -82,12 +81,11 @@ def export(
         raise ArtifactError(f"--to: {target} cannot be written to ({error.strerror})") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{command_name()} export",
-        description="Write the backbone of a finished stage as safetensors, under the names of torchvision or timm "
-        f"where it is one of their networks, with {CARD} and {CONFIG}.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "Write the backbone of a finished stage as safetensors, under the names of torchvision or timm where it is\n"
+        f"one of their networks, with {CARD} and {CONFIG}.",
+        command="export",
     )
     parser.add_argument("source", help="folder of a run, or of one artifact")
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder for the files")

@@ -1,6 +1,5 @@
 """``bissl features``: the features of both arms' backbones before fine-tuning, side by side, and their scores."""
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,9 +9,9 @@ import numpy as np
 from bilevel.checkpoint import write_atomic
 from bilevel.training import derive_seed
 
+from ...experiment.command.parsing import Parser
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
-from ...experiment.terminal import command_name
 from ...vision.errors import DataError
 from ...vision.imagesets import ImageSet
 from ..outcome.features.embedding import Method, tsne
@@ -161,13 +160,8 @@ def _report(run: Path) -> Path:
         raise ConfigError(f"the report was not written, all other files were: {error}") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{command_name()} features",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(_DESCRIPTION, command="features")
     parser.add_argument("run", metavar="RUN_DIR", help="output folder of a finished run")
     parser.add_argument("--seed", type=int, help="which repeat of the pipeline (default: the run's first)")
     parser.add_argument(

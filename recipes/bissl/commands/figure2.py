@@ -1,6 +1,5 @@
 """``bissl figure2``: the paper's Figure 2, test scores of both arms over the length of pre-training."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 from bilevel.checkpoint import write_atomic
 
 from ...experiment.artifacts import ArtifactStore
+from ...experiment.command.parsing import Parser
 from ...experiment.configuration import read_config_file
 from ...experiment.errors import ConfigError
 from ...experiment.folder.folder_lease import leased
 from ...experiment.folder.paths import user_path
 from ...experiment.folder.run_folder import CONFIG, RESULTS
-from ...experiment.terminal import command_name
 from ...experiment.tracking import check_installed
 from ..outcome import estimate
 from ..outcome.checks import check_data, check_places, dry_data
@@ -156,13 +155,8 @@ def _lengths(text: str) -> list[int]:
     return sorted(lengths)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"{command_name()} figure2",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(_DESCRIPTION, command="figure2")
     parser.add_argument(
         "--epochs",
         required=True,

@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     listed = f"`{command_line()} --help` lists these options and fields."
-    parser = Parser(f"{_DESCRIPTION}{listed}", add_help=True, command="search")
+    parser = Parser(f"{_DESCRIPTION}{listed}", command="search")
     add: Callable[..., Any] = parser.add_argument
     add("--stage", choices=("finetune", "head"), default="finetune", help="what to search for (default: finetune)")
     add("--from", dest="source", metavar="ARTIFACT", help="artifact to start from (default: the arm's, made if needed)")

@@ -1,6 +1,5 @@
 """``bissl table``: Table 1 from finished runs, beside the paper's figures."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +8,7 @@ from typing import get_args
 
 from bilevel.checkpoint import write_atomic
 
+from ...experiment.command.parsing import Parser
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
 from ...experiment.html import Bullets, Section, render_page
@@ -65,8 +65,8 @@ def table_files(runs: Sequence[FinishedRun], version: PaperVersion) -> dict[str,
     return dict(zip(FILES, texts, strict=True))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"{command_name()} table", description=_DESCRIPTION, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(_DESCRIPTION, command="table")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="output folder of a run")
     parser.add_argument("--to", default="table", metavar="DIR", help="folder for the tables (default: table)")
     parser.add_argument(

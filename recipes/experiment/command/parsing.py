@@ -14,16 +14,21 @@ from ..terminal import command_name
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without its page of usage before every error, and with null for None, as options take it."""
+    """argparse without its page of usage before every error, and with null for None, as options take it.
 
-    def __init__(self, description: str, *, add_help: bool, command: str | None = None) -> None:
-        super().__init__(
-            prog=command_name() if command is None else f"{command_name()} {command}",
-            description=description,
-            add_help=add_help,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    Args:
+        command: the word after the command's name that these options belong to, if any; subcommands below it are
+            parsers like this one.
+        settings: further ones of argparse.
+    """
+
+    def __init__(self, description: str | None = None, *, command: str | None = None, **settings: Any) -> None:
+        ours: dict[str, Any] = {
+            "prog": command_name() if command is None else f"{command_name()} {command}",
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(description=description, **{**ours, **settings})
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists all options")

@@ -125,12 +125,13 @@ def test_the_result_is_run_at_the_rates_that_were_chosen() -> None:
 def test_the_search_is_run_before_the_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
 
-    def record(command: list[str], **_: object) -> None:
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         commands.append(command)
         folder = Path(command[command.index("--output-dir") + 1])
         folder.mkdir()
         lines = candidates({("identity-gamma-1", 0.1): 50.0})
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", record)
     run.run_all(SECOND, "folder:x", tmp_path, 2)
@@ -139,6 +140,24 @@ def test_the_search_is_run_before_the_result(monkeypatch: pytest.MonkeyPatch, tm
     assert requests[1].config.for_arm("identity-gamma-1").bissl.upper_lr == 0.1
     assert all(request.resume and request.config.jobs == 2 for request in requests)
     assert requests[0].artifacts == requests[1].artifacts
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_a_run_that_ends_early_ends_the_round_with_its_code(
+    code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    kept = tmp_path / "kept.json"
+    assert run.main(["second", "--images", "folder:x", "--output-dir", str(tmp_path), "--json", str(kept)]) == code
+    assert len(commands) == 1
+    assert not kept.exists()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_design_is_printed_without_images(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,11 +73,18 @@ def test_the_fields_of_each_stage(stage: str, options: tuple[str, ...], expected
     assert fields_to_lower(stage, small_config(*options)) == expected
 
 
-@pytest.mark.parametrize(("jobs", "ending"), [(1, "do not concern"), (3, "and --resume goes on with them")])
-def test_fewer_jobs_need_no_other_run(jobs: int, ending: str) -> None:
+@pytest.mark.parametrize(
+    ("jobs", "beside", "ending"),
+    [
+        (1, "jobs", "do not concern"),
+        (3, "jobs", "Fewer jobs change no result, and --resume goes on with them"),
+        (1, "--workers", "Fewer --workers change no result, and --resume goes on with them"),
+    ],
+)
+def test_fewer_processes_need_no_other_run(jobs: int, beside: str, ending: str) -> None:
     with (
         pytest.raises(ConfigError) as found,
-        out_of_memory_explained("bissl", small_config(f"--jobs={jobs}", "--threads=1"), CUDA),
+        out_of_memory_explained("bissl", small_config(f"--jobs={jobs}", "--threads=1"), CUDA, beside),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(found.value).endswith(ending)
