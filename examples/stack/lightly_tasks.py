@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f'{error.name} is not installed; the extra lightly brings it: pip install ".[demo,lightly]"')
 
+
 class NTXent(TwoViewTask):
     """Any loss of the embeddings of two views is a task like this one; those below differ in the criterion."""
 

@@ -18,9 +18,7 @@ _SIGNS = (
 
 
 @contextmanager
-def out_of_memory_explained(
-    stage: str, settings: Config, device: torch.device, beside: str = "jobs"
-) -> Iterator[None]:
+def out_of_memory_explained(stage: str, settings: Config, device: torch.device, beside: str = "jobs") -> Iterator[None]:
     """Turns an allocation that fails in a stage into an error that names the fields to lower.
 
     Args:

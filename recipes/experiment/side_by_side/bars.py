@@ -16,7 +16,6 @@ from rich.text import Text
 
 from .reporter import Reached
 
-
 _SHORTEST_BAR, _LONGEST_BAR, _TIME = 10, 40, 8
 """Columns of a terminal."""
 

@@ -31,8 +31,10 @@ def lines(width: int) -> list[str]:
 def test_a_line_each_that_fits(width: int, bar: int, left: bool, elapsed: bool) -> None:
     first, second = lines(width)
     assert all(len(line) <= width for line in (first, second))
-    assert first.startswith(FIRST) and second.startswith(SECOND)
-    assert "3/100" in first and "40/100" in second
+    assert first.startswith(FIRST)
+    assert second.startswith(SECOND)
+    assert "3/100" in first
+    assert "40/100" in second
     # Two spaces around the bar, and one because 40 is as wide as 100.
     assert second.index("40/100") - len(SECOND) - 2 == (bar + 1 if bar else 0)
     assert bool(re.search("[\u2500-\u257f]", second)) == (bar > 0)
