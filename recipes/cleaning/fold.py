@@ -1,6 +1,5 @@
 """The stage of one fold: weights learned without it, and what models that have not seen it say of it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import CG, SOBA, AlternatingSchedule, BatchStack, Implicit, Level, Params, Trainer
-from bilevel.products import ReverseOverReverse
+from bilevel.products import GaussNewton, ReverseOverReverse
 from bilevel.training import derive_seed
 
 from ..experiment.artifacts import Artifact, make_key
 from ..experiment.stage import Attempt, CachedStage, Tensors
 from ..experiment.stage_training import Seconds, run_training
 from ..experiment.workspace import Workspace
-from ..vision.frozen.linear_model import losses, scores, solved
+from ..vision.frozen.classifier import Classifier
 from ..vision.optimizers import NormalizedSGD
 from ..vision.sources.splits import folds as spread
 from ..vision.sources.splits import stream
@@ -25,8 +24,6 @@ from .problem import Batch, WeightedSamples, sample_weights
 from .settings import Config, LearningConfig
 
 STAGE = "fold"
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)
-"""Of which one is chosen, for features of variance 1 on average."""
 MANY = 100_000
 """Samples above which `learning.method` auto takes the single loop."""
 MODELS = ("weighted", "all labels", "trusted alone", "kept")
@@ -36,26 +33,29 @@ and all of them to the trusted part."""
 
 @dataclass(frozen=True)
 class Part:
-    """What one fold leaves to learn from, and what it holds out: features and labels of samples and trusted ones."""
+    """What one fold leaves to learn from, and what it holds out: features and labels of samples and trusted ones; and
+    the classifier of both.
+    """
 
     samples: Batch
     trusted: tuple[Tensor, Tensor]
     held: tuple[Tensor, Tensor]
     held_trusted: tuple[Tensor, Tensor]
-    classes: int
+    model: Classifier
 
     @classmethod
-    def of(cls, features: Tensor, sets: Sets, fold: int, folds: int, seed: int, device: torch.device) -> "Part":
+    def of(cls, features: Tensor, sets: Sets, config: Config, seed: int, fold: int, device: torch.device) -> "Part":
         """Fold number `fold` of a repeat; each class is spread evenly over the folds."""
 
         def picked(rows: Tensor, labels: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
             return features[rows[chosen]].to(device), labels[chosen].to(device)
 
-        here, there = (one == fold for one in folds_of(sets, folds, seed))
+        here, there = (one == fold for one in folds_of(sets, config.folds, seed))
         samples, trusted = (sets.rows, sets.given), (sets.trusted, sets.labels)
         places = torch.arange(int((~here).sum()), device=device)
         learned = (*picked(*samples, ~here), places)
-        return cls(learned, picked(*trusted, ~there), picked(*samples, here), picked(*trusted, there), sets.classes)
+        model = Classifier(features.shape[1], sets.classes, config.learning.hidden, derive_seed(seed, fold))
+        return cls(learned, picked(*trusted, ~there), picked(*samples, here), picked(*trusted, there), model)
 
     def fitted(self, ridge: float, weights: Tensor | None = None) -> Params:
         """The model of the samples by their `weights` (None: the trusted part alone) and of the trusted part."""
@@ -63,7 +63,7 @@ class Part:
         if weights is not None:
             z, t = torch.cat([self.samples[0], z]), torch.cat([self.samples[1], t])
         ones = torch.ones(len(self.trusted[1]), device=z.device)
-        return solved(z, t, ones if weights is None else torch.cat([weights, ones]), ridge, self.classes)
+        return self.model.solved(z, t, ones if weights is None else torch.cat([weights, ones]), ridge)
 
 
 def folds_of(sets: Sets, folds: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ def run(
 
     def fit(attempt: Attempt) -> tuple[Mapping[str, nn.Module], dict[str, Any]]:
         timer = Seconds()
-        part = Part.of(features.tensors()["all.features"], sets, fold, config.folds, seed, device)
-        ridge = section.ridge or _chosen_ridge(part)
+        part = Part.of(features.tensors()["all.features"], sets, config, seed, fold, device)
+        ridge = section.ridge or part.model.chosen_ridge(part.samples[:2], part.trusted)
         weights, solves = _learned(config, part, ridge, seed, fold, attempt, workspace)
         models = {
             "weighted": part.fitted(ridge, weights),
@@ -100,8 +100,8 @@ def run(
         models["kept"] = part.fitted(ridge, _kept(part, models["weighted"], config.false_alarms))
         said = {"weights": weights}
         for name, model in models.items():
-            said[f"held {name}"] = scores(model, part.held[0]).log_softmax(1)
-            said[f"trusted {name}"] = scores(model, part.held_trusted[0]).log_softmax(1)
+            said[f"held {name}"] = part.model.scores(model, part.held[0]).log_softmax(1)
+            said[f"trusted {name}"] = part.model.scores(model, part.held_trusted[0]).log_softmax(1)
         facts = {
             "seconds": features.info["seconds"] + timer.total(),
             "seed": seed,
@@ -117,23 +117,12 @@ def run(
     return CachedStage(workspace.store, STAGE, key).run(fit)
 
 
-def _chosen_ridge(part: Part) -> float:
-    """The largest of `RIDGES` by which a model of all samples alike does on the trusted part, which it has not seen, as
-    well as by the best one, within one standard error of that mean (Breiman et al. 1984): wrong labels are not fitted.
-    """
-    ones = torch.ones(len(part.samples[1]), device=part.samples[0].device)
-    values = [losses(solved(*part.samples[:2], ones, ridge, part.classes), *part.trusted) for ridge in RIDGES]
-    best = min(values, key=lambda value: float(value.mean()))
-    limit = float(best.mean() + best.std() / math.sqrt(len(best)))
-    return max(ridge for ridge, value in zip(RIDGES, values, strict=True) if float(value.mean()) <= limit)
-
-
 def _kept(part: Part, model: Params, false_alarms: float) -> Tensor:
     """1.0 for samples whose loss is not above that of most trusted ones, else 0.0; the model was fitted to all of them,
     and nothing here has seen the fold.
     """
-    limit = torch.quantile(losses(model, *part.trusted), 1.0 - false_alarms)
-    return (losses(model, *part.samples[:2]) <= limit).float()
+    limit = torch.quantile(part.model.losses(model, *part.trusted), 1.0 - false_alarms)
+    return (part.model.losses(model, *part.samples[:2]) <= limit).float()
 
 
 def _learned(
@@ -143,16 +132,19 @@ def _learned(
     section, count = config.learning, len(part.samples[1])
     upper = {"logits": torch.zeros(count, device=part.samples[0].device, requires_grad=True)}
     # Weights of 1, where both methods start.
-    began = solved(*part.samples[:2], sample_weights(upper).detach(), ridge, part.classes)
+    began = part.model.solved(*part.samples[:2], sample_weights(upper).detach(), ridge)
+    below = torch.optim.SGD(began.values(), lr=1.0 / (part.model.steepest(began, *part.samples[:2], 2.0) + ridge))
     lower = {name: leaf.requires_grad_() for name, leaf in began.items()}
-    below = torch.optim.SGD(lower.values(), lr=_step(part.samples[0], ridge))
     if section.method == "soba" or (section.method == "auto" and count > MANY):
-        problem, method, data = WeightedSamples(ridge), SOBA(), _stack(part.samples, section, derive_seed(seed, fold))
+        problem, method = WeightedSamples(part.model, ridge), SOBA()
+        data = _stack(part.samples, section, derive_seed(seed, fold))
         schedule = AlternatingSchedule(section.epochs, lower_steps=0, upper_steps=len(data))
         above = Level(upper, torch.optim.Adam(upper.values(), lr=section.soba_lr), [part.trusted])
     else:
-        problem, data = WeightedSamples(ridge, part.samples, part.classes), [part.samples]
-        method = Implicit(CG(section.cg_iterations, rtol=1e-2), hvp=ReverseOverReverse(keep_graph=True))
+        problem, data = WeightedSamples(part.model, ridge, part.samples), [part.samples]
+        # Exact products of a network may have negative curvature.
+        hvp = GaussNewton() if part.model.hidden else ReverseOverReverse(keep_graph=True)
+        method = Implicit(CG(section.cg_iterations, rtol=1e-2), hvp=hvp)
         schedule = AlternatingSchedule(section.alternations, lower_steps=0, upper_steps=1)
         above = Level(upper, NormalizedSGD(upper.values(), section.lr), [part.trusted])
     events = workspace.events({"stage": STAGE, "variant": f"fold {fold}", "seed": seed}, config.model_dump(mode="json"))
@@ -173,11 +165,3 @@ def _stack(samples: Batch, section: LearningConfig, seed: int) -> BatchStack:
         return samples[0][chosen], samples[1][chosen], samples[2][chosen]
 
     return BatchStack(len(samples[1]), min(section.batch_size, len(samples[1])), load, seed=seed)
-
-
-def _step(z: Tensor, ridge: float) -> float:
-    """1 / L of the lower objective: the cross-entropy's Hessian is at most half of the features' second moments, and
-    weights are at most 2.
-    """
-    squared = torch.linalg.matrix_norm(z.T @ z / len(z), 2)
-    return float(1.0 / (squared + 1.0 + ridge))

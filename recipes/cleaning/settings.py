@@ -48,7 +48,7 @@ class DataConfig(ReadingSection):
 
 
 class LearningConfig(Section):
-    """The bilevel problem: one weight a sample above, a linear model with a ridge below."""
+    """The bilevel problem: one weight a sample above, a classifier with a ridge below."""
 
     method: Literal["auto", "implicit", "soba"] = Field(
         default="auto",
@@ -59,8 +59,11 @@ class LearningConfig(Section):
         default=2, ge=1, description="hypergradient steps of implicit; more of them fit the trusted part, see docs"
     )
     lr: float = Field(default=1.0, gt=0, description="step of the logits, in the mean square over samples, implicit")
+    hidden: int = Field(
+        default=0, ge=0, le=1024, description="units of a hidden layer between features and classes; 0: a linear model"
+    )
     ridge: float | None = Field(
-        default=None, gt=0, description="of the linear model; null: chosen in each fold by the trusted part"
+        default=None, gt=0, description="of the model; null: chosen in each fold by the trusted part"
     )
     cg_iterations: int = Field(default=100, ge=1, description="of each linear solve, at most")
     epochs: int = Field(default=10, ge=1, description="passes over the samples, soba")
@@ -92,7 +95,7 @@ class Config(Section):
 
     @cached_property
     def features(self) -> FrozenFeatures:
-        """What the linear model sees of a picture."""
+        """What the model sees of a picture."""
         return FrozenFeatures(self.model.settled(native=8 if self.data.source == DIGITS else None), WIDEST)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from recipes.cleaning.data import Sets
 from recipes.cleaning.fold import MODELS, Part, folds_of
 from recipes.cleaning.ranking import METHOD, OUT_OF_FOLD, WEIGHTS, gathered
+from recipes.cleaning.settings import Config
 from recipes.experiment.artifacts import Artifact
 
 FOLDS, SEED, CPU = 3, 4, torch.device("cpu")
@@ -28,7 +29,7 @@ def test_a_fold_learns_from_all_but_what_it_holds_out() -> None:
     features, sets = drawn()
     held, held_trusted = [], []
     for fold in range(FOLDS):
-        part = Part.of(features, sets, fold, FOLDS, SEED, CPU)
+        part = Part.of(features, sets, Config(folds=FOLDS), SEED, fold, CPU)
         for learned, out, rows in (
             (part.samples[:2], part.held, sets.rows),
             (part.trusted, part.held_trusted, sets.trusted),
