@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...experiment.errors import ConfigError
 from ...experiment.folder.paths import user_path
+from ...experiment.terminal import counted
 from ..imagesets import ImageSet
 from ..networks.backbones import Backbone, build_backbone
 from ..networks.foreign_weights import load_backbone
@@ -87,7 +88,11 @@ class FrozenFeatures:
             self.of([images.subset([0])], 0, torch.device("cpu"))
 
     def of(self, sets: Sequence[ImageSet], num_workers: int | None, device: torch.device) -> Tensor:
-        """Those of all pictures, one set behind the other, float32 [N, D] on the CPU; patches are of the first set."""
+        """Those of all pictures, one set behind the other, float32 [N, D] on the CPU; patches are of the first set.
+
+        Raises:
+            ConfigError: they are too wide, or a network makes NaN or infinity of a picture.
+        """
         side = self.section.image_size
         assert side is not None, "settled"
         reading = Reading(self.section.batch_size, num_workers, device)
@@ -95,9 +100,14 @@ class FrozenFeatures:
             found = _pixels(sets, side, reading)
             self._check_width(found.shape[1], f"model.image_size: a picture of {side} px", "make it smaller")
         elif self.backbone is not None:
-            found = torch.cat(
-                [encoded(self.backbone[0], one, EvalView(eval_resize(side), side), reading) for one in sets]
-            )
+            view = EvalView(eval_resize(side), side)
+            found = torch.cat([encoded(self.backbone[0], one, view, reading) for one in sets])
+            wrong = int((~found.isfinite()).any(1).sum())
+            if wrong:
+                raise ConfigError(
+                    f"model.backbone: {self.section.backbone} makes NaN or infinity of {counted(wrong, 'picture')} out "
+                    f"of {len(found):,}; give it other weights (model.init_backbone), or another network"
+                )
         else:
             chosen = torch.linspace(0, len(sets[0]) - 1, min(SAMPLE, len(sets[0]))).round().long()
             drawn = torch.cat(list(in_one_view(sets[0].subset(chosen), side, reading)))

@@ -132,3 +132,14 @@ def test_features_that_are_too_wide_are_refused() -> None:
         _ = wide.backbone
     with pytest.raises(ConfigError, match=r"model\.image_size: a picture of 16 px has 768 features"):
         FrozenFeatures(FrozenSection(image_size=16).settled(), 700).of([images(noise(2, 16))], 0, CPU)
+
+
+def test_a_backbone_that_overflows_is_refused(tmp_path: Path) -> None:
+    """Weights that are finite themselves."""
+    weights = build_backbone("resnet-tiny").state_dict()
+    weights["conv1.weight"].fill_(3e38)
+    torch.save(weights, tmp_path / "w.pt")
+    section = FrozenSection(backbone="resnet-tiny", init_backbone=str(tmp_path / "w.pt"), image_size=16)
+    said = r"model\.backbone: resnet-tiny makes NaN or infinity of 3 pictures out of 3; .*init_backbone"
+    with pytest.raises(ConfigError, match=said):
+        features(section, images(noise(3, 16)))
