@@ -139,7 +139,7 @@ def _solves(figures: Figures) -> str:
 def _rates(search: Figures) -> str:
     rates = [f"{rate:g}" for rate in search["rates"]]
     rows = [
-        [f"`{arm}`", *(f"{each['mean'][rate]:.1f}" for rate in rates), f"{each['chosen']:g}"]
+        [f"`{arm}`", *(f"{each['mean'][rate]:.2f}" for rate in rates), f"{each['chosen']:g}"]
         for arm, each in search["arms"].items()
     ]
     return table(["validation top-1 (%)", *(f"`upper_lr` {rate}" for rate in rates), "chosen"], rows)

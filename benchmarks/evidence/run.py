@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ RUN = ROOT / "recipes" / "bissl" / "run.py"
 
 
 class RunFailed(Exception):
-    """A run of BiSSL ended early; it has said why itself."""
+    """A run of BiSSL ended early, with this exit code; it has said why itself, unless a signal ended it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -56,8 +57,16 @@ def run_all(made: Round, images: str, folder: Path, jobs: int) -> None:
     """
 
     def bissl(output: Path, options: Sequence[str]) -> None:
-        if code := subprocess.run([*common, "--output-dir", str(output), *options], check=False).returncode:
-            raise RunFailed(code)
+        process = subprocess.Popen([*common, "--output-dir", str(output), *options])
+        code = None
+        while code is None:
+            # Ctrl-C reaches the run as well, which saves and ends by itself.
+            with suppress(KeyboardInterrupt):
+                code = process.wait()
+        if code < 0:
+            print(f"the run was ended by signal {-code}; the same command goes on", file=sys.stderr)
+        if code:
+            raise RunFailed(code if code > 0 else 128 - code)
 
     common = [sys.executable, str(RUN), "--config", str(made.config), "--data.pretext", images]
     common += ["--data.downstream", images, "--artifacts", str(folder / "artifacts"), "--jobs", str(jobs), "--resume"]
@@ -103,8 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_all(made, given.images, folder, given.jobs)
     except RunFailed as failed:
         return failed.code
-    except KeyboardInterrupt:
-        return 130
     return report(made, figures_of(made, folder), given.json, given.docs)
 
 

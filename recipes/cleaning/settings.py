@@ -16,7 +16,7 @@ from ..vision.sources.wrong_labels import check_flips
 
 IMAGES, RANKING = "images.npz", "suspicious.csv"
 WIDEST = 2048
-"""Features a picture at most: every fold solves for so many numbers a class, again and again."""
+"""Features a picture at most: every fold solves for so many numbers a class, or hidden unit, again and again."""
 MARKS = frozenset({"data", "model", "learning", "false_alarms"})
 SAFE_TO_CHANGE = frozenset({"seeds", "device", "threads", "shown", *(f"data.{name}" for name in HOW_READ)})
 
@@ -60,10 +60,10 @@ class LearningConfig(Section):
     )
     lr: float = Field(default=1.0, gt=0, description="step of the logits, in the mean square over samples, implicit")
     hidden: int = Field(
-        default=0, ge=0, le=1024, description="units of a hidden layer between features and classes; 0: a linear model"
+        default=0, ge=0, le=1024, description="tanh units between features and classes; 0: a linear model"
     )
     ridge: float | None = Field(
-        default=None, gt=0, description="of the model; null: chosen in each fold by the trusted part"
+        default=None, gt=0, description="of the classifier; null: chosen in each fold by the trusted part"
     )
     cg_iterations: int = Field(default=100, ge=1, description="of each linear solve, at most")
     epochs: int = Field(default=10, ge=1, description="passes over the samples, soba")

@@ -112,6 +112,17 @@ def test_adapters_without_their_extra_end_in_a_sentence(package: str, monkeypatc
         runpy.run_path(str(FOLDER / "lora_domains.py"))
 
 
+def test_losses_of_lightly_without_their_extra_end_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightly")
+    for name in ("lightly", "lightly.loss"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=r"^lightly\S* is not installed; the extra lightly brings it"):
+        runpy.run_path(str(FOLDER / "lightly_tasks.py"), run_name="__main__")
+    # As a plug-in it leaves the message to the command line.
+    with pytest.raises(ModuleNotFoundError, match="lightly"):
+        runpy.run_path(str(FOLDER / "lightly_tasks.py"), run_name="lightly_tasks")
+
+
 def test_the_layers_gradient_is_that_through_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     example = load("three_loops", monkeypatch)
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from ...vision.sources.published.catalog import DATASETS
 from ...vision.sources.published.dataset import Dataset, fetch_dataset, remedy
 from ...vision.sources.published.verify import Verified, verify
 
+_DESCRIPTION = "Which of the fourteen published data sets are here, whether they are whole, and fetching them."
+
 BAD = 2
 SHOWN = 10
 SAMPLE = 200
@@ -51,7 +53,7 @@ def _parser() -> Parser:
     """The subcommands and their options."""
     common = Parser(add_help=False)
     common.add_argument("--root", default="data", help="folder of the sets, as the field data.root (default: data)")
-    parser = Parser(__doc__, command="data")
+    parser = Parser(_DESCRIPTION, command="data")
     commands = parser.add_subparsers(dest="command", required=True, metavar="list | verify | download")
     commands.add_parser(
         "list",

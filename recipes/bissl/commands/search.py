@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     return _report(search, console, given)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     listed = f"`{command_line()} --help` lists these options and fields."
     parser = Parser(f"{_DESCRIPTION}{listed}", command="search")
     add: Callable[..., Any] = parser.add_argument

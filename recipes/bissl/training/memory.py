@@ -18,11 +18,13 @@ _SIGNS = (
 
 
 @contextmanager
-def out_of_memory_explained(stage: str, settings: Config, device: torch.device, beside: str = "jobs") -> Iterator[None]:
+def out_of_memory_explained(
+    stage: str, settings: Config, device: torch.device, advice: str | None = None
+) -> Iterator[None]:
     """Turns an allocation that fails in a stage into an error that names the fields to lower.
 
     Args:
-        beside: what sets how many such stages share the device; "jobs" is named where there are several.
+        advice: what else to do, as the last sentence; by default fewer jobs, where there are several.
 
     Raises:
         ConfigError: the device, or the host, has too little memory.
@@ -34,11 +36,12 @@ def out_of_memory_explained(stage: str, settings: Config, device: torch.device, 
             raise
         size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.I)
         asked = f" for an allocation of {size[1]}" if size else ""
-        alone = beside == "jobs" and settings.jobs == 1
-        fewer = "" if alone else f". Fewer {beside} change no result, and --resume goes on with them"
+        if advice is None:
+            advice = "" if settings.jobs == 1 else "Fewer jobs change no result, and --resume goes on with them"
+        further = advice and f". {advice}"
         raise ConfigError(
             f"{stage}: {device} has too little memory{asked}; lower {' or '.join(fields_to_lower(stage, settings))}. "
-            f"Begin another --output-dir with them; --artifacts keeps the stages that they do not concern{fewer}"
+            f"Begin another --output-dir with them; --artifacts keeps the stages that they do not concern{further}"
         ) from error
 
 

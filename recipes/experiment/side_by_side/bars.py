@@ -23,7 +23,8 @@ _SHORTEST_BAR, _LONGEST_BAR, _TIME = 10, 40, 8
 class Bars:
     """While entered, shows what the workers say.
 
-    In a narrow terminal the time since the start is left out first, then the bar, then the time to go.
+    In a narrow terminal the time since the start is left out first, then the bar, then the time to go; in a narrower
+    one titles and counts are cut.
     """
 
     def __init__(self, console: Console) -> None:
@@ -72,9 +73,10 @@ class Bars:
             room -= max(column.render(task).cell_len for task in self._progress.tasks) + 1
         shown = []
         for column, size in ((self._left, _TIME), (self._drawn, _SHORTEST_BAR), (self._elapsed, _TIME)):
-            if size < room:
-                room -= size + 1
-                shown.append(column)
+            if size >= room:
+                break
+            room -= size + 1
+            shown.append(column)
         self._drawn.bar_width = min(_LONGEST_BAR, _SHORTEST_BAR + room)
         order = (self._name, self._drawn, self._whole, self._elapsed, self._left)
         self._progress.columns = tuple(c for c in order if c in shown or c in (self._name, self._whole))

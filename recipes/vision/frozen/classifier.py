@@ -16,7 +16,7 @@ STEPS, STEPS_OF_A_NETWORK = 60, 300
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Of which one is chosen, for features of variance 1 on average."""
 TOLERANCE = 1e-5
-"""Largest entry of a gradient at which L-BFGS is done."""
+"""Largest entry of a gradient at which L-BFGS is done, unless its steps change next to nothing before."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Classifier:
 
     @torch.enable_grad()
     def solved(self, z: Tensor, t: Tensor, weights: Tensor, ridge_weight: float) -> Params:
-        """A minimiser of ``mean_i weights_i l_i + ridge_weight / 2 |y|^2``, a linear model's only one, by L-BFGS."""
+        """Near a minimiser of ``mean_i weights_i l_i + ridge_weight / 2 |y|^2``, by L-BFGS; a linear model has one."""
         model = {name: leaf.requires_grad_() for name, leaf in self.start(z).items()}
         optimizer = torch.optim.LBFGS(
             model.values(),
@@ -87,10 +87,11 @@ class Classifier:
         return max(one for one, value in zip(RIDGES, values, strict=True) if float(value.mean()) <= limit)
 
     def steepest(self, model: Params, z: Tensor, t: Tensor, heaviest: float) -> float:
-        """The largest curvature of ``mean_i weights_i l_i`` for weights up to `heaviest`.
+        """A largest curvature of ``mean_i weights_i l_i``, by which to choose a step.
 
-        Of a linear model a bound everywhere: the Hessian of the cross-entropy is at most half of the second moments of
-        the features and the constant. Of a network at `model` alone, by Lanczos.
+        Of a linear model a bound everywhere, for all weights up to `heaviest`: the Hessian of the cross-entropy is at
+        most half of the second moments of the features and the constant. Of a network that at `model` where all weights
+        are `heaviest`, by Lanczos, and no bound.
         """
         if not self.hidden:
             return 0.5 * heaviest * (float(torch.linalg.matrix_norm(z.T @ z / len(z), 2)) + 1.0)

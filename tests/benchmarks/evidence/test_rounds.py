@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,31 @@ def test_the_result_is_run_at_the_rates_that_were_chosen() -> None:
     assert config.seed + SECOND.seeds <= 100
 
 
+@dataclass
+class Run:
+    """Stands for the process of a run: `waits` are what waiting for it gives, one after the other."""
+
+    waits: list[int | type[BaseException]]
+
+    def wait(self) -> int:
+        found = self.waits.pop(0)
+        if isinstance(found, int):
+            return found
+        raise found
+
+
 def test_the_search_is_run_before_the_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
 
-    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+    def record(command: list[str]) -> Run:
         commands.append(command)
         folder = Path(command[command.index("--output-dir") + 1])
         folder.mkdir()
         lines = candidates({("identity-gamma-1", 0.1): 50.0})
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        return subprocess.CompletedProcess(command, 0)
+        return Run([0])
 
-    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(subprocess, "Popen", record)
     run.run_all(SECOND, "folder:x", tmp_path, 2)
     requests = [parse(command[2:]) for command in commands]
     assert [request.config.seed for request in requests] == [100, 0]
@@ -142,22 +156,35 @@ def test_the_search_is_run_before_the_result(monkeypatch: pytest.MonkeyPatch, tm
     assert requests[0].artifacts == requests[1].artifacts
 
 
-@pytest.mark.parametrize("code", [2, 75])
-def test_a_run_that_ends_early_ends_the_round_with_its_code(
-    code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("waits", "code", "said"),
+    [
+        ([2], 2, ""),
+        ([KeyboardInterrupt, KeyboardInterrupt, 75], 75, ""),
+        ([-9], 137, "the run was ended by signal 9; the same command goes on\n"),
+    ],
+)
+def test_a_run_that_ends_early_ends_the_round(
+    waits: list[int | type[BaseException]],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """After Ctrl-C, which the run gets too, it is waited for until it has saved."""
     commands: list[list[str]] = []
 
-    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+    def fail(command: list[str]) -> Run:
         commands.append(command)
-        return subprocess.CompletedProcess(command, code)
+        return Run(list(waits))
 
-    monkeypatch.setattr(subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "Popen", fail)
     kept = tmp_path / "kept.json"
     assert run.main(["second", "--images", "folder:x", "--output-dir", str(tmp_path), "--json", str(kept)]) == code
     assert len(commands) == 1
     assert not kept.exists()
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", said)
 
 
 def test_the_design_is_printed_without_images(capsys: pytest.CaptureFixture[str]) -> None:

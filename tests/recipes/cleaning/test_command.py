@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from bilevel import Trainer
+from bilevel import Implicit, Trainer
+from bilevel.products import GaussNewton, HVPProvider, ReverseOverReverse
 from recipes.cleaning import command, fold, outcome
 from recipes.cleaning.settings import RANKING
 from recipes.experiment import artifacts
@@ -134,6 +135,34 @@ def test_a_run_that_is_killed_and_resumed_leaves_the_same_bits(
     assert in_a_child(killed) == -signal.SIGKILL
     assert clean(*arguments, "--resume") == 0
     assert_same(tmp_path / "run", whole)
+
+
+def test_with_a_network_below_too(data: Path, tmp_path: Path) -> None:
+    arguments = [[*options(data, tmp_path / name), "--learning.hidden=3"] for name in ("whole", "run")]
+    assert clean(*arguments[0]) == 0
+
+    def killed() -> None:
+        kill_before(*PLACES["in the second fold"])
+        os._exit(clean(*arguments[1]))
+
+    assert in_a_child(killed) == -signal.SIGKILL
+    assert clean(*arguments[1], "--resume") == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("hidden", "kind"), [(0, ReverseOverReverse), (3, GaussNewton)])
+def test_a_network_is_solved_with_gauss_newton_products(
+    hidden: int, kind: type[HVPProvider], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def recording(solver: Any, *, hvp: HVPProvider) -> Implicit:
+        taken.append(hvp)
+        return Implicit(solver, hvp=hvp)
+
+    monkeypatch.setattr(fold, "Implicit", recording)
+    assert clean(*options(data, tmp_path / "run"), f"--learning.hidden={hidden}") == 0
+    assert [type(hvp) for hvp in taken] == [kind, kind]
 
 
 def assert_same(run: Path, whole: Path) -> None:

@@ -43,6 +43,7 @@ from ..pipeline import Pipeline
 from .space import LR, WEIGHT_DECAY, SearchStage, decided
 
 PARENT = "parent.json"
+FEWER_WORKERS = "Fewer --workers take less at a time, and the same command goes on with them"
 
 
 @dataclass(frozen=True)
@@ -267,13 +268,13 @@ def _trained(search: Search, config: Config, data: Datasets, parent: Artifact | 
         parent = _pretrained(search, pipeline, repeat)
     if search.stage == "head":
         assert parent is not None, "a head's warm-up has a backbone"
-        with out_of_memory_explained("head", config, pipeline.computing.device, "--workers"):
+        with out_of_memory_explained("head", config, pipeline.computing.device, FEWER_WORKERS):
             warmed = head.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         # The bilevel stage starts from the last epoch's head, whatever an earlier one was worth.
         metric, higher, epoch = warmed.primary_metric, warmed.higher_is_better, warmed.epochs
         found, costs = warmed.values, warmed.costs
     else:
-        with out_of_memory_explained("finetune", config, pipeline.computing.device, "--workers"):
+        with out_of_memory_explained("finetune", config, pipeline.computing.device, FEWER_WORKERS):
             fitted = finetune.fit(repeat, pipeline.data, pipeline.computing, workspace, parent, attempt)
         found = dict(fitted.facts["best"])
         metric, epoch = fitted.facts["primary_metric"], int(found.pop("epoch"))

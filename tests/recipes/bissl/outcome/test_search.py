@@ -15,6 +15,7 @@ import torch
 from recipes.bissl.commands.parsing import parse
 from recipes.bissl.outcome.pipeline import Pipeline
 from recipes.bissl.outcome.search.space import pair_space
+from recipes.bissl.outcome.search.variant_search import FEWER_WORKERS
 from recipes.bissl.training.stages import finetune
 from recipes.experiment.artifacts import ArtifactError
 from recipes.experiment.errors import ConfigError
@@ -230,7 +231,7 @@ def test_a_trial_without_memory_names_the_fields_to_lower(tmp_path: Path, monkey
 
     monkeypatch.setattr(finetune, "fit", too_large)
     said = r"^finetune: cpu has too little memory for an allocation of 2\.50 GiB; lower downstream\.eval_batch_size"
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=f"{said}.*{FEWER_WORKERS}$"):
         search("--arm", "scratch", "--trials", 1, "--output-dir", tmp_path / "s")
 
 

@@ -74,17 +74,17 @@ def test_the_fields_of_each_stage(stage: str, options: tuple[str, ...], expected
 
 
 @pytest.mark.parametrize(
-    ("jobs", "beside", "ending"),
+    ("jobs", "advice", "ending"),
     [
-        (1, "jobs", "do not concern"),
-        (3, "jobs", "Fewer jobs change no result, and --resume goes on with them"),
-        (1, "--workers", "Fewer --workers change no result, and --resume goes on with them"),
+        (1, None, "do not concern"),
+        (3, None, "do not concern. Fewer jobs change no result, and --resume goes on with them"),
+        (1, "Fewer apples", "do not concern. Fewer apples"),
     ],
 )
-def test_fewer_processes_need_no_other_run(jobs: int, beside: str, ending: str) -> None:
+def test_fewer_processes_need_no_other_run(jobs: int, advice: str | None, ending: str) -> None:
     with (
         pytest.raises(ConfigError) as found,
-        out_of_memory_explained("bissl", small_config(f"--jobs={jobs}", "--threads=1"), CUDA, beside),
+        out_of_memory_explained("bissl", small_config(f"--jobs={jobs}", "--threads=1"), CUDA, advice),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(found.value).endswith(ending)

@@ -26,7 +26,14 @@ def lines(width: int) -> list[str]:
 
 @pytest.mark.parametrize(
     ("width", "bar", "left", "elapsed"),
-    [(200, 40, True, True), (80, 24, True, True), (60, 13, True, False), (46, 0, True, False), (38, 0, False, False)],
+    [
+        (200, 40, True, True),
+        (80, 24, True, True),
+        (60, 13, True, False),
+        (56, 0, True, False),
+        (46, 0, True, False),
+        (38, 0, False, False),
+    ],
 )
 def test_a_line_each_that_fits(width: int, bar: int, left: bool, elapsed: bool) -> None:
     first, second = lines(width)

@@ -24,7 +24,10 @@ def drawn(count: int, seed: int = 0, wrong: float = 0.0) -> tuple[Tensor, Tensor
 
 def test_scores_of_a_network_are_those_of_a_hidden_layer() -> None:
     z, t = drawn(7)
-    model = {name: torch.randn_like(leaf) for name, leaf in NETWORK.start(z).items()}
+    generator = torch.Generator().manual_seed(1)
+    model = {
+        name: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for name, leaf in NETWORK.start(z).items()
+    }
     for row, label, loss in zip(z, t, NETWORK.losses(model, z, t), strict=True):
         units = [math.tanh(float(row @ model["w0"][:, unit] + model["b0"][unit])) for unit in range(6)]
         scores = [
