@@ -33,8 +33,8 @@ and all of them to the trusted part."""
 
 @dataclass(frozen=True)
 class Part:
-    """What one fold leaves to learn from, and what it holds out: features and labels of samples and trusted ones, and the
-    classifier that is fitted to them.
+    """What one fold leaves to learn from, and what it holds out: features and labels of samples and trusted ones, and
+    the classifier that is fitted to them.
     """
 
     samples: Batch
