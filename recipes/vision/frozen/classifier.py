@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import Params, ridge
-from bilevel.linear import spectrum_bounds
+from bilevel.linear import FunctionOperator, spectrum_bounds
 from bilevel.products import ReverseOverReverse
 
 STEPS, STEPS_OF_A_NETWORK = 60, 300
@@ -96,6 +96,6 @@ class Classifier:
         if not self.hidden:
             return 0.5 * heaviest * (float(torch.linalg.matrix_norm(z.T @ z / len(z), 2)) + 1.0)
         point = ReverseOverReverse().linearize(lambda _, y: self.losses(y, z, t).mean(), {}, model)
-        found = spectrum_bounds(point.hessian, model)
+        found = spectrum_bounds(FunctionOperator(point.hessian), model)
         assert found is not None, "the losses of a fitted model are finite"
         return heaviest * max(found[1], 0.0)
