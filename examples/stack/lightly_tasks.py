@@ -11,6 +11,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,8 +30,6 @@ from bilevel.recipes.vision.views.view_policy import ViewPolicy
 try:
     from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
 except ModuleNotFoundError as error:
-    if __name__ != "__main__":
-        raise
     sys.exit(f'{error.name} is not installed; the extra lightly brings it: pip install ".[demo,lightly]"')
 
 
@@ -57,8 +56,7 @@ class BarlowTwins(NTXent):
     criterion: ClassVar[nn.Module] = BarlowTwinsLoss()
 
     def output_loss(self, outputs: Tensor) -> Tensor:
-        # A mean over the dimensions, so that the regularizer of the bilevel stage stands up to it.
-        return super().output_loss(outputs) / outputs.shape[2]
+        return super().output_loss(outputs) / outputs.shape[2]  # a mean, beside which the regularizer counts
 
 
 class DINO(PretextTask):
@@ -94,11 +92,8 @@ def products(loss: Callable[[Tensor, Tensor], Tensor], zero: bool) -> Tensor:
     return torch.cat([value.detach().view(1), gradient.detach().flatten(), product.flatten()])
 
 
-def half_variance(a: Tensor, b: Tensor) -> Tensor:
-    """The bundled loss as lightly and VICReg's authors compute it; the paper does not halve the variance term."""
-    return vicreg(a, b, invariance=25.0, variance=12.5, covariance=1.0)
-
-
+# The bundled loss as lightly and VICReg's authors compute it; the paper does not halve the variance term.
+half_variance = partial(vicreg, invariance=25.0, variance=12.5, covariance=1.0)
 TASKS = {task.__name__: task for task in (NTXent, VICReg, BarlowTwins, DINO)}
 FULL = {"seeds": 4, "pretext": {"epochs": 20}, "bissl": {"alternations": 5}, "finetune": {"epochs": 60}}
 QUICK = {"seeds": 2, **{key: {"epochs": 1} for key in ("pretext", "head", "finetune")}, "bissl": {"alternations": 1}}
@@ -114,10 +109,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         apart = float((found - products(ours, zero=False)).norm() / found.norm())
         outcome = "finite" if zero.isfinite().all() else "not finite"
         print(f"{task.__name__}: {apart:.0e} from the bundled loss; {outcome} at a zero embedding")
-    task = {"task": f"{module}:{given.task}", "batch_size": 128, "lr": 0.3}
+    task, arms = {"task": f"{module}:{given.task}", "batch_size": 128, "lr": 0.3}, ("bissl", "baseline", "scratch")
     base = {"data": {"split_seed": 2}, "pretext": task, "bissl": {"lower_lr": 0.1, "damping": 5.0, "aggregate": True}}
-    length = QUICK if given.quick else FULL
-    results = results_of(build_config(digits(), base, {"arms": ("bissl", "baseline", "scratch")}, length))
+    results = results_of(build_config(digits(), base, {"arms": arms}, QUICK if given.quick else FULL))
     print("\n".join(plain_lines(results)))
     return results
 

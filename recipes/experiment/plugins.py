@@ -27,7 +27,7 @@ def resolve(name: str) -> Any:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise PluginError(
                 f"{name!r}: there is no module {error.name!r}, neither installed nor in the current directory "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bilevel import CG, Implicit, hypergradient, linearize
 from bilevel.nn.functional import curvature_pass
 from bilevel.products import ReverseOverReverse
+from recipes.experiment.plugins import PluginError, resolve
 from tests.project.test_examples import numbers, words
 from tests.support.paths import ROOT
 from tests.support.recipes.pretext_cases import (
@@ -118,9 +119,10 @@ def test_losses_of_lightly_without_their_extra_end_in_a_sentence(monkeypatch: py
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"^lightly\S* is not installed; the extra lightly brings it"):
         runpy.run_path(str(FOLDER / "lightly_tasks.py"), run_name="__main__")
-    # As a plug-in it leaves the message to the command line.
-    with pytest.raises(ModuleNotFoundError, match="lightly"):
-        runpy.run_path(str(FOLDER / "lightly_tasks.py"), run_name="lightly_tasks")
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delitem(sys.modules, "lightly_tasks", raising=False)
+    with pytest.raises(PluginError, match=r"importing 'lightly_tasks' failed: SystemExit: lightly\S* is not installed"):
+        resolve("lightly_tasks:NTXent")
 
 
 def test_the_layers_gradient_is_that_through_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
