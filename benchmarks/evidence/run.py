@@ -55,6 +55,8 @@ def run_all(made: Round, images: str, folder: Path, jobs: int) -> None:
     Raises:
         RunFailed: with the exit code of the run.
     """
+    common = [sys.executable, str(RUN), "--config", str(made.config), "--data.pretext", images]
+    common += ["--data.downstream", images, "--artifacts", str(folder / "artifacts"), "--jobs", str(jobs), "--resume"]
 
     def bissl(output: Path, options: Sequence[str]) -> None:
         process = subprocess.Popen([*common, "--output-dir", str(output), *options])
@@ -68,8 +70,6 @@ def run_all(made: Round, images: str, folder: Path, jobs: int) -> None:
         if code:
             raise RunFailed(code if code > 0 else 128 - code)
 
-    common = [sys.executable, str(RUN), "--config", str(made.config), "--data.pretext", images]
-    common += ["--data.downstream", images, "--artifacts", str(folder / "artifacts"), "--jobs", str(jobs), "--resume"]
     rates: list[str] = []
     if made.search is not None:
         bissl(folder / "search", search_options(made))
